@@ -1,0 +1,61 @@
+"""Caches every training image's loss under the model of each task, with fixed noise and timesteps.
+
+    python compute_training_loss.py --task_json data/emoji/json/demo_task.json --dataroot data/emoji
+    python compute_training_loss.py --task_json tasks/demo_task.json            # the AbC benchmark, in data/abc
+
+Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n mirrored, each with a
+record of what it was made with. Killed and run again, the same command goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+from unlearn.inputs import add_flags, check_pictures, encode_exemplars, prepare_training_set, print_plan, resolve
+from unlearn.losses import Sweep, cache_losses, loss_identity
+from unlearn.models import customized, load_model, read_customization
+from unlearn.noise import timestep_grid
+from unlearn.runtime import log, run
+from unlearn.tasks import group_by_model, load_tasks
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task_json", required=True, help="task file: which synthesized images, of which models")
+    parser.add_argument("--result_dir", default="results", help="where results are written (default results)")
+    add_flags(parser, "sd_version", "dataroot", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
+              "precision", "device", "compat", "overwrite", "dry_run")
+    args = parser.parse_args(argv)
+    return args, resolve(args)
+
+
+def cache_model(model, tasks, training_set, grid, args, settings):
+    """Caches the losses of the exemplars and of the training set under one customized model."""
+    with customized(model, Path(args.dataroot) / tasks[0].model_path) as custom:
+        exemplars = encode_exemplars(custom, tasks[0], args, settings)
+        for name, images in ("exemplar", exemplars), ("laion", training_set):
+            identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.batch_size)
+            path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
+            cache_losses(Sweep(images, grid, args.batch_size, args.noise_seed, args.compat), custom, path, identity, args.overwrite)
+            log.info(f"{path}: losses of {len(images)} images, as is and mirrored")
+
+
+def main(argv=None):
+    """Checks, loads, scores, saves."""
+    args, settings = parse_arguments(argv)
+    tasks = load_tasks(args.task_json, args.dataroot)
+    groups = group_by_model(tasks)
+    check_pictures(tasks, args.dataroot)
+    for model_path in groups:
+        read_customization(Path(args.dataroot) / model_path)
+    model = load_model(args.sd_version, args.device)
+    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    training_set = prepare_training_set(model, args, settings)
+    if args.dry_run:
+        return print_plan(args, groups, training_set, grid, len(groups), args.batch_size)
+    for group in groups.values():
+        cache_model(model, group, training_set, grid, args, settings)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,26 @@
+"""`python -m unlearn COMMAND`: everything beside the two scripts."""
+
+import sys
+
+from . import UserError
+from .commands import evaluate, fisher, tasks
+from .runtime import end_with, run
+
+COMMANDS = {"evaluate": evaluate, "fisher": fisher, "tasks": tasks}
+
+
+def main():
+    """Hands the arguments to the command that the first one names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: python -m unlearn COMMAND [--help]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {command.__doc__.splitlines()[0]}")
+    elif name in COMMANDS:
+        run(COMMANDS[name].main, sys.argv[2:])
+    else:
+        sys.exit(end_with(UserError(f"unknown command {name}; expected one of {', '.join(COMMANDS)}")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Files that appear whole or not at all, and the records beside them that say what they are.
+
+Beside an artefact `NAME.npy` stands its record `NAME.json`: `identity` (must match wherever the artefact is used),
+`circumstances` (reported, never refused) and `content`, a hash of the artefact. The record is written last, so that
+its existence means that the artefact is complete.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import platform
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from . import UserError, __version__
+
+FORMAT_VERSION = 1
+
+
+def digest(*parts):
+    """Hash (32 hexadecimal digits) of strings, numbers and JSON-like values, in order."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def hash_file(path):
+    """Hash (32 hexadecimal digits) of a file's bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def hash_tensors(tensors):
+    """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order of the names."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(tensor.flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def resolve_inside(root, path, item):
+    """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it leaves `root`."""
+    root = Path(root).resolve()
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root):
+        raise UserError(f"{item}: expected a path inside {root}, found {path}")
+    return resolved
+
+
+@contextmanager
+def whole_file(path):
+    """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def write_json(path, value):
+    """Writes a JSON file, indented."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path, item="file"):
+    """Reads a JSON file. Raises UserError where it is missing or malformed, naming line and column."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{item} {path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{item} {path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{item} {path}: cannot be read ({error.strerror})") from None
+
+
+def write_array(path, array):
+    """Writes one array as .npy."""
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path, item="array", mmap=True):
+    """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot be done."""
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{item} {path}: no such file") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{item} {path}: not a complete .npy array of numbers ({error})") from None
+
+
+def write_tensors(path, tensors):
+    """Writes named tensors as safetensors."""
+    with whole_file(path) as file:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name)
+
+
+def read_tensors(path, item="file", names=None):
+    """Reads named tensors (only `names` where given) from safetensors or, without running code, from a torch file.
+
+    Torch files are memory-mapped: of a Fisher of 6.9 GB only the named tensors are read. Raises UserError where the
+    file is missing, damaged, or holds something else than a dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{item} {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            if names is None:
+                return load_file(path)
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name in names}
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{item} {path}: expected a dictionary of tensors, found something else")
+    return {name: tensor for name, tensor in tensors.items() if names is None or name in names}
+
+
+def record_path(path):
+    """Where the record of an artefact stands: `loss.npy` -> `loss.json`."""
+    return Path(path).with_suffix(".json")
+
+
+def circumstances(device=None):
+    """What is reported of a run but never refused: versions, git commit, device, time."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if (root / ".git").exists() else None
+    return {"unlearn": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+            "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
+            "device": torch.cuda.get_device_name(device) if device and torch.device(device).type == "cuda" else str(device),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def write_record(path, identity, device=None):
+    """Writes the record of a complete artefact."""
+    write_json(record_path(path), {"identity": {"format_version": FORMAT_VERSION, **identity},
+                                   "circumstances": circumstances(device), "content": hash_file(path)})
+
+
+def is_complete(path):
+    """Whether an artefact and its record are there."""
+    return Path(path).exists() and record_path(path).exists()
+
+
+def compare_identity(path, expected, found, remedy):
+    """Raises UserError naming the first identity field in which the artefact's record differs from what is expected."""
+    for field, value in {"format_version": FORMAT_VERSION, **expected}.items():
+        if found.get(field) != value:
+            raise UserError(f"{path}: made with other settings: {field} is {found.get(field)!r}, expected {value!r}; {remedy}")
+
+
+def check_record(path, expected, remedy):
+    """Checks an artefact against its record: identity field by field, then the hash of its content.
+
+    Raises UserError where the record is missing or malformed, a field differs, or the content was changed; the message
+    ends with `remedy`.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; {remedy}")
+    if not record_path(path).exists():
+        raise UserError(f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}")
+    record = read_json(record_path(path), "record")
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise UserError(f"{record_path(path)}: not a record; {remedy}")
+    compare_identity(path, expected, record["identity"], remedy)
+    if record.get("content") != hash_file(path):
+        raise UserError(f"{path}: its content is not what its record says (damaged or replaced); {remedy}")

@@ -1,0 +1,1 @@
+"""The commands of `python -m unlearn`, one module each, with `main(argv)`."""

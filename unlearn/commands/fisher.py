@@ -1,0 +1,108 @@
+"""Makes the diagonal Fisher of a data root's base model: mean squared per-sample gradient of the selected weights.
+
+    python -m unlearn fisher --dataroot data/emoji --num_samples 20000
+
+Writes DATAROOT/sd_fisher.safetensors and its record. The sums so far are kept every thousand samples: killed and run
+again, the same command goes on where it was.
+"""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import UserError, noise
+from ..artifacts import check_record, digest, read_tensors, record_path, write_record, write_tensors
+from ..curvature import check_fisher, squared_gradient_sums
+from ..inputs import add_flags, prepare_training_set, resolve
+from ..models import SELECTIONS, load_model, select_parameters
+from ..runtime import log, progress
+
+CHUNK_SAMPLES = 1000
+
+
+def draw_samples(training_set, numbers, num_train_timesteps, seed):
+    """The Fisher's samples of these numbers: uniform image, view, caption and timestep, and noise that belongs to
+    (image, sample). Returns latents, noise, timesteps and embeddings as float32 and int64 tensors."""
+    bits = noise.image_generator(seed, training_set.name, "samples of the Fisher")
+    rows = []
+    for number in numbers:
+        noise.seek(bits, 0, 0, 0, number)
+        generator = np.random.Generator(bits)
+        rows.append([int(generator.integers(size)) for size in (len(training_set), training_set.latents.shape[0],
+                                                                training_set.embeddings.shape[1], num_train_timesteps)])
+    images, views, captions, timesteps = np.array(rows).T
+    normals = [noise.image_noise(seed, training_set.name, f"Fisher {training_set.ids[image]}", [(view, caption, timestep, number)],
+                                 training_set.latents.shape[2:])[0]
+               for (image, view, caption, timestep), number in zip(rows, numbers)]
+    arrays = training_set.latents[views, images], np.stack(normals), timesteps, training_set.embeddings[images, captions]
+    return [torch.from_numpy(np.asarray(array, np.int64 if array is timesteps else np.float32)) for array in arrays]
+
+
+def sum_chunk(model, parameters, training_set, numbers, batch_size, seed):
+    """Sum of squared gradients over the samples of a chunk, {name: float64 tensor}."""
+    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+    for batch in np.split(numbers, np.arange(batch_size, len(numbers), batch_size)):
+        samples = [tensor.to(model.device) for tensor in draw_samples(training_set, batch.tolist(), len(model.alpha_bars), seed)]
+        for name, squares in squared_gradient_sums(model, parameters, samples).items():
+            sums[name] += squares
+    return sums
+
+
+def accumulate(model, parameters, training_set, args, checkpoint):
+    """Sums over all samples, chunk by chunk; `checkpoint` holds the sums so far."""
+    state = read_tensors(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
+    start = int(state.pop("chunk"))
+    sums = {name: state.get(name, torch.zeros_like(value, dtype=torch.float64)).to(model.device) for name, value in parameters.items()}
+    chunks = np.split(np.arange(args.num_samples), np.arange(CHUNK_SAMPLES, args.num_samples, CHUNK_SAMPLES))
+    with progress(args.num_samples, "Fisher", "samples", start * CHUNK_SAMPLES) as bar:
+        for number in range(start, len(chunks)):
+            for name, value in sum_chunk(model, parameters, training_set, chunks[number], args.batch_size, args.seed).items():
+                sums[name] += value
+            write_tensors(checkpoint, {**sums, "chunk": torch.tensor(number + 1)})
+            bar.update(len(chunks[number]))
+    return sums
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn fisher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "precision", "device", "overwrite")
+    parser.add_argument("--batch_size", type=int, default=50, help="samples in one backward pass; memory only (default 50)")
+    parser.add_argument("--num_samples", type=int, default=1_000_000, help="gradient samples (default 1,000,000, as published)")
+    parser.add_argument("--weight_selection", choices=SELECTIONS, default="cross-attn-kv", help="weights whose Fisher is made")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images, timesteps and noise (default 0)")
+    parser.add_argument("--output", help="default DATAROOT/sd_fisher.safetensors")
+    args = parser.parse_args(argv)
+    settings = resolve(args)
+    args.output = Path(args.output or Path(args.dataroot) / "sd_fisher.safetensors")
+    if args.output.suffix != ".safetensors":
+        raise UserError(f"--output {args.output}: expected a name that ends in .safetensors")
+    return args, settings
+
+
+def main(argv=None):
+    """Checks, loads, accumulates, saves."""
+    args, settings = parse_arguments(argv)
+    model = load_model(args.sd_version, args.device)
+    parameters = select_parameters(model.denoiser, args.weight_selection)
+    training_set = prepare_training_set(model, args, settings)
+    identity = {**model.identity, "training_set": training_set.identity, "weight_selection": args.weight_selection, "noise": noise.SCHEME,
+                "known_answer": noise.known_answer(), "seed": args.seed, "num_samples": args.num_samples, "precision": args.precision}
+    if args.output.exists() and not args.overwrite:
+        check_record(args.output, identity, "give --overwrite to replace it, or another --output")
+        return log.info(f"{args.output}: is there already")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    checkpoint = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}.safetensors")
+    sums = accumulate(model, parameters, training_set, args, checkpoint)
+    diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
+    check_fisher(args.output, diagonal, parameters, damping=1)
+    record_path(args.output).unlink(missing_ok=True)
+    write_tensors(args.output, diagonal)
+    write_record(args.output, identity, args.device)
+    checkpoint.unlink()
+    zeros = sum(int((value == 0).sum()) for value in diagonal.values())
+    log.info(f"{args.output}: {len(diagonal)} parameters, {args.num_samples} samples" + (f", {zeros} zero entries: give --damping" if zeros else ""))

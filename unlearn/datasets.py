@@ -1,0 +1,134 @@
+"""One TrainingSet for every benchmark, and what a data root says of itself (`dataset.json`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import UserError
+from .artifacts import digest, read_array, read_json, record_path
+
+LARGEST_SUBSET = 100_000
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.
+PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,
+             "time_samples": 10, "batch_size": 200, "vae_batch_size": 20, "damping": 0.0, "unlearn_lr": 0.1,
+             "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10}
+
+
+def read_settings(dataroot):
+    """Settings of a data root: those of its `dataset.json` over the published ones of AbC.
+    `pipeline` may be a folder of the data root. Raises UserError for unknown keys and wrong types."""
+    path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
+    if not path.exists():
+        return settings
+    own = read_json(path, "data set")
+    if not isinstance(own, dict):
+        raise UserError(f"data set {path}: expected an object, found {type(own).__name__}")
+    for key, value in own.items():
+        if key not in PUBLISHED:
+            raise UserError(f"data set {path}: unknown key {key}; expected some of {', '.join(PUBLISHED)}")
+        kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r}")
+    settings.update(own)
+    if (Path(dataroot) / settings["pipeline"] / "model_index.json").exists():
+        settings["pipeline"] = str(Path(dataroot) / settings["pipeline"])
+    return settings
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Images with captions, as latents and embeddings. Nothing but ids, paths and captions is held in memory."""
+
+    name: str  # with an image's id it keys the image's noise
+    ids: list[str]
+    captions: list[str]
+    paths: list[Path | None]  # None where there is no picture to show
+    latents: np.ndarray = field(repr=False)  # [views, N, channels, height, width], scaled as the denoiser expects
+    embeddings: np.ndarray = field(repr=False)  # [N, captions, tokens, features]
+    source: str = ""  # digest of what latents and embeddings were made from
+
+    def __len__(self):
+        return len(self.ids)
+
+    def take(self, indices):
+        """The training set of these rows, in this order; latents are copied."""
+        return TrainingSet(self.name, [self.ids[i] for i in indices], [self.captions[i] for i in indices],
+                           [self.paths[i] for i in indices], self.latents[:, indices], self.embeddings[indices], self.source)
+
+    def first(self, count):
+        """The training set of the first `count` images; nothing is copied."""
+        return TrainingSet(self.name, self.ids[:count], self.captions[:count], self.paths[:count],
+                           self.latents[:, :count], self.embeddings[:count], self.source)
+
+    @property
+    def identity(self):
+        """Digest of name, ids, captions, shapes and source."""
+        return digest(self.name, self.ids, self.captions, list(self.latents.shape), list(self.embeddings.shape), self.source)
+
+
+def list_images(dataroot):
+    """Paths of `laion_subset/images` in the order of their names (= index), [] where the folder is missing."""
+    folder = Path(dataroot) / "laion_subset/images"
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+
+
+def read_captions(dataroot):
+    """Lines of `laion_subset/captions.txt`, [] where it is missing."""
+    path = Path(dataroot) / "laion_subset/captions.txt"
+    try:
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def probe(array):
+    """Digest of eight rows spread over an array, and of its shape: tells two files apart without reading them."""
+    rows = np.linspace(0, len(array) - 1, 8).astype(int)
+    return digest(list(array.shape), str(array.dtype), [array[row].tobytes().hex() for row in rows])
+
+
+def source_of(path, array):
+    """What an array was made from: its record's identity where this project made it, else a probe of its rows."""
+    return digest(read_json(record_path(path))["identity"]) if record_path(path).exists() else probe(array)
+
+
+def choose_subset_size(available, asked):
+    """How many images to use: all, at most 100,000; or as many as asked. Raises UserError where that is too many."""
+    if asked is not None and not 1 <= asked <= available:
+        raise UserError(f"--laion_subset_size {asked}: this data root has {available} images")
+    return min(available, LARGEST_SUBSET) if asked is None else asked
+
+
+def check_pixels(item, values):
+    """Raises UserError where an array has NaN or infinite entries."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{item}: has NaN or infinite entries; download or encode it again")
+
+
+def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size=None):
+    """Opens the training set of a data root in the AbC layout: `laion_latents.npy` [2N, C, h, w] (N as is, then N
+    mirrored), `laion_text_embeddings.npy` [N, tokens, features] and, where they are, images and captions.
+
+    latent_shape: (C, h, w) and embedding_shape: (tokens, features) of the model. Raises UserError where files are
+    missing or of another shape.
+    """
+    latents_path, embeddings_path = (Path(dataroot) / f"laion_{kind}.npy" for kind in ("latents", "text_embeddings"))
+    latents, embeddings = read_array(latents_path, "latents"), read_array(embeddings_path, "text embeddings")
+    for path, array, shape in (latents_path, latents, latent_shape), (embeddings_path, embeddings, embedding_shape):
+        if array.shape[1:] != tuple(shape) or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{path}: expected rows {list(shape)} of floats for this model, found {list(array.shape)} {array.dtype}")
+    count = len(embeddings)
+    if len(latents) != 2 * count:
+        raise UserError(f"{latents_path}: expected {2 * count} rows, two views of each of the {count} images of "
+                        f"{embeddings_path.name}, found {len(latents)}")
+    paths, captions = list_images(dataroot), read_captions(dataroot)
+    for item, values in ("images", paths), ("captions", captions):
+        if values and len(values) != count:
+            raise UserError(f"{Path(dataroot) / 'laion_subset'}: {len(values)} {item} for {count} rows of {embeddings_path.name}")
+    training_set = TrainingSet(
+        name=name, ids=[f"laion/{row:06d}" for row in range(count)], captions=captions or [""] * count,
+        paths=paths or [None] * count, latents=latents.reshape(2, count, *latents.shape[1:]), embeddings=embeddings[:, None],
+        source=digest(source_of(latents_path, latents), source_of(embeddings_path, embeddings)))
+    return training_set.first(choose_subset_size(count, subset_size))

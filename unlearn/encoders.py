@@ -1,0 +1,62 @@
+"""Images to latents, prompts to embeddings."""
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from . import UserError
+
+Image.MAX_IMAGE_PIXELS = 200_000_000  # a picture that unfolds to more is refused (decompression bomb)
+
+
+def load_image(path):
+    """Reads an image as RGB. Raises UserError where it is missing, truncated or no image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path}: cannot be read, it may be truncated ({error})") from None
+
+
+def transform_image(image, resolution, mirrored=False):
+    """RGB image to pixels [3, resolution, resolution] float32 in [-1, 1].
+
+    The shorter side is resized (bilinear) to `resolution`, the longer one in proportion, floored; the centre is cropped
+    with rounded offsets; mirroring comes last, before encoding. Source: [AbU]'s published transform.
+    """
+    width, height = image.size
+    if width <= height:
+        size = resolution, int(resolution * height / width)
+    else:
+        size = int(resolution * width / height), resolution
+    image = image.resize(size, Image.BILINEAR)
+    left, top = int(round((size[0] - resolution) / 2.0)), int(round((size[1] - resolution) / 2.0))
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)), np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels[:, ::-1].copy() if mirrored else pixels).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def encode_pixels(pipeline, pixels):
+    """Latents [n, C, h, w] float32 on the CPU of pixels [n, 3, H, W]: the posterior's mean, scaled for the denoiser.
+    The mean, not a sample: losses before and after unlearning must differ by the model alone."""
+    vae = pipeline.vae
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+    return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).cpu()
+
+
+def encode_images(pipeline, paths, resolution, mirrored=False, batch_size=20):
+    """Latents [len(paths), C, h, w] of image files, `batch_size` at a time."""
+    batches = [paths[start:start + batch_size] for start in range(0, len(paths), batch_size)]
+    return torch.cat([encode_pixels(pipeline, torch.stack([transform_image(load_image(path), resolution, mirrored)
+                                                           for path in batch])) for batch in batches])
+
+
+@torch.no_grad()
+def encode_prompts(pipeline, prompts):
+    """Embeddings [n, tokens, features] float32 on the CPU: prompts padded and cut to the tokenizer's length, the last
+    hidden state of the text encoder."""
+    tokens = pipeline.tokenizer(list(prompts), padding="max_length", truncation=True,
+                                max_length=pipeline.tokenizer.model_max_length, return_tensors="pt").input_ids
+    return pipeline.text_encoder(tokens.to(pipeline.text_encoder.device)).last_hidden_state.float().cpu()

@@ -1,0 +1,169 @@
+"""Losses of images under a model, on a fixed grid of timesteps with noise that belongs to the image."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import UserError, noise
+from .artifacts import check_record, digest, read_array, record_path, write_array, write_record
+from .datasets import check_pixels
+from .runtime import progress
+
+CHUNK_IMAGES = 64  # part of no result: any chunking gives the same losses
+
+
+def sample_losses(model, latents, noise, timesteps, embeddings):
+    """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's device.
+
+    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [batch, tokens, features].
+    Source: [AbU] section 4.
+    """
+    error = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings) - model.target(latents, noise, timesteps)
+    return error.double().square().mean(dim=tuple(range(1, error.ndim)))
+
+
+def loss_identity(model, training_set, grid, noise_seed, precision, compat=None, batch_size=None):
+    """Identity of losses: what must be the same for two of them to be compared."""
+    scheme = {"noise": noise.SCHEME, "noise_seed": noise_seed, "known_answer": noise.known_answer()}
+    if compat:
+        scheme = {"noise": "torch-per-batch", "batch_size": batch_size, "noise_device": model.device.type}
+    return {**model.identity, "dataset": training_set.name, "num_images": len(training_set), "training_set": training_set.identity,
+            **scheme, "timesteps": grid, "precision": precision}
+
+
+def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
+    """Rows (view * num_images + image) of each chunk: fixed ranges of images, every view of them."""
+    for start in range(0, num_images, chunk_images):
+        images = np.arange(start, min(start + chunk_images, num_images))
+        yield np.concatenate([view * num_images + images for view in range(num_views)])
+
+
+def chunk_noise(training_set, rows, grid, noise_seed, pool):
+    """Noise [rows, captions * timesteps, C, h, w] float32 of a chunk, drawn image by image in worker threads."""
+    num_captions, shape = training_set.embeddings.shape[1], training_set.latents.shape[2:]
+
+    def draw(row):
+        view, image = divmod(int(row), len(training_set))
+        slots = [(view, caption, timestep, 0) for caption in range(num_captions) for timestep in grid]
+        return noise.image_noise(noise_seed, training_set.name, training_set.ids[image], slots, shape)
+
+    return np.stack(list(pool.map(draw, rows)))
+
+
+def score_rows(model, training_set, rows, grid, noises, batch_size):
+    """Losses [rows] float64, each the mean over captions and grid; `batch_size` samples go through the model at once.
+
+    noises: [rows, captions * timesteps, C, h, w] in the order caption, timestep.
+    """
+    views, images = np.divmod(rows, len(training_set))
+    latents, embeddings = training_set.latents[views, images], training_set.embeddings[images]
+    check_pixels(f"latents of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", latents)
+    check_pixels(f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings)
+    latents, embeddings, noises = (torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises))
+    timesteps, losses = torch.tensor(grid), []
+    samples = torch.arange(noises.shape[0] * noises.shape[1])
+    for batch in samples.split(batch_size):
+        row, slot = batch // noises.shape[1], batch % noises.shape[1]
+        inputs = (latents[row], noises[row, slot], timesteps[slot % len(grid)], embeddings[row, slot // len(grid)])
+        losses.append(sample_losses(model, *(tensor.to(model.device, non_blocking=True) for tensor in inputs)))
+    return torch.cat(losses).reshape(len(rows), -1).mean(dim=1).cpu().numpy()
+
+
+def split_rows(rows, size):
+    """Rows in runs of `size`, the last one shorter."""
+    return np.split(rows, np.arange(size, len(rows), size))
+
+
+class Sweep:
+    """The losses of a whole training set, cut into chunks that are kept until the last is done.
+
+    Native chunks are fixed ranges of images. With `compat` they are runs of ten of the published program's batches:
+    rows in the order as is, then mirrored, `batch_size // len(grid)` of them a batch, noise seeded by the batch's index.
+    """
+
+    def __init__(self, training_set, grid, batch_size, noise_seed=0, compat=None):
+        self.training_set, self.grid, self.batch_size, self.noise_seed, self.compat = training_set, grid, batch_size, noise_seed, compat
+        num_rows = training_set.latents.shape[0] * len(training_set)
+        if compat:
+            if batch_size < len(grid):
+                raise UserError(f"--batch_size {batch_size}: --compat abu needs at least the {len(grid)} timesteps of an image")
+            self.rows_a_batch = batch_size // len(grid)
+            self.chunks = split_rows(np.arange(num_rows), 10 * self.rows_a_batch)
+        else:
+            self.chunks = list(chunk_rows(len(training_set), training_set.latents.shape[0]))
+
+    def draw(self, rows, device, pool):
+        """The noise of one chunk."""
+        if not self.compat:
+            return chunk_noise(self.training_set, rows, self.grid, self.noise_seed, pool)
+        batches, shape = split_rows(rows, self.rows_a_batch), self.training_set.latents.shape[2:]
+        return np.concatenate([
+            noise.batch_noise(int(batch[0]) // self.rows_a_batch, (len(batch) * len(self.grid), *shape), device)
+            .cpu().numpy().reshape(len(batch), len(self.grid), *shape) for batch in batches])
+
+    def batches(self):
+        """Rows of each of the published program's batches (`compat` only)."""
+        return split_rows(np.concatenate(self.chunks), self.rows_a_batch)
+
+    @torch.no_grad()
+    def run(self, model, folder, description):
+        """Losses [views * N] float32: all images as is, then all mirrored. Chunks found in `folder`, which belongs to
+        this very sweep, are not scored again."""
+        losses = np.empty(sum(map(len, self.chunks)), np.float64)
+        paths = [folder / f"{number:06d}.npy" for number in range(len(self.chunks))]
+        pending = [number for number, path in enumerate(paths) if not path.exists()]
+        samples_a_row = len(self.grid) * self.training_set.embeddings.shape[1]
+        done = len(losses) - sum(len(self.chunks[number]) for number in pending)
+        with (ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(4) as pool,
+              progress(len(losses) * samples_a_row, description, "samples", done * samples_a_row) as bar):
+            draw = lambda number: ahead.submit(self.draw, self.chunks[number], model.device, pool)
+            upcoming = draw(pending[0]) if pending else None
+            for position, number in enumerate(pending):
+                noises = upcoming.result()
+                upcoming = draw(pending[position + 1]) if position + 1 < len(pending) else None
+                write_array(paths[number], score_rows(model, self.training_set, self.chunks[number], self.grid, noises, self.batch_size))
+                bar.update(len(self.chunks[number]) * samples_a_row)
+        for rows, path in zip(self.chunks, paths):
+            losses[rows] = read_array(path, "chunk", mmap=False)
+        return losses.astype(np.float32)
+
+
+def cache_losses(sweep, model, path, identity, overwrite=False):
+    """Runs a sweep into `path` (.npy float32 [views * N]) and its record, or keeps what is there under the same identity.
+    Chunks stand beside it, in a folder that the identity names, until all are done. Raises UserError where the file was
+    made with other settings and may not be overwritten."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
+        return read_array(path, "losses", mmap=False)
+    folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
+    losses = sweep.run(model, folder, f"{path.parent.name}/{path.stem}")
+    if not np.isfinite(losses).all():
+        raise UserError(f"{path}: {int((~np.isfinite(losses)).sum())} losses are NaN or infinite; the weights have diverged "
+                        "(try a smaller --unlearn_lr or a larger --damping)")
+    record_path(path).unlink(missing_ok=True)
+    write_array(path, losses)
+    write_record(path, identity, model.device)
+    shutil.rmtree(folder, ignore_errors=True)
+    return losses
+
+
+@torch.no_grad()
+def adopt_losses(sweep, model, path, identity):
+    """Gives a loss cache of the published program, which has no record, its record, after its first and last batch were
+    scored again and agreed to 1e-4. Raises UserError where they do not."""
+    losses, batches = read_array(path, "losses", mmap=False), sweep.batches()
+    num_rows = sum(map(len, batches))
+    if losses.shape != (num_rows,):
+        raise UserError(f"{path}: expected {num_rows} losses (two views of each image), found {list(losses.shape)}")
+    for rows in (batches[0], batches[-1]):
+        with ThreadPoolExecutor(1) as pool:
+            again = score_rows(model, sweep.training_set, rows, sweep.grid, sweep.draw(rows, model.device, pool), sweep.batch_size)
+        worst = float(np.max(np.abs(again / losses[rows] - 1)))
+        if not worst <= 1e-4:
+            raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "
+                            "(at most 1e-4 allowed): made with other settings; run compute_training_loss.py --compat abu")
+    write_record(path, identity, model.device)

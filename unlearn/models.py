@@ -1,0 +1,184 @@
+"""Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are selected, and how
+weights are changed and restored."""
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from . import UserError
+from .artifacts import digest, hash_tensors, read_tensors
+
+SELECTIONS = {  # of a UNet's parameters, by name
+    "cross-attn-kv": r"\.attn2\.to_[kv]\.",
+    "cross-attn": r"\.attn2\.",
+    "attn": r"\.attn[12]\.",
+    "all": r"",
+}
+TARGETS = {  # prediction type -> what the denoiser is trained to predict, from alpha-bar, latents and noise
+    "epsilon": lambda alpha_bar, latents, noise: noise,
+    "sample": lambda alpha_bar, latents, noise: latents,
+    "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
+}
+CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
+
+
+@dataclass
+class Model:
+    """A diffusers pipeline in evaluation mode on one device, with what the losses ask of it."""
+
+    pipeline: DiffusionPipeline
+    weights_hash: str  # of denoiser, text encoder and VAE as loaded
+    alpha_bars: torch.Tensor = field(repr=False)  # [num_train_timesteps] float32, on the device
+
+    @property
+    def denoiser(self):
+        """The UNet."""
+        return self.pipeline.unet
+
+    @property
+    def device(self):
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def prediction_type(self):
+        """epsilon, sample or v_prediction, by the scheduler's configuration."""
+        return self.pipeline.scheduler.config.prediction_type
+
+    @property
+    def identity(self):
+        """Identity fields of every loss: weights, noise schedule, prediction type."""
+        return {"weights": self.weights_hash, "prediction_type": self.prediction_type,
+                "schedule": digest([f"{value:.6e}" for value in self.alpha_bars.tolist()])}
+
+    def latent_shape(self, resolution):
+        """(C, h, w) of the latents of a square image of `resolution` pixels."""
+        size = resolution // self.pipeline.vae_scale_factor
+        return self.denoiser.config.in_channels, size, size
+
+    @property
+    def embedding_shape(self):
+        """(tokens, features) of a prompt's embedding."""
+        return self.pipeline.tokenizer.model_max_length, self.pipeline.text_encoder.config.hidden_size
+
+    def diffuse(self, latents, noise, timesteps):
+        """Noisy latents sqrt(alpha_bar) x + sqrt(1 - alpha_bar) epsilon at each sample's timestep."""
+        alpha_bar = self.alpha_bars[timesteps][:, None, None, None]
+        return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+    def target(self, latents, noise, timesteps):
+        """What the denoiser is trained to predict of these noisy latents."""
+        return TARGETS[self.prediction_type](self.alpha_bars[timesteps][:, None, None, None], latents, noise)
+
+    def predict(self, noisy, timesteps, embeddings):
+        """The denoiser's prediction."""
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings).sample
+
+
+def load_model(name, device):
+    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only. Raises UserError where it
+    cannot be loaded or is of a family or prediction type that is not known."""
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if Path(name).exists() and not (Path(name) / "model_index.json").exists():
+        raise UserError(f"--sd_version {name}: a folder without model_index.json is no diffusers pipeline")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--sd_version {name}: cannot be loaded ({str(error).splitlines()[0]:.200})") from None
+    if not all(hasattr(pipeline, part) for part in ("unet", "vae", "text_encoder", "tokenizer")):
+        raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE and text encoder as Stable Diffusion does")
+    if (kind := pipeline.scheduler.config.get("prediction_type", "epsilon")) not in TARGETS:
+        raise UserError(f"--sd_version {name}: unknown prediction type {kind}; expected one of {', '.join(TARGETS)}")
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))
+
+
+def select_parameters(denoiser, selection):
+    """The parameters of a selection, by name in the model's order. Raises UserError where none matches."""
+    selected = {name: value for name, value in denoiser.named_parameters() if re.search(SELECTIONS[selection], name)}
+    if not selected:
+        raise UserError(f"--weight_selection {selection}: matches no parameter of {type(denoiser).__name__}")
+    return selected
+
+
+def check_shapes(path, tensors, parameters, item):
+    """Raises UserError where a tensor's name is not a parameter's or its shape is another."""
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise UserError(f"{path}: {item} {name} matches no weight of this model")
+        if tensor.shape != parameters[name].shape:
+            raise UserError(f"{path}: {item} {name}: expected shape {list(parameters[name].shape)}, found {list(tensor.shape)}")
+
+
+def read_customization(model_dir):
+    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError where there are none."""
+    weights = read_tensors(Path(model_dir) / CUSTOMIZED_WEIGHTS, "customized weights")
+    tokens = {}
+    for path in sorted(Path(model_dir).glob("*.bin")):
+        tokens.update(read_tensors(path, "token embedding"))
+    if not weights:
+        raise UserError(f"{Path(model_dir) / CUSTOMIZED_WEIGHTS}: holds no weights")
+    return weights, tokens
+
+
+def add_tokens(pipeline, tokens, path):
+    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of that name are replaced)."""
+    embeddings = pipeline.text_encoder.get_input_embeddings()
+    for token, vector in tokens.items():
+        if vector.shape != embeddings.weight.shape[1:]:
+            raise UserError(f"{path}: token {token}: expected {embeddings.weight.shape[1]} numbers, found {list(vector.shape)}")
+    pipeline.tokenizer.add_tokens(list(tokens))
+    if len(pipeline.tokenizer) > len(embeddings.weight):
+        pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    weight = pipeline.text_encoder.get_input_embeddings().weight
+    for token, vector in tokens.items():
+        weight.data[pipeline.tokenizer.convert_tokens_to_ids(token)] = vector.to(weight)
+
+
+@contextmanager
+def customized(model, model_dir):
+    """The model with a customized model's K, V and tokens; yields it as a Model with its own hash. The base weights are
+    restored at the end."""
+    weights, tokens = read_customization(model_dir)
+    parameters = dict(model.denoiser.named_parameters())
+    check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, parameters, "weight")
+    add_tokens(model.pipeline, tokens, model_dir)
+    with replaced_weights(model.denoiser, weights):
+        hashed = digest(model.weights_hash, hash_tensors(weights), hash_tensors(tokens))
+        yield Model(model.pipeline, hashed, model.alpha_bars)
+
+
+@contextmanager
+def replaced_weights(denoiser, weights):
+    """Replaces named weights by others; the exact originals come back at the end."""
+    parameters = {name: value for name, value in denoiser.named_parameters() if name in weights}
+    originals = {name: value.detach().clone() for name, value in parameters.items()}
+    try:
+        for name, value in parameters.items():
+            value.data.copy_(weights[name])
+        yield
+    finally:
+        for name, value in parameters.items():
+            value.data.copy_(originals[name])
+
+
+@contextmanager
+def changed_weights(denoiser, change):
+    """Adds a weight change {name: tensor}; the exact originals come back at the end."""
+    parameters = dict(denoiser.named_parameters())
+    with replaced_weights(denoiser, {name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()}):
+        yield

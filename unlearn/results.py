@@ -1,0 +1,80 @@
+"""What a query ends in: influence files, a table and a picture."""
+
+import csv
+import io
+import pickle
+
+import numpy as np
+
+from . import UserError
+from .artifacts import record_path, whole_file, write_record
+from .encoders import load_image
+from .figures import draw_influence
+from .influence import best_view, loss_changes, rank_images
+
+
+def loss_command(args):
+    """The command that caches the losses which this run needs."""
+    command = f"python compute_training_loss.py --task_json {args.task_json} --dataroot {args.dataroot} --result_dir {args.result_dir}"
+    return command + (f" --compat {args.compat}" if args.compat else "")
+
+
+def missing_losses(path, args):
+    """The error of losses that were never cached."""
+    return UserError(f"{path}: no cached losses yet; make them: {loss_command(args)}")
+
+
+def write_csv(path, header, rows):
+    """Writes a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([header, *rows])
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def print_table(title, header, rows):
+    """Prints rows under a header, columns aligned; numbers to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    print(f"\n{title}")
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def list_candidates(image_sets, influence, ranking):
+    """One row a candidate, most influential first: rank, id, caption, score, exemplar or not, path."""
+    ids, captions, paths = ([value for images in image_sets.values() for value in getattr(images, kind)]
+                            for kind in ("ids", "captions", "paths"))
+    num_exemplars = len(image_sets["exemplar"])
+    return [[rank + 1, ids[index], captions[index], float(influence[index]), bool(index < num_exemplars), paths[index]]
+            for rank, index in enumerate(ranking)]
+
+
+def save(folder, task, image_sets, before, after, args, shown, identity):
+    """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
+    prints the table.
+
+    before, after: losses {"exemplar": [2n], "laion": [2N]}; shown: figures that stand in influence.npz beside the scores.
+    """
+    influence = np.concatenate([best_view(loss_changes(before[name], after[name])) for name in image_sets])
+    ranking = rank_images(influence)
+    candidates = list_candidates(image_sets, influence, ranking)
+    path = folder / "influence.npz"
+    record_path(path).unlink(missing_ok=True)
+    write_csv(folder / "influence.csv", ["rank", "id", "caption", "score", "exemplar", "path"], candidates)
+    with whole_file(folder / "influence.pkl") as file:  # for those who read the published program's; never read here
+        pickle.dump({"influence": influence, "rank": ranking}, file)
+    top = candidates[:args.top_k]
+    pictures = [(load_image(path) if path else None, f"{rank}. {caption} ({score:+.2g})", exemplar)
+                for rank, _, caption, score, exemplar, path in top]
+    with whole_file(folder / "visualization.jpg") as file:
+        draw_influence(load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures).save(file, "JPEG", quality=92)
+    with whole_file(path) as file:
+        np.savez(file, ids=np.array([id for images in image_sets.values() for id in images.ids]), influence=influence, rank=ranking,
+                 is_exemplar=np.arange(len(influence)) < len(image_sets["exemplar"]), **shown)
+    write_record(path, {**identity, "candidates": [images.identity for images in image_sets.values()]})
+    print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
+                [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
+    print(f"\nK and V moved by {shown['relative_weight_change']:.2%}. The query's own loss rose from {shown['query_loss_before']:.4f} to "
+          f"{shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\nPicture: {folder / 'visualization.jpg'}")

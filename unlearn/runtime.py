@@ -1,0 +1,94 @@
+"""Device, precision, progress, and how a script ends."""
+
+import logging
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from . import UserError
+
+log = logging.getLogger("unlearn")
+SECONDS_BETWEEN_LINES = 30
+
+
+def choose_device(name=None):
+    """The device asked for; cuda if there is one where none was. Raises UserError where it cannot be had."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    return device
+
+
+def set_precision(precision):
+    """fp32: TensorFloat-32 off in matrix products and convolutions. tf32: on in both."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.deterministic = True
+
+
+def progress(total, description, unit, done=0):
+    """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines elsewhere (SLURM)."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
+    return LineProgress(total, description, unit, done)
+
+
+class LineProgress:
+    """Progress as log lines, one every 30 seconds and one at the end."""
+
+    def __init__(self, total, description, unit, done=0):
+        self.total, self.description, self.unit, self.count, self.start_count = total, description, unit, done, done
+        self.start = self.printed = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            self.print()
+
+    def update(self, count=1):
+        """Counts `count` more units done."""
+        self.count += count
+        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.print()
+
+    def print(self):
+        """Logs what is done, the rate and the time left."""
+        self.printed = time.monotonic()
+        rate = (self.count - self.start_count) / max(self.printed - self.start, 1e-9)
+        left = f", {(self.total - self.count) / rate:.0f} s left" if rate and self.count < self.total else ""
+        log.info(f"{self.description}: {self.count}/{self.total} {self.unit} ({rate:.1f} {self.unit}/s{left})")
+
+
+def run(main, argv=None):
+    """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        main(argv)
+    except UserError as error:
+        sys.exit(end_with(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size (finished work is kept)"))
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size (finished work is kept)"))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def end_with(message):
+    """Prints a user's error as one line; returns the exit status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
