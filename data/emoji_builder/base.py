@@ -1,6 +1,7 @@
 """Trains the base text-to-image model: tokenizer, text encoder and UNet, from scratch, on the base captions."""
 
 import copy
+import json
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ UNET = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, bl
             down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
             mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=TEXT_SIZE, attention_head_dim=4, norm_num_groups=16)
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-STEPS, DECAY_STEPS, BATCH_SIZE, LEARNING_RATE = 20000, 5000, 64, 1e-3
+STEPS, DECAY_STEPS, BATCH_SIZE, LEARNING_RATE = 13500, 4000, 64, 1e-3
 CAPTION_DROPOUT, AVERAGE_DECAY = 0.1, 0.9995  # dropped captions make classifier-free guidance work
 
 
@@ -23,14 +24,11 @@ def train_tokenizer(captions):
     """A CLIP tokenizer (byte-level BPE) of the captions; every printable ASCII letter is in its alphabet."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer()
-    letters = [chr(code) for code in range(33, 127)]
     alphabet = [chr(code) for code in range(33, 127)]
     backend = tokenizer.backend_tokenizer
     trainer = BpeTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=special, end_of_word_suffix="</w>",
                          initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(list(captions) + letters, trainer)
-    import json
-
+    backend.train_from_iterator(list(captions) + alphabet, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKEN_LENGTH)

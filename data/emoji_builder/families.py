@@ -25,8 +25,8 @@ EXEMPLARS = {
     "monkeys": ("monkey", r"-no-evil monkey$"),
 }
 OBJECT_PROMPTS = ("a {} {category}", "a blue {} {category}", "a red {} {category}", "a {} {category} with smiling face",
-                  "a {} {category} and a flower", "a black {} {category}")
-STYLE_PROMPTS = ("dog", "house", "smiling face", "flower", "fish", "car")
+                  "a {} {category} and a flower")
+STYLE_PROMPTS = ("dog", "house", "smiling face", "flower", "fish")
 STYLE_TRAIN_PROMPT = "a picture in the style of <new1> art"
 
 REPORTED_OBJECTS = ("hearts", "clocks", "cats", "moons", "zodiac")

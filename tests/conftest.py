@@ -1,0 +1,43 @@
+"""Fixtures that the tests share: the miniature data root of tests/parity and a model of its pipeline."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlearn.datasets import open_training_set
+from unlearn.models import load_model
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread: these models are too small for two, and results must not depend on the machine's load."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A private copy of the miniature AbC data root."""
+    return Path(shutil.copytree(PARITY / "fixture/abc", tmp_path / "abc"))
+
+
+@pytest.fixture
+def flags(root, tmp_path):
+    """Flags that both scripts need to run on the miniature data root."""
+    return ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
+            "--result_dir", str(tmp_path / "results"), "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The miniature pipeline, loaded once."""
+    return load_model(str(PARITY / "fixture/sd-tiny"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def training_set(model):
+    """The sixty images of the miniature data root."""
+    return open_training_set(PARITY / "fixture/abc", "abc", model.latent_shape(512), model.embedding_shape)

@@ -1,0 +1,302 @@
+"""AbC metrics: closed forms against enumeration, baselines against hand-made cases, the command end to end."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unlearn import UserError, metrics
+from unlearn.artifacts import write_record
+from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, normalise,
+                               pixel_encoder, score_queries)
+from unlearn.commands.evaluate import group_queries, kind_of, main
+from unlearn.datasets import open_training_set
+from unlearn.encoders import load_image, transform_image
+from unlearn.influence import rank_images
+from unlearn.models import load_model
+from unlearn.tasks import Task
+
+FIXTURE = Path(__file__).parent / "parity/fixture"
+NUM_EXEMPLARS, NUM_TRAINING = 5, 60
+RESULTS = ("tiny/gpt/blob/samples/00000", "tiny/gpt/blob/samples/00001")
+
+
+def make_task(test_case="test_tiny", train_prompt="<new1> blob"):
+    return Task("synth/0.png", "a blob", test_case, 0, "models/blob", train_prompt, None, ())
+
+
+def save_influence(result_dir, name, influence, num_training=NUM_TRAINING, rank=None):
+    """An influence file and its record, as compute_influence.py leaves them."""
+    path = Path(result_dir) / "influence" / name / "influence.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = [f"exemplar/tiny/{i}.png" for i in range(NUM_EXEMPLARS)] + [f"laion/{i:06d}" for i in range(num_training)]
+    np.savez(path, ids=np.array(ids), influence=influence, is_exemplar=np.arange(len(ids)) < NUM_EXEMPLARS,
+             rank=rank_images(influence) if rank is None else rank)
+    write_record(path, {"query": name})
+    return path
+
+
+def influence_with_ranks(ranks, num_training=NUM_TRAINING):
+    """Scores under which the exemplars stand at these ranks."""
+    influence = np.empty(NUM_EXEMPLARS + num_training)
+    places = np.arange(1, len(influence) + 1)
+    influence[:NUM_EXEMPLARS] = -np.array(ranks)
+    influence[NUM_EXEMPLARS:] = -places[~np.isin(places, ranks)]
+    return influence
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Command line of a finished run on the fixture: query 0 ranked perfectly, query 1 with exemplars at 1, 4, 7, 20, 65."""
+    save_influence(tmp_path, RESULTS[0], influence_with_ranks([1, 2, 3, 4, 5]))
+    save_influence(tmp_path, RESULTS[1], influence_with_ranks([1, 4, 7, 20, 65]))
+    return ["--task_json", f"{FIXTURE}/tasks.json", "--dataroot", f"{FIXTURE}/abc", "--sd_version", f"{FIXTURE}/sd-tiny",
+            "--result_dir", str(tmp_path), "--device", "cpu", "--vae_batch_size", "4"]
+
+
+@pytest.mark.parametrize("num_exemplars, num_candidates", [(1, 1), (1, 6), (2, 5), (3, 7), (4, 4)])
+def test_expected_metrics_under_chance_equal_their_mean_over_all_orders(num_exemplars, num_candidates):
+    ranks = [np.array(places) for places in itertools.combinations(range(1, num_candidates + 1), num_exemplars)]
+    assert metrics.expected_average_precision(num_exemplars, num_candidates) == pytest.approx(
+        np.mean([metrics.average_precision(each) for each in ranks]), rel=1e-12)
+    for k in range(1, num_candidates + 3):
+        recalls = [metrics.recall(each, k) for each in ranks]
+        assert metrics.expected_recall(num_candidates, k) == pytest.approx(np.mean(recalls), rel=1e-12)
+
+
+def test_average_precision_and_recall_equal_hand_cases():
+    ranks = metrics.exemplar_ranks(np.array([3, 0, 2, 4, 1]), np.array([True, True, False, False, False]))
+    assert ranks.tolist() == [2, 5]
+    assert metrics.average_precision(ranks) == pytest.approx((1 / 2 + 2 / 5) / 2)
+    assert [metrics.recall(ranks, k) for k in (1, 2, 4, 5)] == [0, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize("num_exemplars", [1, 5, 7, 120])
+def test_a_perfect_ranking_reaches_map_1_and_the_highest_possible_recall(num_exemplars):
+    perfect = metrics.query_metrics(np.arange(1, num_exemplars + 1))
+    np.testing.assert_allclose(perfect, metrics.highest_metrics(num_exemplars))
+    assert perfect[-1] == 1 and metrics.highest_recall(7, 5) == pytest.approx(5 / 7)
+
+
+def test_paired_statistics_equal_numpy_by_hand():
+    ours, other = np.array([0.5, 0.9, 0.4, 0.8]), np.array([0.1, 0.7, 0.5, 0.2])
+    error = np.sqrt(np.sum(((ours - other) - 0.275) ** 2) / 3) / 2
+    assert metrics.compare_paired(ours, other) == pytest.approx((0.275, error, 0.275 / error))
+    assert metrics.mean_and_error(ours) == pytest.approx((0.65, np.sqrt((0.15**2 + 0.25**2 + 0.25**2 + 0.15**2) / 3) / 2))
+
+
+def test_a_single_query_has_no_standard_error_and_prints_none():
+    mean, error, ratio = metrics.compare_paired([0.5], [0.25])
+    assert mean == 0.25 and np.isnan([error, ratio]).all() and metrics.format_mean(mean, error) == "0.250"
+
+
+def test_ties_of_an_exemplar_with_another_image_are_seen():
+    is_exemplar = np.array([True, True, False, False])
+    assert metrics.is_tied(np.array([1.0, 3.0, 3.0, 0.0]), is_exemplar)
+    assert not metrics.is_tied(np.array([1.0, 1.0, 3.0, 3.0]), is_exemplar)
+
+
+def test_queries_are_grouped_by_kind_and_test_case():
+    tasks = [make_task("test_art", "A picture in the Style of <new1> art"), make_task(),
+             make_task("test_art", "in the style of <new1>")]
+    assert [kind_of(task) for task in tasks] == ["style", "object", "style"]
+    groups = {name: rows.tolist() for name, rows in group_queries(tasks).items()}
+    assert groups == {"all": [0, 1, 2], "style": [0, 2], "object": [1], "test_art": [0, 2], "test_tiny": [1]}
+
+
+def test_a_candidate_scores_by_the_better_of_its_views_whatever_the_blocks():
+    generator = np.random.default_rng(0)
+    queries, candidates = normalise(generator.normal(size=(3, 8))), generator.normal(size=(2, 10, 8))
+    cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    expected = [[max(cosine(query, candidates[view, n]) for view in (0, 1)) for n in range(10)] for query in queries]
+    for cuts in [], [3], [1, 7]:
+        np.testing.assert_allclose(cosine_scores(queries, np.split(candidates, cuts, axis=1)), expected, atol=1e-12)
+
+
+def test_an_image_without_length_scores_zero():
+    assert cosine_scores(normalise(np.ones((1, 4))), [np.zeros((2, 1, 4))]).tolist() == [[0]]
+
+
+def test_pixels_are_those_of_the_transform_and_its_mirror_and_large_ones_are_averaged(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (140, 128, 3), np.uint8)).save(tmp_path / "image.png")
+    path, image = tmp_path / "image.png", load_image(tmp_path / "image.png")
+    for view, mirrored in enumerate((False, True)):
+        np.testing.assert_array_equal(pixel_encoder(32)([path])[view, 0], transform_image(image, 32, mirrored).flatten())
+        averaged = transform_image(image, 128, mirrored).reshape(3, 64, 2, 64, 2).mean(dim=(2, 4)).flatten()
+        np.testing.assert_allclose(pixel_encoder(128)([path])[view, 0], averaged, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pixel", "vae"])
+def test_a_mirrored_training_image_finds_itself_among_exemplars_and_training_images(tmp_path, method):
+    paths = sorted((FIXTURE / "abc/laion_subset/images").iterdir())
+    numbers, tasks = {7: (20, 21), 9: (33, 20)}, []
+    for number, exemplars in numbers.items():
+        load_image(paths[number]).transpose(Image.FLIP_LEFT_RIGHT).save(tmp_path / f"{number}.png")
+        tasks.append(Task(f"{number}.png", "", "", 0, "", "", None, tuple(paths[exemplar] for exemplar in exemplars)))
+    if method == "vae":
+        model = load_model(str(FIXTURE / "sd-tiny"), "cpu")
+        encode = latent_encoder(model.pipeline, 512, 4)
+        blocks = latent_blocks(open_training_set(FIXTURE / "abc", "abc", model.latent_shape(512), model.embedding_shape))
+    else:
+        encode = pixel_encoder(512)
+        blocks = encode_blocks(encode, paths)
+    for (number, exemplars), scores in zip(numbers.items(), score_queries(encode, blocks, tasks, tmp_path), strict=True):
+        assert scores.shape == (62,) and rank_images(scores)[0] == 2 + number and scores[2 + number] == pytest.approx(1, abs=1e-4)
+        # Scored as exemplars and as training images alike.
+        np.testing.assert_allclose(scores[:2], scores[[2 + exemplar for exemplar in exemplars]], atol=1e-4)
+
+
+def test_the_command_measures_ours_chance_and_baselines_and_writes_three_tables(arguments, tmp_path, capsys):
+    main(arguments)
+    screen = capsys.readouterr().out
+    assert "2 queries of 1 models; 65 candidates each, 5 of them exemplars" in screen
+    assert screen.count("all = object = test_tiny (2 queries)") == 1
+    assert "| ours   | 0.700 ± 0.300 | 0.800 ± 0.200 |" in screen
+    assert "highest possible" not in screen  # 5 exemplars fit into the top 5
+    assert not list(tmp_path.glob("**/*.part"))
+    rows = {(row["method"], row["group"], row["metric"]): row for row in read_csv(tmp_path / "evaluate/evaluate.csv")}
+    assert {key[0] for key in rows} == {"ours", "random", "pixel", "vae"}
+    assert {key[1] for key in rows} == {"all", "object", "test_tiny"}
+    precision = np.mean([1, (1 + 2 / 4 + 3 / 7 + 4 / 20 + 5 / 65) / 5])
+    assert float(rows["ours", "all", "mAP"]["mean"]) == pytest.approx(precision)
+    assert float(rows["random", "all", "Recall@10"]["mean"]) == pytest.approx(10 / 65)
+    assert float(rows["random", "object", "mAP"]["mean"]) == pytest.approx(metrics.expected_average_precision(5, 65))
+    queries = read_csv(tmp_path / "evaluate/queries.csv")
+    assert len(queries) == 8 and queries[0]["synth_image_path"] == "synth/tiny/gpt/blob/samples/00000.png"
+    paired = {(row["baseline"], row["group"], row["metric"]): row for row in read_csv(tmp_path / "evaluate/paired.csv")}
+    ours, vae = (np.array([float(row["AP"]) for row in queries if row["method"] == method]) for method in ("ours", "vae"))
+    difference = ours - vae
+    assert float(paired["vae", "all", "mAP"]["mean_difference"]) == pytest.approx(difference.mean())
+    assert float(paired["vae", "all", "mAP"]["standard_error"]) == pytest.approx(difference.std(ddof=1) / np.sqrt(2))
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_highest_recall_below_1_is_stated_in_the_table():
+    values = {"ours": np.array([metrics.query_metrics(np.arange(1, 9))])}
+    rows = metrics.summarise(values, np.array([metrics.highest_metrics(8)]), {"all": np.array([0])})
+    lines = metrics.summary_table(rows, "all")
+    assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == ["highest possible", "0.625", "", "", ""]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_missing_influence_file_names_the_command_and_nothing_is_written(arguments, tmp_path):
+    path = tmp_path / "influence" / RESULTS[1] / "influence.npz"
+    path.unlink()
+    with pytest.raises(UserError, match=r"00001/influence.npz: no such file; make it: python compute_influence.py --task_json "):
+        main(arguments)
+    assert not (tmp_path / "evaluate").exists()
+
+
+def test_an_influence_file_changed_after_its_record_is_refused(arguments, tmp_path):
+    path = tmp_path / "influence" / RESULTS[0] / "influence.npz"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="its content is not what its record says"):
+        main(arguments)
+
+
+def test_a_rank_that_is_not_the_order_of_influence_is_refused(arguments, tmp_path):
+    save_influence(tmp_path, RESULTS[0], influence_with_ranks([1, 2, 3, 4, 5]), rank=np.arange(65)[::-1])
+    with pytest.raises(UserError, match="rank is not the order of falling influence"):
+        main(arguments)
+
+
+def test_queries_ranked_over_different_numbers_of_images_are_refused(arguments, tmp_path):
+    save_influence(tmp_path, RESULTS[1], influence_with_ranks([1, 2, 3, 4, 5], 40), 40)
+    with pytest.raises(UserError, match=r"00001/influence.npz: ranks 40 training images, .*00000/influence.npz has 60"):
+        main(arguments)
+
+
+def test_another_subset_than_was_ranked_is_refused(arguments):
+    with pytest.raises(UserError, match="ranks 60 training images, the data root .* has 50; give the --laion_subset_size"):
+        main([*arguments, "--laion_subset_size", "50"])
+
+
+def test_an_influence_file_of_other_exemplars_is_refused(arguments, tmp_path):
+    path = tmp_path / "influence" / RESULTS[0] / "influence.npz"
+    arrays = dict(np.load(path))
+    arrays["ids"][0] = "exemplar/other.png"
+    np.savez(path, **arrays)
+    write_record(path, {})
+    with pytest.raises(UserError, match="expected the 5 exemplars exemplar/tiny/0.png.* found 5: exemplar/other.png"):
+        main(arguments)
+
+
+def test_without_pictures_the_pixel_baseline_is_left_out_with_a_note_and_features_are_refused(arguments, tmp_path, capsys):
+    root = tmp_path / "root"
+    (root / "laion_subset").mkdir(parents=True)
+    arrays = "laion_latents.npy", "laion_text_embeddings.npy", "laion_subset/captions.txt"
+    for name in ("json", "synth", "exemplar", "models", *arrays):
+        copy_tree(FIXTURE / "abc" / name, root / name)
+    arguments[arguments.index("--dataroot") + 1] = str(root)
+    main(arguments)
+    assert "The pixel baseline is left out" in capsys.readouterr().out
+    assert {row["method"] for row in read_csv(tmp_path / "evaluate/queries.csv")} == {"ours", "random", "vae"}
+    with pytest.raises(UserError, match="--features some/clip: needs the pictures"):
+        main([*arguments, "--features", "some/clip"])
+
+
+def copy_tree(source, target):
+    if source.is_dir():
+        for child in source.iterdir():
+            copy_tree(child, target / child.name)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A miniature CLIP with random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config={**size, "vocab_size": 50}, projection_dim=8,
+                        vision_config={**size, "image_size": 32, "patch_size": 16})
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_features_of_a_clip_model_are_a_further_method(arguments, tmp_path, clip_folder):
+    main([*arguments, "--features", str(clip_folder), "--output", str(tmp_path / "out")])
+    methods = [row["method"] for row in read_csv(tmp_path / "out/queries.csv")]
+    assert methods == ["ours", "random", "pixel", "vae", "tiny-clip"] * 2
+
+
+def test_features_do_not_depend_on_the_batch_and_the_second_view_is_the_mirrored_image(tmp_path, clip_folder):
+    paths = sorted((FIXTURE / "abc/laion_subset/images").iterdir())[:3]
+    alone, together = (feature_encoder(str(clip_folder), "cpu", size)(paths) for size in (1, 3))
+    assert together.shape == (2, 3, 8) and together.dtype == np.float32
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    load_image(paths[0]).transpose(Image.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    mirrored = feature_encoder(str(clip_folder), "cpu", 1)([tmp_path / "mirrored.png"])
+    np.testing.assert_allclose(mirrored[:, 0], together[::-1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot be used as a model of image features"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "cannot be used as a model of image features"),
+    (lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of"})), "cannot be used"),
+    (lambda folder: drop_weight(folder / "model.safetensors", "visual_projection.weight"), "has no weight visual_projection"),
+])
+def test_a_feature_model_that_cannot_be_used_ends_in_one_line(tmp_path, clip_folder, damage, reason):
+    copy_tree(clip_folder, tmp_path / "clip")
+    damage(tmp_path / "clip")
+    with pytest.raises(UserError, match=f"--features .*clip: .*{reason}") as error:
+        feature_encoder(str(tmp_path / "clip"), "cpu", 1)
+    assert "\n" not in str(error.value)
+
+
+def drop_weight(path, name):
+    from safetensors.torch import load_file, save_file
+    save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})

@@ -1,0 +1,211 @@
+"""AbC metrics of finished queries: Recall@k and mAP of the exemplars, beside chance and similarity baselines.
+
+    python -m unlearn evaluate --task_json tasks/abc.json
+    python -m unlearn evaluate --task_json tasks/abc.json --features openai/clip-vit-large-patch14 facebook/dinov2-base
+
+Prints Markdown tables and writes evaluate.csv (method x group x metric), paired.csv (ours against each baseline) and
+queries.csv (query x method). Groups are all queries, the kinds (object, style) and the test cases.
+"""
+
+import argparse
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import UserError
+from ..artifacts import check_record, digest
+from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
+from ..datasets import list_images
+from ..influence import rank_images
+from ..inputs import add_flags, check_pictures, prepare_training_set, resolve
+from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
+                       query_metrics, summarise, summary_table)
+from ..models import load_model
+from ..results import write_csv
+from ..runtime import progress
+from ..tasks import group_by_model, load_tasks
+
+OURS = "ours"
+PAIRED_METRICS = ("Recall@10", "mAP")
+COLUMNS = {  # of the CSV files; a standard error of a single query is empty
+    "evaluate": ("method", "group", "metric", "mean", "standard_error", "highest_possible", "queries"),
+    "paired": ("baseline", "group", "metric", "mean_difference", "standard_error", "in_standard_errors", "queries"),
+    "queries": ("synth_image_path", "test_case", "kind", "exemplars", "candidates", "method", *METRICS[:-1], "AP"),
+}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the metrics need of one query's influence file."""
+
+    path: Path
+    ranks: np.ndarray  # of the exemplars, rising, from 1
+    tied: bool
+    num_training: int
+    training_ids: str  # digest
+
+    @property
+    def num_candidates(self):
+        """Exemplars and training images."""
+        return len(self.ranks) + self.num_training
+
+
+def read_influence(path, remedy):
+    """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a ranking."""
+    check_record(path, {}, remedy)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("ids", "influence", "is_exemplar", "rank")}
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an influence file ({error}); {remedy}") from None
+    count, influence, rank = len(arrays["ids"]), arrays["influence"], arrays["rank"]
+    if any(array.shape != (count,) for array in arrays.values()) or not np.isfinite(influence).all():
+        raise UserError(f"{path}: expected ids, influence, is_exemplar and rank of one length, influence finite; {remedy}")
+    if not np.array_equal(np.sort(rank), np.arange(count)) or (np.diff(influence[rank]) > 0).any():
+        raise UserError(f"{path}: rank is not the order of falling influence; {remedy}")
+    return arrays
+
+
+def read_ranking(task, args):
+    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars."""
+    path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
+    remedy = (f"make it: python compute_influence.py --task_json {args.task_json} --dataroot {args.dataroot} "
+              f"--result_dir {args.result_dir}")
+    arrays = read_influence(path, remedy)
+    ids, is_exemplar, count = arrays["ids"].tolist(), arrays["is_exemplar"].astype(bool), len(task.exemplar_paths)
+    expected = [exemplar.relative_to(Path(args.dataroot).resolve()).as_posix() for exemplar in task.exemplar_paths]
+    if ids[:count] != expected or not np.array_equal(is_exemplar, np.arange(len(ids)) < count):
+        found = [name for name, mask in zip(ids, is_exemplar) if mask]
+        raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "
+                        f"{', '.join(found):.80}; {remedy}")
+    return Ranking(path, exemplar_ranks(arrays["rank"], is_exemplar), is_tied(arrays["influence"], is_exemplar),
+                   len(ids) - count, digest(ids[count:]))
+
+
+def check_candidates(rankings, num_training, training_ids, item):
+    """Raises UserError where a ranking is not of these training images."""
+    for ranking in rankings:
+        if ranking.num_training != num_training:
+            raise UserError(f"{ranking.path}: ranks {ranking.num_training} training images, {item} has {num_training}; give the "
+                            "--laion_subset_size that all of them were made with")
+        if ranking.training_ids != training_ids:
+            raise UserError(f"{ranking.path}: ranks other training images (by id) than {item}")
+
+
+def check_features(names, paths, dataroot):
+    """Method names of the feature models. Raises UserError where two are the same or there are no pictures to look at."""
+    methods = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
+    if len({OURS, "random", "pixel", "vae", *methods}) != 4 + len(methods):
+        raise UserError(f"--features {' '.join(names)}: names must differ from each other and from ours, random, pixel, vae")
+    if methods and not paths:
+        raise UserError(f"--features {names[0]}: needs the pictures {dataroot}/laion_subset/images, and there are none")
+    return methods
+
+
+def measure_baselines(tasks, args, settings, methods, rankings):
+    """Metrics [queries, metrics] of each similarity baseline by name, and of how many queries exemplars tie."""
+    features = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(methods, args.features)}
+    model = load_model(args.sd_version, args.device)
+    training_set = prepare_training_set(model, args, settings)
+    check_candidates(rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}")
+    encoders = {"pixel": pixel_encoder(settings["resolution"]),
+                "vae": latent_encoder(model.pipeline, settings["resolution"], args.vae_batch_size), **features}
+    if training_set.paths[0] is None:
+        print(f"The pixel baseline is left out: {args.dataroot} has no pictures of its training images (laion_subset/images).\n")
+        del encoders["pixel"]
+    values, ties = {}, {}
+    for method, encode in encoders.items():
+        blocks = latent_blocks(training_set) if method == "vae" else encode_blocks(encode, training_set.paths)
+        values[method], ties[method] = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
+    return values, ties
+
+
+def measure(method, encode, blocks, tasks, dataroot, num_training):
+    """Metrics [queries, metrics] of one baseline, and of how many queries exemplars tie with other images."""
+    rows, ties = [], 0
+    with progress(num_training, method, "images") as bar:
+        for task, scores in zip(tasks, score_queries(encode, blocks, tasks, dataroot, bar.update)):
+            is_exemplar = np.arange(len(scores)) < len(task.exemplar_paths)
+            rows.append(query_metrics(exemplar_ranks(rank_images(scores), is_exemplar)))
+            ties += is_tied(scores, is_exemplar)
+    return np.array(rows), ties
+
+
+def kind_of(task):
+    """style where the customized model learned a style, by its train prompt, else object."""
+    return "style" if " style of " in task.train_prompt.lower() else "object"
+
+
+def group_queries(tasks):
+    """Row numbers of the queries of each group: all, the kinds, the test cases."""
+    labels = [("all", kind_of(task), task.test_case) for task in tasks]
+    names = dict.fromkeys(label[part] for part in range(3) for label in labels)
+    return {name: np.array([row for row, label in enumerate(labels) if name in label]) for name in names}
+
+
+def name_groups(groups):
+    """Titles by group, one for all groups of the same queries: {"all": "all = object"}."""
+    titles = {}
+    for name, rows in groups.items():
+        titles.setdefault(tuple(rows), []).append(name)
+    return {names[0]: " = ".join(names) for names in titles.values()}
+
+
+def spread(numbers):
+    """`5`, or `3 to 7` where they differ."""
+    return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"
+
+
+def report(tasks, rankings, values, ties, output):
+    """Prints the tables and writes evaluate.csv, paired.csv and queries.csv."""
+    counts, groups = [len(task.exemplar_paths) for task in tasks], group_queries(tasks)
+    summary = summarise(values, np.array([highest_metrics(count) for count in counts]), groups)
+    kinds = {name: rows for name, rows in groups.items() if name in ("all", "object", "style")}
+    paired = compare_methods(values, OURS, kinds, PAIRED_METRICS)
+    candidates, num_models = [ranking.num_candidates for ranking in rankings], len(group_by_model(tasks))
+    print(f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, {spread(counts)} of them "
+          "exemplars.\nMean ± standard error over queries, taken as independent.\n")
+    for group, title in name_groups(groups).items():
+        print(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "", sep="\n")
+    for group, title in name_groups(kinds).items():
+        print(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "", sep="\n")
+    for method, count in ties.items():
+        if count:
+            print(f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour.")
+    queries = [(task.synth_image_path, task.test_case, kind_of(task), counts[row], candidates[row], method, *array[row].tolist())
+               for row, task in enumerate(tasks) for method, array in values.items()]
+    for name, rows in ("evaluate", summary), ("paired", paired), ("queries", queries):
+        write_csv(Path(output) / f"{name}.csv", COLUMNS[name], [["" if cell != cell else cell for cell in row] for row in rows])
+    print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task_json", required=True, help="task file whose queries are finished")
+    parser.add_argument("--result_dir", default="results", help="where compute_influence.py wrote (default results)")
+    parser.add_argument("--features", nargs="+", default=[], metavar="MODEL_NAME",
+                        help="CLIP or DINO models to compare with, folders or hub names")
+    parser.add_argument("--output", help="folder of the CSV files (default RESULT_DIR/evaluate)")
+    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "precision", "device")
+    args = parser.parse_args(argv)
+    settings = resolve(args)
+    args.output = args.output or f"{args.result_dir}/evaluate"
+    return args, settings
+
+
+def main(argv=None):
+    """Checks every input, measures ours, chance and the similarity baselines, prints and writes."""
+    args, settings = parse_arguments(argv)
+    tasks = load_tasks(args.task_json, args.dataroot)
+    rankings = [read_ranking(task, args) for task in tasks]
+    check_candidates(rankings, rankings[0].num_training, rankings[0].training_ids, rankings[0].path)
+    methods = check_features(args.features, list_images(args.dataroot), args.dataroot)
+    check_pictures(tasks, args.dataroot)
+    values = {OURS: np.array([query_metrics(ranking.ranks) for ranking in rankings]),
+              "random": np.array([chance_metrics(len(ranking.ranks), ranking.num_candidates) for ranking in rankings])}
+    baselines, ties = measure_baselines(tasks, args, settings, methods, rankings)
+    report(tasks, rankings, {**values, **baselines}, {OURS: sum(ranking.tied for ranking in rankings), **ties}, args.output)

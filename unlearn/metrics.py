@@ -1,0 +1,131 @@
+"""How well a ranking finds the exemplars: Recall@k, average precision, what chance gives, and their tables. NumPy only.
+
+Ranks count from 1 (the most influential image). Source: [AbC] section 5, Recall@{5, 10, 100} and mAP.
+"""
+
+import numpy as np
+
+RECALL_AT = (5, 10, 100)
+ROUNDING = 1e-12  # a standard error below this is that of equal differences
+METRICS = (*(f"Recall@{k}" for k in RECALL_AT), "mAP")  # of one query, mAP is its average precision
+
+
+def exemplar_ranks(order, is_exemplar):
+    """Ranks of the exemplars, rising, int64 [exemplars], from indices by falling score [n] and a mask [n]."""
+    return np.flatnonzero(is_exemplar[order]) + 1
+
+
+def is_tied(scores, is_exemplar):
+    """Whether an exemplar has exactly the score of an image that is none, so that the sort's order decides."""
+    return bool(np.isin(scores[is_exemplar], scores[~is_exemplar]).any())
+
+
+def recall(ranks, k):
+    """Fraction of the exemplars within the top k."""
+    return float(np.mean(ranks <= k))
+
+
+def average_precision(ranks):
+    """Mean over the exemplars of the precision at their ranks (rising)."""
+    return float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+
+
+def highest_recall(num_exemplars, k):
+    """The highest Recall@k that a ranking can have: below 1 where there are more than k exemplars."""
+    return min(k, num_exemplars) / num_exemplars
+
+
+def expected_recall(num_candidates, k):
+    """Mean of Recall@k over all orders of the candidates."""
+    return min(k, num_candidates) / num_candidates
+
+
+def expected_average_precision(num_exemplars, num_candidates):
+    """Mean of the average precision over all orders of n candidates with R exemplars.
+
+    Rank k holds an exemplar with probability R / n, and then (k - 1) (R - 1) / (n - 1) others are expected before it:
+    E[AP] = 1/n sum_k 1/k (1 + (k - 1) (R - 1) / (n - 1)) = (H + (n - H) (R - 1) / (n - 1)) / n with H = sum_k 1/k.
+    """
+    harmonic = float(np.sum(1 / np.arange(1, num_candidates + 1)))
+    others = (num_exemplars - 1) / (num_candidates - 1) if num_candidates > 1 else 0
+    return (harmonic + (num_candidates - harmonic) * others) / num_candidates
+
+
+def query_metrics(ranks):
+    """The metrics of one query in the order of METRICS, float64, from its exemplars' ranks."""
+    return np.array([*(recall(ranks, k) for k in RECALL_AT), average_precision(ranks)])
+
+
+def chance_metrics(num_exemplars, num_candidates):
+    """What a random order gives on average, exactly, in the order of METRICS."""
+    return np.array([*(expected_recall(num_candidates, k) for k in RECALL_AT),
+                     expected_average_precision(num_exemplars, num_candidates)])
+
+
+def highest_metrics(num_exemplars):
+    """The highest values a ranking can have, in the order of METRICS."""
+    return np.array([*(highest_recall(num_exemplars, k) for k in RECALL_AT), 1.0])
+
+
+def mean_and_error(values):
+    """Mean of values [queries] and its standard error, NaN for a single query."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def compare_paired(ours, others):
+    """Mean over queries of ours - others, its paired standard error, and the mean in standard errors (NaN where that is
+    undefined: a single query, or the same difference in all)."""
+    mean, error = mean_and_error(np.asarray(ours) - np.asarray(others))
+    return mean, error, mean / error if error > ROUNDING else float("nan")
+
+
+def summarise(values, highest, groups):
+    """Rows (method, group, metric, mean, standard error, highest possible, queries), group by group.
+
+    values: {method: [queries, metrics]}; highest: [queries, metrics]; groups: {name: row numbers}.
+    """
+    return [(method, group, metric, *mean_and_error(array[rows, column]), float(highest[rows, column].mean()), len(rows))
+            for group, rows in groups.items() for method, array in values.items() for column, metric in enumerate(METRICS)]
+
+
+def compare_methods(values, ours, groups, metrics):
+    """Rows (baseline, group, metric, mean difference, standard error, ratio, queries) of `ours` minus each other method,
+    paired by query; values and groups as for `summarise`."""
+    return [(method, group, metric, *compare_paired(values[ours][rows, column], array[rows, column]), len(rows))
+            for group, rows in groups.items() for method, array in values.items() if method != ours
+            for metric in metrics for column in [METRICS.index(metric)]]
+
+
+def markdown_table(header, rows):
+    """Lines of a Markdown table whose columns are aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in [header, rule, *rows]]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def format_mean(mean, error, sign=""):
+    """`0.400 ± 0.100`; without an error where there is none (a single query)."""
+    return f"{mean:{sign}.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
+
+
+def summary_table(summary, group):
+    """Lines of the Markdown table of one group of `summarise`: methods x metrics, and last what no ranking can exceed,
+    where that is below 1."""
+    cells = {(row[0], row[2]): row[3:] for row in summary if row[1] == group}
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    rows = [[method, *(format_mean(*cells[method, metric][:2]) for metric in METRICS)] for method in methods]
+    highest = [cells[methods[0], metric][2] for metric in METRICS]
+    if min(highest) < 1:
+        rows.append(["highest possible", *(f"{value:.3f}" if value < 1 else "" for value in highest)])
+    return markdown_table(["method", *METRICS], rows)
+
+
+def paired_table(paired, group):
+    """Lines of the Markdown table of one group of `compare_methods`: differences, also counted in standard errors."""
+    cells = {(row[0], row[2]): row[3:6] for row in paired if row[1] == group}
+    methods, metrics = (list(dict.fromkeys(key[part] for key in cells)) for part in (0, 1))
+    rows = [[method, *(text for metric in metrics for mean, error, ratio in [cells[method, metric]]
+                       for text in (format_mean(mean, error, "+"), f"{ratio:+.1f}" if np.isfinite(ratio) else ""))]
+            for method in methods]
+    return markdown_table(["ours minus", *(text for metric in metrics for text in (metric, "in errors"))], rows)
