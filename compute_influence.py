@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unlearn import noise, results
+from unlearn import UserError, noise, results
 from unlearn.artifacts import check_record, hash_file, read_array, read_tensors, record_path, write_record, write_tensors
 from unlearn.curvature import DiagonalFisher, check_fisher
-from unlearn.inputs import (add_flags, check_pictures, encode_exemplars, encode_query, find_fisher, prepare_training_set, print_plan,
-                            resolve)
+from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
+                            encode_query, find_fisher, prepare_training_set, print_plan, resolve)
 from unlearn.losses import Sweep, adopt_losses, cache_losses, chunk_noise, loss_identity, score_rows
-from unlearn.models import SELECTIONS, changed_weights, customized, load_model, read_customization, select_parameters
+from unlearn.models import SELECTIONS, changed_weights, check_customization, customized, load_model, read_customization, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, check_change, relative_change, remove_checkpoints, unlearn
 from unlearn.runtime import progress, run
 from unlearn.tasks import group_by_model, load_tasks
@@ -56,6 +56,16 @@ def find_cached_losses(args, groups):
             path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
             if not path.exists():
                 raise results.missing_losses(path, args)
+
+
+def check_leftovers(args, tasks):
+    """Raises UserError, before hours of unlearning, where a query's folder holds losses that are not this program's."""
+    for task in tasks:
+        folder = Path(args.result_dir) / "influence" / task.result_name
+        for path in folder / "exemplar_loss.npy", folder / "laion_loss.npy":
+            if path.exists() and not (folder / "weight_change.safetensors").exists() and not args.overwrite:
+                raise UserError(f"{path}: stands there without the weight_change.safetensors it was scored under; give --overwrite to "
+                                "replace it, or another --result_dir")
 
 
 def load_losses(custom, tasks, image_sets, grid, args):
@@ -139,28 +149,38 @@ def main(argv=None):
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)
     groups = group_by_model(tasks)
+    check_result_dir(args.result_dir)
+    check_training_files(args)
+    fisher_path = args.fisher_path = find_fisher(args)
+    if not args.dry_run:
+        find_cached_losses(args, groups)
+        check_leftovers(args, tasks)
     check_pictures(tasks, args.dataroot)
     for model_path in groups:
         read_customization(Path(args.dataroot) / model_path)
-    fisher_path = find_fisher(args)
-    if not args.dry_run:
-        find_cached_losses(args, groups)
     model = load_model(args.sd_version, args.device)
     grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars))
+    for model_path in groups:
+        check_customization(model, Path(args.dataroot) / model_path)
     parameters = select_parameters(model.denoiser, args.weight_selection)
+    check_fisher_record(fisher_path, model)
     diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
     check_fisher(fisher_path, diagonal, parameters, args.damping)
     fisher = DiagonalFisher(diagonal, args.damping)
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         draws = args.unlearn_steps * args.unlearn_batch_size * args.unlearn_grad_accum_steps
-        return print_plan(args, groups, training_set, grid, len(tasks), args.loss_batch_size, draws * len(tasks))
-    for model_path, group in groups.items():
+        return print_plan(args, groups, training_set, grid, len(tasks), args.loss_batch_size, draws * len(tasks),
+                          4 * sum(value.numel() for value in parameters.values()))
+    before = {}
+    for model_path, group in groups.items():  # every model's losses are checked before the first query, which takes hours
         with customized(model, Path(args.dataroot) / model_path) as custom:
             image_sets = {"exemplar": encode_exemplars(custom, group[0], args, settings), "laion": training_set}
-            before = load_losses(custom, group, image_sets, grid, args)
+            before[model_path] = image_sets, load_losses(custom, group, image_sets, grid, args)
+    for model_path, group in groups.items():
+        with customized(model, Path(args.dataroot) / model_path) as custom:
             for task in group:
-                attribute_query(custom, task, image_sets, before, fisher, grid, args, settings)
+                attribute_query(custom, task, *before[model_path], fisher, grid, args, settings)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ record of what it was made with. Killed and run again, the same command goes on 
 import argparse
 from pathlib import Path
 
-from unlearn.inputs import add_flags, check_pictures, encode_exemplars, prepare_training_set, print_plan, resolve
+from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
+                            print_plan, resolve)
 from unlearn.losses import Sweep, cache_losses, loss_identity
-from unlearn.models import customized, load_model, read_customization
+from unlearn.models import check_customization, customized, load_model, read_customization
 from unlearn.noise import timestep_grid
 from unlearn.runtime import log, run
 from unlearn.tasks import group_by_model, load_tasks
@@ -45,11 +46,15 @@ def main(argv=None):
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)
     groups = group_by_model(tasks)
+    check_result_dir(args.result_dir)
+    check_training_files(args)
     check_pictures(tasks, args.dataroot)
     for model_path in groups:
         read_customization(Path(args.dataroot) / model_path)
     model = load_model(args.sd_version, args.device)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    for model_path in groups:
+        check_customization(model, Path(args.dataroot) / model_path)
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         return print_plan(args, groups, training_set, grid, len(groups), args.batch_size)

@@ -6,11 +6,13 @@ its existence means that the artefact is complete.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import pickle
 import platform
+import socket
 import subprocess
 import time
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from . import UserError, __version__
 
@@ -60,13 +62,25 @@ def resolve_inside(root, path, item):
     return resolved
 
 
+def remove_stale_parts(path):
+    """Removes what killed processes of this machine left of a half-written `path`."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}.*.part"):
+        try:
+            os.kill(int(part.suffixes[-2][1:]), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # it is there, another user's
+
+
 @contextmanager
 def whole_file(path):
     """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_parts(path)
         with open(part, "wb") as file:
             yield file
             file.flush()
@@ -117,8 +131,8 @@ def read_array(path, item="array", mmap=True):
 
 def write_tensors(path, tensors):
     """Writes named tensors as safetensors."""
-    with whole_file(path) as file:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.name)
+    with whole_file(path) as file:  # not save_file: it writes a hidden file of its own, which a kill leaves behind
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path, item="file", names=None):

@@ -1,5 +1,6 @@
 """One TrainingSet for every benchmark, and what a data root says of itself (`dataset.json`)."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +15,24 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,
              "time_samples": 10, "batch_size": 200, "vae_batch_size": 20, "damping": 0.0, "unlearn_lr": 0.1,
              "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10}
+MAY_BE_ZERO = ("damping", "unlearn_steps", "top_k")
+LARGEST_NUMBERS = {"top_k": 1000}  # more pictures than a JPEG can be high
+
+
+def check_number(item, name, value):
+    """Raises UserError where the setting `name` is a number that is not finite or out of range; seeds may be negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    kind, largest = "whole number" if isinstance(value, int) else "number", LARGEST_NUMBERS.get(name, 2 ** 53)
+    if "seed" not in name and not (value >= 0 if name in MAY_BE_ZERO else value > 0):  # so written, NaN is refused
+        raise UserError(f"{item} {value:.6g}: expected a {'non-negative' if name in MAY_BE_ZERO else 'positive'} {kind}")
+    if abs(value) > largest:
+        raise UserError(f"{item} {str(value):.40}: expected a {kind} of at most {largest:,}")
 
 
 def read_settings(dataroot):
     """Settings of a data root: those of its `dataset.json` over the published ones of AbC.
-    `pipeline` may be a folder of the data root. Raises UserError for unknown keys and wrong types."""
+    `pipeline` may be a folder of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
     if not path.exists():
         return settings
@@ -30,7 +44,8 @@ def read_settings(dataroot):
             raise UserError(f"data set {path}: unknown key {key}; expected some of {', '.join(PUBLISHED)}")
         kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r}")
+            raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}")
+        check_number(f"data set {path}: {key}", key, value)
     settings.update(own)
     if (Path(dataroot) / settings["pipeline"] / "model_index.json").exists():
         settings["pipeline"] = str(Path(dataroot) / settings["pipeline"])
@@ -89,9 +104,17 @@ def probe(array):
     return digest(list(array.shape), str(array.dtype), [array[row].tobytes().hex() for row in rows])
 
 
+def read_identity(path):
+    """Identity in the record of latents or embeddings that this project made. Raises UserError where it is no record."""
+    record = read_json(record_path(path), "record")
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise UserError(f"record {record_path(path)}: not a record; remove {path} and it, and both are made again")
+    return record["identity"]
+
+
 def source_of(path, array):
     """What an array was made from: its record's identity where this project made it, else a probe of its rows."""
-    return digest(read_json(record_path(path))["identity"]) if record_path(path).exists() else probe(array)
+    return digest(read_identity(path)) if record_path(path).exists() else probe(array)
 
 
 def choose_subset_size(available, asked):
@@ -107,18 +130,19 @@ def check_pixels(item, values):
         raise UserError(f"{item}: has NaN or infinite entries; download or encode it again")
 
 
-def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size=None):
-    """Opens the training set of a data root in the AbC layout: `laion_latents.npy` [2N, C, h, w] (N as is, then N
-    mirrored), `laion_text_embeddings.npy` [N, tokens, features] and, where they are, images and captions.
+def array_paths(dataroot):
+    """Where latents and embeddings of the training set stand."""
+    return Path(dataroot) / "laion_latents.npy", Path(dataroot) / "laion_text_embeddings.npy"
 
-    latent_shape: (C, h, w) and embedding_shape: (tokens, features) of the model. Raises UserError where files are
-    missing or of another shape.
-    """
-    latents_path, embeddings_path = (Path(dataroot) / f"laion_{kind}.npy" for kind in ("latents", "text_embeddings"))
+
+def open_arrays(dataroot):
+    """Latents and embeddings (memory-mapped), pictures and captions of a data root. Raises UserError where they are
+    missing or their numbers disagree: all that can be told without a model."""
+    latents_path, embeddings_path = array_paths(dataroot)
     latents, embeddings = read_array(latents_path, "latents"), read_array(embeddings_path, "text embeddings")
-    for path, array, shape in (latents_path, latents, latent_shape), (embeddings_path, embeddings, embedding_shape):
-        if array.shape[1:] != tuple(shape) or not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"{path}: expected rows {list(shape)} of floats for this model, found {list(array.shape)} {array.dtype}")
+    for path, array, axes in (latents_path, latents, "[2N, C, h, w]"), (embeddings_path, embeddings, "[N, tokens, features]"):
+        if array.ndim != axes.count(",") + 1 or not len(array) or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{path}: expected {axes} of floats, found {list(array.shape)} {array.dtype}")
     count = len(embeddings)
     if len(latents) != 2 * count:
         raise UserError(f"{latents_path}: expected {2 * count} rows, two views of each of the {count} images of "
@@ -127,6 +151,33 @@ def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size
     for item, values in ("images", paths), ("captions", captions):
         if values and len(values) != count:
             raise UserError(f"{Path(dataroot) / 'laion_subset'}: {len(values)} {item} for {count} rows of {embeddings_path.name}")
+    return latents, embeddings, paths, captions
+
+
+def check_finite(dataroot, training_set):
+    """Reads latents and embeddings that came with a data root once, so that no sweep stops in its last hour. Raises
+    UserError, naming file and image, where an entry is NaN or infinite. What this project made was checked then."""
+    for path, views in zip(array_paths(dataroot), (training_set.latents, [training_set.embeddings])):
+        for array in [] if record_path(path).exists() else views:
+            for start in range(0, len(array), 256):
+                if not np.isfinite(np.asarray(array[start:start + 256])).all():
+                    row = next(row for row in range(start, len(array)) if not np.isfinite(np.asarray(array[row])).all())
+                    check_pixels(f"{path}, {training_set.ids[row]}", np.asarray(array[row]))
+
+
+def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size=None):
+    """Opens the training set of a data root in the AbC layout: `laion_latents.npy` [2N, C, h, w] (N as is, then N
+    mirrored), `laion_text_embeddings.npy` [N, tokens, features] and, where they are, images and captions.
+
+    latent_shape: (C, h, w) and embedding_shape: (tokens, features) of the model. Raises UserError where files are
+    missing or of another shape.
+    """
+    latents_path, embeddings_path = array_paths(dataroot)
+    latents, embeddings, paths, captions = open_arrays(dataroot)
+    count = len(embeddings)
+    for path, array, shape in (latents_path, latents, latent_shape), (embeddings_path, embeddings, embedding_shape):
+        if array.shape[1:] != tuple(shape):
+            raise UserError(f"{path}: expected rows {list(shape)} of floats for this model, found {list(array.shape)} {array.dtype}")
     training_set = TrainingSet(
         name=name, ids=[f"laion/{row:06d}" for row in range(count)], captions=captions or [""] * count,
         paths=paths or [None] * count, latents=latents.reshape(2, count, *latents.shape[1:]), embeddings=embeddings[:, None],

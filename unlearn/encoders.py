@@ -6,18 +6,24 @@ from PIL import Image, UnidentifiedImageError
 
 from . import UserError
 
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a picture that unfolds to more is refused (decompression bomb)
+LARGEST_IMAGE = 200_000_000  # pixels; a picture that unfolds to more is refused (decompression bomb)
+Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow warns above this and refuses above twice as many
+LARGEST_ASPECT = 200  # a longer strip would unfold when its shorter side is resized
 
 
 def load_image(path):
     """Reads an image as RGB. Raises UserError where it is missing, truncated or no image."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > LARGEST_ASPECT * min(image.size):
+                raise UserError(f"image {path}: {image.width} x {image.height} pixels; at most {LARGEST_ASPECT} times as long as wide")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"image {path}: cannot be read, it may be truncated ({error})") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"image {path}: more than {LARGEST_IMAGE:,} pixels (a decompression bomb?)") from None
 
 
 def transform_image(image, resolution, mirrored=False):

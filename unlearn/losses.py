@@ -136,10 +136,13 @@ def cache_losses(sweep, model, path, identity, overwrite=False):
     Chunks stand beside it, in a folder that the identity names, until all are done. Raises UserError where the file was
     made with other settings and may not be overwritten."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
-        return read_array(path, "losses", mmap=False)
     folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
+    # Losses without a record beside this sweep's own chunks: killed between writing the one and the other.
+    interrupted = folder.is_dir() and not record_path(path).exists()
+    if path.exists() and not overwrite and not interrupted:
+        check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
+        shutil.rmtree(folder, ignore_errors=True)
+        return read_array(path, "losses", mmap=False)
     losses = sweep.run(model, folder, f"{path.parent.name}/{path.stem}")
     if not np.isfinite(losses).all():
         raise UserError(f"{path}: {int((~np.isfinite(losses)).sum())} losses are NaN or infinite; the weights have diverged "

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import UserError
 from .artifacts import digest, hash_tensors, read_tensors
+from .runtime import is_out_of_memory
 
 SELECTIONS = {  # of a UNet's parameters, by name
     "cross-attn-kv": r"\.attn2\.to_[kv]\.",
@@ -25,6 +26,7 @@ TARGETS = {  # prediction type -> what the denoiser is trained to predict, from 
     "sample": lambda alpha_bar, latents, noise: latents,
     "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
 }
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
 
 
@@ -88,18 +90,31 @@ def load_model(name, device):
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if Path(name).exists() and not (Path(name) / "model_index.json").exists():
-        raise UserError(f"--sd_version {name}: a folder without model_index.json is no diffusers pipeline")
+    if Path(name).exists():
+        for part in ("model_index.json", *PARTS):
+            if not (Path(name) / part).exists():
+                raise UserError(f"--sd_version {name}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--sd_version {name}: cannot be loaded ({str(error).splitlines()[0]:.200})") from None
-    if not all(hasattr(pipeline, part) for part in ("unet", "vae", "text_encoder", "tokenizer")):
-        raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE and text encoder as Stable Diffusion does")
+        if not all(getattr(pipeline, part, None) for part in PARTS):
+            raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
+        # Transformers makes up what a text encoder's file lacks: another model at every start.
+        _, loading = type(pipeline.text_encoder).from_pretrained(name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # what the two libraries raise for a damaged file has no common type
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--sd_version {name}: cannot be loaded ({reason:.200})") from None
     if (kind := pipeline.scheduler.config.get("prediction_type", "epsilon")) not in TARGETS:
         raise UserError(f"--sd_version {name}: unknown prediction type {kind}; expected one of {', '.join(TARGETS)}")
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
-    for part in parts.values():
+    for label, part in parts.items():
+        # Diffusers leaves what a file lacks without values.
+        missing = {key for key, value in part.state_dict().items() if value.is_meta}
+        if missing := sorted(missing.union(loading["missing_keys"]) if label == "text_encoder" else missing):
+            raise UserError(f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}")
         part.eval().requires_grad_(False)
     weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
     pipeline.to(device)
@@ -125,22 +140,34 @@ def check_shapes(path, tensors, parameters, item):
 
 
 def read_customization(model_dir):
-    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError where there are none."""
+    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError where there are none
+    or some are not finite."""
     weights = read_tensors(Path(model_dir) / CUSTOMIZED_WEIGHTS, "customized weights")
     tokens = {}
     for path in sorted(Path(model_dir).glob("*.bin")):
         tokens.update(read_tensors(path, "token embedding"))
     if not weights:
         raise UserError(f"{Path(model_dir) / CUSTOMIZED_WEIGHTS}: holds no weights")
+    for name, value in {**weights, **tokens}.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{model_dir}: {name} has NaN or infinite entries; download the customized model again")
     return weights, tokens
 
 
-def add_tokens(pipeline, tokens, path):
+def check_customization(model, model_dir):
+    """A customized model's weights and tokens (`read_customization`). Raises UserError where one does not fit the model."""
+    weights, tokens = read_customization(model_dir)
+    check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, dict(model.denoiser.named_parameters()), "weight")
+    features = model.embedding_shape[1]
+    for token, vector in tokens.items():
+        if vector.shape != (features,):
+            raise UserError(f"{model_dir}: token {token}: expected {features} numbers, found {list(vector.shape)}")
+    return weights, tokens
+
+
+def add_tokens(pipeline, tokens):
     """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of that name are replaced)."""
     embeddings = pipeline.text_encoder.get_input_embeddings()
-    for token, vector in tokens.items():
-        if vector.shape != embeddings.weight.shape[1:]:
-            raise UserError(f"{path}: token {token}: expected {embeddings.weight.shape[1]} numbers, found {list(vector.shape)}")
     pipeline.tokenizer.add_tokens(list(tokens))
     if len(pipeline.tokenizer) > len(embeddings.weight):
         pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
@@ -153,10 +180,8 @@ def add_tokens(pipeline, tokens, path):
 def customized(model, model_dir):
     """The model with a customized model's K, V and tokens; yields it as a Model with its own hash. The base weights are
     restored at the end."""
-    weights, tokens = read_customization(model_dir)
-    parameters = dict(model.denoiser.named_parameters())
-    check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, parameters, "weight")
-    add_tokens(model.pipeline, tokens, model_dir)
+    weights, tokens = check_customization(model, model_dir)
+    add_tokens(model.pipeline, tokens)
     with replaced_weights(model.denoiser, weights):
         hashed = digest(model.weights_hash, hash_tensors(weights), hash_tensors(tokens))
         yield Model(model.pipeline, hashed, model.alpha_bars)

@@ -3,20 +3,40 @@
 import csv
 import io
 import pickle
+import shlex
 
 import numpy as np
 
 from . import UserError
 from .artifacts import record_path, whole_file, write_record
+from .datasets import read_settings
 from .encoders import load_image
 from .figures import draw_influence
 from .influence import best_view, loss_changes, rank_images
+from .inputs import OWN_DEFAULTS
+from .runtime import log
 
 
 def loss_command(args):
-    """The command that caches the losses which this run needs."""
-    command = f"python compute_training_loss.py --task_json {args.task_json} --dataroot {args.dataroot} --result_dir {args.result_dir}"
-    return command + (f" --compat {args.compat}" if args.compat else "")
+    """The command that caches the losses which this run needs: its flags, where they are not the defaults."""
+    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "result_dir": args.result_dir, "sd_version": args.sd_version,
+             "laion_subset_size": args.laion_subset_size, "time_samples": args.loss_time_samples, "noise_seed": args.noise_seed,
+             "precision": args.precision, "compat": args.compat}
+    if args.compat:
+        flags["batch_size"] = args.loss_batch_size
+    defaults = {**OWN_DEFAULTS, **read_settings(args.dataroot), "laion_subset_size": None, "compat": None}
+    defaults["sd_version"] = defaults["pipeline"]
+    return shlex.join(["python", "compute_training_loss.py", *(part for flag, value in flags.items() if value != defaults.get(flag, "")
+                                                               for part in (f"--{flag}", str(value)))])
+
+
+def load_picture(path):
+    """A candidate's picture, or None, with a warning, where it cannot be read: that must not cost the result."""
+    try:
+        return load_image(path) if path else None
+    except UserError as error:
+        log.warning(f"left out of the picture: {error}")
+        return None
 
 
 def missing_losses(path, args):
@@ -66,10 +86,12 @@ def save(folder, task, image_sets, before, after, args, shown, identity):
     with whole_file(folder / "influence.pkl") as file:  # for those who read the published program's; never read here
         pickle.dump({"influence": influence, "rank": ranking}, file)
     top = candidates[:args.top_k]
-    pictures = [(load_image(path) if path else None, f"{rank}. {caption} ({score:+.2g})", exemplar)
+    pictures = [(load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
                 for rank, _, caption, score, exemplar, path in top]
+    jpeg = io.BytesIO()  # Pillow's own writing to a file does not say that the disk is full
+    draw_influence(load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures).save(jpeg, "JPEG", quality=92)
     with whole_file(folder / "visualization.jpg") as file:
-        draw_influence(load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures).save(file, "JPEG", quality=92)
+        file.write(jpeg.getvalue())
     with whole_file(path) as file:
         np.savez(file, ids=np.array([id for images in image_sets.values() for id in images.ids]), influence=influence, rank=ranking,
                  is_exemplar=np.arange(len(influence)) < len(image_sets["exemplar"]), **shown)

@@ -11,6 +11,7 @@ from . import UserError
 
 log = logging.getLogger("unlearn")
 SECONDS_BETWEEN_LINES = 30
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in errors that have no type of their own
 
 
 def choose_device(name=None):
@@ -77,15 +78,20 @@ def run(main, argv=None):
         main(argv)
     except UserError as error:
         sys.exit(end_with(error))
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size (finished work is kept)"))
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
+        if not is_out_of_memory(error):
             raise
-        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size (finished work is kept)"))
+        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size, --loss_batch_size or --vae_batch_size "
+                          "(finished work is kept)"))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether an error says that the memory of device or host is full."""
+    return (isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+            or isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
 
 
 def end_with(message):

@@ -8,14 +8,12 @@ queries.csv (query x method). Groups are all queries, the kinds (object, style) 
 """
 
 import argparse
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .. import UserError
-from ..artifacts import check_record, digest
+from ..artifacts import digest
 from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
 from ..datasets import list_images
 from ..influence import rank_images
@@ -23,6 +21,7 @@ from ..inputs import add_flags, check_pictures, prepare_training_set, resolve
 from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
                        query_metrics, summarise, summary_table)
 from ..models import load_model
+from ..rankings import EFFECTS, check_candidates, read_ranking
 from ..results import write_csv
 from ..runtime import progress
 from ..tasks import group_by_model, load_tasks
@@ -34,64 +33,6 @@ COLUMNS = {  # of the CSV files; a standard error of a single query is empty
     "paired": ("baseline", "group", "metric", "mean_difference", "standard_error", "in_standard_errors", "queries"),
     "queries": ("synth_image_path", "test_case", "kind", "exemplars", "candidates", "method", *METRICS[:-1], "AP"),
 }
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """What the metrics need of one query's influence file."""
-
-    path: Path
-    ranks: np.ndarray  # of the exemplars, rising, from 1
-    tied: bool
-    num_training: int
-    training_ids: str  # digest
-
-    @property
-    def num_candidates(self):
-        """Exemplars and training images."""
-        return len(self.ranks) + self.num_training
-
-
-def read_influence(path, remedy):
-    """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a ranking."""
-    check_record(path, {}, remedy)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("ids", "influence", "is_exemplar", "rank")}
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an influence file ({error}); {remedy}") from None
-    count, influence, rank = len(arrays["ids"]), arrays["influence"], arrays["rank"]
-    if any(array.shape != (count,) for array in arrays.values()) or not np.isfinite(influence).all():
-        raise UserError(f"{path}: expected ids, influence, is_exemplar and rank of one length, influence finite; {remedy}")
-    if not np.array_equal(np.sort(rank), np.arange(count)) or (np.diff(influence[rank]) > 0).any():
-        raise UserError(f"{path}: rank is not the order of falling influence; {remedy}")
-    return arrays
-
-
-def read_ranking(task, args):
-    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars."""
-    path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
-    remedy = (f"make it: python compute_influence.py --task_json {args.task_json} --dataroot {args.dataroot} "
-              f"--result_dir {args.result_dir}")
-    arrays = read_influence(path, remedy)
-    ids, is_exemplar, count = arrays["ids"].tolist(), arrays["is_exemplar"].astype(bool), len(task.exemplar_paths)
-    expected = [exemplar.relative_to(Path(args.dataroot).resolve()).as_posix() for exemplar in task.exemplar_paths]
-    if ids[:count] != expected or not np.array_equal(is_exemplar, np.arange(len(ids)) < count):
-        found = [name for name, mask in zip(ids, is_exemplar) if mask]
-        raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "
-                        f"{', '.join(found):.80}; {remedy}")
-    return Ranking(path, exemplar_ranks(arrays["rank"], is_exemplar), is_tied(arrays["influence"], is_exemplar),
-                   len(ids) - count, digest(ids[count:]))
-
-
-def check_candidates(rankings, num_training, training_ids, item):
-    """Raises UserError where a ranking is not of these training images."""
-    for ranking in rankings:
-        if ranking.num_training != num_training:
-            raise UserError(f"{ranking.path}: ranks {ranking.num_training} training images, {item} has {num_training}; give the "
-                            "--laion_subset_size that all of them were made with")
-        if ranking.training_ids != training_ids:
-            raise UserError(f"{ranking.path}: ranks other training images (by id) than {item}")
 
 
 def check_features(names, paths, dataroot):
@@ -153,6 +94,14 @@ def name_groups(groups):
     return {names[0]: " = ".join(names) for names in titles.values()}
 
 
+def effect_table(rankings, groups):
+    """Markdown lines: how far unlearning moved the weights and the losses, the mean of each group."""
+    effects = np.array([ranking.effect for ranking in rankings])
+    rows = [[name, f"{effects[rows, 0].mean():.1%}", f"{effects[rows, 1].mean():.4f}", *(f"{value:+.1e}" for value in effects[rows, 2:].mean(axis=0))]
+            for name, rows in groups.items()]
+    return [f"| {' | '.join(cells)} |" for cells in (["", *EFFECTS], ["---"] + ["---:"] * len(EFFECTS), *rows)]
+
+
 def spread(numbers):
     """`5`, or `3 to 7` where they differ."""
     return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"
@@ -171,6 +120,7 @@ def report(tasks, rankings, values, ties, output):
         print(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "", sep="\n")
     for group, title in name_groups(kinds).items():
         print(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "", sep="\n")
+    print("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "", sep="\n")
     for method, count in ties.items():
         if count:
             print(f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour.")

@@ -1,0 +1,270 @@
+"""Flags and data roots: which value counts, what a dry run tells, what is read and what is left alone."""
+
+import argparse
+import io
+import json
+import logging
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from PIL import Image
+from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, files
+
+import compute_influence
+import compute_training_loss
+from unlearn import UserError, inputs
+from unlearn import results as results_module
+from unlearn.artifacts import record_path
+from unlearn.datasets import open_training_set, read_settings
+from unlearn.encoders import load_image, transform_image
+from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
+
+
+def parse(script, root, *given):
+    """A script's resolved arguments on a data root."""
+    return script.parse_arguments(["--task_json", "tasks.json", "--dataroot", str(root), "--device", "cpu", *given])[0]
+
+
+def write_settings(root, **settings):
+    (root / "dataset.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("flag, setting, published", [
+    ("sd_version", "pipeline", "CompVis/stable-diffusion-v1-4"), ("vae_batch_size", "vae_batch_size", 20), ("loss_batch_size", "batch_size", 200),
+    ("loss_time_samples", "time_samples", 10), ("num_train", "num_train", 400_000_000), ("damping", "damping", 0.0), ("unlearn_lr", "unlearn_lr", 0.1),
+    ("unlearn_steps", "unlearn_steps", 100), ("unlearn_batch_size", "unlearn_batch_size", 16),
+    ("unlearn_grad_accum_steps", "unlearn_grad_accum_steps", 10), ("top_k", "top_k", 10)])
+def test_a_flag_goes_before_the_data_root_and_the_data_root_before_the_published_value(flag, setting, published, root):
+    assert getattr(parse(compute_influence, root), flag) == published
+    own, given = ("own", "given") if flag == "sd_version" else (3, 5)
+    write_settings(root, **{setting: own})
+    assert getattr(parse(compute_influence, root), flag) == own
+    assert getattr(parse(compute_influence, root, f"--{flag}", str(given)), flag) == given
+    assert getattr(parse(compute_influence, root, f"--{flag}", str(published)), flag) == published  # the default, given explicitly
+
+
+def test_the_published_defaults_hold_where_nothing_is_given(root):
+    args = parse(compute_training_loss, root)
+    assert (args.result_dir, args.sd_version, args.vae_batch_size, args.batch_size, args.time_samples, args.noise_seed, args.precision) == (
+        "results", "CompVis/stable-diffusion-v1-4", 20, 200, 10, 0, "fp32")
+
+
+def test_flags_may_be_abbreviated_as_in_the_published_readme(root):
+    args = parse(compute_influence, root, "--loss_time_sample", "5", "--unlearn_b", "7", "--fisher", "x.pt")
+    assert (args.loss_time_samples, args.unlearn_batch_size, args.fisher_path) == (5, 7, "x.pt")
+    assert parse(compute_training_loss, root, "--time_sample", "4", "--laion", "9").laion_subset_size == 9
+
+
+def test_every_flag_of_the_published_scripts_is_there(root):
+    common = ["--result_dir", "r", "--sd_version", "s", "--laion_subset_size", "7", "--vae_batch_size", "8"]
+    parse(compute_training_loss, root, *common, "--batch_size", "9", "--time_samples", "5")
+    parse(compute_influence, root, *common, "--fisher_path", "f.pt", "--weight_selection", "attn", "--unlearn_lr", "0.2", "--unlearn_steps", "3",
+          "--unlearn_batch_size", "4", "--unlearn_grad_accum_steps", "5", "--loss_batch_size", "6", "--loss_time_samples", "10")
+
+
+def test_a_command_without_precision_device_or_batch_flags_can_resolve_and_open_a_training_set(root, model):
+    args = argparse.Namespace(dataroot=str(root))
+    settings = resolve(args)
+    assert args.device.type in ("cpu", "cuda")
+    assert len(prepare_training_set(model, args, settings)) == 60
+
+
+def test_seeds_may_be_negative_and_steps_and_top_k_zero(root):
+    args = parse(compute_influence, root, "--seed", "-3", "--noise_seed", "-4", "--unlearn_steps", "0", "--top_k", "0", "--damping", "0")
+    assert (args.seed, args.noise_seed, args.unlearn_steps, args.top_k, args.damping) == (-3, -4, 0, 0, 0)
+
+
+def test_a_pipeline_of_the_data_root_is_a_path_below_it(root):
+    shutil.copytree(PARITY / "fixture/sd-tiny", root / "pipeline")
+    write_settings(root, pipeline="pipeline")
+    assert parse(compute_influence, root).sd_version == str(root / "pipeline")
+    write_settings(root, pipeline="org/name")
+    assert parse(compute_influence, root).sd_version == "org/name"
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"damping": True}, "damping: expected float, found True"), ({"num_train": 1.5}, "num_train: expected int, found 1.5"),
+    ({"resolution": 0}, "resolution 0: expected a positive whole number"), ({"unlearn_lr": -1}, "unlearn_lr -1: expected a positive whole number"),
+    ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"), ({"name": None}, "name: expected str, found None")])
+def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
+    write_settings(root, **settings)
+    with pytest.raises(UserError, match="dataset.json") as error:
+        read_settings(root)
+    assert said in str(error.value)
+
+
+@pytest.fixture
+def lent(monkeypatch, model):
+    """Lends the scripts a model that is loaded already."""
+    for script in compute_training_loss, compute_influence:
+        monkeypatch.setattr(script, "load_model", lambda name, device: model)
+    monkeypatch.setattr(inputs, "encode_images", encode_images)
+
+
+@pytest.fixture
+def one_task(flags, tmp_path):
+    """Flags with a task file of one query."""
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS[:1]))
+    return [str(tmp_path / "tasks.json") if value == flags[1] else value for value in flags]
+
+
+def printed_plan(text):
+    """A dry run's flags {name: value} and its lines of costs."""
+    table, _, costs = text.partition("\n\n")
+    return dict(line.split(maxsplit=1) for line in table.splitlines()), costs
+
+
+def test_a_dry_run_prints_every_resolved_flag_and_the_costs_and_writes_nothing(one_task, root, tmp_path, lent, capsys):
+    before = files(root)
+    compute_influence.main([*one_task, *INFLUENCE_FLAGS, "--dry_run"])
+    values, costs = printed_plan(capsys.readouterr().out)
+    assert values.items() >= {"unlearn_lr": "100.0", "num_train": "400000000", "top_k": "10", "laion_subset_size": "3", "device": "cpu",
+                              "precision": "fp32", "fisher_path": str(root / "sd_fisher.pt"), "loss_time_samples": "2"}.items()
+    assert "1 models, 1 queries, 3 training images" in costs
+    assert "1 sweeps of 12 forward passes; 1 forward and backward passes of unlearning" in costs  # 3 images, 2 views, 2 timesteps
+    assert "MB of inputs in a batch" in costs and "MB of losses and" in costs and "MB of weight changes on disk" in costs
+    assert not (tmp_path / "results").exists() and files(root) == before
+
+
+def test_a_dry_run_encodes_nothing(one_task, root, tmp_path, lent, monkeypatch, capsys):
+    for name in "laion_latents.npy", "laion_text_embeddings.npy":
+        (root / name).unlink()
+    monkeypatch.setattr(inputs, "encode_images", None)
+    before = files(root)
+    compute_training_loss.main([*one_task, *LOSS_FLAGS[2:], "--dry_run"])
+    values, costs = printed_plan(capsys.readouterr().out)
+    assert values["laion_subset_size"] == "60" and "1 sweeps of 240 forward passes" in costs
+    assert files(root) == before and not (tmp_path / "results").exists()
+    with pytest.raises(UserError, match="--laion_subset_size 61: this data root has 60 images"):
+        compute_training_loss.main([*one_task, "--laion_subset_size", "61", "--dry_run"])
+
+
+def test_a_top_k_above_the_number_of_candidates_shows_them_all(one_task, root, tmp_path, lent, caplog, capsys):
+    compute_training_loss.main([*one_task, *LOSS_FLAGS])
+    (root / "laion_subset/images/000001.png").write_bytes(b"broken")  # its latents are there: no reason to lose the result
+    with caplog.at_level(logging.WARNING, "unlearn"):
+        compute_influence.main([*one_task, *INFLUENCE_FLAGS, "--top_k", "1000"])
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+    num_exemplars = len(np.load(tmp_path / "results/orig_loss/tiny/blob/exemplar_loss.npy")) // 2
+    assert len((folder / "influence.csv").read_text().splitlines()) == 1 + num_exemplars + 3
+    with Image.open(folder / "visualization.jpg") as picture:
+        assert picture.height > 200
+    assert "000001.png: cannot be read" in caplog.text
+
+
+def test_overwrite_replaces_losses_made_with_other_settings(one_task, tmp_path, lent):
+    compute_training_loss.main([*one_task, *LOSS_FLAGS])
+    path = tmp_path / "results/orig_loss/tiny/blob/laion_loss.npy"
+    first = path.read_bytes()
+    with pytest.raises(UserError, match="noise_seed is 0, expected 1; give --overwrite to replace it, or another --result_dir"):
+        compute_training_loss.main([*one_task, *LOSS_FLAGS, "--noise_seed", "1"])
+    assert path.read_bytes() == first
+    compute_training_loss.main([*one_task, *LOSS_FLAGS, "--noise_seed", "1", "--overwrite"])
+    assert path.read_bytes() != first
+    assert json.loads(record_path(path).read_text())["identity"]["noise_seed"] == 1
+
+
+def test_the_command_that_makes_losses_repeats_what_is_no_default(root):
+    write_settings(root, time_samples=5)
+    args = parse(compute_influence, root, "--result_dir", "my results")
+    assert results_module.loss_command(args) == f"python compute_training_loss.py --task_json tasks.json --dataroot {root} --result_dir 'my results'"
+    args = parse(compute_influence, root, "--loss_time_samples", "10", "--precision", "tf32", "--laion_subset_size", "9", "--compat", "abu", "--loss_batch_size", "30")
+    for part in "--time_samples 10", "--precision tf32", "--laion_subset_size 9", "--compat abu", "--batch_size 30":
+        assert part in results_module.loss_command(args)
+
+
+def test_latents_of_the_data_root_are_never_replaced(root, model):
+    before = files(root)
+    encode_training_set(model, root, 512, 20)
+    assert files(root) == before
+
+
+def test_a_nan_made_by_the_encoder_leaves_no_file(root, model, monkeypatch):
+    for name in "laion_latents.npy", "laion_text_embeddings.npy":
+        (root / name).unlink()
+    before = files(root)
+    monkeypatch.setattr(inputs, "encode_images", lambda pipeline, paths, *how: torch.full((len(paths), *model.latent_shape(512)), float("nan")))
+    with pytest.raises(UserError, match="latents of the training set, made from its images and captions: has NaN"):
+        encode_training_set(model, root, 512, 20)
+    assert files(root) == before
+
+
+def test_a_truncated_training_image_is_named_and_leaves_no_file(root, model):
+    for name in "laion_latents.npy", "laion_text_embeddings.npy":
+        (root / name).unlink()
+    (root / "laion_subset/images/000000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    before = files(root)
+    with pytest.raises(UserError, match="laion_subset/images/000000.png: cannot be read"):
+        encode_training_set(model, root, 512, 1)
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"identity": 3}'])
+def test_a_record_of_latents_that_is_none_is_named(text, root, model):
+    record_path(root / "laion_latents.npy").write_text(text)
+    with pytest.raises(UserError, match="laion_latents.json: not a record"):
+        open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
+
+
+def png_of_size(width, height):
+    """A PNG of a hundred bytes that claims to hold width x height pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("width, height", [(14_200, 14_200), (60_000, 60_000)])
+def test_a_decompression_bomb_is_refused_before_it_unfolds(width, height, tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_of_size(width, height))
+    with pytest.raises(UserError, match="bomb.png: more than 200,000,000 pixels"):
+        load_image(path)
+
+
+def test_a_strip_that_resizing_would_unfold_is_refused(tmp_path):
+    Image.new("L", (1, 1000)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="strip.png: 1 x 1000 pixels; at most 200 times"):
+        load_image(tmp_path / "strip.png")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_no_damage_to_an_image_raises_anything_but_a_user_error(form, tmp_path):
+    generator, file, path = np.random.default_rng(0), io.BytesIO(), tmp_path / "damaged"
+    Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(file, form)
+    refusals = 0
+    for trial in range(150):
+        content = bytearray(file.getvalue())
+        if trial % 2:
+            content = content[:generator.integers(len(content))]
+        else:
+            content[generator.integers(min(len(content), 200))] = generator.integers(256)
+        path.write_bytes(content)
+        try:
+            load_image(path)
+        except UserError as error:
+            refusals += 1
+            assert "damaged" in str(error)
+    assert refusals > 50
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "LA"])
+def test_an_image_of_any_mode_becomes_rgb_pixels_between_minus_one_and_one(mode, tmp_path):
+    Image.new(mode, (40, 30)).save(tmp_path / "image.tif")
+    pixels = transform_image(load_image(tmp_path / "image.tif"), 16)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32 and -1 <= pixels.min() and pixels.max() <= 1
+
+
+def test_the_fisher_of_the_data_root_is_found_ours_before_the_published_one(root):
+    args = SimpleNamespace(dataroot=str(root), fisher_path=None)
+    assert find_fisher(args) == root / "sd_fisher.pt"
+    (root / "sd_fisher.safetensors").touch()
+    assert find_fisher(args) == root / "sd_fisher.safetensors"
+    args.fisher_path = str(root / "sd_fisher.pt")
+    assert find_fisher(args) == Path(args.fisher_path)

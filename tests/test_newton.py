@@ -1,0 +1,362 @@
+"""Unlearning is Newton's method: closed forms on a quadratic, gradients and Fisher against brute force, exact restoring."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+
+import compute_influence
+import compute_training_loss
+from unlearn import UserError, newton
+from unlearn.artifacts import read_tensors
+from unlearn.commands import fisher as fisher_command
+from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
+from unlearn.losses import sample_losses
+from unlearn.models import changed_weights, customized, load_model, replaced_weights, select_parameters
+from unlearn.newton import QueryDraws, newton_step, unlearn
+
+SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"
+KV = 8  # parameters of the miniature UNet's cross-attention K and V
+
+
+# --- closed forms on L(x) = (x - b)^T diag(h) (x - b) / 2, whose Hessian and Fisher stand-in is diag(h)
+
+@pytest.fixture
+def quadratic():
+    """(parameters, curvature h, minimum b)"""
+    generator = torch.Generator().manual_seed(0)
+    x, b = torch.randn(2, 5, 3, generator=generator)
+    return {"x": torch.nn.Parameter(x)}, 0.1 + 10 * torch.rand(5, 3, generator=generator), b
+
+
+def gradient(parameters, h, b):
+    return {"x": h * (parameters["x"].detach() - b)}
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.5, -0.5])
+def test_one_newton_step_moves_away_from_the_minimum_in_proportion_to_the_distance(quadratic, rate):
+    parameters, h, b = quadratic
+    start = parameters["x"].detach().clone()
+    newton_step(parameters, gradient(parameters, h, b), DiagonalFisher({"x": h}), rate)
+    torch.testing.assert_close(parameters["x"].detach(), start + rate * (start - b))
+
+
+def test_a_step_of_rate_minus_one_lands_on_the_minimum(quadratic):
+    parameters, h, b = quadratic
+    newton_step(parameters, gradient(parameters, h, b), DiagonalFisher({"x": h}), -1)
+    torch.testing.assert_close(parameters["x"].detach(), b, atol=1e-6, rtol=0)
+
+
+def test_newton_steps_grow_geometrically(quadratic):
+    parameters, h, b = quadratic
+    start = parameters["x"].detach().clone()
+    for step in range(1, 8):
+        newton_step(parameters, gradient(parameters, h, b), DiagonalFisher({"x": h}), 0.1)
+        torch.testing.assert_close(parameters["x"].detach() - b, 1.1 ** step * (start - b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1, 3.0])
+def test_damping_adds_a_multiple_of_each_parameters_own_mean(damping):
+    diagonal = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[100.0], [300.0]])}
+    gradients = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[1.0], [-6.0]])}
+    found = DiagonalFisher(diagonal, damping).precondition(gradients)
+    torch.testing.assert_close(found["a"], torch.tensor([1 / (1 + 2 * damping), 1 / (3 + 2 * damping)]))
+    torch.testing.assert_close(found["b"], torch.tensor([[1 / (100 + 200 * damping)], [-6 / (300 + 200 * damping)]]))
+
+
+@pytest.mark.parametrize("entries, damping, message", [
+    ([1, 0], 0.0, r"weight has 1 zero entries.*give a positive --damping"), ([0, 0], 0.1, "weight is zero throughout"),
+    ([1, -1], 0.1, "weight has negative entries"), ([1, float("nan")], 0.1, "weight has NaN or infinite entries"),
+    ([1, 2, 3], 0.0, r"weight: expected shape \[2\], found \[3\]")])
+def test_a_fisher_that_cannot_divide_is_refused_naming_the_parameter(entries, damping, message):
+    with pytest.raises(UserError, match=message):
+        check_fisher("sd_fisher.pt", {"weight": torch.tensor(entries, dtype=torch.float32)}, {"weight": torch.ones(2)}, damping)
+
+
+def test_a_fisher_that_lacks_a_selected_parameter_is_refused_and_a_lifted_zero_is_not():
+    with pytest.raises(UserError, match="--fisher_path sd_fisher.pt: lacks 1 of the 2 selected parameters, first b"):
+        check_fisher("sd_fisher.pt", {"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}, 0.0)
+    check_fisher("sd_fisher.pt", {"a": torch.tensor([0.0, 1.0])}, {"a": torch.ones(2)}, 0.1)
+
+
+# --- per-sample gradients and the Fisher, against brute force in float64
+
+@pytest.fixture(scope="module")
+def double_model():
+    """A second copy of the miniature pipeline, its denoiser and schedule in float64."""
+    model = load_model(SD_TINY, "cpu")
+    model.pipeline.unet.double()
+    return dataclasses.replace(model, alpha_bars=model.alpha_bars.double())
+
+
+@pytest.fixture(scope="module")
+def samples(training_set):
+    """Five samples as the Fisher draws them, in float64."""
+    drawn = fisher_command.draw_samples(training_set, [0, 1, 2, 3, 4], 1000, seed=0)
+    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in drawn]
+
+
+def choose(model, selection):
+    """Parameters of a selection; `norm` and `conv` are what no linear layer holds."""
+    parts = {"norm": ".norm2.", "conv": "conv_in."}
+    if selection not in parts:
+        return select_parameters(model.denoiser, selection)
+    return {name: value for name, value in model.denoiser.named_parameters() if parts[selection] in name}
+
+
+@pytest.mark.parametrize("selection, path", [("cross-attn-kv", "hooks"), ("attn", "hooks"), ("norm", "one by one"), ("conv", "one by one"),
+                                             ("all", "one by one")])
+def test_per_sample_gradients_equal_autograd_of_each_sample(double_model, samples, selection, path):
+    parameters = choose(double_model, selection)
+    modules = dict(double_model.denoiser.named_modules())
+    linear = all(type(modules[name.rpartition(".")[0]]) is torch.nn.Linear for name in parameters)
+    assert parameters and linear == (path == "hooks")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        found = dict(per_sample_gradients(double_model, parameters, samples))
+        assert list(found) == list(parameters)
+        for sample in range(len(samples[0])):
+            loss = sample_losses(double_model, *(tensor[sample:sample + 1] for tensor in samples))
+            for (name, parameter), expected in zip(parameters.items(), torch.autograd.grad(loss.sum(), list(parameters.values()))):
+                scale = expected.abs().max()
+                assert scale > 0 and found[name].shape == (5, *parameter.shape)
+                assert (found[name][sample] - expected).abs().max() <= 1e-9 * scale + 1e-15, name
+        assert all(parameter.grad is None for parameter in parameters.values())
+        assert not any(module._forward_hooks for module in modules.values())
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+
+
+def make_fisher(folder, *flags):
+    """The Fisher that the command makes of thirty samples."""
+    folder.mkdir(exist_ok=True)
+    fisher_command.main(["--dataroot", str(ABC), "--sd_version", SD_TINY, "--device", "cpu", "--num_samples", "30",
+                         "--output", str(folder / "sd_fisher.safetensors"), *flags])
+    return read_tensors(folder / "sd_fisher.safetensors")
+
+
+@pytest.fixture(scope="module")
+def made_fisher(tmp_path_factory):
+    return make_fisher(tmp_path_factory.mktemp("fisher"))
+
+
+def test_the_fisher_is_the_mean_of_the_squared_gradient_of_each_sample(double_model, training_set, made_fisher):
+    drawn = fisher_command.draw_samples(training_set, list(range(30)), 1000, seed=0)
+    parameters = choose(double_model, "cross-attn-kv")
+    assert len(parameters) == KV and made_fisher.keys() == parameters.keys()
+    expected = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for sample in range(30):
+        one = [tensor[sample:sample + 1].double() if tensor.is_floating_point() else tensor[sample:sample + 1] for tensor in drawn]
+        for name, value in zip(parameters, torch.autograd.grad(sample_losses(double_model, *one).sum(), list(parameters.values()))):
+            expected[name] += value ** 2 / 30
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for name, value in expected.items():
+        assert torch.linalg.norm(made_fisher[name] - value) <= 1e-4 * torch.linalg.norm(value), name
+
+
+@pytest.mark.parametrize("batch_size", ["1", "7", "30"])
+def test_the_fisher_does_not_depend_on_batch_size(made_fisher, tmp_path, batch_size):
+    """Nor is a last, smaller batch weighted otherwise than the rest. Entries far below the mean are sums of gradients
+    that nearly vanish: the tolerance is of the parameter's norm."""
+    found = make_fisher(tmp_path / "other", "--batch_size", batch_size)
+    for name, value in made_fisher.items():
+        assert torch.linalg.norm((found[name] - value).double()) <= 1e-6 * torch.linalg.norm(value.double()), name
+
+
+def test_the_fisher_squares_before_it_averages(double_model, samples):
+    parameters = choose(double_model, "cross-attn-kv")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    together = squared_gradient_sums(double_model, parameters, samples)
+    alone = [squared_gradient_sums(double_model, parameters, [tensor[i:i + 1] for tensor in samples]) for i in range(5)]
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for name, value in together.items():
+        torch.testing.assert_close(value, sum(sums[name] for sums in alone), rtol=1e-9, atol=0)
+
+
+# --- unlearning one query
+
+def first_image(training_set):
+    """Its latent and its embedding, float32 (the files may hold half precision)."""
+    return [torch.from_numpy(np.asarray(array[0, 0], np.float32)) for array in (training_set.latents, training_set.embeddings)]
+
+
+@pytest.fixture
+def query(model, training_set):
+    """What `unlearn` asks for: parameters, latent, embedding, draws, a Fisher of ones."""
+    parameters = select_parameters(model.denoiser, "cross-attn-kv")
+    latent, embedding = first_image(training_set)
+    fisher = DiagonalFisher({name: torch.ones_like(value) for name, value in parameters.items()})
+    return parameters, latent, embedding, QueryDraws(0, "abc", "query", 1000), fisher
+
+
+SETTINGS = {"rate": 0.5, "steps": 5, "batch_size": 3, "accum_steps": 2}
+
+
+def test_unlearning_resumed_from_a_checkpoint_equals_uninterrupted_unlearning_bit_for_bit(model, query, tmp_path, monkeypatch):
+    expected = unlearn(model, *query, **SETTINGS)
+    assert all(delta.abs().max() > 0 for delta in expected.values())
+    monkeypatch.setattr(newton, "CHECKPOINT_DRAWS", 12)  # every second step
+    path, steps = tmp_path / "weight_change.safetensors", []
+
+    def stop_in_step_four(count):
+        steps.append(count)
+        if sum(steps) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1}, progress=stop_in_step_four)
+    assert len(list(tmp_path.iterdir())) == 1
+    resumed = []
+    found = unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1}, progress=resumed.append)
+    assert resumed == [2, 1, 1, 1]  # the checkpoint of step two, then three to five
+    assert all(torch.equal(found[name], delta) for name, delta in expected.items())
+    newton.remove_checkpoints(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_newton_step_has_draws_of_its_own(model, query):
+    parameters, latent, embedding, draws, fisher = query
+    found = unlearn(model, *query, **{**SETTINGS, "steps": 2})
+    originals = {name: value.detach().clone() for name, value in parameters.items()}
+    with replaced_weights(model.denoiser, originals):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        for first_draw in 0, 2:  # of two batches each
+            newton_step(parameters, newton.query_gradient(model, parameters, latent, embedding, draws, first_draw, 3, 2), fisher, 0.5)
+        expected = {name: value.detach() - originals[name] for name, value in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    assert all(torch.equal(found[name], delta) for name, delta in expected.items())
+
+
+def test_a_rate_of_zero_changes_no_weight(model, query):
+    assert not any(delta.any() for delta in unlearn(model, *query, **{**SETTINGS, "rate": 0.0}).values())
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(model, query, tmp_path, monkeypatch):
+    monkeypatch.setattr(newton, "CHECKPOINT_DRAWS", 6)
+    path, started = tmp_path / "weight_change.safetensors", []
+    unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1})
+    unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 2}, progress=started.append)
+    assert started[0] == 0
+
+
+def test_unlearning_noise_does_not_depend_on_how_draws_are_asked_for():
+    draws, shape = QueryDraws(3, "abc", "query", 1000), (4, 2, 2)
+    in_order = [draws.draw(number, 16, shape, "cpu") for number in range(3)]
+    for number in 2, 0, 1:
+        normals, timesteps = QueryDraws(3, "abc", "query", 1000).draw(number, 16, shape, "cpu")
+        assert torch.equal(normals, in_order[number][0]) and torch.equal(timesteps, in_order[number][1])
+    assert len({normals.numpy().tobytes() for normals, _ in in_order}) == 3
+    assert all(len(set(timesteps.tolist())) == 16 for _, timesteps in in_order)
+    assert sorted(draws.draw(0, 2000, shape, "cpu")[1].tolist()) == sorted(2 * list(range(1000)))
+
+
+def test_accumulated_passes_are_one_larger_batch(model, query):
+    """The gradient is a mean over all draws: their number, not their grouping, scales it."""
+    parameters, latent, embedding, draws, _ = query
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    halves = [newton.query_gradient(model, parameters, latent, embedding, draws, number, 4, 1) for number in (0, 1)]
+    whole = newton.query_gradient(model, parameters, latent, embedding, draws, 0, 4, 2)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for name, value in whole.items():
+        torch.testing.assert_close(value, (halves[0][name] + halves[1][name]) / 2)
+
+
+# --- weights come back exactly
+
+@pytest.fixture
+def untouched():
+    """A pipeline of its own; afterwards every weight of its denoiser must be what it was."""
+    model = load_model(SD_TINY, "cpu")
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    yield model
+    after = model.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.denoiser.parameters())
+
+
+def changes_of(model):
+    # 1e8 and 1e-3: adding and then subtracting them again would not give the same bits back
+    return {name: torch.full_like(value, 1e8 if number % 2 else 1e-3)
+            for number, (name, value) in enumerate(select_parameters(model.denoiser, "cross-attn-kv").items())}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("change", ["customized", "changed_weights", "replaced_weights", "nested"])
+def test_weights_are_restored_exactly_even_after_an_error(untouched, change, error):
+    before = {name: value.clone() for name, value in untouched.denoiser.state_dict().items()}
+    contexts = {"customized": lambda: customized(untouched, ABC / "models/tiny/blob"),
+                "changed_weights": lambda: changed_weights(untouched.denoiser, changes_of(untouched)),
+                "replaced_weights": lambda: replaced_weights(untouched.denoiser, changes_of(untouched))}
+
+    def change_and_fail():
+        with contexts["customized" if change == "nested" else change]():
+            with contexts["changed_weights"]() if change == "nested" else contexts["replaced_weights"]():
+                assert any(not torch.equal(value, before[name]) for name, value in untouched.denoiser.state_dict().items())
+                if error:
+                    raise error
+
+    if error:
+        with pytest.raises(error):
+            change_and_fail()
+    else:
+        change_and_fail()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_restored_exactly_after_unlearning_even_after_an_error(untouched, training_set, fails):
+    parameters = select_parameters(untouched.denoiser, "cross-attn-kv")
+    fisher = DiagonalFisher({name: torch.ones_like(value) for name, value in parameters.items()})
+    arguments = untouched, parameters, *first_image(training_set), QueryDraws(0, "abc", "query", 1000), fisher
+
+    def fail(count):
+        if fails and count:
+            raise RuntimeError("killed")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="killed"):
+            unlearn(*arguments, **SETTINGS, progress=fail)
+    else:
+        unlearn(*arguments, **SETTINGS)
+
+
+# --- through the scripts
+
+@pytest.fixture
+def unlearned(flags, tmp_path):
+    """Runs both scripts on two images and returns the arrays of the first query's influence.npz and its weight change."""
+    def run(*more):
+        compute_training_loss.main([*flags, "--laion_subset_size", "2", "--time_samples", "2"])
+        compute_influence.main([*flags, "--laion_subset_size", "2", "--loss_time_samples", "2", "--unlearn_batch_size", "4",
+                                "--unlearn_grad_accum_steps", "2", *more])
+        folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+        return np.load(folder / "influence.npz"), read_tensors(folder / "weight_change.safetensors")
+    return run
+
+
+@pytest.mark.parametrize("rate, steps", [("1e-30", "2"), ("100", "0")], ids=["a rate below rounding", "no steps"])
+def test_steps_of_no_size_and_no_steps_change_no_weight_and_no_loss(unlearned, rate, steps):
+    """A rate of zero itself is refused by the script: it would attribute nothing."""
+    influence, change = unlearned("--unlearn_lr", rate, "--unlearn_steps", steps)
+    assert len(change) == KV and not any(delta.any() for delta in change.values())
+    assert influence["influence"].shape == (7,) and not influence["influence"].any()
+    assert influence["query_loss_after"] == influence["query_loss_before"] and influence["relative_weight_change"] == 0
+
+
+def test_unlearning_raises_the_querys_own_loss(unlearned):
+    influence, change = unlearned("--unlearn_lr", "100", "--unlearn_steps", "2")
+    assert influence["query_loss_after"] > influence["query_loss_before"] * 1.001
+    assert all(delta.any() for delta in change.values())

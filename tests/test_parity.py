@@ -1,0 +1,113 @@
+"""`--compat abu` reproduces the published program's numbers, and adopts its caches only where they are its own."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from safetensors.torch import load_file
+
+import compute_influence
+import compute_training_loss
+from unlearn import UserError
+from unlearn.influence import best_view
+
+EXPECTED = PARITY / "expected"
+QUERIES = ["00000", "00001"]
+COMPAT = ["--compat", "abu", "--laion_subset_size", "60", "--vae_batch_size", "4"]
+LOSS = [*COMPAT, "--batch_size", "40", "--time_samples", "10"]
+INFLUENCE = [*COMPAT, "--seed", "0", "--loss_batch_size", "40", "--loss_time_samples", "10", "--unlearn_lr", "100", "--unlearn_steps", "2",
+             "--unlearn_batch_size", "16", "--unlearn_grad_accum_steps", "8"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Result folder of both scripts with --compat abu, run as the published program was."""
+    folder = tmp_path_factory.mktemp("parity")
+    root = shutil.copytree(PARITY / "fixture/abc", folder / "abc")
+    flags = ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
+             "--result_dir", str(folder / "results"), "--device", "cpu"]
+    compute_training_loss.main([*flags, *LOSS])
+    compute_influence.main([*flags, *INFLUENCE, "--fisher_path", str(root / "sd_fisher.pt")])
+    return folder / "results"
+
+
+@pytest.fixture
+def adopted(tmp_path):
+    """Result folder with the published program's own losses, which have no record."""
+    folder = tmp_path / "results/orig_loss/tiny/blob"
+    folder.mkdir(parents=True)
+    for name in "exemplar", "laion":
+        shutil.copy(EXPECTED / f"{name}_loss.npy", folder)
+    return folder
+
+
+def query_folder(results, query):
+    return results / "influence/tiny/gpt/blob/samples" / query
+
+
+@pytest.mark.parametrize("name", ["exemplar", "laion"])
+def test_losses_before_unlearning_equal_the_published_ones_to_1e_5(published, name):
+    expected, found = np.load(EXPECTED / f"{name}_loss.npy"), np.load(published / f"orig_loss/tiny/blob/{name}_loss.npy")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
+def test_weight_changes_equal_the_published_ones_to_1e_4_of_their_norm(published, number, query):
+    expected, found = load_file(EXPECTED / f"query{number}/weight_change.safetensors"), load_file(query_folder(published, query) / "weight_change.safetensors")
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        assert torch.linalg.norm(found[name] - change) <= 1e-4 * torch.linalg.norm(change), name
+
+
+@pytest.mark.parametrize("name", ["exemplar", "laion"])
+@pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
+def test_losses_after_unlearning_equal_the_published_ones_to_1e_5(published, number, query, name):
+    expected, found = np.load(EXPECTED / f"query{number}/{name}_loss.npy"), np.load(query_folder(published, query) / f"{name}_loss.npy")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
+def test_influence_equals_the_published_one_to_a_hundredth_of_its_deviation(published, number, query):
+    expected, found = np.load(EXPECTED / f"query{number}/influence.npy"), np.load(query_folder(published, query) / "influence.npz")
+    assert [id.split("/")[0] for id in found["ids"]] == ["exemplar"] * 5 + ["laion"] * 60
+    np.testing.assert_array_equal(found["is_exemplar"], np.arange(65) < 5)
+    np.testing.assert_allclose(found["influence"], expected, rtol=0, atol=1e-2 * expected.std())
+
+
+def test_the_tolerance_tells_the_two_queries_apart():
+    """Else equality with the published numbers would say nothing of which query was unlearned."""
+    first, second = (np.load(EXPECTED / f"query{number}/influence.npy") for number in range(2))
+    assert np.abs(first - second).max() > 1e-1 * first.std()
+
+
+def test_influence_is_the_larger_rise_of_the_two_views(published):
+    for query in QUERIES:
+        changes = [best_view(np.load(query_folder(published, query) / f"{name}_loss.npy").astype(np.float64)
+                             - np.load(published / f"orig_loss/tiny/blob/{name}_loss.npy")) for name in ("exemplar", "laion")]
+        np.testing.assert_array_equal(np.load(query_folder(published, query) / "influence.npz")["influence"], np.concatenate(changes))
+
+
+def test_losses_without_record_are_adopted_with_compat(adopted, flags):
+    compute_influence.main([*flags, *INFLUENCE, "--unlearn_steps", "0"])
+    for name in "exemplar", "laion":
+        assert (adopted / f"{name}_loss.json").exists()
+        np.testing.assert_array_equal(np.load(adopted / f"{name}_loss.npy"), np.load(EXPECTED / f"{name}_loss.npy"))
+
+
+def test_losses_without_record_are_refused_without_compat(adopted, flags):
+    with pytest.raises(UserError, match=r"_loss\.npy: has no record \(\w+_loss\.json\)"):
+        compute_influence.main([*flags, "--laion_subset_size", "60", "--loss_batch_size", "40", "--unlearn_steps", "0"])
+    assert not list(adopted.glob("*.json"))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 1), slice(-1, None)], ids=["all", "the first", "the last"])
+def test_losses_without_record_that_are_off_by_a_thousandth_are_refused(adopted, flags, rows):
+    losses = np.load(adopted / "laion_loss.npy")
+    losses[rows] *= 1.001
+    np.save(adopted / "laion_loss.npy", losses)
+    with pytest.raises(UserError, match=r"laion_loss\.npy: has no record, and its rows \d+ to \d+ scored again differ by 1\.0e-03"):
+        compute_influence.main([*flags, *INFLUENCE, "--unlearn_steps", "0"])
+    assert not (adopted / "laion_loss.json").exists()

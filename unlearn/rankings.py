@@ -1,0 +1,79 @@
+"""Influence files read back, checked, and what of them the metrics need."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import UserError
+from .artifacts import check_record, digest
+from .metrics import exemplar_ranks, is_tied
+
+SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")
+EFFECTS = ("weights moved by", "query's own loss", "its change", "exemplars' change, mean", "training images' change, median")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the metrics need of one query's influence file."""
+
+    path: Path
+    ranks: np.ndarray  # of the exemplars, rising, from 1
+    tied: bool
+    num_training: int
+    training_ids: str  # digest
+    effect: np.ndarray  # see EFFECTS
+
+    @property
+    def num_candidates(self):
+        """Exemplars and training images."""
+        return len(self.ranks) + self.num_training
+
+
+def read_influence(path, remedy):
+    """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a ranking."""
+    check_record(path, {}, remedy)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("ids", "influence", "is_exemplar", "rank", *SHOWN) if name in file or name not in SHOWN}
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an influence file ({error}); {remedy}") from None
+    count, influence, rank = len(arrays["ids"]), arrays["influence"], arrays["rank"]
+    if any(arrays[name].shape != (count,) for name in arrays if name not in SHOWN) or not np.isfinite(influence).all():
+        raise UserError(f"{path}: expected ids, influence, is_exemplar and rank of one length, influence finite; {remedy}")
+    if not np.array_equal(np.sort(rank), np.arange(count)) or (np.diff(influence[rank]) > 0).any():
+        raise UserError(f"{path}: rank is not the order of falling influence; {remedy}")
+    return arrays
+
+
+def measure_effect(arrays, is_exemplar):
+    """What unlearning did, float64 in the order of EFFECTS; NaN where an influence file does not say."""
+    own, influence = [float(arrays.get(name, np.nan)) for name in SHOWN], arrays["influence"]
+    return np.array([own[2], own[0], own[1] - own[0], influence[is_exemplar].mean(), np.median(influence[~is_exemplar])])
+
+
+def read_ranking(task, args):
+    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars."""
+    path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
+    remedy = (f"make it: python compute_influence.py --task_json {args.task_json} --dataroot {args.dataroot} "
+              f"--result_dir {args.result_dir}")
+    arrays = read_influence(path, remedy)
+    ids, is_exemplar, count = arrays["ids"].tolist(), arrays["is_exemplar"].astype(bool), len(task.exemplar_paths)
+    expected = [exemplar.relative_to(Path(args.dataroot).resolve()).as_posix() for exemplar in task.exemplar_paths]
+    if ids[:count] != expected or not np.array_equal(is_exemplar, np.arange(len(ids)) < count):
+        found = [name for name, mask in zip(ids, is_exemplar) if mask]
+        raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "
+                        f"{', '.join(found):.80}; {remedy}")
+    return Ranking(path, exemplar_ranks(arrays["rank"], is_exemplar), is_tied(arrays["influence"], is_exemplar),
+                   len(ids) - count, digest(ids[count:]), measure_effect(arrays, is_exemplar))
+
+
+def check_candidates(rankings, num_training, training_ids, item):
+    """Raises UserError where a ranking is not of these training images."""
+    for ranking in rankings:
+        if ranking.num_training != num_training:
+            raise UserError(f"{ranking.path}: ranks {ranking.num_training} training images, {item} has {num_training}; give the "
+                            "--laion_subset_size that all of them were made with")
+        if ranking.training_ids != training_ids:
+            raise UserError(f"{ranking.path}: ranks other training images (by id) than {item}")
