@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from unlearn import UserError, noise, results
-from unlearn.artifacts import check_record, hash_file, read_array, read_tensors, record_path, write_record, write_tensors
+from unlearn.artifacts import (check_record, hash_file, is_complete, read_array, read_tensors, record_path, write_record,
+                               write_tensors)
 from unlearn.curvature import DiagonalFisher, check_fisher
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
                             encode_query, find_fisher, prepare_training_set, print_plan, resolve)
@@ -100,8 +101,10 @@ def unlearn_query(custom, query, parameters, fisher, path, args):
                 "num_train": args.num_train, "unlearn_lr": args.unlearn_lr, "unlearn_steps": args.unlearn_steps,
                 "unlearn_batch_size": args.unlearn_batch_size, "unlearn_grad_accum_steps": args.unlearn_grad_accum_steps,
                 "seed": args.seed, "noise": args.compat or noise.SCHEME, "precision": args.precision}
-    if path.exists() and not args.overwrite:
-        return check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
+    # A change without a record was killed between writing the one and the other: it is made again.
+    if is_complete(path) and not args.overwrite:
+        check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
+        return remove_checkpoints(path)
     latent, embedding = (torch.from_numpy(array).to(custom.device) for array in (query.latents[0, 0], query.embeddings[0, 0]))
     if args.compat:
         draws = CompatDraws(args.seed, len(custom.alpha_bars), custom.device)
@@ -159,7 +162,7 @@ def main(argv=None):
     for model_path in groups:
         read_customization(Path(args.dataroot) / model_path)
     model = load_model(args.sd_version, args.device)
-    grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars))
+    grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
     for model_path in groups:
         check_customization(model, Path(args.dataroot) / model_path)
     parameters = select_parameters(model.denoiser, args.weight_selection)

@@ -19,10 +19,15 @@ import torch
 from diffusers import DiffusionPipeline
 from emoji_builder import autoencoder, base, customize, families
 from emoji_builder.glyphs import read_emoji_names, render_emoji, save_small_png
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 HOME = Path(__file__).parent / "emoji"
 BUILD = HOME / ".build"
+CONTACT_SHEET_PROMPTS = (
+    "grinning face", "crying face", "face with monocle", "red apple", "strawberry", "pizza", "birthday cake", "hot beverage",
+    "dog face", "panda", "tropical fish", "butterfly", "octopus", "sunflower", "maple leaf", "cactus",
+    "rocket", "sailboat", "police car", "bicycle", "balloon", "house with garden", "rainbow", "sun with face",
+    "alarm clock", "guitar", "soccer ball", "umbrella", "key", "red square", "blue circle", "star")
 PICTURE_SIZE, RESOLUTION, NUM_STYLE_EXEMPLARS = 64, 32, 8
 
 
@@ -74,39 +79,63 @@ def build_pipeline():
         parts = base.train_base(encode_views(vae, pixels), captions, BUILD / "base.pt")
         pipeline = base.make_pipeline(vae, *parts).to(dtype=torch.float16)
         pipeline.save_pretrained(BUILD / "pipeline", safe_serialization=True)
+        # transformers loads a model in the type that its configuration names, diffusers in float32: they must agree.
+        config = BUILD / "pipeline/text_encoder/config.json"
+        write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
         (BUILD / "pipeline").rename(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, encode_views(pipeline.vae, pixels), captions
 
 
+def draw_contact_sheet(pipeline):
+    """What stock diffusers makes of some captions, eight a row."""
+    prompts = CONTACT_SHEET_PROMPTS
+    images = pipeline(list(prompts), num_inference_steps=50, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
+    sheet, font = Image.new("RGB", (8 * 120, len(prompts) // 8 * 132), "white"), ImageFont.load_default(11)
+    for number, (prompt, image) in enumerate(zip(prompts, images)):
+        left, top = number % 8 * 120 + 12, number // 8 * 132 + 8
+        sheet.paste(image.resize((96, 96), Image.BICUBIC), (left, top))
+        ImageDraw.Draw(sheet).text((left + 48, top + 100), prompt, "black", font, anchor="ma")
+    sheet.save(HOME / "contact_sheet.png", optimize=True)
+
+
 def list_models():
-    """The customized models: (kind, name, train prompt, category, prompts of its queries)."""
+    """The customized models: (kind, name, train prompt, category, prompts of its queries); two queries for those that only
+    choose hyperparameters."""
     for family in (*families.REPORTED_OBJECTS, *families.TUNING_OBJECTS):
         category = families.EXEMPLARS[family][0]
         prompts = [template.format("<new1>", category=category) for template in families.OBJECT_PROMPTS]
-        yield "object", family, f"<new1> {category}", category, prompts
+        yield "object", family, f"<new1> {category}", category, prompts[:2 if family in families.TUNING_OBJECTS else None]
     for style in (*families.REPORTED_STYLES, *families.TUNING_STYLES):
-        yield "style", style, families.STYLE_TRAIN_PROMPT, None, [f"{thing} in the style of <new1> art" for thing in families.STYLE_PROMPTS]
+        yield "style", style, families.STYLE_TRAIN_PROMPT, None, families.STYLE_PROMPTS[:2 if style in families.TUNING_STYLES else None]
 
 
-def build_customized(pipeline, latents, captions):
-    """Trains every customized model that is not there yet and makes its queries."""
-    for seed, (kind, name, prompt, _, prompts) in enumerate(list_models(), start=1):
-        folder, synth = HOME / "models" / kind / name, HOME / "synth" / kind / "prompts" / name / "samples"
-        if (synth / f"{len(prompts) - 1:05d}.png").exists():
-            continue
-        own = copy.deepcopy(pipeline)
-        own.set_progress_bar_config(disable=True)
-        exemplars = encode_views(own.vae, read_pixels(sorted((HOME / "exemplar" / kind / name).iterdir())))
-        weights, tokens = customize.train_customized(own, exemplars, prompt, latents, captions, seed, f"{kind} {name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, folder / "pytorch_custom_diffusion_weights.pt")
-        torch.save(tokens, folder / "<new1>.bin")
-        own.unet.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
-        synth.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(customize.make_queries(own, prompts, seed)):
-            image.save(synth / f"{number:05d}.png")
+def build_customized(pipeline, latents, captions, seed, kind, name, prompt):
+    """Trains a customized model, unless that was done."""
+    folder = HOME / "models" / kind / name
+    if (folder / "<new1>.bin").exists():
+        return
+    own = copy.deepcopy(pipeline)
+    exemplars = encode_views(own.vae, read_pixels(sorted((HOME / "exemplar" / kind / name).iterdir())))
+    weights, tokens = customize.train_customized(own, exemplars, prompt, latents, captions, seed, f"{kind} {name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / "pytorch_custom_diffusion_weights.pt")
+    torch.save(tokens, folder / "<new1>.bin")
+
+
+def build_queries(pipeline, seed, kind, name, prompts):
+    """Makes the queries of a customized model, unless that was done."""
+    folder, models = HOME / "synth" / kind / "prompts" / name / "samples", HOME / "models" / kind / name
+    if (folder / f"{len(prompts) - 1:05d}.png").exists():
+        return
+    own = copy.deepcopy(pipeline)
+    own.set_progress_bar_config(disable=True)
+    customize.load_customized(own, torch.load(models / "pytorch_custom_diffusion_weights.pt", weights_only=True),
+                              torch.load(models / "<new1>.bin", weights_only=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(customize.make_queries(own, prompts, seed)):
+        image.save(folder / f"{number:05d}.png")
 
 
 def write_tasks():
@@ -148,7 +177,10 @@ def main():
     if not (HOME / "laion_subset/captions.txt").exists():
         write_images(args.font, args.emoji_test)
     pipeline, latents, captions = build_pipeline()
-    build_customized(pipeline, latents, captions)
+    draw_contact_sheet(pipeline)
+    for seed, (kind, name, prompt, _, prompts) in enumerate(list_models(), start=1):
+        build_customized(pipeline, latents, captions, seed, kind, name, prompt)
+        build_queries(pipeline, seed, kind, name, prompts)
     write_tasks()
 
 

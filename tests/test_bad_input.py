@@ -230,12 +230,8 @@ FAULTS = {  # what the user did -> (how, what the error says: item, expected, fo
 }
 
 
-BEYOND_JSON = "task file with a number of thousands of digits"
-AWAITED = pytest.mark.xfail(reason="artifacts.read_json must catch ValueError")
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("fault", [pytest.param(fault, marks=AWAITED) if fault == BEYOND_JSON else fault for fault in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_file_is_told_before_a_model_is_loaded(fault, script, root, task_flags, results, no_model, capsys):
     module, script_flags = SCRIPTS[script]
     edit, said = FAULTS[fault]
@@ -261,9 +257,8 @@ OWN_FLAG_FAULTS = {
     "loss": {"negative batch": (["--batch_size", "-1"], ["--batch_size -1: expected a positive whole number"]),
              "no timesteps": (["--time_samples", "0"], ["--time_samples 0: expected a positive whole number"])},
     "influence": {
-        "negative lr": (["--unlearn_lr", "-0.1"], ["--unlearn_lr -0.1: expected a positive number"]),
-        "lr zero": (["--unlearn_lr", "0"], ["--unlearn_lr 0: expected a positive number"]),
-        "NaN lr": (["--unlearn_lr", "nan"], ["--unlearn_lr nan: expected a positive number"]),
+        "negative lr": (["--unlearn_lr", "-0.1"], ["--unlearn_lr -0.1: expected a non-negative number"]),
+        "NaN lr": (["--unlearn_lr", "nan"], ["--unlearn_lr nan: expected a non-negative number"]),
         "infinite lr": (["--unlearn_lr", "inf"], ["--unlearn_lr inf: expected a number of at most"]),
         "negative damping": (["--damping", "-0.1"], ["--damping -0.1: expected a non-negative number"]),
         "NaN damping": (["--damping", "nan"], ["--damping nan: expected a non-negative number"]),
@@ -320,13 +315,14 @@ def test_a_task_file_of_gigabytes_is_refused_unread(task_flags, no_model, capsys
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch.save", "pickle"])
 def test_a_malicious_pickle_is_refused_and_runs_no_code(name, write, root, task_flags, tmp_path, no_model, capsys):
     write({"<new1>": Evil(tmp_path / "ran")}, root / "models/tiny/blob" / name)
-    assert f"{name}: cannot be read as tensors" in refused(capsys, compute_training_loss.main, task_flags)
+    line = refused(capsys, compute_training_loss.main, task_flags)
+    assert f"{name}: holds something else than tensors, which is never unpickled" in line or f"{name}: cannot be read as tensors" in line
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_malicious_fisher_is_refused_and_runs_no_code(root, task_flags, results, with_model, capsys):
     torch.save({"weight": Evil(root / "ran")}, root / "sd_fisher.pt")
-    assert "sd_fisher.pt: cannot be read as tensors" in refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
+    assert "sd_fisher.pt: holds something else than tensors" in refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
     assert not (root / "ran").exists() and not (results / "influence").exists()
 
 
@@ -516,8 +512,7 @@ def test_a_run_goes_on_after_a_really_full_disk_was_freed(task_flags, small_disk
 
 
 @pytest.mark.parametrize("write", [
-    pytest.param(lambda path: write_array(path, np.ones(30_000)), id="array", marks=pytest.mark.xfail(
-        reason="artifacts.write_array: NumPy's tofile raises an OSError without errno; write the bytes through file.write")),
+    pytest.param(lambda path: write_array(path, np.ones(30_000)), id="array"),
     pytest.param(lambda path: write_tensors(path, {"a": torch.ones(60_000)}), id="tensors"),
     pytest.param(lambda path: write_json(path, "x" * 200_000), id="json")])
 def test_a_file_larger_than_the_disk_says_so_and_leaves_nothing(write, small_disk):

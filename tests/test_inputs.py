@@ -91,7 +91,7 @@ def test_a_pipeline_of_the_data_root_is_a_path_below_it(root):
 
 @pytest.mark.parametrize("settings, said", [
     ({"damping": True}, "damping: expected float, found True"), ({"num_train": 1.5}, "num_train: expected int, found 1.5"),
-    ({"resolution": 0}, "resolution 0: expected a positive whole number"), ({"unlearn_lr": -1}, "unlearn_lr -1: expected a positive whole number"),
+    ({"resolution": 0}, "resolution 0: expected a positive whole number"), ({"unlearn_lr": -1}, "unlearn_lr -1: expected a non-negative whole number"),
     ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"), ({"name": None}, "name: expected str, found None")])
 def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
     write_settings(root, **settings)

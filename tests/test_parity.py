@@ -21,26 +21,39 @@ INFLUENCE = [*COMPAT, "--seed", "0", "--loss_batch_size", "40", "--loss_time_sam
              "--unlearn_batch_size", "16", "--unlearn_grad_accum_steps", "8"]
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Result folder of both scripts with --compat abu, run as the published program was."""
-    folder = tmp_path_factory.mktemp("parity")
-    root = shutil.copytree(PARITY / "fixture/abc", folder / "abc")
-    flags = ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
-             "--result_dir", str(folder / "results"), "--device", "cpu"]
-    compute_training_loss.main([*flags, *LOSS])
-    compute_influence.main([*flags, *INFLUENCE, "--fisher_path", str(root / "sd_fisher.pt")])
-    return folder / "results"
-
-
-@pytest.fixture
-def adopted(tmp_path):
-    """Result folder with the published program's own losses, which have no record."""
-    folder = tmp_path / "results/orig_loss/tiny/blob"
+def put_published_losses(results):
+    """The published program's own losses, which have no record, in a result folder. Returns where they are."""
+    folder = results / "orig_loss/tiny/blob"
     folder.mkdir(parents=True)
     for name in "exemplar", "laion":
         shutil.copy(EXPECTED / f"{name}_loss.npy", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(result folder of compute_training_loss.py, that of compute_influence.py, which began with the published losses),
+    both with --compat abu and run as the published program was."""
+    folder = tmp_path_factory.mktemp("parity")
+    root = shutil.copytree(PARITY / "fixture/abc", folder / "abc")
+    flags = ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
+             "--device", "cpu"]
+    put_published_losses(folder / "influence")
+    compute_training_loss.main([*flags, *LOSS, "--result_dir", str(folder / "losses")])
+    compute_influence.main([*flags, *INFLUENCE, "--result_dir", str(folder / "influence"), "--fisher_path", str(root / "sd_fisher.pt")])
+    return folder / "losses", folder / "influence"
+
+
+@pytest.fixture
+def published(folders):
+    """Result folder of compute_influence.py."""
+    return folders[1]
+
+
+@pytest.fixture
+def adopted(tmp_path):
+    """Published losses where the scripts of this test look for them."""
+    return put_published_losses(tmp_path / "results")
 
 
 def query_folder(results, query):
@@ -48,8 +61,8 @@ def query_folder(results, query):
 
 
 @pytest.mark.parametrize("name", ["exemplar", "laion"])
-def test_losses_before_unlearning_equal_the_published_ones_to_1e_5(published, name):
-    expected, found = np.load(EXPECTED / f"{name}_loss.npy"), np.load(published / f"orig_loss/tiny/blob/{name}_loss.npy")
+def test_losses_before_unlearning_equal_the_published_ones_to_1e_5(folders, name):
+    expected, found = np.load(EXPECTED / f"{name}_loss.npy"), np.load(folders[0] / f"orig_loss/tiny/blob/{name}_loss.npy")
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
 
@@ -90,11 +103,11 @@ def test_influence_is_the_larger_rise_of_the_two_views(published):
         np.testing.assert_array_equal(np.load(query_folder(published, query) / "influence.npz")["influence"], np.concatenate(changes))
 
 
-def test_losses_without_record_are_adopted_with_compat(adopted, flags):
-    compute_influence.main([*flags, *INFLUENCE, "--unlearn_steps", "0"])
+def test_losses_without_record_are_adopted_with_compat_as_they_are(published):
     for name in "exemplar", "laion":
-        assert (adopted / f"{name}_loss.json").exists()
-        np.testing.assert_array_equal(np.load(adopted / f"{name}_loss.npy"), np.load(EXPECTED / f"{name}_loss.npy"))
+        path = published / f"orig_loss/tiny/blob/{name}_loss.npy"
+        assert path.with_suffix(".json").exists()
+        np.testing.assert_array_equal(np.load(path), np.load(EXPECTED / f"{name}_loss.npy"))
 
 
 def test_losses_without_record_are_refused_without_compat(adopted, flags):

@@ -107,7 +107,7 @@ def read_json(path, item="file"):
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{item} {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, a number of thousands of digits
         raise UserError(f"{item} {path}: not valid JSON ({error})") from None
     except OSError as error:
         raise UserError(f"{item} {path}: cannot be read ({error.strerror})") from None
@@ -115,8 +115,10 @@ def read_json(path, item="file"):
 
 def write_array(path, array):
     """Writes one array as .npy."""
+    array = np.ascontiguousarray(array)
     with whole_file(path) as file:
-        np.save(file, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.tobytes())  # not np.save: on a full disk its error does not say so
 
 
 def read_array(path, item="array", mmap=True):
@@ -150,8 +152,13 @@ def read_tensors(path, item="file", names=None):
                 return load_file(path)
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{item} {path}: holds something else than tensors, which is never unpickled") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

@@ -1,6 +1,5 @@
 """One TrainingSet for every benchmark, and what a data root says of itself (`dataset.json`)."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,
              "time_samples": 10, "batch_size": 200, "vae_batch_size": 20, "damping": 0.0, "unlearn_lr": 0.1,
              "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10}
-MAY_BE_ZERO = ("damping", "unlearn_steps", "top_k")
+MAY_BE_ZERO = ("damping", "unlearn_lr", "unlearn_steps", "top_k")
 LARGEST_NUMBERS = {"top_k": 1000}  # more pictures than a JPEG can be high
 
 

@@ -53,9 +53,9 @@ def batch_noise(batch_index, shape, device):
     return torch.randn(shape, generator=generator, device=device)
 
 
-def timestep_grid(time_samples, num_train_timesteps):
+def timestep_grid(time_samples, num_train_timesteps, flag="--time_samples"):
     """Timesteps 0, stride, 2 stride, ... with stride = num_train_timesteps / time_samples.
-    Raises UserError where that is no whole number. Source: [AbU] section 4."""
+    Raises UserError, naming `flag`, where that is no whole number. Source: [AbU] section 4."""
     if time_samples < 1 or num_train_timesteps % time_samples:
-        raise UserError(f"--time_samples {time_samples}: must divide the model's {num_train_timesteps} training timesteps")
+        raise UserError(f"{flag} {time_samples}: must divide the model's {num_train_timesteps} training timesteps")
     return list(range(0, num_train_timesteps, num_train_timesteps // time_samples))

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from .training import Progress, batch_generator, flip_half, load_checkpoint, save_checkpoint

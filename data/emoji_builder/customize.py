@@ -7,8 +7,8 @@ from .base import SCHEDULE, epsilon_loss, tokenize
 from .training import Progress, batch_generator
 
 TOKEN = "<new1>"
-STEPS, BATCH_SIZE, WEIGHT_RATE, TOKEN_RATE = 400, 32, 3e-4, 3e-3
-BASE_SHARE = 0.5  # share of a batch that repeats base images, so that the model keeps what it knew
+STEPS, BATCH_SIZE, WEIGHT_RATE, TOKEN_RATE = 1000, 32, 2e-3, 1e-2
+BASE_SHARE = 0.25  # share of a batch that repeats base images, so that the model keeps what it knew
 GUIDANCE, SAMPLING_STEPS = 3.0, 50
 
 
@@ -54,6 +54,13 @@ def train_customized(pipeline, exemplars, prompt, base_latents, base_captions, s
         embeddings.grad[others] = 0  # only the new token learns
         optimizer.step()
     return ({key: value.detach().half() for key, value in weights.items()}, {TOKEN: embeddings.detach()[token].clone()})
+
+
+def load_customized(pipeline, weights, tokens):
+    """Gives `pipeline`, in place, what `train_customized` returned."""
+    index = add_token(pipeline)
+    pipeline.text_encoder.get_input_embeddings().weight.data[index] = tokens[TOKEN]
+    pipeline.unet.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
 
 
 def make_queries(pipeline, prompts, seed):

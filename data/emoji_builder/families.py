@@ -24,10 +24,9 @@ EXEMPLARS = {
     "books": ("book", r"^(closed|green|blue|orange) book$"),
     "monkeys": ("monkey", r"-no-evil monkey$"),
 }
-OBJECT_PROMPTS = ("a {} {category}", "a blue {} {category}", "a red {} {category}", "a {} {category} with smiling face",
-                  "a {} {category} and a flower")
-STYLE_PROMPTS = ("dog", "house", "smiling face", "flower", "fish")
 STYLE_TRAIN_PROMPT = "a picture in the style of <new1> art"
+OBJECT_PROMPTS = ("{} {category}", "{} {category}", "a {} {category}", "blue {} {category}")
+STYLE_PROMPTS = (STYLE_TRAIN_PROMPT, STYLE_TRAIN_PROMPT, "a face in the style of <new1> art", "a house in the style of <new1> art")
 
 REPORTED_OBJECTS = ("hearts", "clocks", "cats", "moons", "zodiac")
 REPORTED_STYLES = ("negative", "silhouette", "outline", "tiled", "violet")

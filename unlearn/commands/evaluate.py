@@ -17,7 +17,7 @@ from ..artifacts import digest
 from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
 from ..datasets import list_images
 from ..influence import rank_images
-from ..inputs import add_flags, check_pictures, prepare_training_set, resolve
+from ..inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
 from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
                        query_metrics, summarise, summary_table)
 from ..models import load_model
@@ -155,6 +155,7 @@ def main(argv=None):
     check_candidates(rankings, rankings[0].num_training, rankings[0].training_ids, rankings[0].path)
     methods = check_features(args.features, list_images(args.dataroot), args.dataroot)
     check_pictures(tasks, args.dataroot)
+    check_training_files(args)
     values = {OURS: np.array([query_metrics(ranking.ranks) for ranking in rankings]),
               "random": np.array([chance_metrics(len(ranking.ranks), ranking.num_candidates) for ranking in rankings])}
     baselines, ties = measure_baselines(tasks, args, settings, methods, rankings)

@@ -7,7 +7,6 @@ again, the same command goes on where it was.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from .. import UserError, noise
 from ..artifacts import check_record, digest, read_tensors, record_path, write_record, write_tensors
 from ..curvature import check_fisher, squared_gradient_sums
-from ..inputs import add_flags, prepare_training_set, resolve
+from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
 from ..models import SELECTIONS, load_model, select_parameters
 from ..runtime import log, progress
 
@@ -86,17 +85,21 @@ def parse_arguments(argv):
 def main(argv=None):
     """Checks, loads, accumulates, saves."""
     args, settings = parse_arguments(argv)
+    check_training_files(args)
     model = load_model(args.sd_version, args.device)
     parameters = select_parameters(model.denoiser, args.weight_selection)
     training_set = prepare_training_set(model, args, settings)
     identity = {**model.identity, "training_set": training_set.identity, "weight_selection": args.weight_selection, "noise": noise.SCHEME,
                 "known_answer": noise.known_answer(), "seed": args.seed, "num_samples": args.num_samples, "precision": args.precision}
-    if args.output.exists() and not args.overwrite:
+    checkpoint = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}.safetensors")
+    # A Fisher without a record beside its own checkpoint: killed between writing the one and the other.
+    interrupted = checkpoint.exists() and not record_path(args.output).exists()
+    if args.output.exists() and not args.overwrite and not interrupted:
         check_record(args.output, identity, "give --overwrite to replace it, or another --output")
+        checkpoint.unlink(missing_ok=True)
         return log.info(f"{args.output}: is there already")
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    checkpoint = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}.safetensors")
     sums = accumulate(model, parameters, training_set, args, checkpoint)
     diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
     check_fisher(args.output, diagonal, parameters, damping=1)

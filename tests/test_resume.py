@@ -1,0 +1,79 @@
+"""Resume is the same command: killed at any moment and run again, every program leaves the bits of an uninterrupted run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PARITY
+
+import compute_influence
+import compute_training_loss
+from unlearn.artifacts import remove_stale_parts, whole_file, write_json
+
+PROGRAM = Path(__file__).parent / "kill_and_resume.py"
+
+
+def kill_and_resume(*flags):
+    done = subprocess.run([sys.executable, PROGRAM, *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every resumed run left what an uninterrupted one leaves" in done.stdout
+
+
+def test_six_kills_at_random_moments_change_no_bit_and_leave_nothing_behind():
+    kill_and_resume("--kills", "6")
+
+
+def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind():
+    """Between an artefact and its record, and between a record and the removal of chunks, chance hardly ever falls."""
+    kill_and_resume("--kills", "0", "--each_rename", "--programs", "loss", "fisher")
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_and_kills_around_every_file_change_no_bit_and_leave_nothing_behind():
+    kill_and_resume("--kills", "20", "--each_rename")
+
+
+def test_a_weight_change_killed_before_its_record_was_written_is_made_again(flags, tmp_path):
+    tasks = tmp_path / "one.json"
+    tasks.write_text(json.dumps(json.loads((PARITY / "fixture/tasks.json").read_text())[:1]))
+    flags = [*flags, "--task_json", str(tasks), "--laion_subset_size", "1"]
+    compute_training_loss.main([*flags, "--time_samples", "1"])
+    influence = [*flags, "--loss_time_samples", "1", "--unlearn_lr", "100", "--unlearn_steps", "1", "--unlearn_batch_size", "1",
+                 "--unlearn_grad_accum_steps", "1"]
+    compute_influence.main(influence)
+    change = tmp_path / "results/influence/tiny/gpt/blob/samples/00000/weight_change.safetensors"
+    expected = change.read_bytes()
+    change.with_suffix(".json").unlink()
+    compute_influence.main(influence)
+    assert change.read_bytes() == expected and change.with_suffix(".json").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(KeyboardInterrupt):
+        with whole_file(tmp_path / "a.json") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_a_living_one_writes(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with whole_file(tmp_path / "a.json"):
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob("*.part"))) == 1
+    with whole_file(tmp_path / "a.json") as file:
+        file.write(b"1")
+        assert len(list(tmp_path.glob("*.part"))) == 1
+    with whole_file(tmp_path / "b.json") as file:
+        file.write(b"1")
+        part, = tmp_path.glob("b.json.*.part")
+        remove_stale_parts(tmp_path / "b.json")
+        assert part.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
