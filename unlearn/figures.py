@@ -2,7 +2,7 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
-TILE, GAP, CAPTION_HEIGHT = 192, 12, 64
+TILE, GAP, CAPTION_HEIGHT = 192, 22, 52
 EXEMPLAR_RED, INK, PAPER = (220, 30, 40), (30, 30, 30), "white"
 
 

@@ -150,10 +150,9 @@ def encode_exemplars(model, task, args, settings):
     latents = [encode_images(model.pipeline, task.exemplar_paths, settings["resolution"], mirrored, args.vae_batch_size).numpy()
                for mirrored in (False, True)]
     prompts = [task.train_prompt] * len(task.exemplar_paths)
-    root = Path(args.dataroot).resolve()
-    return TrainingSet(settings["name"], [path.relative_to(root).as_posix() for path in task.exemplar_paths], prompts,
-                       list(task.exemplar_paths), np.stack(latents), encode_prompts(model.pipeline, prompts).numpy()[:, None],
-                       digest([hash_file(path) for path in task.exemplar_paths]))
+    ids = [path.relative_to(Path(args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
+    return TrainingSet(settings["name"], ids, prompts, [Path(args.dataroot) / id for id in ids], np.stack(latents),
+                       encode_prompts(model.pipeline, prompts).numpy()[:, None], digest([hash_file(path) for path in task.exemplar_paths]))
 
 
 def encode_query(model, task, args, settings):
