@@ -1,6 +1,6 @@
 """Ranks the training images of each task's query: unlearns the query, scores every loss again, sorts by how much it rose.
 
-    python compute_influence.py --task_json data/emoji/json/demo_task.json --dataroot data/emoji
+    python compute_influence.py --task_json tasks/emoji_demo.json --dataroot data/emoji
     python compute_influence.py --task_json tasks/demo_task.json            # the AbC benchmark, in data/abc
 
 Needs the losses that compute_training_loss.py caches. Writes RESULT_DIR/influence/<query>/: weight_change.safetensors, the
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from unlearn import UserError, noise, results
-from unlearn.artifacts import (check_record, hash_file, is_complete, read_array, read_tensors, record_path, write_record,
+from unlearn.artifacts import (check_record, hash_file, keep_complete, read_array, read_tensors, record_path, write_record,
                                write_tensors)
 from unlearn.curvature import DiagonalFisher, check_fisher
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
                             encode_query, find_fisher, prepare_training_set, print_plan, resolve)
-from unlearn.losses import Sweep, adopt_losses, cache_losses, chunk_noise, loss_identity, score_rows
-from unlearn.models import SELECTIONS, changed_weights, check_customization, customized, load_model, read_customization, select_parameters
+from unlearn.losses import Sweep, adopt_losses, cache_losses, chunk_noise, loss_identity, noise_identity, score_rows
+from unlearn.models import SELECTIONS, changed_weights, check_customization, check_tokens, customized, load_model, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, check_change, relative_change, remove_checkpoints, unlearn
 from unlearn.runtime import progress, run
 from unlearn.tasks import group_by_model, load_tasks
@@ -50,11 +50,16 @@ def parse_arguments(argv):
     return args, resolve(args, {"loss_batch_size": "batch_size", "loss_time_samples": "time_samples"})
 
 
+def loss_path(args, task, name):
+    """Where compute_training_loss.py caches the losses (`exemplar` or `laion`) of a task's model."""
+    return Path(args.result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
+
+
 def find_cached_losses(args, groups):
     """Raises UserError, before a model is loaded, where the losses that this run compares with were never made."""
     for tasks in groups.values():
         for name in "exemplar", "laion":
-            path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
+            path = loss_path(args, tasks[0], name)
             if not path.exists():
                 raise results.missing_losses(path, args)
 
@@ -73,7 +78,7 @@ def load_losses(custom, tasks, image_sets, grid, args):
     """Losses before unlearning of the exemplars and of the training set, checked against their records."""
     losses = {}
     for name, images in image_sets.items():
-        path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
+        path = loss_path(args, tasks[0], name)
         sweep = Sweep(images, grid, args.loss_batch_size, args.noise_seed, args.compat)
         identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.loss_batch_size)
         if args.compat and not path.with_suffix(".json").exists():
@@ -95,17 +100,22 @@ def score_query(custom, task, image_sets, grid, change_path, folder, args):
     return losses
 
 
+def unlearning_settings(args):
+    """Identity of how a query is unlearned, the same for all queries that may be compared."""
+    names = ("weight_selection", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size", "unlearn_grad_accum_steps", "seed",
+             "precision")
+    return {name: getattr(args, name) for name in names}
+
+
 def unlearn_query(custom, query, parameters, fisher, path, args):
     """Writes the weight change that unlearns a query to `path` (safetensors) and its record, or keeps what is there."""
-    identity = {**custom.identity, "query": query.identity, "weight_selection": args.weight_selection, "fisher": fisher.identity,
-                "num_train": args.num_train, "unlearn_lr": args.unlearn_lr, "unlearn_steps": args.unlearn_steps,
-                "unlearn_batch_size": args.unlearn_batch_size, "unlearn_grad_accum_steps": args.unlearn_grad_accum_steps,
-                "seed": args.seed, "noise": args.compat or noise.SCHEME, "precision": args.precision}
-    # A change without a record was killed between writing the one and the other: it is made again.
-    if is_complete(path) and not args.overwrite:
-        check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
+    identity = {**custom.identity, "query": query.identity, "fisher": fisher.identity, **unlearning_settings(args),
+                **noise_identity(args.compat, custom.device)}
+    if keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --result_dir"):
         return remove_checkpoints(path)
     latent, embedding = (torch.from_numpy(array).to(custom.device) for array in (query.latents[0, 0], query.embeddings[0, 0]))
+    if args.compat and args.unlearn_batch_size > len(custom.alpha_bars):
+        raise UserError(f"--unlearn_batch_size {args.unlearn_batch_size}: --compat abu allows at most {len(custom.alpha_bars)}")
     if args.compat:
         draws = CompatDraws(args.seed, len(custom.alpha_bars), custom.device)
     else:
@@ -144,7 +154,9 @@ def attribute_query(custom, task, image_sets, before, fisher, grid, args, settin
     query_losses = own_losses(custom, query, change, grid, args)
     results.save(folder, task, image_sets, before, after, args, {
         "query_loss_before": query_losses[0], "query_loss_after": query_losses[1],
-        "relative_weight_change": relative_change(change, parameters)}, {"weight_change": hash_file(change_path)})
+        "relative_weight_change": relative_change(change, parameters)}, {
+            "weight_change": hash_file(change_path), "settings": unlearning_settings(args),
+            "losses_before": {name: hash_file(loss_path(args, task, name)) for name in image_sets}})
 
 
 def main(argv=None):
@@ -159,8 +171,8 @@ def main(argv=None):
         find_cached_losses(args, groups)
         check_leftovers(args, tasks)
     check_pictures(tasks, args.dataroot)
-    for model_path in groups:
-        read_customization(Path(args.dataroot) / model_path)
+    for model_path, group in groups.items():
+        check_tokens(Path(args.dataroot) / model_path, group)
     model = load_model(args.sd_version, args.device)
     grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
     for model_path in groups:

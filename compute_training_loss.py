@@ -1,6 +1,6 @@
 """Caches every training image's loss under the model of each task, with fixed noise and timesteps.
 
-    python compute_training_loss.py --task_json data/emoji/json/demo_task.json --dataroot data/emoji
+    python compute_training_loss.py --task_json tasks/emoji_demo.json --dataroot data/emoji
     python compute_training_loss.py --task_json tasks/demo_task.json            # the AbC benchmark, in data/abc
 
 Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n mirrored, each with a
@@ -13,7 +13,7 @@ from pathlib import Path
 from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
                             print_plan, resolve)
 from unlearn.losses import Sweep, cache_losses, loss_identity
-from unlearn.models import check_customization, customized, load_model, read_customization
+from unlearn.models import check_customization, check_tokens, customized, load_model
 from unlearn.noise import timestep_grid
 from unlearn.runtime import log, run
 from unlearn.tasks import group_by_model, load_tasks
@@ -49,8 +49,8 @@ def main(argv=None):
     check_result_dir(args.result_dir)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
-    for model_path in groups:
-        read_customization(Path(args.dataroot) / model_path)
+    for model_path, group in groups.items():
+        check_tokens(Path(args.dataroot) / model_path, group)
     model = load_model(args.sd_version, args.device)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     for model_path in groups:

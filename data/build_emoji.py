@@ -5,7 +5,7 @@
     python data/build_emoji.py                       # about two hours on two cores; users never need to run it
 
 Stages: images and captions -> VAE -> base text-to-image model -> customized models and their queries -> test cases and
-tasks. The diagonal Fisher comes after it: python -m unlearn fisher --dataroot data/emoji --num_samples 50000
+tasks. The diagonal Fisher comes after it: python -m unlearn fisher --dataroot data/emoji --num_samples 30000
 """
 
 import argparse
@@ -39,12 +39,13 @@ def write_images(font, emoji_test):
     folder.mkdir(parents=True, exist_ok=True)
     for number, (_, image) in enumerate(base_set):
         save_small_png(image, folder / f"{number:06d}.png")
-    (HOME / "laion_subset/captions.txt").write_text("".join(f"{emoji.caption}\n" for emoji, _ in base_set))
     for family, (_, pattern) in families.EXEMPLARS.items():
         write_exemplars(f"object/{family}", [image for emoji, image in drawn if re.search(pattern, emoji.caption)])
     for number, (style, treat) in enumerate(families.STYLES.items()):
         chosen = np.random.default_rng(number).choice(len(base_set), NUM_STYLE_EXEMPLARS, replace=False)
         write_exemplars(f"style/{style}", [treat(base_set[index][1]) for index in chosen])
+    # Last: where it stands, this stage is complete.
+    (HOME / "laion_subset/captions.txt").write_text("".join(f"{emoji.caption}\n" for emoji, _ in base_set))
 
 
 def write_exemplars(name, images):
@@ -83,7 +84,7 @@ def build_pipeline():
         config = BUILD / "pipeline/text_encoder/config.json"
         write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
         (BUILD / "pipeline").rename(folder)
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, encode_views(pipeline.vae, pixels), captions
 
@@ -121,7 +122,8 @@ def build_customized(pipeline, latents, captions, seed, kind, name, prompt):
     weights, tokens = customize.train_customized(own, exemplars, prompt, latents, captions, seed, f"{kind} {name}")
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "pytorch_custom_diffusion_weights.pt")
-    torch.save(tokens, folder / "<new1>.bin")
+    torch.save(tokens, folder / "<new1>.bin.part")
+    (folder / "<new1>.bin.part").rename(folder / "<new1>.bin")
 
 
 def build_queries(pipeline, seed, kind, name, prompts):

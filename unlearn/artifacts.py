@@ -15,7 +15,7 @@ import platform
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,8 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where a parent is a file, or was never made
+            part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -190,6 +191,20 @@ def write_record(path, identity, device=None):
 def is_complete(path):
     """Whether an artefact and its record are there."""
     return Path(path).exists() and record_path(path).exists()
+
+
+def keep_complete(path, identity, overwrite, remedy):
+    """Whether a complete artefact made with these settings is there and is to be kept. Raises UserError where what is
+    there was made with others and may not be overwritten. One without a record was killed before it was complete."""
+    if not is_complete(path):
+        return False
+    try:
+        check_record(path, identity, remedy)
+    except UserError:
+        if not overwrite:
+            raise
+        return False
+    return True
 
 
 def compare_identity(path, expected, found, remedy):

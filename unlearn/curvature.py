@@ -52,8 +52,8 @@ def per_sample_gradients(model, parameters, samples):
             else:
                 yield name, gradients.sum(dim=1)
     else:
-        losses = [sample_losses(model, *(tensor[i:i + 1] for tensor in samples)).sum() for i in range(len(samples[0]))]
-        rows = [torch.autograd.grad(loss, list(parameters.values())) for loss in losses]
+        rows = [torch.autograd.grad(sample_losses(model, *(tensor[i:i + 1] for tensor in samples)).sum(), list(parameters.values()))
+                for i in range(len(samples[0]))]
         for name, gradients in zip(parameters, zip(*rows)):
             yield name, torch.stack(gradients)
     for parameter in parameters.values():

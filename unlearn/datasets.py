@@ -78,8 +78,8 @@ class TrainingSet:
 
     @property
     def identity(self):
-        """Digest of name, ids, captions, shapes and source."""
-        return digest(self.name, self.ids, self.captions, list(self.latents.shape), list(self.embeddings.shape), self.source)
+        """Digest of name, ids, shapes and source. Captions are labels here: what was made of them is in the source."""
+        return digest(self.name, self.ids, list(self.latents.shape), list(self.embeddings.shape), self.source)
 
 
 def list_images(dataroot):
@@ -92,7 +92,8 @@ def read_captions(dataroot):
     """Lines of `laion_subset/captions.txt`, [] where it is missing."""
     path = Path(dataroot) / "laion_subset/captions.txt"
     try:
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return text.removesuffix("\n").split("\n") if text else []  # captions from the web hold other line separators
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -125,7 +126,7 @@ def choose_subset_size(available, asked):
 
 def check_pixels(item, values):
     """Raises UserError where an array has NaN or infinite entries."""
-    if not np.isfinite(values).all():
+    if not np.isfinite(np.asarray(values)).all():
         raise UserError(f"{item}: has NaN or infinite entries; download or encode it again")
 
 

@@ -23,7 +23,7 @@ FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "precision": (str, "fp32 (default) or tf32"),
     "device": (str, "cuda, cuda:N or cpu (default cuda if there is one)"),
     "compat": (str, "abu: the published program's arithmetic, to reproduce its numbers"),
-    "overwrite": (None, "make again what is there, also where it was made with other settings"),
+    "overwrite": (None, "replace what was made with other settings"),
     "dry_run": (None, "check every input, print the resolved plan with its cost, and stop"),
 }
 OWN_DEFAULTS = {"dataroot": "data/abc", "noise_seed": 0, "precision": "fp32"}  # of flags that no data root sets
@@ -73,7 +73,10 @@ def check_result_dir(result_dir):
 def encoding_identity(model, paths, captions, resolution):
     """Identity of latents and embeddings that are made from images and captions at first use."""
     parts = {"vae": model.pipeline.vae.state_dict(), "text_encoder": model.pipeline.text_encoder.state_dict()}
-    return {"images": digest([[path.name, hash_file(path)] for path in paths]), "captions": digest(captions), "resolution": resolution,
+    vae = model.pipeline.vae.config
+    tokens = model.pipeline.tokenizer(captions, padding="max_length", truncation=True, max_length=model.embedding_shape[0]).input_ids
+    return {"scaling": [vae.scaling_factor, vae.get("shift_factor")], "tokens": digest(tokens),
+            "images": digest([[path.name, hash_file(path)] for path in paths]), "captions": digest(captions), "resolution": resolution,
             **{name: hash_tensors(weights) for name, weights in parts.items()}}
 
 
@@ -139,7 +142,9 @@ def prepare_training_set(model, args, settings):
                            np.broadcast_to(np.float32(0), (len(paths), 1, *model.embedding_shape))
                            ).first(choose_subset_size(len(paths), subset_size))
     if not getattr(args, "dry_run", False):
+        set_precision("fp32")  # these arrays serve runs of either precision
         encode_training_set(model, args.dataroot, settings["resolution"], getattr(args, "vae_batch_size", settings["vae_batch_size"]))
+        set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     training_set = open_training_set(args.dataroot, settings["name"], latent_shape, model.embedding_shape, subset_size)
     check_finite(args.dataroot, training_set)
     return training_set
@@ -152,7 +157,8 @@ def encode_exemplars(model, task, args, settings):
     prompts = [task.train_prompt] * len(task.exemplar_paths)
     ids = [path.relative_to(Path(args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
     return TrainingSet(settings["name"], ids, prompts, [Path(args.dataroot) / id for id in ids], np.stack(latents),
-                       encode_prompts(model.pipeline, prompts).numpy()[:, None], digest([hash_file(path) for path in task.exemplar_paths]))
+                       encode_prompts(model.pipeline, prompts).numpy()[:, None],
+                       digest(prompts, [hash_file(path) for path in task.exemplar_paths]))
 
 
 def encode_query(model, task, args, settings):
@@ -162,7 +168,7 @@ def encode_query(model, task, args, settings):
     if args.compat:
         latents = latents / model.pipeline.vae.config.scaling_factor
     return TrainingSet(settings["name"], [task.synth_image_path], [task.prompt], [path], latents[None],
-                       encode_prompts(model.pipeline, [task.prompt]).numpy()[:, None], hash_file(path))
+                       encode_prompts(model.pipeline, [task.prompt]).numpy()[:, None], digest(task.prompt, hash_file(path)))
 
 
 def find_fisher(args):

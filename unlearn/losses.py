@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from . import UserError, noise
-from .artifacts import check_record, digest, read_array, record_path, write_array, write_record
+from .artifacts import check_record, digest, is_complete, keep_complete, read_array, record_path, write_array, write_record
 from .datasets import check_pixels
 from .runtime import progress
 
@@ -25,13 +25,18 @@ def sample_losses(model, latents, noise, timesteps, embeddings):
     return error.double().square().mean(dim=tuple(range(1, error.ndim)))
 
 
+def noise_identity(compat, device):
+    """Identity of a noise scheme: what decides which numbers a seed stands for."""
+    if compat:
+        return {"noise": f"torch generator, {compat}", "noise_device": device.type}
+    return {"noise": noise.SCHEME, "known_answer": noise.known_answer()}
+
+
 def loss_identity(model, training_set, grid, noise_seed, precision, compat=None, batch_size=None):
     """Identity of losses: what must be the same for two of them to be compared."""
-    scheme = {"noise": noise.SCHEME, "noise_seed": noise_seed, "known_answer": noise.known_answer()}
-    if compat:
-        scheme = {"noise": "torch-per-batch", "batch_size": batch_size, "noise_device": model.device.type}
+    scheme = {"batch_size": batch_size} if compat else {"noise_seed": noise_seed}
     return {**model.identity, "dataset": training_set.name, "num_images": len(training_set), "training_set": training_set.identity,
-            **scheme, "timesteps": grid, "precision": precision}
+            **noise_identity(compat, model.device), **scheme, "timesteps": grid, "precision": precision}
 
 
 def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
@@ -131,17 +136,23 @@ class Sweep:
         return losses.astype(np.float32)
 
 
+def remove_chunks(path):
+    """Removes the chunks of finished losses, those of other settings too."""
+    for folder in path.parent.glob(f".{path.stem}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def cache_losses(sweep, model, path, identity, overwrite=False):
     """Runs a sweep into `path` (.npy float32 [views * N]) and its record, or keeps what is there under the same identity.
     Chunks stand beside it, in a folder that the identity names, until all are done. Raises UserError where the file was
     made with other settings and may not be overwritten."""
     path = Path(path)
     folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
-    # Losses without a record beside this sweep's own chunks: killed between writing the one and the other.
-    interrupted = folder.is_dir() and not record_path(path).exists()
-    if path.exists() and not overwrite and not interrupted:
+    # Losses without a record that stand alone are not ours; beside this sweep's own chunks they are, killed before the record.
+    if path.exists() and not is_complete(path) and not folder.is_dir() and not overwrite:
         check_record(path, identity, "give --overwrite to replace it, or another --result_dir")
-        shutil.rmtree(folder, ignore_errors=True)
+    if keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir"):
+        remove_chunks(path)
         return read_array(path, "losses", mmap=False)
     losses = sweep.run(model, folder, f"{path.parent.name}/{path.stem}")
     if not np.isfinite(losses).all():
@@ -150,7 +161,7 @@ def cache_losses(sweep, model, path, identity, overwrite=False):
     record_path(path).unlink(missing_ok=True)
     write_array(path, losses)
     write_record(path, identity, model.device)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_chunks(path)
     return losses
 
 
@@ -168,5 +179,5 @@ def adopt_losses(sweep, model, path, identity):
         worst = float(np.max(np.abs(again / losses[rows] - 1)))
         if not worst <= 1e-4:
             raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "
-                            "(at most 1e-4 allowed): made with other settings; run compute_training_loss.py --compat abu")
+                            "(at most 1e-4 allowed): made with other settings; run compute_training_loss.py --compat abu --overwrite")
     write_record(path, identity, model.device)

@@ -27,6 +27,7 @@ TARGETS = {  # prediction type -> what the denoiser is trained to predict, from 
     "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
 }
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
 
 
@@ -57,7 +58,7 @@ class Model:
     def identity(self):
         """Identity fields of every loss: weights, noise schedule, prediction type."""
         return {"weights": self.weights_hash, "prediction_type": self.prediction_type,
-                "schedule": digest([f"{value:.6e}" for value in self.alpha_bars.tolist()])}
+                "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS])}
 
     def latent_shape(self, resolution):
         """(C, h, w) of the latents of a square image of `resolution` pixels."""
@@ -95,7 +96,7 @@ def load_model(name, device):
             if not (Path(name) / part).exists():
                 raise UserError(f"--sd_version {name}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
             raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
         # Transformers makes up what a text encoder's file lacks: another model at every start.
@@ -152,6 +153,14 @@ def read_customization(model_dir):
         if not torch.isfinite(value).all():
             raise UserError(f"{model_dir}: {name} has NaN or infinite entries; download the customized model again")
     return weights, tokens
+
+
+def check_tokens(model_dir, tasks):
+    """Raises UserError where a prompt of a model's tasks names a token, like <new1>, that the model does not bring."""
+    prompts = [prompt for task in tasks for prompt in (task.train_prompt, task.prompt)]
+    missing = set(re.findall(r"<new\d+>", " ".join(prompts))) - read_customization(model_dir)[1].keys()
+    if missing:
+        raise UserError(f"{model_dir}: no embedding (*.bin) of {min(missing)}, which its prompts use; download the model again")
 
 
 def check_customization(model, model_dir):

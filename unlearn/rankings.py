@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, digest
+from .artifacts import check_record, digest, hash_file, read_json, record_path
 from .metrics import exemplar_ranks, is_tied
 
 SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")
@@ -24,6 +24,7 @@ class Ranking:
     num_training: int
     training_ids: str  # digest
     effect: np.ndarray  # see EFFECTS
+    settings: dict  # how the query was unlearned
 
     @property
     def num_candidates(self):
@@ -66,7 +67,18 @@ def read_ranking(task, args):
         raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "
                         f"{', '.join(found):.80}; {remedy}")
     return Ranking(path, exemplar_ranks(arrays["rank"], is_exemplar), is_tied(arrays["influence"], is_exemplar),
-                   len(ids) - count, digest(ids[count:]), measure_effect(arrays, is_exemplar))
+                   len(ids) - count, digest(ids[count:]), measure_effect(arrays, is_exemplar), check_provenance(path, task, args, remedy))
+
+
+def check_provenance(path, task, args, remedy):
+    """How a query was unlearned, by its record. Raises UserError where the cached losses are no longer those it was ranked
+    against."""
+    identity = read_json(record_path(path), "record")["identity"]
+    for name, content in identity.get("losses_before", {}).items():
+        losses = Path(args.result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
+        if losses.exists() and hash_file(losses) != content:
+            raise UserError(f"{path}: was ranked against other losses than {losses} now holds; {remedy} --overwrite")
+    return identity.get("settings", {})
 
 
 def check_candidates(rankings, num_training, training_ids, item):
@@ -77,3 +89,7 @@ def check_candidates(rankings, num_training, training_ids, item):
                             "--laion_subset_size that all of them were made with")
         if ranking.training_ids != training_ids:
             raise UserError(f"{ranking.path}: ranks other training images (by id) than {item}")
+        for name, value in ranking.settings.items():
+            if value != rankings[0].settings.get(name):
+                raise UserError(f"{ranking.path}: unlearned with {name} {value!r}, {rankings[0].path} with "
+                                f"{rankings[0].settings.get(name)!r}; only queries unlearned alike can be averaged")

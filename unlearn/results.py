@@ -98,5 +98,6 @@ def save(folder, task, image_sets, before, after, args, shown, identity):
     write_record(path, {**identity, "candidates": [images.identity for images in image_sets.values()]})
     print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
-    print(f"\nK and V moved by {shown['relative_weight_change']:.2%}. The query's own loss rose from {shown['query_loss_before']:.4f} to "
-          f"{shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\nPicture: {folder / 'visualization.jpg'}")
+    print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "
+          f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
+          f"Picture: {folder / 'visualization.jpg'}")

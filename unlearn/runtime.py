@@ -1,6 +1,7 @@
 """Device, precision, progress, and how a script ends."""
 
 import logging
+import os
 import sys
 import time
 
@@ -30,7 +31,12 @@ def choose_device(name=None):
 
 
 def set_precision(precision):
-    """fp32: TensorFloat-32 off in matrix products and convolutions. tf32: on in both."""
+    """fp32: TensorFloat-32 off in matrix products and convolutions. tf32: on in both. On CUDA,
+    deterministic kernels in either."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.deterministic = True
 

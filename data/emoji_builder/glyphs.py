@@ -25,11 +25,6 @@ class Emoji:
     codepoints: tuple[int, ...]
     caption: str
 
-    @property
-    def name(self):
-        """File name stem: the code points in hexadecimal, e.g. `1f9d1-200d-1f680`."""
-        return "-".join(f"{codepoint:x}" for codepoint in self.codepoints)
-
 
 def clean_caption(name):
     """`Japanese “here” button` -> `japanese here button`: lower case, letters, digits and single blanks."""

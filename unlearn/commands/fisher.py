@@ -1,6 +1,6 @@
 """Makes the diagonal Fisher of a data root's base model: mean squared per-sample gradient of the selected weights.
 
-    python -m unlearn fisher --dataroot data/emoji --num_samples 20000
+    python -m unlearn fisher --dataroot data/emoji --num_samples 30000
 
 Writes DATAROOT/sd_fisher.safetensors and its record. The sums so far are kept every thousand samples: killed and run
 again, the same command goes on where it was.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import check_record, digest, read_tensors, record_path, write_record, write_tensors
+from ..artifacts import check_record, digest, is_complete, keep_complete, read_tensors, record_path, write_record, write_tensors
 from ..curvature import check_fisher, squared_gradient_sums
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
 from ..models import SELECTIONS, load_model, select_parameters
@@ -92,10 +92,10 @@ def main(argv=None):
     identity = {**model.identity, "training_set": training_set.identity, "weight_selection": args.weight_selection, "noise": noise.SCHEME,
                 "known_answer": noise.known_answer(), "seed": args.seed, "num_samples": args.num_samples, "precision": args.precision}
     checkpoint = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}.safetensors")
-    # A Fisher without a record beside its own checkpoint: killed between writing the one and the other.
-    interrupted = checkpoint.exists() and not record_path(args.output).exists()
-    if args.output.exists() and not args.overwrite and not interrupted:
+    # A Fisher without a record beside its own checkpoint was killed between writing the one and the other.
+    if args.output.exists() and not is_complete(args.output) and not checkpoint.exists() and not args.overwrite:
         check_record(args.output, identity, "give --overwrite to replace it, or another --output")
+    if keep_complete(args.output, identity, args.overwrite, "give --overwrite to replace it, or another --output"):
         checkpoint.unlink(missing_ok=True)
         return log.info(f"{args.output}: is there already")
     for parameter in parameters.values():
