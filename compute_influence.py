@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from unlearn import UserError, noise, results
-from unlearn.artifacts import (check_record, hash_file, keep_complete, read_array, read_tensors, record_path, write_record,
-                               write_tensors)
+from unlearn.artifacts import check_record, keep_complete, read_array, read_tensors, record_path, write_record, write_tensors
 from unlearn.curvature import DiagonalFisher, check_fisher
+from unlearn.hashes import hash_file
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
                             encode_query, find_fisher, prepare_training_set, print_plan, resolve)
 from unlearn.losses import Sweep, adopt_losses, cache_losses, chunk_noise, loss_identity, noise_identity, score_rows

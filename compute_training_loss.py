@@ -10,9 +10,10 @@ record of what it was made with. Killed and run again, the same command goes on 
 import argparse
 from pathlib import Path
 
+from unlearn.artifacts import record_path
 from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
                             print_plan, resolve)
-from unlearn.losses import Sweep, cache_losses, loss_identity
+from unlearn.losses import Sweep, adopt_losses, cache_losses, loss_identity
 from unlearn.models import check_customization, check_tokens, customized, load_model
 from unlearn.noise import timestep_grid
 from unlearn.runtime import log, run
@@ -37,7 +38,10 @@ def cache_model(model, tasks, training_set, grid, args, settings):
         for name, images in ("exemplar", exemplars), ("laion", training_set):
             identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.batch_size)
             path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
-            cache_losses(Sweep(images, grid, args.batch_size, args.noise_seed, args.compat), custom, path, identity, args.overwrite)
+            sweep = Sweep(images, grid, args.batch_size, args.noise_seed, args.compat)
+            if args.compat and path.exists() and not record_path(path).exists() and not args.overwrite:
+                adopt_losses(sweep, custom, path, identity)
+            cache_losses(sweep, custom, path, identity, args.overwrite)
             log.info(f"{path}: losses of {len(images)} images, as is and mirrored")
 
 

@@ -124,3 +124,12 @@ def test_losses_without_record_that_are_off_by_a_thousandth_are_refused(adopted,
     with pytest.raises(UserError, match=r"laion_loss\.npy: has no record, and its rows \d+ to \d+ scored again differ by 1\.0e-03"):
         compute_influence.main([*flags, *INFLUENCE, "--unlearn_steps", "0"])
     assert not (adopted / "laion_loss.json").exists()
+
+
+def test_the_training_set_s_published_losses_are_adopted_while_the_exemplars_are_scored_anew(adopted, flags):
+    """Published exemplars' losses come from latents drawn at random: only they must be made again, not those of 100,000 images."""
+    (adopted / "exemplar_loss.npy").unlink()
+    before = (adopted / "laion_loss.npy").stat().st_mtime_ns
+    compute_training_loss.main([*flags, *LOSS])
+    assert (adopted / "laion_loss.npy").stat().st_mtime_ns == before and (adopted / "laion_loss.json").exists()
+    np.testing.assert_allclose(np.load(adopted / "exemplar_loss.npy"), np.load(EXPECTED / "exemplar_loss.npy"), rtol=1e-5, atol=0)

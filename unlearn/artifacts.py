@@ -7,7 +7,6 @@ its existence means that the artefact is complete.
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import pickle
@@ -24,33 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from . import UserError, __version__
+from .hashes import hash_file
 
 FORMAT_VERSION = 1
-
-
-def digest(*parts):
-    """Hash (32 hexadecimal digits) of strings, numbers and JSON-like values, in order."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def hash_file(path):
-    """Hash (32 hexadecimal digits) of a file's bytes."""
-    state = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
-def hash_tensors(tensors):
-    """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order of the names."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.flatten().view(torch.uint8).numpy())
-    return state.hexdigest()
 
 
 def resolve_inside(root, path, item):

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from . import UserError
-from .artifacts import digest, hash_tensors
+from .hashes import digest, hash_tensors
 from .losses import sample_losses
 from .models import check_shapes
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import digest, read_array, read_json, record_path
+from .artifacts import read_array, read_json, record_path
+from .hashes import digest
 
 LARGEST_SUBSET = 100_000
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

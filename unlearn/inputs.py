@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, digest, hash_file, hash_tensors, is_complete, record_path, whole_file, write_record
+from .artifacts import check_record, is_complete, record_path, whole_file, write_record
 from .datasets import (TrainingSet, array_paths, check_finite, check_number, check_pixels, choose_subset_size, list_images, open_arrays,
                        open_training_set, read_captions, read_identity, read_settings)
 from .encoders import encode_images, encode_prompts, load_image
+from .hashes import digest, hash_file, hash_tensors
 from .runtime import choose_device, progress, set_precision
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from . import UserError, noise
-from .artifacts import check_record, digest, is_complete, keep_complete, read_array, record_path, write_array, write_record
+from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
 from .datasets import check_pixels
+from .hashes import digest
 from .runtime import progress
 
 CHUNK_IMAGES = 64  # part of no result: any chunking gives the same losses
@@ -179,5 +180,6 @@ def adopt_losses(sweep, model, path, identity):
         worst = float(np.max(np.abs(again / losses[rows] - 1)))
         if not worst <= 1e-4:
             raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "
-                            "(at most 1e-4 allowed): made with other settings; run compute_training_loss.py --compat abu --overwrite")
+                            "(at most 1e-4 allowed): made with other settings or, of exemplars, from latents drawn at random; delete it and "
+                            "run compute_training_loss.py --compat abu")
     write_record(path, identity, model.device)

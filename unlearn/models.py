@@ -12,7 +12,8 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
-from .artifacts import digest, hash_tensors, read_tensors
+from .artifacts import read_tensors
+from .hashes import digest, hash_tensors
 from .runtime import is_out_of_memory
 
 SELECTIONS = {  # of a UNet's parameters, by name

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from . import UserError, noise
-from .artifacts import digest, read_tensors, write_tensors
+from .artifacts import read_tensors, write_tensors
+from .hashes import digest
 from .losses import sample_losses
 from .models import replaced_weights
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, digest, hash_file, read_json, record_path
+from .artifacts import check_record, read_json, record_path
+from .hashes import digest, hash_file
 from .metrics import exemplar_ranks, is_tied
 
 SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import digest
 from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
 from ..datasets import list_images
+from ..hashes import digest
 from ..influence import rank_images
 from ..inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
 from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,

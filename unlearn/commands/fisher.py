@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import check_record, digest, is_complete, keep_complete, read_tensors, record_path, write_record, write_tensors
+from ..artifacts import check_record, is_complete, keep_complete, read_tensors, record_path, write_record, write_tensors
 from ..curvature import check_fisher, squared_gradient_sums
+from ..hashes import digest
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
 from ..models import SELECTIONS, load_model, select_parameters
 from ..runtime import log, progress
