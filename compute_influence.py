@@ -102,8 +102,8 @@ def score_query(custom, task, image_sets, grid, change_path, folder, args):
 
 def unlearning_settings(args):
     """Identity of how a query is unlearned, the same for all queries that may be compared."""
-    names = ("weight_selection", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size", "unlearn_grad_accum_steps", "seed",
-             "precision")
+    names = ("weight_selection", "damping", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size",
+             "unlearn_grad_accum_steps", "seed", "precision", "compat")
     return {name: getattr(args, name) for name in names}
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import compute_influence
+import compute_training_loss
 from unlearn import UserError, metrics
 from unlearn.artifacts import write_record
 from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, normalise,
@@ -300,3 +302,21 @@ def test_a_feature_model_that_cannot_be_used_ends_in_one_line(tmp_path, clip_fol
 def drop_weight(path, name):
     from safetensors.torch import load_file, save_file
     save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
+
+
+def test_queries_unlearned_with_other_settings_or_ranked_against_replaced_losses_are_not_averaged(flags, tmp_path):
+    """Through the scripts themselves: what their records say is what evaluate checks."""
+    small = [*flags, "--laion_subset_size", "3"]
+    steps = ["--loss_time_samples", "2", "--unlearn_steps", "1", "--unlearn_batch_size", "2", "--unlearn_grad_accum_steps", "1"]
+    compute_training_loss.main([*small, "--time_samples", "2"])
+    compute_influence.main([*small, *steps, "--unlearn_lr", "10"])
+    main([*small, "--output", str(tmp_path / "out")])
+    one = json.loads(Path(flags[1]).read_text())[:1]
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    compute_influence.main(["--task_json", str(tmp_path / "one.json"), *small[2:], *steps, "--unlearn_lr", "20", "--overwrite"])
+    with pytest.raises(UserError, match="unlearned with unlearn_lr .*only queries unlearned alike can be averaged"):
+        main([*small, "--output", str(tmp_path / "out")])
+    compute_influence.main([*small, *steps, "--unlearn_lr", "10", "--overwrite"])
+    compute_training_loss.main([*small, "--time_samples", "2", "--noise_seed", "5", "--overwrite"])
+    with pytest.raises(UserError, match="was ranked against other losses than"):
+        main([*small, "--output", str(tmp_path / "out")])
