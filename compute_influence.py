@@ -81,7 +81,7 @@ def load_losses(custom, tasks, image_sets, grid, args):
         path = loss_path(args, tasks[0], name)
         sweep = Sweep(images, grid, args.loss_batch_size, args.noise_seed, args.compat)
         identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.loss_batch_size)
-        if args.compat and not path.with_suffix(".json").exists():
+        if args.compat and not record_path(path).exists():
             adopt_losses(sweep, custom, path, identity)
         check_record(path, identity, f"give the flags it was made with, or run: {results.loss_command(args)} --overwrite")
         losses[name] = read_array(path, "losses", mmap=False)

@@ -107,7 +107,7 @@ def find_file(dataroot, path, item):
     check_text(item, path)
     try:
         resolved = resolve_inside(dataroot, path, item)
-    except RuntimeError:  # Python 3.10 to 3.12
+    except RuntimeError:  # Python before 3.13
         raise UserError(f"{item}: {path}: a symlink that leads to itself") from None
     if not os.path.isfile(resolved):
         raise UserError(f"{item}: no such file: {resolved}")
