@@ -23,6 +23,7 @@ from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, chec
 from unlearn.losses import Sweep, adopt_losses, cache_losses, chunk_noise, loss_identity, noise_identity, score_rows
 from unlearn.models import SELECTIONS, changed_weights, check_customization, check_tokens, customized, load_model, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, check_change, relative_change, remove_checkpoints, unlearn
+from unlearn.queries import read_stored
 from unlearn.runtime import progress, run
 from unlearn.tasks import group_by_model, load_tasks
 
@@ -58,7 +59,7 @@ def loss_path(args, task, name):
 def find_cached_losses(args, groups):
     """Raises UserError, before a model is loaded, where the losses that this run compares with were never made."""
     for tasks in groups.values():
-        for name in "exemplar", "laion":
+        for name in tasks[0].image_sets:
             path = loss_path(args, tasks[0], name)
             if not path.exists():
                 raise results.missing_losses(path, args)
@@ -68,14 +69,14 @@ def check_leftovers(args, tasks):
     """Raises UserError, before hours of unlearning, where a query's folder holds losses that are not this program's."""
     for task in tasks:
         folder = Path(args.result_dir) / "influence" / task.result_name
-        for path in folder / "exemplar_loss.npy", folder / "laion_loss.npy":
+        for path in (folder / f"{name}_loss.npy" for name in task.image_sets):
             if path.exists() and not (folder / "weight_change.safetensors").exists() and not args.overwrite:
                 raise UserError(f"{path}: stands there without the weight_change.safetensors it was scored under; give --overwrite to "
                                 "replace it, or another --result_dir")
 
 
 def load_losses(custom, tasks, image_sets, grid, args):
-    """Losses before unlearning of the exemplars and of the training set, checked against their records."""
+    """Losses before unlearning of each of `image_sets`, checked against their records."""
     losses = {}
     for name, images in image_sets.items():
         path = loss_path(args, tasks[0], name)
@@ -89,7 +90,7 @@ def load_losses(custom, tasks, image_sets, grid, args):
 
 
 def score_query(custom, task, image_sets, grid, change_path, folder, args):
-    """Losses after unlearning, of the exemplars and of the training set, under the weight change of `change_path`."""
+    """Losses after unlearning of each of `image_sets`, under the weight change of `change_path`."""
     losses = {}
     with changed_weights(custom.denoiser, read_tensors(change_path)):
         for name, images in image_sets.items():
@@ -171,12 +172,14 @@ def main(argv=None):
         find_cached_losses(args, groups)
         check_leftovers(args, tasks)
     check_pictures(tasks, args.dataroot)
-    for model_path, group in groups.items():
-        check_tokens(Path(args.dataroot) / model_path, group)
-    model = load_model(args.sd_version, args.device)
+    for group in groups.values():
+        check_tokens(group[0].model_dir(args.dataroot), group)
+    model = load_model(args.sd_version, args.device, args.unet)
     grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
-    for model_path in groups:
-        check_customization(model, Path(args.dataroot) / model_path)
+    for group in groups.values():
+        check_customization(model, group[0].model_dir(args.dataroot))
+    for task in tasks:
+        read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
     parameters = select_parameters(model.denoiser, args.weight_selection)
     check_fisher_record(fisher_path, model)
     diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
@@ -189,11 +192,12 @@ def main(argv=None):
                           4 * sum(value.numel() for value in parameters.values()))
     before = {}
     for model_path, group in groups.items():  # every model's losses are checked before the first query, which takes hours
-        with customized(model, Path(args.dataroot) / model_path) as custom:
-            image_sets = {"exemplar": encode_exemplars(custom, group[0], args, settings), "laion": training_set}
+        with customized(model, group[0].model_dir(args.dataroot)) as custom:
+            image_sets = {name: training_set if name == "laion" else encode_exemplars(custom, group[0], args, settings)
+                          for name in group[0].image_sets}
             before[model_path] = image_sets, load_losses(custom, group, image_sets, grid, args)
     for model_path, group in groups.items():
-        with customized(model, Path(args.dataroot) / model_path) as custom:
+        with customized(model, group[0].model_dir(args.dataroot)) as custom:
             for task in group:
                 attribute_query(custom, task, *before[model_path], fisher, grid, args, settings)
 

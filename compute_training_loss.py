@@ -4,7 +4,8 @@
     python compute_training_loss.py --task_json tasks/demo_task.json            # the AbC benchmark, in data/abc
 
 Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n mirrored, each with a
-record of what it was made with. Killed and run again, the same command goes on where it was.
+record of what it was made with; of the base model, whose tasks name no other, orig_loss/base/laion_loss.npy alone. Killed and
+run again, the same command goes on where it was.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_t
 from unlearn.losses import Sweep, adopt_losses, cache_losses, loss_identity
 from unlearn.models import check_customization, check_tokens, customized, load_model
 from unlearn.noise import timestep_grid
+from unlearn.queries import read_stored
 from unlearn.runtime import log, run
 from unlearn.tasks import group_by_model, load_tasks
 
@@ -32,10 +34,10 @@ def parse_arguments(argv):
 
 
 def cache_model(model, tasks, training_set, grid, args, settings):
-    """Caches the losses of the exemplars and of the training set under one customized model."""
-    with customized(model, Path(args.dataroot) / tasks[0].model_path) as custom:
-        exemplars = encode_exemplars(custom, tasks[0], args, settings)
-        for name, images in ("exemplar", exemplars), ("laion", training_set):
+    """Caches the losses of the exemplars, where there are any, and of the training set under one model."""
+    with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
+        for name in tasks[0].image_sets:
+            images = training_set if name == "laion" else encode_exemplars(custom, tasks[0], args, settings)
             identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.batch_size)
             path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
             sweep = Sweep(images, grid, args.batch_size, args.noise_seed, args.compat)
@@ -53,12 +55,14 @@ def main(argv=None):
     check_result_dir(args.result_dir)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
-    for model_path, group in groups.items():
-        check_tokens(Path(args.dataroot) / model_path, group)
-    model = load_model(args.sd_version, args.device)
+    for group in groups.values():
+        check_tokens(group[0].model_dir(args.dataroot), group)
+    model = load_model(args.sd_version, args.device, args.unet)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
-    for model_path in groups:
-        check_customization(model, Path(args.dataroot) / model_path)
+    for group in groups.values():
+        check_customization(model, group[0].model_dir(args.dataroot))
+    for task in tasks:
+        read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         return print_plan(args, groups, training_set, grid, len(groups), args.batch_size)

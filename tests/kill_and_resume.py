@@ -61,7 +61,7 @@ def prepare():
     """Loads what every run loads, and cuts the work into pieces so small that a run of a second has many of them."""
     model = models.load_model(str(FIXTURE / "sd-tiny"), "cpu")
     for module in compute_training_loss, compute_influence, fisher:
-        module.load_model = lambda name, device: model  # a child changes its own copy
+        module.load_model = lambda name, device, unet: model  # a child changes its own copy
     encode_images = inputs.encode_images
     encode = lru_cache(None)(lambda paths, resolution, mirrored: encode_images(model.pipeline, paths, resolution, mirrored))
     inputs.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: encode(tuple(paths), resolution, mirrored)

@@ -70,7 +70,7 @@ def with_model(monkeypatch, model):
     """Lends the scripts the model that is loaded already, and the latents that it made already."""
     monkeypatch.setattr(inputs, "encode_images", encode_images)
     for script, _ in SCRIPTS.values():
-        monkeypatch.setattr(script, "load_model", lambda name, device: model)
+        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def cached(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("cached")
     (folder / "tasks.json").write_text(json.dumps(TASKS[:1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_training_loss, "load_model", lambda name, device: model)
+        patch.setattr(compute_training_loss, "load_model", lambda name, device, unet: model)
         patch.setattr(inputs, "encode_images", encode_images)
         compute_training_loss.main(["--task_json", str(folder / "tasks.json"), "--dataroot", str(PARITY / "fixture/abc"), "--device", "cpu",
                                     "--sd_version", str(PARITY / "fixture/sd-tiny"), "--result_dir", str(folder / "results"), *LOSS_FLAGS])

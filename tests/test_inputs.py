@@ -19,7 +19,7 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, fi
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, inputs
+from unlearn import UserError, encoding, inputs
 from unlearn import results as results_module
 from unlearn.artifacts import record_path
 from unlearn.datasets import open_training_set, read_settings
@@ -104,7 +104,7 @@ def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
 def lent(monkeypatch, model):
     """Lends the scripts a model that is loaded already."""
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(script, "load_model", lambda name, device: model)
+        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
     monkeypatch.setattr(inputs, "encode_images", encode_images)
 
 
@@ -137,6 +137,7 @@ def test_a_dry_run_encodes_nothing(one_task, root, tmp_path, lent, monkeypatch, 
     for name in "laion_latents.npy", "laion_text_embeddings.npy":
         (root / name).unlink()
     monkeypatch.setattr(inputs, "encode_images", None)
+    monkeypatch.setattr(encoding, "encode_images", None)
     before = files(root)
     compute_training_loss.main([*one_task, *LOSS_FLAGS[2:], "--dry_run"])
     values, costs = printed_plan(capsys.readouterr().out)
@@ -190,7 +191,7 @@ def test_a_nan_made_by_the_encoder_leaves_no_file(root, model, monkeypatch):
     for name in "laion_latents.npy", "laion_text_embeddings.npy":
         (root / name).unlink()
     before = files(root)
-    monkeypatch.setattr(inputs, "encode_images", lambda pipeline, paths, *how: torch.full((len(paths), *model.latent_shape(512)), float("nan")))
+    monkeypatch.setattr(encoding, "encode_images", lambda pipeline, paths, *how: torch.full((len(paths), *model.latent_shape(512)), float("nan")))
     with pytest.raises(UserError, match="latents of the training set, made from its images and captions: has NaN"):
         encode_training_set(model, root, 512, 20)
     assert files(root) == before

@@ -14,7 +14,7 @@ import platform
 import socket
 import subprocess
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,21 +49,25 @@ def remove_stale_parts(path):
 
 
 @contextmanager
-def whole_file(path):
-    """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename."""
+def whole_file(path, key=None):
+    """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename. With a `key` the .part
+    stays where this ends early, and the next run with that key goes on with it: its size says how far it came."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{key or f'{socket.gethostname()}.{os.getpid()}'}.part")
+    flags = os.O_CREAT | (0 if key else os.O_TRUNC)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(path)
-        with open(part, "wb") as file:
+        with open(part, "r+b", opener=lambda name, mode: os.open(name, mode | flags, 0o666)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        with suppress(FileNotFoundError) if key and path.exists() else nullcontext():  # another process was first
+            os.replace(part, path)
     except BaseException as error:
         with suppress(OSError):  # where a parent is a file, or was never made
-            part.unlink(missing_ok=True)
+            if not key or isinstance(error, UserError):
+                part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -157,10 +161,10 @@ def circumstances(device=None):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def write_record(path, identity, device=None):
-    """Writes the record of a complete artefact."""
+def write_record(path, identity, device=None, content=None):
+    """Writes the record of a complete artefact, whose hash `content` is where it is known already."""
     write_json(record_path(path), {"identity": {"format_version": FORMAT_VERSION, **identity},
-                                   "circumstances": circumstances(device), "content": hash_file(path)})
+                                   "circumstances": circumstances(device), "content": content or hash_file(path)})
 
 
 def is_complete(path):

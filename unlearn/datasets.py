@@ -1,21 +1,27 @@
 """One TrainingSet for every benchmark, and what a data root says of itself (`dataset.json`)."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from . import UserError
+from .annotations import READERS, label_images
 from .artifacts import read_array, read_json, record_path
 from .hashes import digest
 
-LARGEST_SUBSET = 100_000
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,
              "time_samples": 10, "batch_size": 200, "vae_batch_size": 20, "damping": 0.0, "unlearn_lr": 0.1,
-             "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10}
-MAY_BE_ZERO = ("damping", "unlearn_lr", "unlearn_steps", "top_k")
+             "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10,
+             # A model trained from scratch: its UNet's folder ("" = the pipeline's own), and the recipe, [AbU] on MSCOCO.
+             "unet": "", "train_epochs": 200, "train_lr": 1e-4, "train_batch_size": 128, "train_schedule": "constant",
+             # Its files, and how many training images are used where no number is asked for. num_captions 0: see choose_captions.
+             "latents": "laion_latents.npy", "embeddings": "laion_text_embeddings.npy", "images": "laion_subset/images",
+             "captions": "laion_subset/captions.txt", "fisher": "", "num_captions": 0, "largest_subset": 100_000}
+FILES = {"latents": (".npy",), "embeddings": (".npy",), "captions": (".txt", *READERS), "fisher": (".pt", ".bin", ".safetensors")}
+FOLDERS = {"pipeline": "model_index.json", "unet": "config.json"}  # settings that may name a folder of the data root: what it holds
+MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions")
 LARGEST_NUMBERS = {"top_k": 1000}  # more pictures than a JPEG can be high
 
 
@@ -30,9 +36,23 @@ def check_number(item, name, value):
         raise UserError(f"{item} {str(value):.40}: expected a {kind} of at most {largest:,}")
 
 
+def check_files(item, settings):
+    """Raises UserError where a data root's files are outside of it, of another kind, or would overwrite one another."""
+    taken = {"dataset.json": "dataset.json"}
+    for key in (*FILES, "images"):
+        path = PurePosixPath(settings[key])
+        if path.is_absolute() or ".." in path.parts or not path.parts and key != "fisher":
+            raise UserError(f"{item}: {key}: expected a path inside the data root, relative to it and no .., found {settings[key]}")
+        if path.parts and key in FILES and path.suffix not in FILES[key]:
+            raise UserError(f"{item}: {key}: expected a name that ends in {' or '.join(FILES[key])}, found {path}")
+        for name in {str(path), str(path.with_suffix(".json")) if path.suffix in (".npy", ".safetensors") else str(path)}:
+            if (other := taken.setdefault(name, key)) != key:
+                raise UserError(f"{item}: {key} {path}: it, or its record {name}, would stand where {other} does")
+
+
 def read_settings(dataroot):
     """Settings of a data root: those of its `dataset.json` over the published ones of AbC.
-    `pipeline` may be a folder of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
+    `pipeline` and `unet` may be folders of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
     if not path.exists():
         return settings
@@ -47,8 +67,10 @@ def read_settings(dataroot):
             raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}")
         check_number(f"data set {path}: {key}", key, value)
     settings.update(own)
-    if (Path(dataroot) / settings["pipeline"] / "model_index.json").exists():
-        settings["pipeline"] = str(Path(dataroot) / settings["pipeline"])
+    check_files(f"data set {path}", settings)
+    for key, file in FOLDERS.items():
+        if settings[key] and (Path(dataroot) / settings[key] / file).exists():
+            settings[key] = str(Path(dataroot) / settings[key])
     return settings
 
 
@@ -83,20 +105,20 @@ class TrainingSet:
         return digest(self.name, self.ids, list(self.latents.shape), list(self.embeddings.shape), self.source)
 
 
+def label_rows(dataroot):
+    """Index, path and first caption of each row: (indices, paths, captions), each list [] where that is missing. Images that
+    `python -m unlearn encode --skip_corrupt` left out have an index and no row."""
+    settings = read_settings(dataroot)
+    names, *labels = label_images(Path(dataroot) / settings["images"], Path(dataroot) / settings["captions"])
+    latents_path = Path(dataroot) / settings["latents"]
+    left_out = set(read_identity(latents_path).get("left_out", []) if record_path(latents_path).exists() else [])
+    kept = [index for index, name in enumerate(names) if name not in left_out]
+    return kept, *([values[index] for index in kept] if len(values) == len(names) else values for values in labels)
+
+
 def list_images(dataroot):
-    """Paths of `laion_subset/images` in the order of their names (= index), [] where the folder is missing."""
-    folder = Path(dataroot) / "laion_subset/images"
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
-
-
-def read_captions(dataroot):
-    """Lines of `laion_subset/captions.txt`, [] where it is missing."""
-    path = Path(dataroot) / "laion_subset/captions.txt"
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return text.removesuffix("\n").split("\n") if text else []  # captions from the web hold other line separators
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    """Paths of the training images in the order of the rows, [] where their folder is missing."""
+    return label_rows(dataroot)[1]
 
 
 def probe(array):
@@ -118,11 +140,11 @@ def source_of(path, array):
     return digest(read_identity(path)) if record_path(path).exists() else probe(array)
 
 
-def choose_subset_size(available, asked):
-    """How many images to use: all, at most 100,000; or as many as asked. Raises UserError where that is too many."""
+def choose_subset_size(available, asked, largest):
+    """How many images to use: all, at most `largest`; or as many as asked. Raises UserError where that is too many."""
     if asked is not None and not 1 <= asked <= available:
         raise UserError(f"--laion_subset_size {asked}: this data root has {available} images")
-    return min(available, LARGEST_SUBSET) if asked is None else asked
+    return min(available, largest) if asked is None else asked
 
 
 def check_pixels(item, values):
@@ -133,26 +155,30 @@ def check_pixels(item, values):
 
 def array_paths(dataroot):
     """Where latents and embeddings of the training set stand."""
-    return Path(dataroot) / "laion_latents.npy", Path(dataroot) / "laion_text_embeddings.npy"
+    settings = read_settings(dataroot)
+    return Path(dataroot) / settings["latents"], Path(dataroot) / settings["embeddings"]
 
 
 def open_arrays(dataroot):
-    """Latents and embeddings (memory-mapped), pictures and captions of a data root. Raises UserError where they are
-    missing or their numbers disagree: all that can be told without a model."""
+    """Latents and embeddings (memory-mapped), images' indices, pictures and captions of a data root. Raises UserError where
+    they are missing or their numbers disagree: all that can be told without a model."""
     latents_path, embeddings_path = array_paths(dataroot)
     latents, embeddings = read_array(latents_path, "latents"), read_array(embeddings_path, "text embeddings")
-    for path, array, axes in (latents_path, latents, "[2N, C, h, w]"), (embeddings_path, embeddings, "[N, tokens, features]"):
-        if array.ndim != axes.count(",") + 1 or not len(array) or not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"{path}: expected {axes} of floats, found {list(array.shape)} {array.dtype}")
+    several = " (or, of several captions an image, [N, captions, tokens, features])"
+    for path, array, axes, more in ((latents_path, latents, "[2N, C, h, w]", ""),
+                                    (embeddings_path, embeddings, "[N, tokens, features]", several)):
+        if array.ndim - axes.count(",") - 1 not in (0, bool(more)) or not array.size or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{path}: expected {axes} of floats, found {list(array.shape)} {array.dtype}{more}")
     count = len(embeddings)
     if len(latents) != 2 * count:
         raise UserError(f"{latents_path}: expected {2 * count} rows, two views of each of the {count} images of "
                         f"{embeddings_path.name}, found {len(latents)}")
-    paths, captions = list_images(dataroot), read_captions(dataroot)
+    settings, (indices, paths, captions) = read_settings(dataroot), label_rows(dataroot)
     for item, values in ("images", paths), ("captions", captions):
         if values and len(values) != count:
-            raise UserError(f"{Path(dataroot) / 'laion_subset'}: {len(values)} {item} for {count} rows of {embeddings_path.name}")
-    return latents, embeddings, paths, captions
+            folder = (Path(dataroot) / settings[item]).parent
+            raise UserError(f"{folder}: {len(values)} {item} for {count} rows of {embeddings_path.name}")
+    return latents, embeddings, indices or range(count), paths, captions
 
 
 def check_finite(dataroot, training_set):
@@ -160,27 +186,29 @@ def check_finite(dataroot, training_set):
     UserError, naming file and image, where an entry is NaN or infinite. What this project made was checked then."""
     for path, views in zip(array_paths(dataroot), (training_set.latents, [training_set.embeddings])):
         for array in [] if record_path(path).exists() else views:
-            for start in range(0, len(array), 256):
-                if not np.isfinite(np.asarray(array[start:start + 256])).all():
+            step = max(1, (64 << 20) // array[0].nbytes)
+            for start in range(0, len(array), step):
+                if not np.isfinite(np.asarray(array[start:start + step])).all():
                     row = next(row for row in range(start, len(array)) if not np.isfinite(np.asarray(array[row])).all())
                     check_pixels(f"{path}, {training_set.ids[row]}", np.asarray(array[row]))
 
 
 def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size=None):
-    """Opens the training set of a data root in the AbC layout: `laion_latents.npy` [2N, C, h, w] (N as is, then N
-    mirrored), `laion_text_embeddings.npy` [N, tokens, features] and, where they are, images and captions.
+    """Opens the training set of a data root: latents [2N, C, h, w] (N as is, then N mirrored), embeddings [N, tokens,
+    features] or [N, captions, tokens, features] and, where they are, images and captions.
 
     latent_shape: (C, h, w) and embedding_shape: (tokens, features) of the model. Raises UserError where files are
     missing or of another shape.
     """
     latents_path, embeddings_path = array_paths(dataroot)
-    latents, embeddings, paths, captions = open_arrays(dataroot)
+    latents, embeddings, indices, paths, captions = open_arrays(dataroot)
     count = len(embeddings)
     for path, array, shape in (latents_path, latents, latent_shape), (embeddings_path, embeddings, embedding_shape):
-        if array.shape[1:] != tuple(shape):
+        if array.shape[array.ndim - len(shape):] != tuple(shape):
             raise UserError(f"{path}: expected rows {list(shape)} of floats for this model, found {list(array.shape)} {array.dtype}")
     training_set = TrainingSet(
-        name=name, ids=[f"laion/{row:06d}" for row in range(count)], captions=captions or [""] * count,
-        paths=paths or [None] * count, latents=latents.reshape(2, count, *latents.shape[1:]), embeddings=embeddings[:, None],
+        name=name, ids=[f"laion/{index:06d}" for index in indices], captions=captions or [""] * count,
+        paths=paths or [None] * count, latents=latents.reshape(2, count, *latents.shape[1:]),
+        embeddings=embeddings.reshape(count, -1, *embedding_shape),
         source=digest(source_of(latents_path, latents), source_of(embeddings_path, embeddings)))
-    return training_set.first(choose_subset_size(count, subset_size))
+    return training_set.first(choose_subset_size(count, subset_size, read_settings(dataroot)["largest_subset"]))

@@ -17,6 +17,8 @@ def load_image(path):
         with Image.open(path) as image:
             if max(image.size) > LARGEST_ASPECT * min(image.size):
                 raise UserError(f"image {path}: {image.width} x {image.height} pixels; at most {LARGEST_ASPECT} times as long as wide")
+            if image.mode.startswith("I;16"):  # Pillow would show all above 255 of 65,535 as white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file") from None

@@ -12,6 +12,15 @@ def digest(*parts):
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def digest_rows(rows):
+    """`digest(list(rows))` of an iterator, without holding them all."""
+    state = hashlib.blake2b(b"[[", digest_size=16)
+    for number, row in enumerate(rows):
+        state.update((b"," if number else b"") + json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+    state.update(b"]]")
+    return state.hexdigest()
+
+
 def hash_file(path):
     """Hash (32 hexadecimal digits) of a file's bytes."""
     state = hashlib.blake2b(digest_size=16)

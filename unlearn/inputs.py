@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, is_complete, record_path, whole_file, write_record
-from .datasets import (TrainingSet, array_paths, check_finite, check_number, check_pixels, choose_subset_size, list_images, open_arrays,
-                       open_training_set, read_captions, read_identity, read_settings)
+from .artifacts import check_record, record_path
+from .datasets import (TrainingSet, array_paths, check_finite, check_number, choose_subset_size, open_arrays, open_training_set,
+                       read_settings)
 from .encoders import encode_images, encode_prompts, load_image
-from .hashes import digest, hash_file, hash_tensors
-from .runtime import choose_device, progress, set_precision
+from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
+from .hashes import digest, hash_file
+from .queries import check_stored, read_stored
+from .runtime import choose_device, set_precision
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "dataroot": (str, "data root (default data/abc)"),
@@ -49,6 +51,7 @@ def resolve(args, flag_of=None):
     if not dataroot or not Path(dataroot).is_dir():
         raise UserError(f"--dataroot {dataroot or repr(dataroot)}: no such folder; see the README on downloading the data")
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
+    args.unet = settings["unet"] if getattr(args, "sd_version", None) is None else ""  # another pipeline has its own UNet
     for flag, value in vars(args).items():
         setting = flag_of.get(flag, flag)
         if value is None and setting in settings:
@@ -71,65 +74,13 @@ def check_result_dir(result_dir):
         raise UserError(f"--result_dir {result_dir}: cannot be written: no permission to write in {folder}")
 
 
-def encoding_identity(model, paths, captions, resolution):
-    """Identity of latents and embeddings that are made from images and captions at first use."""
-    parts = {"vae": model.pipeline.vae.state_dict(), "text_encoder": model.pipeline.text_encoder.state_dict()}
-    vae = model.pipeline.vae.config
-    tokens = model.pipeline.tokenizer(captions, padding="max_length", truncation=True, max_length=model.embedding_shape[0]).input_ids
-    return {"scaling": [vae.scaling_factor, vae.get("shift_factor")], "tokens": digest(tokens),
-            "images": digest([[path.name, hash_file(path)] for path in paths]), "captions": digest(captions), "resolution": resolution,
-            **{name: hash_tensors(weights) for name, weights in parts.items()}}
-
-
-def write_rows(path, shape, batches, identity, description):
-    """Writes a float32 array batch by batch, so that memory does not grow with it, and its record."""
-    record_path(path).unlink(missing_ok=True)
-    with whole_file(path) as file, progress(shape[0], description, "rows") as bar:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for batch in batches:
-            check_pixels(f"{description}, made from its images and captions", batch)
-            file.write(np.ascontiguousarray(batch, np.float32).tobytes())
-            bar.update(len(batch))
-    write_record(path, identity)
-
-
-def has_given_arrays(dataroot):
-    """Whether latents and embeddings came with the data root: ours have a record, or one of them has."""
-    return all(path.exists() and not record_path(path).exists() for path in array_paths(dataroot))
-
-
-def list_pairs(dataroot):
-    """Pictures and captions from which latents and embeddings are made. Raises UserError where they are no pairs."""
-    paths, captions = list_images(dataroot), read_captions(dataroot)
-    if not paths or len(captions) != len(paths):
-        raise UserError(f"{dataroot}: has no laion_latents.npy and laion_text_embeddings.npy, nor laion_subset/images with one "
-                        f"line of laion_subset/captions.txt each to make them from ({len(paths)} images, {len(captions)} lines)")
-    return paths, captions
-
-
 def check_training_files(args):
     """Checks the training set as far as that goes without a model. Raises UserError where files are missing, their
     numbers disagree or the subset is larger than the data."""
     given = has_given_arrays(args.dataroot)
-    choose_subset_size(len(open_arrays(args.dataroot)[1]) if given else len(list_pairs(args.dataroot)[0]), args.laion_subset_size)
-
-
-def encode_training_set(model, dataroot, resolution, batch_size):
-    """Makes `laion_latents.npy` and `laion_text_embeddings.npy` from images and captions where a data root has none (the
-    emoji world commits pictures, not latents), or has those of another model or of other pictures."""
-    latents_path, embeddings_path = array_paths(dataroot)
-    if has_given_arrays(dataroot):
-        return
-    paths, captions = list_pairs(dataroot)
-    identity = encoding_identity(model, paths, captions, resolution)
-    if all(is_complete(path) and read_identity(path).items() >= identity.items() for path in (latents_path, embeddings_path)):
-        return
-    starts = range(0, len(paths), batch_size)
-    latents = (encode_images(model.pipeline, paths[start:start + batch_size], resolution, mirrored, batch_size)
-               for mirrored in (False, True) for start in starts)
-    embeddings = (encode_prompts(model.pipeline, captions[start:start + batch_size]) for start in starts)
-    write_rows(latents_path, (2 * len(paths), *model.latent_shape(resolution)), latents, identity, "latents of the training set")
-    write_rows(embeddings_path, (len(paths), *model.embedding_shape), embeddings, identity, "embeddings of the captions")
+    available = len(open_arrays(args.dataroot)[1] if given else list_pairs(args.dataroot)[0])
+    check_given(args.dataroot)
+    choose_subset_size(available, args.laion_subset_size, read_settings(args.dataroot)["largest_subset"])
 
 
 def prepare_training_set(model, args, settings):
@@ -138,10 +89,10 @@ def prepare_training_set(model, args, settings):
     latent_shape, subset_size = model.latent_shape(settings["resolution"]), getattr(args, "laion_subset_size", None)
     if getattr(args, "dry_run", False) and not all(path.exists() for path in array_paths(args.dataroot)):
         paths, captions = list_pairs(args.dataroot)
-        return TrainingSet(settings["name"], [path.name for path in paths], captions, paths,
+        return TrainingSet(settings["name"], [path.name for path in paths], [first for first, *_ in captions], paths,
                            np.broadcast_to(np.float32(0), (2, len(paths), *latent_shape)),
-                           np.broadcast_to(np.float32(0), (len(paths), 1, *model.embedding_shape))
-                           ).first(choose_subset_size(len(paths), subset_size))
+                           np.broadcast_to(np.float32(0), (len(paths), len(captions[0]), *model.embedding_shape))
+                           ).first(choose_subset_size(len(paths), subset_size, settings["largest_subset"]))
     if not getattr(args, "dry_run", False):
         set_precision("fp32")  # these arrays serve runs of either precision
         encode_training_set(model, args.dataroot, settings["resolution"], getattr(args, "vae_batch_size", settings["vae_batch_size"]))
@@ -163,19 +114,26 @@ def encode_exemplars(model, task, args, settings):
 
 
 def encode_query(model, task, args, settings):
-    """The query as a training set of one image and one view. `--compat abu` leaves its latent unscaled."""
+    """The query as a training set of one image and one view: its stored latent and embedding where its task names them,
+    else encoded from picture and prompt. `--compat abu` leaves the encoded latent of a customized model's query unscaled;
+    the published program's other queries, [AbU] on MSCOCO, are stored scaled."""
     path = Path(args.dataroot) / task.synth_image_path
-    latents = encode_images(model.pipeline, [path], settings["resolution"]).numpy()
-    if args.compat:
+    stored = read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
+    latents = stored["latents"][None] if "latents" in stored else encode_images(model.pipeline, [path], settings["resolution"]).numpy()
+    if getattr(args, "compat", None) and task.model_path and not stored:
         latents = latents / model.pipeline.vae.config.scaling_factor
-    return TrainingSet(settings["name"], [task.synth_image_path], [task.prompt], [path], latents[None],
-                       encode_prompts(model.pipeline, [task.prompt]).numpy()[:, None], digest(task.prompt, hash_file(path)))
+    embeddings = stored["embeddings"][None] if "embeddings" in stored else encode_prompts(model.pipeline, [task.prompt]).numpy()
+    return TrainingSet(settings["name"], [task.synth_image_path], [task.prompt], [path], latents[None], embeddings[:, None],
+                       digest(task.prompt, hash_file(path), *(row.tobytes().hex() for row in stored.values())))
 
 
 def find_fisher(args):
-    """The Fisher file asked for, else the data root's. Raises UserError where there is none."""
+    """The Fisher file asked for, else the one that dataset.json names where it is there, else sd_fisher.* of the data root.
+    Raises UserError where there is none."""
+    named = Path(args.dataroot) / read_settings(args.dataroot)["fisher"]
     found = sorted(path for path in Path(args.dataroot).glob("sd_fisher.*") if path.suffix in (".safetensors", ".pt", ".bin"))
-    path = Path(args.fisher_path) if args.fisher_path else (found[-1] if found else Path(args.dataroot) / "sd_fisher.safetensors")
+    path = (Path(args.fisher_path) if args.fisher_path else named if named.is_file() else
+            found[-1] if found else Path(args.dataroot) / "sd_fisher.safetensors")
     if not path.is_file():
         raise UserError(f"--fisher_path {path}: no such file; make it: python -m unlearn fisher --dataroot {args.dataroot}")
     return path
@@ -189,7 +147,9 @@ def check_fisher_record(path, model):
 
 
 def check_pictures(tasks, dataroot):
-    """Reads every query and exemplar once. Raises UserError, naming the file, where one is truncated or no image."""
+    """Reads every query and exemplar once. Raises UserError, naming the file, where one is truncated or no image, or where
+    stored arrays cannot hold a query."""
+    check_stored(tasks, dataroot)
     for path in {Path(dataroot) / task.synth_image_path for task in tasks} | {path for task in tasks for path in task.exemplar_paths}:
         load_image(path)
 
@@ -199,7 +159,7 @@ def print_plan(args, groups, training_set, grid, num_sweeps, batch_size, num_dra
     num_sweeps: how often the training set is scored; num_draws: samples of unlearning, over all queries;
     change_bytes: size of a query's weight change."""
     for flag, value in {**vars(args), "laion_subset_size": len(training_set)}.items():
-        print(f"{flag:<26} {value}")
+        print(f"{flag:<26} {'none' if value == '' else value}")
     num_rows = training_set.latents.shape[0] * len(training_set)
     num_samples = num_rows * training_set.embeddings.shape[1] * len(grid)
     sample_bytes = 4 * (3 * training_set.latents[0, 0].size + training_set.embeddings[0, 0].size)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
-from .artifacts import read_tensors
+from .artifacts import read_json, read_tensors
 from .hashes import digest, hash_tensors
 from .runtime import is_out_of_memory
 
@@ -29,6 +29,7 @@ TARGETS = {  # prediction type -> what the denoiser is trained to predict, from 
 }
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+UNET_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "model.bin")
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
 
 
@@ -85,19 +86,49 @@ class Model:
         return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings).sample
 
 
-def load_model(name, device):
-    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only. Raises UserError where it
-    cannot be loaded or is of a family or prediction type that is not known."""
+def load_unet(folder, trained=True):
+    """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet` (config.json and weights,
+    `diffusion_pytorch_model.safetensors` or the published `model.bin`; random ones, seeded, where it is not to be
+    `trained` yet) and `scheduler` (scheduler_config.json). Raises UserError where one is missing or does not fit."""
+    folder = Path(folder)
+    for file in ("config.json", "scheduler_config.json"):
+        if not (folder / file).is_file():
+            raise UserError(f"unet {folder}: expected a folder with config.json, scheduler_config.json and weights, found no {file}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel.from_config(read_json(folder / "config.json", "unet"))
+        # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's pipeline expects the offset.
+        scheduler = DDPMScheduler.from_config(read_json(folder / "scheduler_config.json", "scheduler"), clip_sample=False, steps_offset=1)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"unet {folder}: its configuration makes no UNet2DConditionModel ({str(error):.200})") from None
+    if trained:
+        path = next((folder / name for name in UNET_WEIGHTS if (folder / name).exists()), None)
+        if path is None:
+            raise UserError(f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: python -m unlearn retrain")
+        weights, parameters = read_tensors(path, "unet"), unet.state_dict()
+        check_shapes(path, weights, parameters, "weight")
+        if missing := sorted(parameters.keys() - weights.keys()):
+            raise UserError(f"unet {path}: lacks {len(missing)} weights, first {missing[0]}")
+        unet.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return {"unet": unet, "scheduler": scheduler}
+
+
+def load_model(name, device, unet=None, trained=True):
+    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the UNet and schedule of
+    the folder `unet` instead of its own where one is given (`load_unet`). Raises UserError where it cannot be loaded or is
+    of a family or prediction type that is not known."""
+    parts = load_unet(unet, trained) if unet else {}
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     if Path(name).exists():
-        for part in ("model_index.json", *PARTS):
+        for part in ("model_index.json", *(part for part in PARTS if part not in parts)):
             if not (Path(name) / part).exists():
                 raise UserError(f"--sd_version {name}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None).to(dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, **parts).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
             raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
         # Transformers makes up what a text encoder's file lacks: another model at every start.
@@ -157,15 +188,23 @@ def read_customization(model_dir):
 
 
 def check_tokens(model_dir, tasks):
-    """Raises UserError where a prompt of a model's tasks names a token, like <new1>, that the model does not bring."""
-    prompts = [prompt for task in tasks for prompt in (task.train_prompt, task.prompt)]
-    missing = set(re.findall(r"<new\d+>", " ".join(prompts))) - read_customization(model_dir)[1].keys()
+    """Raises UserError where a prompt of a model's tasks names a token, like <new1>, that the model (None: the base model)
+    does not bring."""
+    prompts = [prompt for task in tasks for prompt in (task.train_prompt, task.prompt) if prompt is not None]
+    missing = set(re.findall(r"<new\d+>", " ".join(prompts))) - (read_customization(model_dir)[1].keys() if model_dir else set())
+    if missing and not model_dir:
+        task = next(task for task in tasks if min(missing) in task.prompt)
+        raise UserError(f"{task.synth_image_path}: the base model has no token {min(missing)}, which its prompt uses; give the "
+                        "task the test_case, test_case_ind, model_path and train_prompt of the customized model that has it")
     if missing:
         raise UserError(f"{model_dir}: no embedding (*.bin) of {min(missing)}, which its prompts use; download the model again")
 
 
 def check_customization(model, model_dir):
-    """A customized model's weights and tokens (`read_customization`). Raises UserError where one does not fit the model."""
+    """A customized model's weights and tokens (`read_customization`), none for None, the base model. Raises UserError where
+    one does not fit the model."""
+    if model_dir is None:
+        return {}, {}
     weights, tokens = read_customization(model_dir)
     check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, dict(model.denoiser.named_parameters()), "weight")
     features = model.embedding_shape[1]
@@ -189,7 +228,10 @@ def add_tokens(pipeline, tokens):
 @contextmanager
 def customized(model, model_dir):
     """The model with a customized model's K, V and tokens; yields it as a Model with its own hash. The base weights are
-    restored at the end."""
+    restored at the end. Where `model_dir` is None it is the base model itself."""
+    if model_dir is None:
+        yield model
+        return
     weights, tokens = check_customization(model, model_dir)
     add_tokens(model.pipeline, tokens)
     with replaced_weights(model.denoiser, weights):

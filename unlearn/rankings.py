@@ -50,13 +50,24 @@ def read_influence(path, remedy):
 
 
 def measure_effect(arrays, is_exemplar):
-    """What unlearning did, float64 in the order of EFFECTS; NaN where an influence file does not say."""
+    """What unlearning did, float64 in the order of EFFECTS; NaN where an influence file does not say or has no exemplars."""
     own, influence = [float(arrays.get(name, np.nan)) for name in SHOWN], arrays["influence"]
-    return np.array([own[2], own[0], own[1] - own[0], influence[is_exemplar].mean(), np.median(influence[~is_exemplar])])
+    exemplars = influence[is_exemplar].mean() if is_exemplar.any() else np.nan
+    return np.array([own[2], own[0], own[1] - own[0], exemplars, np.median(influence[~is_exemplar])])
+
+
+def check_exemplars(tasks, task_json):
+    """Raises UserError where a query has no exemplars, whose ranks the AbC metrics measure."""
+    without = [task for task in tasks if task.model_path is None]
+    if without:
+        raise UserError(f"{task_json}: {without[0].synth_image_path}: expected a customized model with exemplars, whose ranks "
+                        "Recall and mAP measure, found a query of the base model; such queries are evaluated by retraining: "
+                        "give --retrained DIR")
 
 
 def read_ranking(task, args):
-    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars."""
+    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars, or it has none."""
+    check_exemplars([task], args.task_json)
     path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
     remedy = (f"make it: python compute_influence.py --task_json {args.task_json} --dataroot {args.dataroot} "
               f"--result_dir {args.result_dir}")

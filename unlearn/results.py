@@ -66,7 +66,7 @@ def list_candidates(image_sets, influence, ranking):
     """One row a candidate, most influential first: rank, id, caption, score, exemplar or not, path."""
     ids, captions, paths = ([value for images in image_sets.values() for value in getattr(images, kind)]
                             for kind in ("ids", "captions", "paths"))
-    num_exemplars = len(image_sets["exemplar"])
+    num_exemplars = len(image_sets.get("exemplar", ()))
     return [[rank + 1, ids[index], captions[index], float(influence[index]), bool(index < num_exemplars), paths[index]]
             for rank, index in enumerate(ranking)]
 
@@ -75,7 +75,8 @@ def save(folder, task, image_sets, before, after, args, shown, identity):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
 
-    before, after: losses {"exemplar": [2n], "laion": [2N]}; shown: figures that stand in influence.npz beside the scores.
+    before, after: losses {"exemplar": [2n], "laion": [2N]}, of the base model's queries without the first; shown: figures
+    that stand in influence.npz beside the scores.
     """
     influence = np.concatenate([best_view(loss_changes(before[name], after[name])) for name in image_sets])
     ranking = rank_images(influence)
@@ -94,7 +95,7 @@ def save(folder, task, image_sets, before, after, args, shown, identity):
         file.write(jpeg.getvalue())
     with whole_file(path) as file:
         np.savez(file, ids=np.array([id for images in image_sets.values() for id in images.ids]), influence=influence, rank=ranking,
-                 is_exemplar=np.arange(len(influence)) < len(image_sets["exemplar"]), **shown)
+                 is_exemplar=np.arange(len(influence)) < len(task.exemplar_paths), **shown)
     write_record(path, {**identity, "candidates": [images.identity for images in image_sets.values()]})
     print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])

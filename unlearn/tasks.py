@@ -1,4 +1,5 @@
-"""Task files: which synthesized images are to be attributed, and to which customized model and exemplars they belong."""
+"""Task files: which synthesized images are to be attributed, and which model made them: a customized one, with its
+exemplars, or the data root's own base model."""
 
 import os
 from dataclasses import dataclass
@@ -9,23 +10,32 @@ from .artifacts import read_json, resolve_inside
 
 FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
           "train_prompt": str, "category": (str, type(None))}
+CUSTOMIZED_FIELDS = ("test_case", "test_case_ind", "model_path", "train_prompt")  # none of them: the base model made the query
+OPTIONAL_FIELDS = {"seed": int, "latents": str, "embeddings": str, "row": int}
+NEEDED_FIELDS = {"latents": "row", "row": "latents", "embeddings": "latents"}
 PATH_FIELDS = ("synth_image_path", "model_path")  # results are written under these names
+BASE = "base"  # folder of the base model's losses
 LONGEST_PATH = 1000
 LARGEST_FILE = 256 << 20  # bytes; 400 tasks take 150 KB
 
 
 @dataclass(frozen=True)
 class Task:
-    """One query. Paths are relative to the data root, except the exemplars', which are resolved."""
+    """One query. Paths are relative to the data root, except the exemplars', which are resolved. A query of the base model
+    has no test case, model path, train prompt and exemplars."""
 
     synth_image_path: str
     prompt: str
-    test_case: str
-    test_case_ind: int
-    model_path: str
-    train_prompt: str
+    test_case: str | None
+    test_case_ind: int | None
+    model_path: str | None
+    train_prompt: str | None
     category: str | None
     exemplar_paths: tuple[Path, ...]
+    seed: int | None = None  # with which the query was made
+    latents: str | None = None  # .npy [n, C, h, w], scaled for the denoiser: the query as the model made it
+    embeddings: str | None = None  # .npy [n, tokens, features]
+    row: int | None = None  # the query's, of both
 
     @property
     def result_name(self):
@@ -34,8 +44,17 @@ class Task:
 
     @property
     def model_name(self):
-        """Folder of the model's losses below `results/orig_loss`: its path less `models/`."""
-        return self.model_path.removeprefix("models/")
+        """Folder of the model's losses below `results/orig_loss`: its path less `models/`; that of the base model is `base`."""
+        return BASE if self.model_path is None else self.model_path.removeprefix("models/")
+
+    @property
+    def image_sets(self):
+        """Names of the candidates' losses, in the order of the results: exemplars first, where there are any."""
+        return ("laion",) if self.model_path is None else ("exemplar", "laion")
+
+    def model_dir(self, dataroot):
+        """Folder of the customized model, None where it is the base model."""
+        return None if self.model_path is None else Path(dataroot) / self.model_path
 
 
 def strip_dataset(path):
@@ -79,10 +98,16 @@ def check_text(item, text):
 
 
 def check_fields(item, values):
-    """Raises UserError where a task lacks a key or a value is of another type, naming task and key."""
+    """Every field of a task, None where it is absent (or null) and may be: without any of CUSTOMIZED_FIELDS it is a task of
+    the base model. Raises UserError, naming task and key, where one is missing or of another type."""
     if not isinstance(values, dict):
         raise UserError(f"{item}: expected an object, found {type(values).__name__}")
-    for field, kind in FIELDS.items():
+    optional = {field for field in OPTIONAL_FIELDS if values.get(field) is None}
+    if all(values.get(field) is None for field in CUSTOMIZED_FIELDS):
+        optional |= {*CUSTOMIZED_FIELDS, *(["category"] if values.get("category") is None else [])}
+    for field, kind in {**FIELDS, **OPTIONAL_FIELDS}.items():
+        if field in optional:
+            continue
         if field not in values:
             raise UserError(f"{item}: key {field} is missing")
         if not isinstance(values[field], kind) or isinstance(values[field], bool):
@@ -90,6 +115,10 @@ def check_fields(item, values):
             raise UserError(f"{item}: {field}: expected a {expected}, found {values[field]!r:.80}")
         if isinstance(values[field], str):
             check_text(f"{item}: {field}", values[field])
+    for field, needed in NEEDED_FIELDS.items():
+        if field not in optional and needed in optional:
+            raise UserError(f"{item}: key {needed} is missing, which {field} needs")
+    return {field: None if field in optional else values[field] for field in {**FIELDS, **OPTIONAL_FIELDS}}
 
 
 def plain_path(path, item):
@@ -114,21 +143,27 @@ def find_file(dataroot, path, item):
     return resolved
 
 
-def make_task(item, values, dataroot, test_cases):
-    """Checks one entry of a task file and finds its exemplars. `test_cases` caches the test cases read so far."""
-    check_fields(item, values)
-    values = {**values, **{field: plain_path(values[field], f"{item}: {field}") for field in PATH_FIELDS}}
+def find_exemplars(item, values, dataroot, test_cases):
+    """The exemplars of a customized model's task, resolved. Raises UserError where its test case has no such entry."""
     name, index = values["test_case"], values["test_case_ind"]
     if name not in test_cases:
         test_cases[name] = read_test_case(dataroot, name)
     if not 0 <= index < len(test_cases[name]):
         raise UserError(f"{item}: test_case_ind: expected 0 to {len(test_cases[name]) - 1} in {name}, found {index}")
     exemplars = test_cases[name][index]["exemplar"]
-    paths = tuple(find_file(dataroot, strip_dataset(path), f"{item}: exemplar") for path in exemplars)
+    return tuple(find_file(dataroot, strip_dataset(path), f"{item}: exemplar") for path in exemplars)
+
+
+def make_task(item, values, dataroot, test_cases):
+    """Checks one entry of a task file and finds its exemplars. `test_cases` caches the test cases read so far."""
+    values = check_fields(item, values)
+    values.update({field: plain_path(values[field], f"{item}: {field}") for field in PATH_FIELDS
+                   if values[field] is not None})
+    paths = find_exemplars(item, values, dataroot, test_cases) if values["model_path"] is not None else ()
     find_file(dataroot, values["synth_image_path"], f"{item}: synth_image_path")
-    if not os.path.isdir(resolve_inside(dataroot, values["model_path"], f"{item}: model_path")):
+    if values["model_path"] is not None and not os.path.isdir(resolve_inside(dataroot, values["model_path"], f"{item}: model_path")):
         raise UserError(f"{item}: model_path: no such folder: {Path(dataroot) / values['model_path']}")
-    return Task(**{field: values[field] for field in FIELDS}, exemplar_paths=paths)
+    return Task(**values, exemplar_paths=paths)
 
 
 def load_tasks(task_json, dataroot):
@@ -147,13 +182,14 @@ def load_tasks(task_json, dataroot):
 
 
 def group_by_model(tasks):
-    """Tasks by customized model, {model path: [task, ...]}, in the order of first appearance.
+    """Tasks by model, {path of the customized model, or None: [task, ...]}, in the order of first appearance.
     Raises UserError where two tasks of a model disagree on its exemplars or train prompt, or two models would share a
     folder of losses."""
     groups, paths = {}, {}
     for task in tasks:
         if (other := paths.setdefault(task.model_name, task.model_path)) != task.model_path:
-            raise UserError(f"{task.model_path}: its losses would stand in the folder of {other}: {task.model_name}")
+            first, second = (path or "the base model" for path in (other, task.model_path))
+            raise UserError(f"{second}: its losses would stand in the folder of {first}: {task.model_name}")
         group = groups.setdefault(task.model_path, [])
         if group and (group[0].exemplar_paths, group[0].train_prompt) != (task.exemplar_paths, task.train_prompt):
             raise UserError(f"{task.model_path}: tasks {group[0].synth_image_path} and {task.synth_image_path} name "

@@ -87,7 +87,7 @@ def main(argv=None):
     """Checks, loads, accumulates, saves."""
     args, settings = parse_arguments(argv)
     check_training_files(args)
-    model = load_model(args.sd_version, args.device)
+    model = load_model(args.sd_version, args.device, args.unet)
     parameters = select_parameters(model.denoiser, args.weight_selection)
     training_set = prepare_training_set(model, args, settings)
     identity = {**model.identity, "training_set": training_set.identity, "weight_selection": args.weight_selection, "noise": noise.SCHEME,

@@ -1,17 +1,19 @@
-"""Writes the task file of the paper's 400 queries on the AbC benchmark.
+"""Writes the task file of the papers' queries: 400 on the AbC benchmark, 110 on MSCOCO.
 
     python -m unlearn tasks
     python -m unlearn tasks --dataroot /scratch/abc --output tasks/all_tasks.json
+    python -m unlearn tasks --dataroot data/mscoco
 
-From `json/test_*.json` and `path_to_prompts.json` of the data root, as `data/download_abc.sh` leaves it. Other data
-roots bring their own task files.
+From `json/test_*.json` and `path_to_prompts.json` of the data root, as `data/download_abc.sh` leaves it, or from
+`sample_caption.txt` and `sample/`, as `data/download_mscoco.sh` does. Other data roots bring their own task files.
 """
 
 import argparse
 from pathlib import Path, PurePosixPath
 
 from .. import UserError
-from ..artifacts import read_json, resolve_inside, write_json
+from ..annotations import read_lines
+from ..artifacts import read_array, read_json, resolve_inside, write_json
 from ..tasks import strip_dataset
 
 # The models of the paper's queries: entries of json/TEST_CASE.json.
@@ -27,6 +29,9 @@ TRAIN_PROMPTS = {
     "test_unobserved_imagenet": "<new1> {category}",
     "test_observed_imagenet": "<new1> {category}",
 }
+# MSCOCO: a caption a line, the picture made from it, and the rows of its latent and embedding.
+SAMPLE_CAPTIONS = "sample_caption.txt"
+SAMPLE_ARRAYS = {"latents": "coco17_sample_latents.npy", "embeddings": "coco17_sample_text_embeddings.npy"}
 NUM_SETS = 2
 NUM_IMAGES_PER_SET = 40
 IMAGE_STRIDE = 4
@@ -126,12 +131,35 @@ def make_tasks(dataroot):
     return tasks
 
 
+def make_sample_tasks(dataroot):
+    """One task for each line of sample_caption.txt, whose picture is sample/LINE.png. Raises UserError where a picture is
+    missing or the numbers disagree."""
+    dataroot = Path(dataroot)
+    if not (prompts := read_lines(dataroot / SAMPLE_CAPTIONS)):
+        raise UserError(f"{dataroot / SAMPLE_CAPTIONS}: expected a caption a line, found an empty file")
+    stored = SAMPLE_ARRAYS if all((dataroot / name).exists() for name in SAMPLE_ARRAYS.values()) else {}
+    for name in stored.values():
+        if (shape := read_array(dataroot / name).shape)[:1] != (len(prompts),):
+            raise UserError(f"{dataroot / name}: expected {len(prompts)} rows, as {SAMPLE_CAPTIONS} has lines, found {list(shape)}")
+    tasks = []
+    for row, prompt in enumerate(prompts):
+        path = f"sample/{row}.png"
+        if not prompt.strip():
+            raise UserError(f"{dataroot / SAMPLE_CAPTIONS}: line {row + 1} is empty")
+        if not (dataroot / path).is_file():
+            raise UserError(f"{dataroot / path}: no such file, but {SAMPLE_CAPTIONS} has {len(prompts)} lines")
+        tasks.append({"synth_image_path": path, "prompt": prompt.strip(), **stored, **({"row": row} if stored else {})})
+    return tasks
+
+
 def main(argv=None):
     """Writes the task file."""
     parser = argparse.ArgumentParser(prog="python -m unlearn tasks", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataroot", default="data/abc", help="the AbC benchmark (default: %(default)s)")
-    parser.add_argument("--output", default="tasks/all_tasks.json", help="the file to write (default: %(default)s)")
+    parser.add_argument("--dataroot", default="data/abc", help="the AbC benchmark, or MSCOCO (default: %(default)s)")
+    parser.add_argument("--output", help="the file to write (default: tasks/all_tasks.json, of MSCOCO tasks/mscoco.json)")
     args = parser.parse_args(argv)
-    tasks = make_tasks(args.dataroot)
+    is_mscoco = (Path(args.dataroot) / SAMPLE_CAPTIONS).exists()
+    args.output = args.output or ("tasks/mscoco.json" if is_mscoco else "tasks/all_tasks.json")
+    tasks = make_sample_tasks(args.dataroot) if is_mscoco else make_tasks(args.dataroot)
     write_json(args.output, tasks)
     print(f"{args.output}: {len(tasks)} tasks")

@@ -1,0 +1,184 @@
+"""Latents and embeddings of a training set, made from its images and captions, batch by batch: an interrupted run goes on."""
+
+import io
+import math
+import shutil
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from . import UserError
+from .annotations import READERS, pair_images
+from .artifacts import is_complete, record_path, whole_file, write_record
+from .datasets import array_paths, check_pixels, read_identity, read_settings
+from .encoders import encode_images, encode_prompts, load_image
+from .hashes import digest, digest_rows, hash_file, hash_tensors
+from .runtime import progress
+
+THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead
+
+
+def map_files(function, paths, description):
+    """`function` of each path, in order, by several threads; of many, with progress."""
+    bar = progress(len(paths), description, "images") if len(paths) > 10 * AHEAD else nullcontext()
+    with ThreadPoolExecutor(THREADS) as pool, bar:
+        for start in range(0, len(paths), AHEAD):
+            yield from pool.map(function, paths[start:start + AHEAD])
+            if len(paths) > 10 * AHEAD:
+                bar.update(len(paths[start:start + AHEAD]))
+
+
+def find_unreadable(paths):
+    """Why images cannot be read, {path: reason}: each is decoded once."""
+    def reason(path):
+        try:
+            load_image(path)
+        except UserError as error:
+            return str(error)
+    reasons = zip(paths, map_files(reason, paths, "checking images"))
+    return {path: reason for path, reason in reasons if reason}
+
+
+def list_pairs(dataroot, num_captions=0):
+    """Paths and captions (a list of each image's, all as long) from which latents and embeddings are made. The number of
+    captions is the one given, else of dataset.json, else as they were made last. Raises UserError where images or captions
+    are alone."""
+    settings, (latents_path, embeddings_path) = read_settings(dataroot), array_paths(dataroot)
+    recorded = read_identity(latents_path).get("num_captions", 0) if record_path(latents_path).exists() else 0
+    folder, captions_path = Path(dataroot) / settings["images"], Path(dataroot) / settings["captions"]
+    try:
+        return pair_images(folder, captions_path, num_captions or settings["num_captions"] or recorded)
+    except UserError as error:
+        if latents_path.exists() and embeddings_path.exists():
+            raise
+        raise UserError(f"{dataroot}: has no {latents_path.name} and {embeddings_path.name}, nor {settings['images']} with "
+                        f"{settings['captions']} to make them from: {error}") from None
+
+
+def has_given_arrays(dataroot):
+    """Whether latents and embeddings came with the data root: ours have a record, or one of them has."""
+    return all(path.exists() and not record_path(path).exists() for path in array_paths(dataroot))
+
+
+def check_given(dataroot):
+    """Raises UserError where only one of latents and embeddings came with the data root: it would be replaced."""
+    paths = array_paths(dataroot)
+    for path, other in zip(paths, reversed(paths)):
+        if path.exists() and not record_path(path).exists() and not other.exists():
+            raise UserError(f"{path}: came without a record and without {other.name}; download that too, or make both from the "
+                            f"images: python -m unlearn encode --dataroot {dataroot} --overwrite")
+
+
+def encoding_identity(model, dataroot, paths, captions, resolution):
+    """Identity of latents and embeddings that are made from images and captions."""
+    parts = {"vae": model.pipeline.vae.state_dict(), "text_encoder": model.pipeline.text_encoder.state_dict()}
+    vae, settings, lines = model.pipeline.vae.config, read_settings(dataroot), [line for few in captions for line in few]
+    tokens = (row for start in range(0, len(lines), AHEAD)
+              for row in model.pipeline.tokenizer(lines[start:start + AHEAD], padding="max_length", truncation=True,
+                                                  max_length=model.embedding_shape[0]).input_ids)
+    hashes = map_files(hash_file, paths, "hashing images")
+    folder, annotated = Path(dataroot) / settings["images"], Path(settings["captions"]).suffix in READERS
+    return {"scaling": [vae.scaling_factor, vae.get("shift_factor")], "tokens": digest_rows(tokens),
+            "images": digest([[path.relative_to(folder).as_posix(), content] for path, content in zip(paths, hashes)]),
+            "captions": digest(captions if len(captions[0]) > 1 else lines), "resolution": resolution,
+            **({"num_captions": len(captions[0])} if annotated else {}),
+            **{name: hash_tensors(weights) for name, weights in parts.items()}}
+
+
+def write_rows(path, shape, starts, encode, identity, description):
+    """Writes a float32 array batch by batch, so that memory does not grow with it, and its record. Ended early, the same call
+    goes on with the batch it was at. starts: the first row of each batch; encode(number): the rows of a batch."""
+    if is_complete(path) and read_identity(path).items() >= identity.items():
+        return
+    path.unlink(missing_ok=True)  # from here to the end a record may stand without its array, never an array without its record
+    header, row_bytes = io.BytesIO(), 4 * math.prod(shape[1:])
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with whole_file(path, digest(identity)[:16]) as file:
+        done = max(0, file.seek(0, 2) - header.tell()) // row_bytes
+        first = bisect_right(starts, done) - 1 if done < shape[0] else len(starts)
+        file.seek(0)
+        file.write(header.getvalue())
+        with progress(shape[0], description, "rows", starts[first] if first < len(starts) else shape[0]) as bar:
+            for number in range(first, len(starts)):
+                rows = np.ascontiguousarray(encode(number), np.float32)
+                check_pixels(f"{description}, made from its images and captions", rows)
+                file.seek(header.tell() + starts[number] * row_bytes)
+                file.write(rows.tobytes())
+                bar.update(len(rows))
+        file.flush()
+        write_record(path, identity, content=hash_file(file.name))
+
+
+def write_latents(model, path, paths, resolution, batch_size, identity):
+    """Writes latents [2N, C, h, w]: all images as is, then all mirrored."""
+    batches = [(view, start) for view in (0, 1) for start in range(0, len(paths), batch_size)]
+
+    def encode(number):
+        view, start = batches[number]
+        return encode_images(model.pipeline, paths[start:start + batch_size], resolution, bool(view), batch_size)
+    write_rows(path, (2 * len(paths), *model.latent_shape(resolution)), [view * len(paths) + start for view, start in batches], encode,
+               identity, "latents of the training set")
+
+
+def write_embeddings(model, path, captions, batch_size, identity):
+    """Writes embeddings [N, tokens, features], or [N, captions, tokens, features] where images have several."""
+    starts, several = range(0, len(captions), batch_size), (len(captions[0]),) if len(captions[0]) > 1 else ()
+
+    def encode(number):
+        few = captions[starts[number]:starts[number] + batch_size]
+        embeddings = encode_prompts(model.pipeline, [line for lines in few for line in lines])
+        return embeddings.reshape(len(few), *several, *model.embedding_shape)
+    write_rows(path, (len(captions), *several, *model.embedding_shape), starts, encode, identity, "embeddings of the captions")
+
+
+def check_disk(dataroot, sizes):
+    """Raises UserError where the disk has no room for arrays of these sizes, {path: bytes}, less what is there of them."""
+    present = sum(part.stat().st_size for path in sizes for part in [path, *path.parent.glob(f"{path.name}.*.part")] if part.exists())
+    needed, free = sum(sizes.values()) - present, shutil.disk_usage(dataroot).free
+    if needed > free:
+        raise UserError(f"{dataroot}: latents and embeddings need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+
+
+def encoding_plan(model, dataroot, captions, resolution):
+    """Bytes of latents and embeddings of images with these captions, {path: bytes}."""
+    latents_path, embeddings_path = array_paths(dataroot)
+    return {latents_path: 8 * len(captions) * math.prod(model.latent_shape(resolution)),
+            embeddings_path: 4 * len(captions) * len(captions[0]) * math.prod(model.embedding_shape)}
+
+
+def choose_readable(dataroot, paths, skip_corrupt):
+    """Rows of the images that can be read. Raises UserError where some cannot and are not to be left out."""
+    unreadable = find_unreadable(paths)
+    if unreadable and (not skip_corrupt or len(unreadable) == len(paths)):
+        names = ", ".join(path.name for path in list(unreadable)[1:4])
+        raise UserError(f"{len(unreadable)} of {len(paths)} images cannot be read: {next(iter(unreadable.values()))}"
+                        + (f"; next {names}" if names else "")
+                        + f"; replace them, or leave them out: python -m unlearn encode --dataroot {dataroot} --skip_corrupt")
+    return [row for row, path in enumerate(paths) if path not in unreadable]
+
+
+def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0, skip_corrupt=False, overwrite=False):
+    """Makes latents and embeddings of a data root from its images and captions where it has none (the emoji world commits
+    pictures, not latents), or has those of another model or of other pictures; those that came with it stay, unless
+    `overwrite`. Returns whether there was anything to do."""
+    if has_given_arrays(dataroot) and not overwrite:
+        return False
+    paths, captions = list_pairs(dataroot, num_captions)
+    if not overwrite:
+        check_given(dataroot)
+    identity = encoding_identity(model, dataroot, paths, captions, resolution)
+    if all(is_complete(path) and read_identity(path).items() >= identity.items() for path in array_paths(dataroot)):
+        return False
+    check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
+    rows = choose_readable(dataroot, paths, skip_corrupt)
+    if len(rows) < len(paths):
+        folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
+        identity["left_out"] = [path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept]
+        paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
+    latents_path, embeddings_path = array_paths(dataroot)
+    write_latents(model, latents_path, paths, resolution, batch_size, identity)
+    write_embeddings(model, embeddings_path, captions, batch_size, identity)
+    return True
