@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
+from unlearn.generation import generate_latents, initial_noise
 from unlearn.influence import rank_images
+from unlearn.models import load_model
+from unlearn.training import Recipe, random_members, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 UNLEARNING = ["--unlearn_lr", "100", "--unlearn_steps", "2", "--unlearn_grad_accum_steps", "8"]
@@ -44,3 +48,37 @@ def test_a_batch_too_large_for_the_device_names_the_flag(flags, monkeypatch):
     with pytest.raises(SystemExit) as end:
         run(compute_training_loss.main, [*flags, "--device", "cuda"])
     assert end.value.code == 2
+
+
+RECIPE = Recipe(epochs=2, rate=1e-3, batch_size=16, schedule="linear", seed=0, mixed_precision="no")
+
+
+def distance(first, second):
+    return sum(float((first[name] - second[name]).square().sum()) for name in first) ** 0.5
+
+
+@pytest.fixture
+def cuda_model():
+    return load_model(str(PARITY / "fixture/sd-tiny"), "cuda")
+
+
+def test_models_trained_on_cuda_alone_or_stacked_are_those_of_the_cpu(model, cuda_model, training_set):
+    images = training_set.first(40)
+    members = np.stack([random_members(40, 20, number, "abc") for number in range(3)])
+    stacked = train(cuda_model, images, members, RECIPE)
+    for row, weights in enumerate(stacked):
+        alone, on_cpu = (train(each, images, members[row:row + 1], RECIPE)[0] for each in (cuda_model, model))
+        apart = distance(on_cpu, stacked[row - 1])
+        assert distance(alone, on_cpu) < 0.05 * apart and distance(weights, on_cpu) < 0.05 * apart
+
+
+def test_training_on_cuda_twice_gives_the_same_bits(cuda_model, training_set):
+    first, second = (train(cuda_model, training_set.first(40), np.ones((2, 40), bool), RECIPE)[1] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_pictures_made_on_cuda_are_those_of_the_cpu(model, cuda_model, training_set):
+    start = torch.from_numpy(initial_noise("abc", [0, 1], model.latent_shape(512)))
+    embeddings = torch.from_numpy(np.array(training_set.embeddings[:2, 0], np.float32))
+    cpu, cuda = (generate_latents(each, embeddings.to(each.device), start.to(each.device), 10).cpu() for each in (model, cuda_model))
+    np.testing.assert_allclose(cuda, cpu, rtol=1e-3, atol=1e-3)

@@ -30,6 +30,13 @@ def choose_device(name=None):
     return device
 
 
+def process_share():
+    """(index, number) of this process among those that `accelerate launch` started; (0, 1) without it."""
+    from accelerate import PartialState  # takes a second to import
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
 def set_precision(precision):
     """fp32: TensorFloat-32 off in matrix products and convolutions. tf32: on in both. On CUDA,
     deterministic kernels in either."""

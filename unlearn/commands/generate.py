@@ -1,0 +1,107 @@
+"""Makes queries: pictures that a data root's model generates from prompts, each with its own recorded seed.
+
+    python -m unlearn generate --dataroot data/emoji_small --prompts prompts.txt --name queries --task_json tasks/queries.json
+
+Writes DATAROOT/synth/NAME/{00000.png, ..., latents.npy, embeddings.npy} and the task file. Line i of the prompts gets seed
+SEED + i: the same picture on any device. Prompts may also come from a COCO caption file (--prompts FILE.json).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import UserError
+from ..artifacts import keep_complete, read_json, record_path, resolve_inside, whole_file, write_array, write_json, write_record
+from ..encoders import encode_prompts
+from ..generation import NUM_INFERENCE_STEPS, check_steps, decode_latents, generate_latents, initial_noise, save_picture
+from ..hashes import digest
+from ..inputs import add_flags, resolve
+from ..models import load_model
+from ..noise import SCHEME, known_answer
+from ..runtime import log, progress
+
+
+def read_prompts(path, limit):
+    """Prompts, one a line, or the captions of a COCO annotation file, at most `limit` (None: all). Raises UserError where
+    there are none or the file is no text."""
+    if str(path).endswith(".json"):
+        content = read_json(path, "--prompts")
+        entries = content.get("annotations") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(entry.get("caption"), str) for entry in entries):
+            raise UserError(f"--prompts {path}: expected COCO's caption annotations, found none")
+        prompts = [" ".join(entry["caption"].split()) for entry in entries]
+    else:
+        try:
+            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {path}: cannot be read as text ({error})") from None
+    if not prompts[:limit]:
+        raise UserError(f"--prompts {path}: expected at least one prompt, found none")
+    return prompts[:limit]
+
+
+def generate(model, prompts, seeds, args, latent_shape, dataset_id):
+    """Latents [n, C, h, w], embeddings [n, tokens, features] (float32) and pixels [n, H, W, 3] (uint8) of the prompts."""
+    parts = []
+    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
+    with progress(len(prompts), "generating", "pictures") as bar:
+        for start in range(0, len(prompts), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            embeddings = encode_prompts(model.pipeline, prompts[batch])
+            noise = torch.from_numpy(initial_noise(dataset_id, seeds[batch], latent_shape)).to(model.device)
+            latents = generate_latents(model, embeddings.to(model.device), noise, args.num_inference_steps, args.guidance_scale, empty)
+            parts.append((latents.cpu().numpy(), embeddings.numpy(), decode_latents(model.pipeline, latents)))
+            bar.update(len(embeddings))
+    return [np.concatenate(arrays) for arrays in zip(*parts)]
+
+
+def make_entries(prompts, seeds, folder):
+    """Entries of the task file, paths relative to the data root."""
+    return [{"synth_image_path": f"{folder}/{row:05d}.png", "prompt": prompt, "seed": seed, "latents": f"{folder}/latents.npy",
+             "embeddings": f"{folder}/embeddings.npy", "row": row} for row, (prompt, seed) in enumerate(zip(prompts, seeds))]
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", required=True, help="text file, one prompt a line, or COCO caption annotations (.json)")
+    parser.add_argument("--limit", type=int, help="use the first so many prompts only")
+    parser.add_argument("--name", default="queries", help="folder below DATAROOT/synth (default queries)")
+    parser.add_argument("--task_json", required=True, help="the task file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default 0)")
+    parser.add_argument("--num_inference_steps", type=int, default=NUM_INFERENCE_STEPS, help=f"DDIM steps (default {NUM_INFERENCE_STEPS})")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures made at once; memory only (default 32)")
+    add_flags(parser, "dataroot", "sd_version", "precision", "device", "overwrite")
+    args = parser.parse_args(argv)
+    return args, resolve(args)
+
+
+def main(argv=None):
+    """Checks, loads, generates, writes pictures, arrays and the task file."""
+    args, settings = parse_arguments(argv)
+    prompts = read_prompts(args.prompts, args.limit)
+    folder = resolve_inside(args.dataroot, f"synth/{args.name}", "--name")
+    relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
+    model = load_model(args.sd_version, args.device, args.unet)
+    check_steps(args.num_inference_steps, len(model.alpha_bars))
+    seeds = [args.seed + row for row in range(len(prompts))]
+    identity = {**model.identity, "prompts": digest(prompts), "first_seed": args.seed, "num_inference_steps": args.num_inference_steps,
+                "guidance_scale": args.guidance_scale, "resolution": settings["resolution"], "dataset": settings["name"],
+                "noise": SCHEME, "known_answer": known_answer(), "precision": args.precision}
+    path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative)
+    if keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --name"):
+        write_json(args.task_json, entries)
+        return log.info(f"{folder}: is there already")
+    record_path(path).unlink(missing_ok=True)
+    latents, embeddings, pictures = generate(model, prompts, seeds, args, model.latent_shape(settings["resolution"]), settings["name"])
+    for row, pixels in enumerate(pictures):
+        with whole_file(folder / f"{row:05d}.png") as file:
+            save_picture(file, pixels)
+    write_array(folder / "embeddings.npy", embeddings)
+    write_array(path, latents)
+    write_record(path, identity, args.device)
+    write_json(args.task_json, entries)
+    log.info(f"{folder}: {len(prompts)} pictures; task file {args.task_json}")

@@ -1,0 +1,58 @@
+"""Pictures from prompts, with noise that belongs to the seed: the same query on any device, again by any model."""
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from . import UserError, noise
+
+NUM_INFERENCE_STEPS = 50
+
+
+def check_steps(num_steps, num_train_timesteps):
+    """Raises UserError where a model cannot sample in so many steps."""
+    if not 1 <= num_steps <= num_train_timesteps:
+        raise UserError(f"--num_inference_steps {num_steps}: expected 1 to {num_train_timesteps}")
+
+
+def initial_noise(dataset_id, seeds, shape):
+    """Where sampling starts: standard normals [len(seeds), *shape] float32, one row a seed."""
+    return np.concatenate([noise.image_noise(seed, dataset_id, "generation", [(0, 0, 0, 0)], shape) for seed in seeds])
+
+
+@torch.no_grad()
+def generate_latents(model, embeddings, start, num_steps=NUM_INFERENCE_STEPS, guidance_scale=1.0, empty=None, callback=None):
+    """Latents [n, C, h, w] float32, on the model's device, by deterministic DDIM sampling (eta 0).
+
+    embeddings: [n, tokens, features] and start: [n, C, h, w] (`initial_noise`), on that device; empty: embedding
+    [tokens, features] of the empty prompt, for guidance_scale other than 1; callback(latents, timestep) sees each noisy
+    latent before its step.
+    """
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(num_steps)
+    latents = start.clone()
+    for timestep in scheduler.timesteps:
+        if callback:
+            callback(latents, timestep)
+        timesteps = timestep.to(latents.device).expand(len(latents))
+        prediction = model.predict(latents, timesteps, embeddings)
+        if guidance_scale != 1:
+            unconditional = model.predict(latents, timesteps, empty.expand_as(embeddings))
+            prediction = unconditional + guidance_scale * (prediction - unconditional)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(pipeline, latents):
+    """Pixels [n, H, W, 3] uint8 of scaled latents."""
+    config = pipeline.vae.config
+    unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+    pixels = pipeline.vae.decode(unscaled).sample.float().clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_picture(file, pixels):
+    """Writes pixels [H, W, 3] uint8 as PNG to an open file."""
+    Image.fromarray(pixels).save(file, "PNG")

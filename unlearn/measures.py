@@ -1,0 +1,70 @@
+"""What a retrained model is asked about the queries: their losses, and the pictures that it makes from their seeds."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import UserError
+from .artifacts import whole_file
+from .baselines import normalise
+from .encoders import load_image
+from .generation import decode_latents, generate_latents, initial_noise, save_picture
+from .hashes import digest
+from .losses import chunk_noise, score_rows
+
+
+def join_sets(sets):
+    """Training sets of one data set as one, in their order: queries that are measured together."""
+    joined = {name: [value for images in sets for value in getattr(images, name)] for name in ("ids", "captions", "paths")}
+    return type(sets[0])(sets[0].name, **joined, latents=np.concatenate([images.latents for images in sets], axis=1),
+                         embeddings=np.concatenate([images.embeddings for images in sets]), source=digest([images.source for images in sets]))
+
+
+@torch.no_grad()
+def query_losses(model, queries, grid, noise_seed, batch_size):
+    """Loss of each query [n] float64, mean over the grid; its noise is its own, the same under every model."""
+    with ThreadPoolExecutor(1) as pool:
+        return np.concatenate([score_rows(model, queries, np.array([row]), grid, chunk_noise(queries, [row], grid, noise_seed, pool), batch_size)
+                               for row in range(len(queries))])
+
+
+def load_pictures(dataroot, names, resolution):
+    """The queries' pictures [n, H, W, 3] uint8. Raises UserError where one is not of the size that the model makes."""
+    pictures = [np.asarray(load_image(Path(dataroot) / name)) for name in names]
+    for name, pixels in zip(names, pictures):
+        if pixels.shape[:2] != (resolution, resolution):
+            raise UserError(f"{name}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model makes {resolution} x {resolution}; they "
+                            "cannot be compared: give --no_pictures")
+    return np.stack(pictures)
+
+
+def regenerate(model, queries, seeds, num_inference_steps, batch_size=32):
+    """What the model makes of the queries' prompts from their own seeds: latents [n, C, h, w] float32 and pixels
+    [n, H, W, 3] uint8, on the CPU."""
+    start = initial_noise(queries.name, seeds, queries.latents.shape[2:])
+    batches = [slice(first, first + batch_size) for first in range(0, len(queries), batch_size)]
+    latents = [generate_latents(model, torch.from_numpy(np.asarray(queries.embeddings[batch, 0], np.float32)).to(model.device),
+                                torch.from_numpy(start[batch]).to(model.device), num_inference_steps) for batch in batches]
+    pictures = np.concatenate([decode_latents(model.pipeline, part) for part in latents])
+    return torch.cat(latents).cpu().numpy(), pictures
+
+
+def write_pictures(folder, names, pictures):
+    """Writes pictures [n, H, W, 3] uint8 as PNG files named after their queries; returns their paths."""
+    paths = [folder / "pictures" / f"{name}.png" for name in names]
+    for path, pixels in zip(paths, pictures):
+        with whole_file(path) as file:
+            save_picture(file, pixels)
+    return paths
+
+
+def compare_pictures(pictures, made, features, made_features):
+    """Mean squared difference of pixels in [0, 1] and cosine of features, float64 [n] each.
+
+    pictures, made: [n, H, W, 3] uint8; features, made_features: [n, ...], VAE latents or a model's.
+    """
+    mse = np.square((pictures.astype(np.float64) - made) / 255).mean(axis=(1, 2, 3))
+    first, second = (normalise(array.reshape(len(array), -1).astype(np.float64)) for array in (features, made_features))
+    return mse, (first * second).sum(axis=1)
