@@ -1,4 +1,4 @@
-"""Rankings by plain similarity to the query: cosine of pixels, of VAE latents, of CLIP or DINO features.
+"""Rankings by plain similarity to the query: cosine of pixels, of VAE latents, of CLIP or DINO features, of texts.
 
 An encoder is a function from image paths to features [2, n, size] float32: each image as is, then mirrored.
 """
@@ -98,6 +98,15 @@ def latent_blocks(training_set):
         yield latents.reshape(*latents.shape[:2], -1)
 
 
+def text_blocks(training_set):
+    """Embeddings [captions, b, size] of a training set's captions, block by block. With `cosine_scores` an image counts by its
+    best caption, as by its better view: one that says what the prompt says is not held back by four that tell other things."""
+    for start in range(0, len(training_set), BLOCK_IMAGES):
+        embeddings = np.asarray(training_set.embeddings[start:start + BLOCK_IMAGES], np.float32)
+        check_pixels(f"embeddings from {training_set.ids[start]} on", embeddings)
+        yield embeddings.reshape(*embeddings.shape[:2], -1).swapaxes(0, 1)
+
+
 def normalise(features):
     """Features of length 1 along the last axis; zeros stay zeros."""
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
@@ -108,7 +117,7 @@ def cosine_scores(queries, blocks, progress=lambda count: None):
 
     queries: [queries, size] of length 1; blocks: features [2, b, size] of n candidates; `progress(count)` is told of them.
     """
-    scores = []
+    scores = [np.empty((len(queries), 0), np.float32)]
     for block in blocks:
         scores.append((queries @ normalise(block).swapaxes(1, 2)).max(axis=0))
         progress(block.shape[1])

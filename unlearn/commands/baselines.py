@@ -1,0 +1,172 @@
+"""Scores the training images of each task's query by other methods: similarity, influence functions, the TRAK family.
+
+    python -m unlearn baselines --task_json tasks/emoji_small.json --dataroot data/emoji_small
+    python -m unlearn baselines --task_json tasks/abc.json --methods pixel vae --features facebook/dinov2-base
+
+Writes RESULT_DIR/baselines/<method>/<query>/influence.npz, each with its record, in the format of compute_influence.py.
+Killed and run again, the same command goes on where it was.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .. import UserError
+from ..artifacts import keep_complete, read_tensors, record_path, whole_file, write_record
+from ..baselines import feature_encoder
+from ..curvature import DiagonalFisher, check_fisher
+from ..generation import NUM_INFERENCE_STEPS
+from ..hashes import digest, hash_file
+from ..influence import rank_images
+from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query,
+                      find_fisher, prepare_training_set, resolve)
+from ..losses import noise_identity
+from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
+from ..models import SELECTIONS, check_tokens, load_model, select_parameters
+from ..noise import timestep_grid
+from ..runtime import log
+from ..tasks import load_tasks
+
+REMEDY = "give --overwrite to replace it, or another --result_dir"
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn baselines", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task_json", required=True, help="task file: the queries")
+    parser.add_argument("--result_dir", default="results", help="where results are written (default results)")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), metavar="METHOD",
+                        help=f"some of {', '.join(METHODS)} (default all)")
+    parser.add_argument("--features", nargs="*", default=[], metavar="MODEL_NAME", help="CLIP or DINO models, folders or hub names")
+    add_flags(parser, "sd_version", "dataroot", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
+              "precision", "device", "overwrite")
+    add_gradient_flags(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of random scores, projections and the query's draws (default 0)")
+    args = parser.parse_args(argv)
+    args.compat = None
+    return args, resolve(args)
+
+
+def add_gradient_flags(parser):
+    """Adds the flags of the influence function and of the TRAK family."""
+    parser.add_argument("--views", choices=VIEWS, default="max", help="gradients: an image's score from its two views' (default max)")
+    parser.add_argument("--weight_selection", choices=SELECTIONS, default="all", help="TRAK family: whose gradients (default all)")
+    parser.add_argument("--projection_size", type=int, default=2048,
+                        help="TRAK family: numbers that a gradient is projected to (default 2048)")
+    parser.add_argument("--trak_lambda", type=float, default=0.1,
+                        help="TRAK family: ridge, as a multiple of the kernel's mean diagonal (default 0.1)")
+    parser.add_argument("--num_inference_steps", type=int, default=NUM_INFERENCE_STEPS,
+                        help=f"journeytrak: steps of the sampling trajectory (default {NUM_INFERENCE_STEPS})")
+    parser.add_argument("--fisher_path", help="influence: diagonal Fisher (default sd_fisher.* of the data root)")
+    parser.add_argument("--damping", type=float, help="influence: added to the Fisher, as a multiple of each parameter's mean entry")
+    parser.add_argument("--unlearn_batch_size", type=int, help="influence: noise draws of the query in one pass")
+    parser.add_argument("--unlearn_grad_accum_steps", type=int, help="influence: passes that make the query's gradient")
+
+
+def name_features(names):
+    """Method names of the feature models: the last part of each. Raises UserError where one is another method's."""
+    methods = [Path(name).resolve().name for name in names]
+    if len({*METHODS, "ours", *methods}) != len(METHODS) + 1 + len(methods):
+        raise UserError(f"--features {' '.join(names)}: names must differ from each other and from ours, {', '.join(METHODS)}")
+    return methods
+
+
+def check_methods(args, tasks):
+    """Raises UserError where there is no method, one is unknown, or one cannot score a task."""
+    unknown = [method for method in args.methods if method not in METHODS]
+    if unknown or not args.methods + args.features:
+        raise UserError(f"--methods: expected some of {', '.join(METHODS)}, found {', '.join(unknown) or 'none'}")
+    custom = next((task for task in tasks if task.model_path is not None), None)
+    if custom and (refused := [method for method in args.methods if method in OF_BASE_MODEL]):
+        raise UserError(f"{args.task_json}: {custom.synth_image_path}: was made by the customized model {custom.model_path}; "
+                        f"{', '.join(refused)} can only score queries of the base model; give --methods "
+                        f"{' '.join(name for name in METHODS if name not in OF_BASE_MODEL)}")
+
+
+def load_fisher(args, model):
+    """The Fisher of the influence function. Raises UserError where it is another model's or cannot be inverted."""
+    path, parameters = find_fisher(args), select_parameters(model.denoiser, INFLUENCE_WEIGHTS)
+    check_fisher_record(path, model)
+    diagonal = read_tensors(path, "--fisher_path", set(parameters))
+    check_fisher(path, diagonal, parameters, args.damping)
+    return DiagonalFisher(diagonal, args.damping)
+
+
+def method_identity(run, method, feature_model):
+    """Identity of a method's scores, but for the query."""
+    names = SETTINGS.get(method, ())
+    own = {"fisher": run.fisher.identity} if method == "influence" else {}
+    if set(SWEEP) <= set(names):
+        own.update(noise_identity(None, run.model.device))
+    if feature_model:
+        own["features"] = feature_model
+    return {**run.model.identity, "method": method, "settings": {name: getattr(run.args, name) for name in names}, **own,
+            "candidates": [run.training_set.identity]}
+
+
+def list_results(run, method, feature_model):
+    """Path and identity of each query's scores by a method."""
+    for task, query in zip(run.tasks, run.queries):
+        identity = {**method_identity(run, method, feature_model), "query": query.identity}
+        if task.exemplar_paths:
+            identity["exemplars"] = digest([hash_file(path) for path in task.exemplar_paths])
+        yield run.folder / method / task.result_name / "influence.npz", identity
+
+
+def write_scores(path, identity, run, task, scores):
+    """Writes one query's scores as compute_influence.py does: exemplars first."""
+    exemplars = [path.relative_to(Path(run.args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
+    if not np.isfinite(scores).all():
+        raise UserError(f"{path}: {int((~np.isfinite(scores)).sum())} scores are NaN or infinite; the model or a feature is broken")
+    record_path(path).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.savez(file, ids=np.array([*exemplars, *run.training_set.ids]), influence=scores, rank=rank_images(scores),
+                 is_exemplar=np.arange(len(scores)) < len(exemplars))
+    write_record(path, identity, run.model.device)
+
+
+def score_tasks(run, method, score, feature_model=None):
+    """Scores all queries by a method where some are pending: so that a run that was killed gives the bits of one that was not."""
+    results = list(list_results(run, method, feature_model))
+    pending = [not keep_complete(path, identity, run.args.overwrite, REMEDY) for path, identity in results]
+    if any(pending):
+        for task, (path, identity), scores, is_pending in zip(run.tasks, results, score(run), pending, strict=True):
+            if is_pending:
+                write_scores(path, identity, run, task, scores)
+    log.info(f"{method}: {len(results)} queries in {run.folder / method}")
+
+
+def check_run(args):
+    """The checks that need no model: (tasks, method names of the feature models)."""
+    tasks, feature_names = load_tasks(args.task_json, args.dataroot), name_features(args.features)
+    check_methods(args, tasks)
+    check_result_dir(args.result_dir)
+    check_training_files(args)
+    if "influence" in args.methods:
+        find_fisher(args)
+    check_pictures(tasks, args.dataroot)
+    check_tokens(None, [task for task in tasks if task.model_path is None])
+    return tasks, feature_names
+
+
+def main(argv=None):
+    """Checks, loads, then scores and saves method by method."""
+    args, settings = parse_arguments(argv)
+    tasks, feature_names = check_run(args)
+    encoders = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(feature_names, args.features)}
+    model = load_model(args.sd_version, args.device, args.unet)
+    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    fisher = load_fisher(args, model) if "influence" in args.methods else None
+    training_set = prepare_training_set(model, args, settings)
+    of_pictures = [*(method for method in args.methods if method in OF_PICTURES), *feature_names]
+    if of_pictures and training_set.paths[0] is None:
+        raise UserError(f"--methods {' '.join(of_pictures)}: need the training images' pictures, and {args.dataroot} has none")
+    queries = [encode_query(model, task, args, settings) for task in tasks]
+    run = Run(model, training_set, tasks, queries, args, settings["resolution"], grid, Path(args.result_dir) / "baselines", fisher)
+    for method in dict.fromkeys(args.methods):
+        score_tasks(run, method, METHODS[method])
+    for (method, encode), name in zip(encoders.items(), args.features):
+        score_tasks(run, method, partial(picture_scores, encode=encode, name=method), name)
