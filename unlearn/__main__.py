@@ -3,10 +3,11 @@
 import sys
 
 from . import UserError
-from .commands import evaluate, fisher, tasks
+from .commands import baselines, encode, evaluate, fisher, generate, retrain, tasks
 from .runtime import end_with, run
 
-COMMANDS = {"evaluate": evaluate, "fisher": fisher, "tasks": tasks}
+COMMANDS = {"baselines": baselines, "encode": encode, "evaluate": evaluate, "fisher": fisher,
+            "generate": generate, "retrain": retrain, "tasks": tasks}
 
 
 def main():

@@ -98,7 +98,7 @@ def compare_methods(values, ours, groups, metrics):
 
 def markdown_table(header, rows):
     """Lines of a Markdown table whose columns are aligned: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(3, *(len(row[column]) for row in [header, *rows])) for column in range(len(header))]  # a rule of one colon is none
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in [header, rule, *rows]]
     return [f"| {' | '.join(row)} |" for row in cells]

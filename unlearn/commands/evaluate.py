@@ -1,10 +1,15 @@
-"""AbC metrics of finished queries: Recall@k and mAP of the exemplars, beside chance and similarity baselines.
+"""Measures finished queries: Recall@k and mAP of their exemplars or, without exemplars, against retrained models.
 
     python -m unlearn evaluate --task_json tasks/abc.json
     python -m unlearn evaluate --task_json tasks/abc.json --features openai/clip-vit-large-patch14 facebook/dinov2-base
+    python -m unlearn evaluate --task_json tasks/emoji_small.json --dataroot data/emoji_small --retrained FOLDER
 
 Prints Markdown tables and writes evaluate.csv (method x group x metric), paired.csv (ours against each baseline) and
 queries.csv (query x method). Groups are all queries, the kinds (object, style) and the test cases.
+
+With --retrained, the folder of the models' JSON files: the linear datamodeling score (lds.csv, lds_queries.csv), leave-K-out
+(leave_k_out.csv, leave_k_out_paired.csv), retention.csv, equivalent.csv, their plots, and scores/METHOD.npz, from which --scores
+makes the same tables again without the influence files. No model is loaded.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import numpy as np
 from .. import UserError
 from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
 from ..datasets import list_images
+from ..goldstandard import evaluate_retrained
 from ..hashes import digest
 from ..influence import rank_images
 from ..inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
@@ -48,7 +54,7 @@ def check_features(names, paths, dataroot):
 def measure_baselines(tasks, args, settings, methods, rankings):
     """Metrics [queries, metrics] of each similarity baseline by name, and of how many queries exemplars tie."""
     features = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(methods, args.features)}
-    model = load_model(args.sd_version, args.device)
+    model = load_model(args.sd_version, args.device, args.unet)
     training_set = prepare_training_set(model, args, settings)
     check_candidates(rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}")
     encoders = {"pixel": pixel_encoder(settings["resolution"]),
@@ -139,18 +145,28 @@ def parse_arguments(argv):
     parser.add_argument("--result_dir", default="results", help="where compute_influence.py wrote (default results)")
     parser.add_argument("--features", nargs="+", default=[], metavar="MODEL_NAME",
                         help="CLIP or DINO models to compare with, folders or hub names")
+    parser.add_argument("--retrained", help="folder of retrained models' JSON files (python -m unlearn retrain) to measure against")
+    parser.add_argument("--scores", help="with --retrained: folder of scores/METHOD.npz to read instead of influence files")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="with --retrained: only these (default all that are finished)")
     parser.add_argument("--output", help="folder of the CSV files (default RESULT_DIR/evaluate)")
     add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "precision", "device")
     args = parser.parse_args(argv)
+    for flag in "scores", "methods":
+        if getattr(args, flag) and not args.retrained:
+            raise UserError(f"--{flag}: only with --retrained DIR")
+    if args.retrained and args.features:
+        raise UserError("--features: not with --retrained; score them as a baseline: python -m unlearn baselines --features")
     settings = resolve(args)
     args.output = args.output or f"{args.result_dir}/evaluate"
     return args, settings
 
 
 def main(argv=None):
-    """Checks every input, measures ours, chance and the similarity baselines, prints and writes."""
+    """Checks every input, measures ours, chance and the baselines, prints and writes."""
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)
+    if args.retrained:
+        return evaluate_retrained(args, tasks)
     rankings = [read_ranking(task, args) for task in tasks]
     check_candidates(rankings, rankings[0].num_training, rankings[0].training_ids, rankings[0].path)
     methods = check_features(args.features, list_images(args.dataroot), args.dataroot)

@@ -1,0 +1,146 @@
+"""Linear datamodeling scores, their intervals, and curves of random removal: closed forms and known worlds."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from unlearn import datamodels
+from unlearn.datamodels import (average_ranks, bootstrap_scores, correlate, count_below, datamodeling_scores, equivalent_number,
+                                fit_rising, interval, predict, reliability_ceiling, resampled_ranks, spearman)
+
+
+def make_world(num_queries=10, num_images=40, num_models=30, noise=0.0, seed=0):
+    """Effects [queries, images], membership of random halves [models, images], and losses that are linear in it."""
+    generator = np.random.default_rng(seed)
+    effects = generator.normal(size=(num_queries, num_images))
+    kept = np.array([generator.permutation(num_images) < num_images // 2 for _ in range(num_models)])
+    losses = 5 - effects @ kept.T + noise * generator.normal(size=(num_queries, num_models))
+    return effects, kept, losses
+
+
+def rank_by_hand(row):
+    return [np.mean([1 + place for place, other in enumerate(sorted(row)) if other == value]) for value in row]
+
+
+def test_ranks_are_those_of_sorting_and_equal_values_share_the_mean_of_theirs():
+    values = np.random.default_rng(0).integers(0, 5, (20, 9)).astype(float)
+    np.testing.assert_array_equal(average_ranks(values), [rank_by_hand(row) for row in values])
+    assert average_ranks(np.array([[3.0, 1.0, 3.0, 2.0]])).tolist() == [[3.5, 1, 3.5, 2]]
+
+
+def test_resampled_ranks_are_those_of_the_rows_written_out_less_a_constant():
+    generator = np.random.default_rng(1)
+    values, weights = generator.integers(0, 4, (6, 7)).astype(float), generator.integers(0, 3, (5, 7))
+    found = resampled_ranks(*count_below(values), weights)
+    for draw, row in itertools.product(range(5), range(6)):
+        written_out = np.repeat(np.arange(7), weights[draw])
+        expected = average_ranks(values[row, written_out][None])[0]
+        np.testing.assert_allclose(found[draw, row, written_out] + 0.5, expected)
+
+
+def test_spearman_is_numpys_correlation_of_ranks_and_constants_predict_nothing():
+    generator = np.random.default_rng(2)
+    first, second = generator.integers(0, 6, (2, 8, 11)).astype(float)
+    expected = [np.corrcoef(rank_by_hand(a), rank_by_hand(b))[0, 1] for a, b in zip(first, second)]
+    np.testing.assert_allclose(spearman(first, second), expected, atol=1e-12)
+    assert spearman(np.ones((1, 5)), np.arange(5.0)[None]).tolist() == [0]
+    assert correlate(np.array([1.0, 2, 9]), np.array([2.0, 4, -9]), np.array([3, 2, 0])) == pytest.approx(1)
+
+
+def test_true_effects_have_lds_1_their_opposite_minus_1_and_noise_about_0():
+    effects, kept, losses = make_world(num_queries=50, num_models=60)
+    assert datamodeling_scores(effects, kept, losses) == pytest.approx(np.ones(50))
+    assert datamodeling_scores(-effects, kept, losses) == pytest.approx(-np.ones(50))
+    noise = datamodeling_scores(np.random.default_rng(9).normal(size=effects.shape), kept, losses)
+    assert abs(noise.mean()) < 3 / np.sqrt(50 * 60)
+
+
+def test_lds_depends_on_no_shift_and_no_scale_of_the_scores_and_on_no_order():
+    effects, kept, losses = make_world(noise=2)
+    expected = datamodeling_scores(effects, kept, losses)
+    np.testing.assert_allclose(datamodeling_scores(3 * effects + 1000, kept, losses), expected, atol=1e-12)
+    images, models, queries = (np.random.default_rng(4).permutation(count) for count in (40, 30, 10))
+    permuted = datamodeling_scores(effects[np.ix_(queries, images)], kept[np.ix_(models, images)], losses[np.ix_(queries, models)])
+    np.testing.assert_allclose(permuted, expected[queries], atol=1e-12)
+
+
+def test_a_bootstrap_in_which_nothing_varies_gives_the_estimate_in_every_draw():
+    effects, kept, losses = make_world()
+    draws = bootstrap_scores({"true": predict(effects, kept)}, losses, draws=100)["true"]
+    np.testing.assert_allclose(draws, 1)
+
+
+def test_the_bootstrap_equals_drawing_queries_and_models_by_hand():
+    effects, kept, losses = make_world(num_queries=4, num_models=9, noise=4)
+    predictions = {"ours": predict(effects, kept)}
+    found = bootstrap_scores(predictions, losses, seed=7, draws=20)["ours"]
+    generators = np.random.Generator(np.random.Philox(7)).spawn(2)
+    queries, models = (generator.multinomial(count, np.full(count, 1 / count), 20) for count, generator in zip((4, 9), generators))
+    for draw in range(20):
+        rows, columns = np.repeat(np.arange(4), queries[draw]), np.repeat(np.arange(9), models[draw])
+        assert found[draw] == pytest.approx(spearman(predictions["ours"][rows][:, columns], -losses[rows][:, columns]).mean())
+
+
+def test_drawing_models_too_widens_the_interval_and_the_same_method_twice_differs_by_nothing():
+    effects, kept, losses = make_world(num_queries=60, num_models=20, noise=6)
+    losses += 8 * np.random.default_rng(0).normal(size=20)  # what a model does to all queries alike: queries cannot average it out
+    predictions = {"ours": predict(effects, kept), "again": predict(effects, kept)}
+    both, queries_only = (bootstrap_scores(predictions, losses, draws=400, over_models=flag) for flag in (True, False))
+    width = lambda draws: np.ptp(interval(draws["ours"]))
+    assert width(both) > 1.5 * width(queries_only)
+    assert (both["ours"] == both["again"]).all()
+
+
+def test_the_interval_covers_the_lds_of_many_queries_and_models():
+    settings = {"num_images": 30, "noise": 5}
+    effects, kept, losses = make_world(300, num_models=2000, **settings)
+    truth, covered = datamodeling_scores(effects, kept, losses).mean(), 0
+    for seed in range(1, 31):
+        effects, kept, losses = make_world(12, num_models=24, seed=seed, **settings)
+        low, high = interval(bootstrap_scores({"true": predict(effects, kept)}, losses, draws=200)["true"])
+        covered += low <= truth <= high
+    assert covered >= 26
+
+
+def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
+    effects, kept, losses = make_world(noise=3)
+    found = []
+    for chunk in (7, 100):
+        monkeypatch.setattr(datamodels, "CHUNK", chunk)
+        found.append(bootstrap_scores({"ours": predict(effects, kept)}, losses, draws=100)["ours"])
+    np.testing.assert_allclose(*found)
+
+
+def test_the_ceiling_is_1_without_noise_0_with_nothing_else_and_the_share_between():
+    generator = np.random.default_rng(0)
+    signal, noise, seeds = generator.normal(size=(400, 50)), generator.normal(size=(400, 50)), generator.normal(size=(400, 8))
+    assert reliability_ceiling(np.ones((400, 8)), signal)[2] == 1
+    assert reliability_ceiling(seeds, noise)[2] < 0.3
+    deviation, total, ceiling = reliability_ceiling(seeds, np.sqrt(3) * signal + noise)
+    assert ceiling == pytest.approx(np.sqrt(0.75), abs=0.03) and deviation < total
+    predicted = np.mean([np.corrcoef(a, np.sqrt(3) * a + b)[0, 1] for a, b in zip(signal, noise)])
+    assert ceiling == pytest.approx(predicted, abs=0.03)
+
+
+def test_the_rising_fit_is_the_closest_of_all_that_never_fall():
+    values, weights = np.array([1.0, 4.0, 2.0, 0.0, 5.0]), np.array([1.0, 1.0, 2.0, 1.0, 3.0])
+    fitted = fit_rising(values, weights)
+    assert (np.diff(fitted) >= 0).all() and fitted[0] == 1 and fitted[1:4] == pytest.approx(2) and fitted[4] == 5
+    grid = np.arange(0, 5.1, 0.5)
+    closest = min((weights @ (np.array(rising) - values) ** 2 for rising in itertools.combinations_with_replacement(grid, 5)))
+    assert weights @ (fitted - values) ** 2 == pytest.approx(closest)
+
+
+def test_the_equivalent_number_is_read_off_the_line_through_0():
+    curve = np.array([10, 20, 40]), np.array([1.0, 3.0, 4.0]), np.ones(3)
+    found = [equivalent_number(*curve, target) for target in (-1, 0, 0.5, 1, 2, 3, 3.5, 4)]
+    assert found == pytest.approx([0, 0, 5, 10, 15, 20, 30, 40])
+    assert equivalent_number(*curve, 4.001) == np.inf
+
+
+def test_the_equivalent_number_never_falls_as_the_target_rises_even_where_the_measured_curve_does():
+    counts, changes = np.array([5, 10, 20, 40]), np.array([-1.0, 3.0, 1.0, 4.0])
+    numbers = [equivalent_number(counts, changes, np.ones(4), target) for target in np.linspace(0, 5, 51)]
+    assert (np.diff([min(number, 99) for number in numbers]) >= 0).all() and numbers[-1] == np.inf
+    assert equivalent_number(counts, changes, np.ones(4), 2) == pytest.approx(10)  # 3 and 1 are pooled to 2

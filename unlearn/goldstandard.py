@@ -1,0 +1,154 @@
+"""Evaluation against retrained models: which measures, which tables, which CSV files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from . import UserError
+from .datamodels import bootstrap_scores, interval, predict, reliability_ceiling, spearman
+from .plots import draw_plots
+from .removal import (MEASURES, asked_queries, equivalent_rows, find_reference, floor_rows, group_models, measure_removals,
+                      paired_rows, random_changes, removal_rows, retention_rows)
+from .results import write_csv
+from .retrained import check_queries, check_removed_images, query_digests, read_retrained
+from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
+from .tables import equivalent_table, lds_table, paired_table, removal_table, retention_table
+
+FEWEST_SUBSETS = 3
+COLUMNS = {
+    "lds": ("method", "lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high", "queries", "models"),
+    "lds_queries": ("query", "method", "lds"),
+    "leave_k_out": ("method", "k", "queries", "models", "dL", "dL_error", "mse", "mse_error", "similarity", "similarity_error"),
+    "leave_k_out_paired": ("baseline", "k", "queries", *(name + end for name in MEASURES for end in ("", "_error", "_in_errors"))),
+    "retention": ("method", "k", "models", "own_dL", "others_dL", "others_dL_error", "own_mse", "others_mse", "others_mse_error"),
+    "equivalent": ("method", "k", "queries", "dL", "random_images", "low", "high", "most_tried"),
+}
+
+
+def check_training_set(scores, models, source):
+    """Raises UserError where the scores are of another training set than the retrained models'."""
+    first = models[0].identity
+    for each in scores.values():
+        if each.training_set != first["training_set"] or len(each.ids) != first["num_images"]:
+            raise UserError(f"{source}: {each.method} scores training set {each.training_set} of {len(each.ids)} images, the models "
+                            f"of --retrained were trained on {first['training_set']} of {first['num_images']}")
+
+
+def largest_group(models):
+    """Models on random subsets of one size, the one of which there are most (the larger subset of equally many): the sum of the
+    scores of larger subsets says little else than how large they are."""
+    groups = [group for (_, k), group in sorted(group_models(models, "subset").items(), key=lambda item: item[0][1])]
+    return max(groups, key=len, default=[])
+
+
+def measure_lds(values, models, queries):
+    """LDS of every method: rows (method, mean, low, high, ours minus it, low, high, queries, models) and {method: [queries]}.
+    values: {method: [queries, N]}. Empty where there are no subset models; raises UserError where there are too few."""
+    subsets = largest_group(models)
+    if not subsets:
+        return [], {}
+    if len(subsets) < FEWEST_SUBSETS:
+        raise UserError(f"{subsets[0].path.parent}: the LDS needs at least {FEWEST_SUBSETS} models on random subsets of one size, "
+                        f"found {len(subsets)}; make more: python -m unlearn retrain subsets")
+    kept, losses = np.array([model.kept for model in subsets]), np.array([model.losses for model in subsets]).T
+    predictions = {method: predict(array, kept) for method, array in values.items()}
+    by_query = {method: spearman(array, -losses) for method, array in predictions.items()}
+    draws, rows = bootstrap_scores(predictions, losses), []
+    for method, array in by_query.items():
+        difference = [""] * 3
+        if OURS in by_query and method != OURS:
+            difference = [float(np.mean(by_query[OURS] - array)), *interval(draws[OURS] - draws[method])]
+        rows.append((method, float(array.mean()), *interval(draws[method]), *difference, len(queries), len(subsets)))
+    return rows, by_query
+
+
+def ceiling_line(models):
+    """What the seed alone does to the losses, beside what the subsets do; says so where it cannot be told."""
+    full, subsets = [model.losses for model in models if model.kind == "full"], [model.losses for model in largest_group(models)]
+    if len(full) < 2:
+        return "No ceiling: it needs full models of at least two seeds."
+    noise, total, ceiling = reliability_ceiling(np.array(full).T, np.array(subsets).T)
+    return (f"A query's loss deviates by {noise:.2e} over the seeds of {len(full)} full models and by {total:.2e} over the subsets: a "
+            f"perfect prediction would reach about {ceiling:.2f}.")
+
+
+def evaluate_removals(models, queries):
+    """Rows by the name of their CSV file, the curve of random removal, and its notices: what is there is measured."""
+    reference = find_reference(models)
+    if reference is None:
+        return {}, None, ["No full model yet: leave-K-out, retention and equivalent numbers need the one that made the queries."]
+    values, counts = measure_removals(models, reference, queries)
+    own = {key: value for key, value in values.items() if key[0] != RANDOM}
+    asked, curve = asked_queries(own, len(queries)), random_changes(models, reference)
+    rows = {"leave_k_out": floor_rows(models, reference, asked) + removal_rows(values, counts),
+            "leave_k_out_paired": paired_rows(values), "retention": retention_rows(models, reference, queries),
+            "equivalent": equivalent_rows(values, curve)}
+    notices = [] if own else ["No models without the top K of a method yet: leave-K-out shows the noise only."]
+    unasked = sum(model.query is not None and model.query not in queries for model in models)
+    if unasked:
+        notices.append(f"{unasked} models were trained without images of queries that are not in this task file; left out.")
+    if len({row[2] for row in rows["leave_k_out"] if row[1]}) > 1:
+        notices.append("Not every method and K has the same queries yet (column queries): compare them in the paired table.")
+    return rows, (asked, curve), notices
+
+
+def print_tables(rows, lds, models, most, notices):
+    """All tables that have rows, in Markdown."""
+    kinds = {kind: sum(model.kind == kind for model in models) for kind in ("full", "subset", "without")}
+    print(f"{kinds['full']} full models, {kinds['subset']} on random subsets, {kinds['without']} without chosen or random images\n")
+    tables = {
+        "Linear datamodeling score: rank correlation of summed scores with retrained losses (bootstrap over queries and models)":
+            [*lds_table(lds), "", ceiling_line(models)] if lds else [],
+        "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries":
+            removal_table(rows["leave_k_out"]) if rows.get("leave_k_out") else [],
+        "Leave-K-out, paired by query": paired_table(rows["leave_k_out_paired"]) if rows.get("leave_k_out_paired") else [],
+        "Retention: change of the query that images were removed for, and of all others; mean ± standard error over models":
+            retention_table(rows["retention"]) if rows.get("retention") else [],
+        "Equivalent number of random images: how many must be removed for the same dL (interval from drawing queries anew)":
+            equivalent_table(rows["equivalent"], most) if rows.get("equivalent") else [],
+    }
+    for title, lines in tables.items():
+        if lines:
+            print(title, "", *lines, "", sep="\n")
+    for notice in notices:
+        print(notice)
+
+
+def write_tables(rows, output):
+    """Writes a CSV file of each kind of rows; undefined numbers are empty cells."""
+    for name, columns in COLUMNS.items():
+        cells = [["" if cell != cell else cell for cell in row] for row in rows.get(name, [])]
+        write_csv(Path(output) / f"{name}.csv", columns, cells)
+    print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")
+
+
+def evaluate_retrained(args, tasks):
+    """Reads and checks everything, then measures, prints, and writes tables and plots; nothing is written before."""
+    for task in tasks:
+        if task.exemplar_paths:
+            raise UserError(f"{args.task_json}: {task.synth_image_path} has a customized model; --retrained evaluates queries of "
+                            "models trained from scratch")
+    queries = sorted(task.result_name for task in tasks)
+    models = read_retrained(args.retrained, queries)
+    check_queries(models, query_digests(tasks, args.dataroot))
+    scores = read_methods(args, queries)
+    check_training_set(scores, models, f"--scores {args.scores}" if args.scores else f"--result_dir {args.result_dir}")
+    values = {method: each.values for method, each in scores.items()}
+    check_removed_images(models, values, queries)
+    if RANDOM in (args.methods or [RANDOM]) and RANDOM not in values:
+        values[RANDOM] = random_scores(queries, models[0].identity["num_images"])
+    lds, by_query = measure_lds(values, models, queries)
+    shown = [model for model in models if not args.methods or model.method in (None, *args.methods, RANDOM)]
+    rows, curve, notices = evaluate_removals(shown, queries)
+    if not lds:
+        notices.insert(0, "No models on random subsets yet: no LDS.")
+    most = int(curve[1][0].max(initial=0)) if curve else 0
+    print_tables(rows, lds, shown, most, notices)
+    rows["lds"], rows["equivalent"] = lds, [(*row, most) for row in rows.get("equivalent", [])]
+    rows["lds_queries"] = [(query, method, float(array[row])) for row, query in enumerate(queries)
+                           for method, array in by_query.items()]
+    if not args.scores:
+        for each in scores.values():
+            write_scores(Path(args.output) / "scores", each, queries)
+    write_tables(rows, args.output)
+    draw_plots(rows, curve, args.output)

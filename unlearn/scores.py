@@ -1,0 +1,160 @@
+"""Scores of every query over the training set, by method: from influence files, or from one small file a method."""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import UserError
+from .artifacts import check_record, keep_complete, read_json, record_path, whole_file, write_record
+from .hashes import digest
+from .influence import rank_images
+from .rankings import read_influence
+
+OURS, RANDOM = "ours", "random"
+# Of a record: what is the same for all queries of a method.
+ALIKE = ("method", "settings", "fisher", "features", "losses_before", "candidates")
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """Scores of one method; a higher one is more influential."""
+
+    method: str
+    training_set: str  # identity of the training set that was scored
+    ids: list[str]
+    values: np.ndarray  # [queries, N], float32
+    settings: dict  # how they were made
+
+
+def keep_order(influence):
+    """Scores in float32, nudged by the last digits where rounding would tie what is not tied: every ranking stays what it is.
+
+    influence: [N] float64. Along the ranking, float32 numbers are taken as the integers that count them, and each is lowered
+    until it lies below its predecessor wherever the exact score does.
+    """
+    order = rank_images(influence)
+    falls = np.cumsum(np.concatenate([[0], np.diff(influence[order]) < 0]))
+    bits = influence[order].astype(np.float32).view(np.int32).astype(np.int64)
+    numbers = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    numbers = np.minimum.accumulate(numbers + falls) - falls
+    bits = np.where(numbers < 0, -numbers | 0x80000000, numbers).astype(np.uint32)
+    values = np.empty(len(influence), np.float32)
+    values[order] = bits.view(np.float32)
+    return values
+
+
+def random_scores(queries, count):
+    """Random scores [queries, count], float32, each query's from its name."""
+    keys = [np.frombuffer(hashlib.blake2b(f"random {query}".encode(), digest_size=16).digest(), np.uint64) for query in queries]
+    return np.array([np.random.Generator(np.random.Philox(key=key)).permutation(count) for key in keys], np.float32).reshape(-1, count)
+
+
+def find_methods(folders, asked, item):
+    """Methods in the order asked for, else all that are there, ours first. Raises UserError where one is missing or none is
+    there."""
+    found = sorted(folders, key=lambda method: (method != OURS, method))
+    for method in asked or []:
+        if method not in folders and method != RANDOM:
+            raise UserError(f"--methods {method}: {item} has no scores of it; it has: {', '.join(found) or 'none'}")
+    if not asked and not found:
+        raise UserError(f"{item}: has no scores of any method; make them: python compute_influence.py and python -m unlearn baselines")
+    return list(dict.fromkeys(asked or found))
+
+
+def read_query(path, remedy):
+    """Scores [N] of one influence file, its ids, and of its record what must be the same for all queries of a method."""
+    arrays = read_influence(path, remedy)
+    if arrays["is_exemplar"].any():
+        raise UserError(f"{path}: ranks exemplars of a customized model; --retrained evaluates queries of models trained from scratch")
+    identity = read_json(record_path(path), "record")["identity"]
+    if not isinstance(identity.get("candidates"), list) or not identity["candidates"]:
+        raise UserError(f"{record_path(path)}: does not say which training set was ranked (candidates); {remedy}")
+    return keep_order(arrays["influence"].astype(np.float64)), arrays["ids"].tolist(), {name: identity.get(name) for name in ALIKE}
+
+
+def read_influences(method, folder, queries, remedy):
+    """MethodScores from the influence files of all queries. Raises UserError where one is missing, or they are not alike."""
+    paths = [Path(folder) / query / "influence.npz" for query in queries]
+    rows = [read_query(path, remedy) for path in paths]
+    for path, (_, ids, identity) in zip(paths, rows):
+        for name in ALIKE:
+            if identity[name] != rows[0][2][name]:
+                raise UserError(f"{path}: {name} is {identity[name]!r:.200}, {paths[0]} has {rows[0][2][name]!r:.200}; only queries "
+                                f"scored alike can be averaged; {remedy}")
+        if ids != rows[0][1]:
+            raise UserError(f"{path}: ranks other training images (by id) than {paths[0]}; {remedy}")
+    settings = {name: rows[0][2][name] for name in ALIKE if name not in ("candidates", "method") and rows[0][2][name] is not None}
+    return MethodScores(method, rows[0][2]["candidates"][-1], rows[0][1], np.array([row[0] for row in rows]), settings)
+
+
+def read_result_dir(args, queries):
+    """All methods' scores from the influence files below RESULT_DIR."""
+    baselines = Path(args.result_dir) / "baselines"
+    flags = f"--task_json {args.task_json} --dataroot {args.dataroot} --result_dir {args.result_dir}"
+    folders = {path.name: path for path in sorted(baselines.glob("*")) if path.is_dir()}
+    if OURS in folders:
+        raise UserError(f"{folders[OURS]}: a baseline cannot be called {OURS}")
+    if (Path(args.result_dir) / "influence").is_dir():
+        folders[OURS] = Path(args.result_dir) / "influence"
+    remedies = {method: f"make it: python -m unlearn baselines --methods {method} {flags}, or name the finished ones with --methods"
+                for method in folders}
+    remedies[OURS] = f"make it: python compute_influence.py {flags}"
+    methods = find_methods(folders, args.methods, f"--result_dir {args.result_dir}")
+    return {method: read_influences(method, folders[method], queries, remedies[method]) for method in methods if method in folders}
+
+
+def score_path(folder, method):
+    """Where the scores of a method stand."""
+    return Path(folder) / f"{method}.npz"
+
+
+def write_scores(folder, scores, queries):
+    """Writes one method's scores of all queries to one small file and its record; what is there and the same stays."""
+    path = score_path(folder, scores.method)
+    identity = {"method": scores.method, "training_set": scores.training_set, "settings": scores.settings,
+                "scores": digest(queries, scores.ids, scores.values.tobytes().hex())}
+    if keep_complete(path, identity, True, ""):
+        return
+    record_path(path).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.savez_compressed(file, ids=np.array(scores.ids), queries=np.array(queries), scores=scores.values)
+    write_record(path, identity)
+
+
+def read_scores(folder, method, queries):
+    """MethodScores of `write_scores`, the rows of these queries. Raises UserError where the file is damaged or lacks one."""
+    path, remedy = score_path(folder, method), "make it again: python -m unlearn evaluate --retrained without --scores"
+    check_record(path, {"method": method}, remedy)
+    identity = read_json(record_path(path), "record")["identity"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, names, values = file["ids"].tolist(), file["queries"].tolist(), file["scores"]
+    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a file of scores ({error}); {remedy}") from None
+    if values.shape != (len(names), len(ids)) or not np.isfinite(values).all():
+        raise UserError(f"{path}: expected finite scores [{len(names)}, {len(ids)}], found {list(values.shape)}; {remedy}")
+    for query in queries:
+        if query not in names:
+            raise UserError(f"{path}: has no scores of query {query} (it has {len(names)}); {remedy}")
+    return MethodScores(method, identity.get("training_set"), ids, values[[names.index(query) for query in queries]],
+                        identity.get("settings", {}))
+
+
+def read_methods(args, queries):
+    """Scores by method, from --scores or from the influence files, RANDOM always among them unless --methods leaves it out.
+    Raises UserError where methods scored different training images."""
+    if args.scores:
+        folders = {path.stem: path for path in Path(args.scores).glob("*.npz")}
+        scores = {method: read_scores(args.scores, method, queries)
+                  for method in find_methods(folders, args.methods, f"--scores {args.scores}") if method in folders}
+    else:
+        scores = read_result_dir(args, queries)
+    first = next(iter(scores.values()), None)
+    for each in scores.values():
+        if (each.training_set, each.ids) != (first.training_set, first.ids):
+            raise UserError(f"{each.method}: scores the training set {each.training_set}, {first.method} scores {first.training_set}; "
+                            "only scores of one training set can be compared")
+    return scores

@@ -1,0 +1,66 @@
+"""Markdown tables of the evaluation against retrained models, from its rows."""
+
+import numpy as np
+
+from .metrics import markdown_table
+from .removal import MEASURES
+from .scores import OURS
+
+UNITS = {"dL": 1e-3, "mse": 1e-2, "similarity": 1.0}  # of the tables, as in [AbU] Table 1; CSV files have plain numbers
+DIGITS = {"dL": 2, "mse": 2, "similarity": 3}
+SHOWN = {"dL": "dL x1e-3", "mse": "MSE x1e-2", "similarity": "similarity"}
+
+
+def format_interval(mean, low, high):
+    """`+0.123 (0.100 to 0.150)`."""
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def lds_table(rows):
+    """Markdown lines of the LDS of every method and of ours minus it."""
+    cells = [[row[0], format_interval(*row[1:4]), format_interval(*row[4:7]) if row[4] != "" else ""] for row in rows]
+    return markdown_table(["method", "LDS (95 % interval)", f"{OURS} minus it"], cells)
+
+
+def format_measure(mean, error, unit, digits=2):
+    """A mean with its standard error in a unit; empty where nothing was measured."""
+    return "" if mean != mean else f"{mean / unit:z.{digits}f}" + (f" ± {error / unit:.{digits}f}" if np.isfinite(error) else "")
+
+
+def removal_table(rows):
+    """Markdown lines of leave-K-out."""
+    cells = [[row[0], *(f"{count:,}" for count in row[1:4]),
+              *(format_measure(*row[4 + 2 * place:6 + 2 * place], UNITS[name], DIGITS[name]) for place, name in enumerate(MEASURES))]
+             for row in rows]
+    return markdown_table(["removed by", "K", "queries", "models", *SHOWN.values()], cells)
+
+
+def paired_table(rows):
+    """Markdown lines of ours minus each method, also counted in standard errors."""
+    cells = [[row[0], f"{row[1]:,}", f"{row[2]:,}",
+              *(text for place, name in enumerate(MEASURES) for mean, error, ratio in [row[3 + 3 * place:6 + 3 * place]]
+                for text in (format_measure(mean, error, UNITS[name], DIGITS[name]), f"{ratio:+.1f}" if np.isfinite(ratio) else ""))]
+             for row in rows]
+    header = [f"{OURS} minus", "K", "queries", *(text for name in MEASURES for text in (SHOWN[name], "in errors"))]
+    return markdown_table(header, cells)
+
+
+def retention_table(rows):
+    """Markdown lines of retention."""
+    cells = [[row[0], f"{row[1]:,}", f"{row[2]:,}", format_measure(row[3], np.nan, UNITS["dL"]),
+              format_measure(*row[4:6], UNITS["dL"]), format_measure(row[6], np.nan, UNITS["mse"]),
+              format_measure(*row[7:9], UNITS["mse"])] for row in rows]
+    header = ["removed by", "K", "models", "own dL (absolute) x1e-3", "others' x1e-3", "own MSE x1e-2", "others' MSE x1e-2"]
+    return markdown_table(header, cells)
+
+
+def format_number(number, most):
+    """A number of images, `>= most` where it is infinite."""
+    return f"{number:,.0f}" if np.isfinite(number) else f">= {most:,}"
+
+
+def equivalent_table(rows, most):
+    """Markdown lines of the equivalent numbers of random images; `>= most` where no number that was tried does as much."""
+    cells = [[method, f"{k:,}", format_measure(change, np.nan, UNITS["dL"]), format_number(number, most),
+              f"{format_number(low, most)} to {format_number(high, most)}"] for method, k, _, change, number, low, high in rows]
+    return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)
