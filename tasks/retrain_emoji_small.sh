@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The gold standard in the small emoji world: queries, scores of every method, retrained models, tables and plots.
+# About four hours on two CPU cores. Killed and run again, it goes on where it was; finished models that are committed in
+# results/evidence/emoji_small/retrained are not trained again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tasks/environment.sh
+export OMP_NUM_THREADS=1
+evidence=results/evidence/emoji_small
+root="--dataroot data/emoji_small --result_dir results/emoji_small"
+tasks="--task_json tasks/emoji_small.json tasks/emoji_small_tuning.json --output $evidence/retrained"
+
+# The scores of every method for the 60 reported queries.
+python compute_training_loss.py --task_json tasks/emoji_small.json $root
+python compute_influence.py --task_json tasks/emoji_small.json $root
+python -m unlearn baselines --task_json tasks/emoji_small.json $root
+
+# Two processes, one a core: full models and those without a query's top K; random halves.
+{
+    python -m unlearn retrain full --seeds 0 1 2 $root $tasks
+    influence="results/emoji_small/influence results/emoji_small/baselines/dtrak results/emoji_small/baselines/text"
+    python -m unlearn retrain without --top_k 3 12 --num_queries 5 --influence $influence $root $tasks
+    python -m unlearn retrain random --top_k 3 12 36 90 $root $tasks
+} &
+python -m unlearn retrain subsets --count 64 --stack 8 --no_pictures $root $tasks
+wait
+
+python -m unlearn evaluate --task_json tasks/emoji_small.json $root --retrained $evidence/retrained --output $evidence
