@@ -7,7 +7,7 @@ import pytest
 
 from unlearn import datamodels
 from unlearn.datamodels import (average_ranks, bootstrap_scores, correlate, count_below, datamodeling_scores, equivalent_number,
-                                fit_rising, interval, predict, reliability_ceiling, resampled_ranks, spearman)
+                                fit_rising, interval, predict, resampled_ranks, spearman)
 
 
 def make_world(num_queries=10, num_images=40, num_models=30, noise=0.0, seed=0):
@@ -110,17 +110,6 @@ def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
         monkeypatch.setattr(datamodels, "CHUNK", chunk)
         found.append(bootstrap_scores({"ours": predict(effects, kept)}, losses, draws=100)["ours"])
     np.testing.assert_allclose(*found)
-
-
-def test_the_ceiling_is_1_without_noise_0_with_nothing_else_and_the_share_between():
-    generator = np.random.default_rng(0)
-    signal, noise, seeds = generator.normal(size=(400, 50)), generator.normal(size=(400, 50)), generator.normal(size=(400, 8))
-    assert reliability_ceiling(np.ones((400, 8)), signal)[2] == 1
-    assert reliability_ceiling(seeds, noise)[2] < 0.3
-    deviation, total, ceiling = reliability_ceiling(seeds, np.sqrt(3) * signal + noise)
-    assert ceiling == pytest.approx(np.sqrt(0.75), abs=0.03) and deviation < total
-    predicted = np.mean([np.corrcoef(a, np.sqrt(3) * a + b)[0, 1] for a, b in zip(signal, noise)])
-    assert ceiling == pytest.approx(predicted, abs=0.03)
 
 
 def test_the_rising_fit_is_the_closest_of_all_that_never_fall():

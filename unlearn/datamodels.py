@@ -98,19 +98,6 @@ def interval(draws):
     return tuple(float(bound) for bound in np.percentile(draws, INTERVAL, method="nearest"))
 
 
-def reliability_ceiling(full_losses, subset_losses):
-    """How much of the losses is the subset and how much the seed: (deviation over seeds, deviation over subsets, highest
-    correlation that a perfect prediction could have), means over queries.
-
-    full_losses: [queries, seeds], at least two; subset_losses: [queries, models]. A perfect prediction correlates with a noisy
-    loss by the square root of the share of its variance that is not noise. It is an estimate: models of half the images may
-    depend on the seed more than full ones do.
-    """
-    noise, total = full_losses.var(axis=1, ddof=1), subset_losses.var(axis=1, ddof=1)
-    share = float(np.mean(noise / np.where(total > 0, total, np.inf)))
-    return float(np.sqrt(noise).mean()), float(np.sqrt(total).mean()), float(np.sqrt(max(0.0, 1 - share)))
-
-
 def fit_rising(values, weights):
     """The closest values that never fall, by weighted squares: neighbours that fall are pooled until none does."""
     blocks = []

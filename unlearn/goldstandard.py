@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .datamodels import bootstrap_scores, interval, predict, reliability_ceiling, spearman
+from .datamodels import bootstrap_scores, interval, predict, spearman
 from .plots import draw_plots
 from .removal import (MEASURES, asked_queries, equivalent_rows, find_reference, floor_rows, group_models, measure_removals,
                       paired_rows, random_changes, removal_rows, retention_rows)
@@ -62,14 +62,14 @@ def measure_lds(values, models, queries):
     return rows, by_query
 
 
-def ceiling_line(models):
-    """What the seed alone does to the losses, beside what the subsets do; says so where it cannot be told."""
-    full, subsets = [model.losses for model in models if model.kind == "full"], [model.losses for model in largest_group(models)]
-    if len(full) < 2:
-        return "No ceiling: it needs full models of at least two seeds."
-    noise, total, ceiling = reliability_ceiling(np.array(full).T, np.array(subsets).T)
-    return (f"A query's loss deviates by {noise:.2e} over the seeds of {len(full)} full models and by {total:.2e} over the subsets: a "
-            f"perfect prediction would reach about {ceiling:.2f}.")
+def deviation_line(models):
+    """What the subsets do to the losses, and what the seed does, which the subsets share with the model that made the queries:
+    a query's loss is low under its own model's seed, so that the two deviations cannot be subtracted."""
+    full, subsets = [model for model in models if model.kind == "full"], largest_group(models)
+    deviation = lambda group: np.std([model.losses for model in group], axis=0, ddof=1).mean()
+    seeds = ", ".join(str(seed) for seed in sorted({model.seed for model in subsets}))
+    line = f"A query's loss deviates by {deviation(subsets):.2e} over the subsets (seed {seeds})"
+    return line + (f" and by {deviation(full):.2e} over the seeds of {len(full)} full models." if len(full) > 1 else ".")
 
 
 def evaluate_removals(models, queries):
@@ -98,7 +98,7 @@ def print_tables(rows, lds, models, most, notices):
     print(f"{kinds['full']} full models, {kinds['subset']} on random subsets, {kinds['without']} without chosen or random images\n")
     tables = {
         "Linear datamodeling score: rank correlation of summed scores with retrained losses (bootstrap over queries and models)":
-            [*lds_table(lds), "", ceiling_line(models)] if lds else [],
+            [*lds_table(lds), "", deviation_line(models)] if lds else [],
         "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries":
             removal_table(rows["leave_k_out"]) if rows.get("leave_k_out") else [],
         "Leave-K-out, paired by query": paired_table(rows["leave_k_out_paired"]) if rows.get("leave_k_out_paired") else [],
