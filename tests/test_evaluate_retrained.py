@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unlearn import UserError
 from unlearn.artifacts import write_json, write_record
@@ -345,6 +346,23 @@ def test_plots_are_drawn_of_what_is_there_and_left_out_with_a_line_without_matpl
     main(world.flags("--output", str(tmp_path / "plain")))
     assert "No plots: matplotlib is not installed (pip install -e .[plots])." in capsys.readouterr().out
     assert not list((tmp_path / "plain").glob("*.png")) and (tmp_path / "plain/lds.csv").exists()
+
+
+def test_what_the_models_make_again_is_shown_where_retrain_left_it(world, tmp_path):
+    main(world.flags())
+    assert not (tmp_path / "out/made_again.jpg").exists()
+    for path in (tmp_path / "root/synth/queries").iterdir():
+        Image.new("RGB", (8, 8), "red").save(path)
+    world.digests = query_digests(load_tasks(tmp_path / "tasks.json", tmp_path / "root"), tmp_path / "root")
+    for model in world.retrained.iterdir():
+        world.edit(model.name, lambda record: record["identity"].update(queries=world.digests))
+    path = tmp_path / "results/retrain/without-ours-00001-k4/pictures" / f"{QUERIES[1]}.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "blue").save(path)
+    main(world.flags())
+    with Image.open(tmp_path / "out/made_again.jpg") as picture:
+        red, _, blue = np.asarray(picture.convert("RGB"), int).transpose(2, 0, 1)
+    assert (red - blue > 150).any() and (blue - red > 150).any()
 
 
 def remove(name):

@@ -53,3 +53,19 @@ def draw_influence(query, prompt, candidates, columns=5):
         row, column = divmod(number, columns)
         draw_tile(sheet, 3 * GAP + (column + 1) * cell[0], GAP + row * cell[1], image, text, is_exemplar)
     return sheet
+
+
+def draw_grid(header, rows):
+    """A table of pictures.
+
+    header: texts of the columns; rows: [[(RGB image or None, text), ...], ...], one entry a column. Returns an RGB image.
+    """
+    cell, top = (TILE + GAP, TILE + CAPTION_HEIGHT), CAPTION_HEIGHT
+    sheet = Image.new("RGB", (GAP + len(header) * cell[0], top + len(rows) * cell[1]), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, text in enumerate(header):
+        draw.multiline_text((GAP + column * cell[0], GAP // 2), wrap_text(draw, text, font, TILE, 2), INK, font, spacing=2)
+    for number, row in enumerate(rows):
+        for column, (image, text) in enumerate(row):
+            draw_tile(sheet, GAP + column * cell[0], top + number * cell[1], image, text, False)
+    return sheet

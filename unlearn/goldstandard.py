@@ -1,15 +1,18 @@
 """Evaluation against retrained models: which measures, which tables, which CSV files."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError
+from .artifacts import whole_file
 from .datamodels import bootstrap_scores, interval, predict, spearman
+from .figures import draw_grid
 from .plots import draw_plots
 from .removal import (MEASURES, asked_queries, equivalent_rows, find_reference, floor_rows, group_models, measure_removals,
                       paired_rows, random_changes, removal_rows, retention_rows)
-from .results import write_csv
+from .results import load_picture, write_csv
 from .retrained import check_queries, check_removed_images, query_digests, read_retrained
 from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
 from .tables import equivalent_table, lds_table, paired_table, removal_table, retention_table
@@ -122,6 +125,29 @@ def write_tables(rows, output):
     print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")
 
 
+def draw_made_again(args, tasks, models, queries):
+    """Writes made_again.jpg: each query for which images were removed, beside what the models without the most of them make of
+    its prompt and seed, as far as `retrain` left the pictures below RESULT_DIR. A model of random removal is the first one."""
+    asked = [task for task in tasks if any(model.query == task.result_name for model in models)]
+    most = max((model.num_removed for model in models if model.query in queries), default=0)
+    groups = {key: group for key, group in group_models(models, "without").items() if key[1] == most}
+    made = [[next((model for model in group if model.query in (None, task.result_name)), None) for group in groups.values()] for task in asked]
+    path_of = lambda model, task: Path(args.result_dir) / "retrain" / model.path.stem / f"pictures/{task.result_name}.png"
+    if not any(model and path_of(model, task).exists() for task, row in zip(asked, made) for model in row):
+        return
+    rows = [[(load_picture(f"{args.dataroot}/{task.synth_image_path}"), task.prompt)] for task in asked]
+    for task, row, models_of_row in zip(asked, rows, made):
+        for model in models_of_row:
+            is_there = model and path_of(model, task).exists()
+            row.append((load_picture(path_of(model, task)), f"MSE {100 * model.mse[queries.index(task.result_name)]:.1f}e-2")
+                       if is_there else (None, ""))
+    jpeg = io.BytesIO()
+    draw_grid(["the query", *(f"made again without {k} images by {method}" for method, k in groups)], rows).save(jpeg, "JPEG", quality=92)
+    with whole_file(Path(args.output) / "made_again.jpg") as file:
+        file.write(jpeg.getvalue())
+    print(f"Drawn: made_again.jpg, {len(rows)} queries without {most} images")
+
+
 def evaluate_retrained(args, tasks):
     """Reads and checks everything, then measures, prints, and writes tables and plots; nothing is written before."""
     for task in tasks:
@@ -152,3 +178,4 @@ def evaluate_retrained(args, tasks):
             write_scores(Path(args.output) / "scores", each, queries)
     write_tables(rows, args.output)
     draw_plots(rows, curve, args.output)
+    draw_made_again(args, tasks, shown, queries)
