@@ -250,5 +250,8 @@ def test_two_processes_train_different_models(world, place, tmp_path, monkeypatc
         assert names == [["full-seed0", "half-000", "half-002"], ["full-seed0", "half-000", "half-001", "half-002"]][index]
 
 
-def test_without_accelerate_launch_a_process_is_alone():
+def test_a_process_is_alone_unless_a_launcher_says_otherwise(monkeypatch):
     assert runtime.process_share() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert runtime.process_share() == (2, 4)

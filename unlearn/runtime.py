@@ -16,9 +16,9 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in
 
 
 def choose_device(name=None):
-    """The device asked for; cuda if there is one where none was. Raises UserError where it cannot be had."""
+    """The device asked for; cuda if there is one where none was, each launched process its own. Raises UserError where it cannot be had."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,10 +31,9 @@ def choose_device(name=None):
 
 
 def process_share():
-    """(index, number) of this process among those that `accelerate launch` started; (0, 1) without it."""
-    from accelerate import PartialState  # takes a second to import
-    state = PartialState()
-    return state.process_index, state.num_processes
+    """(index, number) of this process among those that `accelerate launch` or torchrun started, by the variables that both
+    set; (0, 1) without them. No process group is made: nobody waits for another, dead or alive."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def set_precision(precision):
