@@ -19,7 +19,7 @@ for number, picture in enumerate(pictures):
 EOF_PYTHON
 python -m unlearn retrain full --dataroot data/emoji_small --result_dir results/emoji_small
 cp results/emoji_small/retrain/full-seed0/model.* data/emoji_small/unet/
-make="python -m unlearn generate --dataroot data/emoji_small"
+make="python -m unlearn generate --dataroot data/emoji_small --overwrite"
 $make --prompts tasks/emoji_small_prompts.txt --task_json tasks/emoji_small.json
 $make --prompts tasks/emoji_small_tuning_prompts.txt --name tuning --seed 1000 --task_json tasks/emoji_small_tuning.json
-python -m unlearn fisher --dataroot data/emoji_small --num_samples 30000
+python -m unlearn fisher --dataroot data/emoji_small --num_samples 30000 --overwrite

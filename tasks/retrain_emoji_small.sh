@@ -16,13 +16,15 @@ python compute_influence.py --task_json tasks/emoji_small.json $root
 python -m unlearn baselines --task_json tasks/emoji_small.json $root
 
 # Two processes, one a core: full models and those without a query's top K; random halves.
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
 {
     python -m unlearn retrain full --seeds 0 1 2 $root $tasks
     influence="results/emoji_small/influence results/emoji_small/baselines/dtrak results/emoji_small/baselines/text"
     python -m unlearn retrain without --top_k 3 12 --num_queries 5 --influence $influence $root $tasks
     python -m unlearn retrain random --top_k 3 12 36 90 $root $tasks
 } &
+background=$!
 python -m unlearn retrain subsets --count 64 --stack 8 --no_pictures $root $tasks
-wait
+wait "$background"
 
 python -m unlearn evaluate --task_json tasks/emoji_small.json $root --retrained $evidence/retrained --output $evidence

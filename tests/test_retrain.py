@@ -16,10 +16,11 @@ from test_bad_input import files, refused
 from unlearn import runtime
 from unlearn.artifacts import read_tensors, write_json, write_record
 from unlearn.commands import generate, retrain
+from unlearn.datasets import open_training_set
 
 TINY = PARITY / "fixture/sd-tiny"
 RECIPE = {"train_epochs": 1, "train_lr": 1e-3, "train_batch_size": 20, "train_schedule": "linear"}
-QUICK = ["--loss_time_samples", "2", "--num_inference_steps", "2"]
+QUICK = ["--loss_time_samples", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def world(tmp_path_factory):
     (folder / "prompts.txt").write_text("a red ball\n\na blue ball\n")
     make = ["--prompts", str(folder / "prompts.txt"), "--task_json", str(folder / "tasks.json"), "--dataroot", str(root), "--device", "cpu"]
     generate.main([*make, "--num_inference_steps", "2"])
-    write_influence(folder / "results/influence", [f"laion/{row:06d}" for row in range(60)])
+    training_set = open_training_set(root, "abc", (4, 16, 16), (77, 32))
+    write_influence(folder / "results/influence", [f"laion/{row:06d}" for row in range(60)], training_set.identity)
     return folder
 
 
@@ -47,7 +49,7 @@ def place(world, tmp_path):
     return ["--dataroot", str(world / "root"), "--device", "cpu", "--result_dir", str(tmp_path / "results")]
 
 
-def write_influence(folder, ids):
+def write_influence(folder, ids, training_set):
     """Influence files of both queries: the first one's most influential image is number 5, the second one's number 6."""
     for query, first in ("queries/00000", 5), ("queries/00001", 6):
         rank = np.array([first, *(row for row in range(len(ids)) if row != first)])
@@ -55,7 +57,7 @@ def write_influence(folder, ids):
         influence[rank] = np.linspace(1, 0, len(ids))
         (folder / query).mkdir(parents=True)
         np.savez(folder / query / "influence.npz", ids=np.array(ids), influence=influence, rank=rank, is_exemplar=np.zeros(len(ids), bool))
-        write_record(folder / query / "influence.npz", {})
+        write_record(folder / query / "influence.npz", {"candidates": [training_set]})
 
 
 def measures(folder, name):
@@ -131,7 +133,7 @@ def test_finished_models_are_neither_trained_nor_measured_again(world, place, tm
 
 def test_a_killed_retraining_leaves_the_bits_of_an_uninterrupted_one(world, place, tmp_path):
     """The process is killed after its first checkpoint, and once more; the third start finishes."""
-    command = [sys.executable, "-m", "unlearn", "subsets", *place, "--count", "2", "--stack", "2", "--train_epochs", "3"]
+    command = [sys.executable, "-m", "unlearn", "subsets", *place, "--count", "2", "--stack", "2", "--train_epochs", "10"]
     command.insert(3, "retrain")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     checkpoints = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "results/retrain").glob(".half-000-*.safetensors")}
@@ -145,7 +147,7 @@ def test_a_killed_retraining_leaves_the_bits_of_an_uninterrupted_one(world, plac
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert not checkpoints()
     other = [*place[:-1], str(tmp_path / "whole")]
-    retrain.main(["subsets", *other, "--count", "2", "--stack", "2", "--train_epochs", "3"])
+    retrain.main(["subsets", *other, "--count", "2", "--stack", "2", "--train_epochs", "10"])
     for name in "half-000", "half-001":
         whole, resumed = (read_tensors(tmp_path / f"{folder}/retrain/{name}/model.safetensors") for folder in ("whole", "results"))
         assert all((whole[key] == resumed[key]).all() for key in whole)
@@ -166,6 +168,8 @@ def bad(world, tmp_path, *flags, kind="without"):
     ("subsets", ["--fraction", "0.001"], "--fraction 0.001: images kept: 0: expected 1 to 59"),
     ("subsets", ["--fraction", "1"], "--fraction 1.0: images kept: 60: expected 1 to 59"),
     ("subsets", ["--count", "0"], "--count 0: expected a positive whole number"),
+    ("full", ["--seeds", "0", "0"], "retrain full: would train full-seed0 twice; give each seed"),
+    ("random", ["--top_k", "3", "3"], "retrain random: would train random-k3-000 twice"),
     ("subsets", ["--seeds", "0", "1"], "only full models are trained with several"),
     ("full", ["--loss_time_samples", "3"], "--loss_time_samples 3: must divide"),
     ("full", ["--train_epochs", "0"], "--train_epochs 0: expected a positive whole number"),
@@ -176,9 +180,9 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(world, tmp_path, 
 
 
 def test_an_influence_file_of_another_training_set_is_refused(world, tmp_path, capsys):
-    write_influence(tmp_path / "influence", [f"other/{row:06d}" for row in range(60)])
+    write_influence(tmp_path / "influence", [f"laion/{row:06d}" for row in range(60)], "of another root")
     said = refused(capsys, retrain.main, bad(world, tmp_path, "--top_k", "3", "--influence", str(tmp_path / "influence")))
-    assert "ranks other images (60, first other/000000) than this training set (60, first laion/000000)" in said
+    assert "ranks 60 images of training set ['of another root'], this one has 60 and is" in said and not files(tmp_path / "results")
 
 
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(world, place, capsys, tmp_path):
@@ -209,6 +213,31 @@ def test_pictures_can_be_compared_by_a_model_of_features(world, place, tmp_path,
     assert found["identity"]["features"] == "clip" and list(found["similarity"].values()) == pytest.approx([0.5 ** 0.5] * 2)
     assert seen[0] == [world / f"root/synth/queries/0000{row}.png" for row in (0, 1)]
     assert seen[1] == [tmp_path / f"results/retrain/full-seed0/pictures/queries/0000{row}.png" for row in (0, 1)] and seen[1][1].exists()
+
+
+def test_measures_without_pictures_are_made_again_where_pictures_are_asked_for(world, place, tmp_path):
+    flags = ["full", *place, *QUICK, "--task_json", str(world / "tasks.json")]
+    retrain.main([*flags, "--no_pictures"])
+    assert "mse" not in measures(tmp_path, "full-seed0")
+    retrain.main(flags)
+    assert set(measures(tmp_path, "full-seed0")["mse"]) == {"queries/00000", "queries/00001"}
+
+
+def test_a_stack_killed_while_it_was_written_is_the_same_again(world, place, tmp_path, monkeypatch):
+    """Two of three models stand there: without the third, all are trained again from the checkpoint, together."""
+    flags = ["subsets", *place, "--count", "3", "--stack", "3", "--train_epochs", "3"]
+    retrain.main(flags)
+    whole = {number: (tmp_path / f"results/retrain/half-00{number}/model.safetensors").read_bytes() for number in range(3)}
+    shutil.rmtree(tmp_path / "results/retrain/half-002")
+    retrain.main(flags)
+    assert all((tmp_path / f"results/retrain/half-00{number}/model.safetensors").read_bytes() == content for number, content in whole.items())
+
+
+def test_a_task_file_of_other_tasks_is_not_replaced_unasked(world, tmp_path, capsys):
+    (tmp_path / "tasks.json").write_text("[1]")
+    make = ["--prompts", str(world / "prompts.txt"), "--task_json", str(tmp_path / "tasks.json"), "--dataroot", str(world / "root"), "--device", "cpu"]
+    assert "tasks.json: holds other tasks; give --overwrite" in refused(capsys, generate.main, [*make, "--num_inference_steps", "2"])
+    assert (tmp_path / "tasks.json").read_text() == "[1]"
 
 
 def test_measures_of_other_queries_are_refused(world, place, capsys, tmp_path):
@@ -251,6 +280,8 @@ def test_two_processes_train_different_models(world, place, tmp_path, monkeypatc
 
 
 def test_a_process_is_alone_unless_a_launcher_says_otherwise(monkeypatch):
+    for name in "RANK", "WORLD_SIZE":
+        monkeypatch.delenv(name, raising=False)
     assert runtime.process_share() == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")

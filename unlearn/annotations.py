@@ -43,8 +43,18 @@ def read_metadata(path):
         if not isinstance(name, str) or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise UserError(f"{path}, line {number}: expected an object with a string `file_name` and `text`, a caption or a list of "
                             f"captions, found {line:.80}")
+        check_unicode(f"{path}, line {number}", [name, *captions])
         entries.append((name, captions))
     return entries
+
+
+def check_unicode(item, texts):
+    """Raises UserError where a text holds half a character, as captions cut off in an emoji do."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{item}: expected Unicode text, found {text!a:.80}") from None
 
 
 def check_objects(path, content, key, kinds):
@@ -58,6 +68,8 @@ def check_objects(path, content, key, kinds):
             value = entry.get(field) if isinstance(entry, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise UserError(f"{path}: {key}, entry {number}: {field}: expected {kind.__name__}, found {value!r:.80}")
+            if kind is str:
+                check_unicode(f"{path}: {key}, entry {number}: {field}", [value])
         if entry["id"] in seen:
             raise UserError(f"{path}: {key}, entry {number}: id {entry['id']} stands there twice")
         seen.add(entry["id"])

@@ -66,7 +66,7 @@ def whole_file(path, key=None):
             os.replace(part, path)
     except BaseException as error:
         with suppress(OSError):  # where a parent is a file, or was never made
-            if not key or isinstance(error, UserError):
+            if not key:  # what is kept under a key was checked row by row
                 part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error

@@ -67,7 +67,7 @@ def check_given(dataroot):
     """Raises UserError where only one of latents and embeddings came with the data root: it would be replaced."""
     paths = array_paths(dataroot)
     for path, other in zip(paths, reversed(paths)):
-        if path.exists() and not record_path(path).exists() and not other.exists():
+        if path.exists() and not record_path(path).exists() and not has_given_arrays(dataroot):
             raise UserError(f"{path}: came without a record and without {other.name}; download that too, or make both from the "
                             f"images: python -m unlearn encode --dataroot {dataroot} --overwrite")
 

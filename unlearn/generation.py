@@ -10,10 +10,18 @@ from . import UserError, noise
 NUM_INFERENCE_STEPS = 50
 
 
-def check_steps(num_steps, num_train_timesteps):
+def make_scheduler(model, num_steps):
+    """Deterministic DDIM on the model's own schedule."""
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def check_steps(model, num_steps):
     """Raises UserError where a model cannot sample in so many steps."""
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise UserError(f"--num_inference_steps {num_steps}: expected 1 to {num_train_timesteps}")
+    count = len(model.alpha_bars)
+    if not 1 <= num_steps <= count or int(make_scheduler(model, num_steps).timesteps.max()) >= count:
+        raise UserError(f"--num_inference_steps {num_steps}: expected 1 to fewer than {count}")
 
 
 def initial_noise(dataset_id, seeds, shape):
@@ -29,9 +37,7 @@ def generate_latents(model, embeddings, start, num_steps=NUM_INFERENCE_STEPS, gu
     [tokens, features] of the empty prompt, for guidance_scale other than 1; callback(latents, timestep) sees each noisy
     latent before its step.
     """
-    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(num_steps)
-    latents = start.clone()
+    scheduler, latents = make_scheduler(model, num_steps), start.clone()
     for timestep in scheduler.timesteps:
         if callback:
             callback(latents, timestep)

@@ -51,7 +51,7 @@ def resolve(args, flag_of=None):
     if not dataroot or not Path(dataroot).is_dir():
         raise UserError(f"--dataroot {dataroot or repr(dataroot)}: no such folder; see the README on downloading the data")
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
-    args.unet = settings["unet"] if getattr(args, "sd_version", None) is None else ""  # another pipeline has its own UNet
+    args.unet = settings["unet"]  # of the data root, whichever pipeline (a mirror, a local copy) the other parts come from
     for flag, value in vars(args).items():
         setting = flag_of.get(flag, flag)
         if value is None and setting in settings:

@@ -9,8 +9,8 @@ import torch
 from . import UserError
 from .artifacts import whole_file
 from .baselines import normalise
-from .encoders import load_image
-from .generation import decode_latents, generate_latents, initial_noise, save_picture
+from .encoders import encode_prompts, load_image
+from .generation import NUM_INFERENCE_STEPS, decode_latents, generate_latents, initial_noise, save_picture
 from .hashes import digest
 from .losses import chunk_noise, score_rows
 
@@ -30,6 +30,16 @@ def query_losses(model, queries, grid, noise_seed, batch_size):
                                for row in range(len(queries))])
 
 
+def sampling_of(tasks):
+    """Steps and guidance with which the queries were made, and are made again. Raises UserError where they are not alike."""
+    found = {(task.num_inference_steps or NUM_INFERENCE_STEPS, 1.0 if task.guidance_scale is None else float(task.guidance_scale))
+             for task in tasks}
+    if len(found) > 1:
+        raise UserError(f"the task files' queries were made with different num_inference_steps and guidance_scale {sorted(found)}; measure "
+                        "them apart, with an --output each")
+    return found.pop() if found else (NUM_INFERENCE_STEPS, 1.0)
+
+
 def load_pictures(dataroot, names, resolution):
     """The queries' pictures [n, H, W, 3] uint8. Raises UserError where one is not of the size that the model makes."""
     pictures = [np.asarray(load_image(Path(dataroot) / name)) for name in names]
@@ -40,13 +50,14 @@ def load_pictures(dataroot, names, resolution):
     return np.stack(pictures)
 
 
-def regenerate(model, queries, seeds, num_inference_steps, batch_size=32):
+def regenerate(model, queries, seeds, num_inference_steps, guidance_scale, batch_size):
     """What the model makes of the queries' prompts from their own seeds: latents [n, C, h, w] float32 and pixels
     [n, H, W, 3] uint8, on the CPU."""
+    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
     start = initial_noise(queries.name, seeds, queries.latents.shape[2:])
     batches = [slice(first, first + batch_size) for first in range(0, len(queries), batch_size)]
     latents = [generate_latents(model, torch.from_numpy(np.asarray(queries.embeddings[batch, 0], np.float32)).to(model.device),
-                                torch.from_numpy(start[batch]).to(model.device), num_inference_steps) for batch in batches]
+                                torch.from_numpy(start[batch]).to(model.device), num_inference_steps, guidance_scale, empty) for batch in batches]
     pictures = np.concatenate([decode_latents(model.pipeline, part) for part in latents])
     return torch.cat(latents).cpu().numpy(), pictures
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .artifacts import read_json, record_path
 from .rankings import read_influence
 from .training import random_members
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One model to be trained: its name, seed and images, and whose images were left out, for `evaluate`."""
 
@@ -27,6 +28,11 @@ def check_count(flag, value, largest, item):
         raise UserError(f"{flag} {value}: expected 1 to {largest - 1}, fewer than the {largest} {item}")
 
 
+def seed_suffix(seed):
+    """What a model's name says of a seed other than 0."""
+    return f"-seed{seed}" if seed else ""
+
+
 def plan_full(args, training_set, tasks):
     """Full models, one a seed."""
     return [Plan(f"full-seed{seed}", "full", seed, np.ones(len(training_set), bool), None) for seed in args.seeds]
@@ -37,8 +43,8 @@ def plan_subsets(args, training_set, tasks):
     count, kept = len(training_set), round(len(training_set) * args.fraction)
     check_count(f"--fraction {args.fraction}: images kept:", kept, count, "training images")
     prefix = "half" if args.fraction == 0.5 else f"subset-{args.fraction:g}"
-    return [Plan(f"{prefix}-{number:03d}", "subset", args.seeds[0], random_members(count, kept, number, training_set.name), None)
-            for number in range(args.first, args.first + args.count)]
+    return [Plan(f"{prefix}-{number:03d}{seed_suffix(args.seeds[0])}", "subset", args.seeds[0],
+                 random_members(count, kept, number, training_set.name), None) for number in range(args.first, args.first + args.count)]
 
 
 def plan_random(args, training_set, tasks):
@@ -48,7 +54,8 @@ def plan_random(args, training_set, tasks):
         check_count("--top_k", k, count, "training images")
         for number in range(args.first, args.first + args.count):
             members = random_members(count, count - k, number, f"{training_set.name} without {k}")
-            plans.append(Plan(f"random-k{k}-{number:03d}", "without", args.seeds[0], members, {"method": "random", "query": None, "k": k}))
+            plans.append(Plan(f"random-k{k}-{number:03d}{seed_suffix(args.seeds[0])}", "without", args.seeds[0], members,
+                              {"method": "random", "query": None, "k": k}))
     return plans
 
 
@@ -60,16 +67,33 @@ def plan_without(args, training_set, tasks):
         for task in tasks[:args.num_queries]:
             path = folder / task.result_name / "influence.npz"
             arrays = read_influence(path, "make it: compute_influence.py or python -m unlearn baselines")
-            if arrays["ids"].tolist() != training_set.ids:
-                raise UserError(f"{path}: ranks other images ({len(arrays['ids'])}, first {arrays['ids'][0]}) than this training set "
-                                f"({len(training_set)}, first {training_set.ids[0]}); give the --dataroot and subset it was made with")
+            ranked = read_json(record_path(path), "record")["identity"].get("candidates")
+            if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
+                raise UserError(f"{path}: ranks {len(arrays['ids'])} images of training set {ranked}, this one has {len(training_set)} and "
+                                f"is [{training_set.identity!r}]; give the --dataroot and --laion_subset_size it was made with")
             for k in args.top_k:
                 check_count("--top_k", k, len(training_set), "training images")
                 members = np.ones(len(training_set), bool)
                 members[arrays["rank"][:k]] = False
-                name = f"without-{method}-{task.result_name.replace('/', '-')}-k{k}"
+                name = f"without-{method}-{task.result_name.replace('/', '-')}-k{k}{seed_suffix(args.seeds[0])}"
                 plans.append(Plan(name, "without", args.seeds[0], members, {"method": method, "query": task.result_name, "k": k}))
     return plans
 
 
+def make_plans(kind, args, training_set, tasks):
+    """The models of a kind. Raises UserError where two would have one name."""
+    plans = PLANS[kind](args, training_set, tasks)
+    names = [plan.name for plan in plans]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"retrain {kind}: would train {twice[0]} twice; give each seed, K, folder and task file once")
+    return plans
+
+
 PLANS = {"full": plan_full, "subsets": plan_subsets, "random": plan_random, "without": plan_without}
+
+
+def make_stacks(plans, size):
+    """Plans of one seed in runs of `size`."""
+    seeds = dict.fromkeys(plan.seed for plan in plans)
+    alike = [[plan for plan in plans if plan.seed == seed] for seed in seeds]
+    return [group[start:start + size] for group in alike for start in range(0, len(group), size)]

@@ -12,10 +12,12 @@ from . import UserError
 from .artifacts import FORMAT_VERSION, read_json
 from .hashes import digest, hash_file
 from .influence import rank_images
+from .queries import AXES, open_stored
 from .scores import RANDOM
 
 NAMES = re.compile(r"(full|half|subset[^-]*|without|random)-.+\.json")
-SHARED = ("format_version", "recipe", "training_set", "num_images", "timesteps", "noise_seed", "num_inference_steps", "features")
+SHARED = ("format_version", "recipe", "training_set", "num_images", "timesteps", "noise_seed",
+          "num_inference_steps", "guidance_scale", "features")
 REQUIRED = {"recipe": str, "training_set": str, "num_images": int, "seed": int, "members": str, "queries": dict,
             "timesteps": int, "noise_seed": int}
 KINDS = ("full", "subset", "without")
@@ -113,8 +115,10 @@ def read_model(path, queries):
 
 
 def query_digests(tasks, dataroot):
-    """What a query is, by its name: a digest of prompt and picture, so that a model's measures tell of which they are."""
-    return {task.result_name: digest(task.prompt, hash_file(Path(dataroot) / task.synth_image_path)) for task in tasks}
+    """What a query is, by its name: a digest of prompt, picture, seed and stored rows, so that a model's measures tell of which
+    they are."""
+    stored = lambda task: [open_stored(task, dataroot, field)[task.row].tobytes().hex() for field in AXES if getattr(task, field) is not None]
+    return {task.result_name: digest(task.prompt, hash_file(Path(dataroot) / task.synth_image_path), task.seed, stored(task)) for task in tasks}
 
 
 def shared_fields(identity, queries):

@@ -18,7 +18,9 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in
 def choose_device(name=None):
     """The device asked for; cuda if there is one where none was, each launched process its own. Raises UserError where it cannot be had."""
     if name is None:
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = "cuda" if torch.cuda.device_count() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -93,7 +95,7 @@ def run(main, argv=None):
     except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size, --loss_batch_size or --vae_batch_size "
+        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size, --loss_batch_size, --vae_batch_size or --stack "
                           "(finished work is kept)"))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -11,7 +11,7 @@ from .artifacts import read_json, resolve_inside
 FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
           "train_prompt": str, "category": (str, type(None))}
 CUSTOMIZED_FIELDS = ("test_case", "test_case_ind", "model_path", "train_prompt")  # none of them: the base model made the query
-OPTIONAL_FIELDS = {"seed": int, "latents": str, "embeddings": str, "row": int}
+OPTIONAL_FIELDS = {"seed": int, "num_inference_steps": int, "guidance_scale": (int, float), "latents": str, "embeddings": str, "row": int}
 NEEDED_FIELDS = {"latents": "row", "row": "latents", "embeddings": "latents"}
 PATH_FIELDS = ("synth_image_path", "model_path")  # results are written under these names
 BASE = "base"  # folder of the base model's losses
@@ -32,7 +32,9 @@ class Task:
     train_prompt: str | None
     category: str | None
     exemplar_paths: tuple[Path, ...]
-    seed: int | None = None  # with which the query was made
+    seed: int | None = None  # with which the query was made; None where it cannot be made again
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     latents: str | None = None  # .npy [n, C, h, w], scaled for the denoiser: the query as the model made it
     embeddings: str | None = None  # .npy [n, tokens, features]
     row: int | None = None  # the query's, of both
@@ -111,7 +113,7 @@ def check_fields(item, values):
         if field not in values:
             raise UserError(f"{item}: key {field} is missing")
         if not isinstance(values[field], kind) or isinstance(values[field], bool):
-            expected = "whole number" if kind is int else "string"
+            expected = {int: "whole number", (int, float): "number"}.get(kind, "string")
             raise UserError(f"{item}: {field}: expected a {expected}, found {values[field]!r:.80}")
         if isinstance(values[field], str):
             check_text(f"{item}: {field}", values[field])

@@ -5,6 +5,7 @@ an epoch. A model that is trained without some images goes through the very same
 two models differ by these images and by nothing else.
 """
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from torch.func import functional_call, vmap
 
 from . import UserError, noise
 from .artifacts import read_tensors, write_tensors
-from .hashes import digest
+from .hashes import digest, hash_tensors
 
 WARMUP_STEPS = 100
 SCHEDULES = {  # name -> factor of the learning rate at a step of so many
@@ -40,9 +41,16 @@ class Recipe:
 
     def identity(self, model, training_set):
         """Identity of models trained so, but for the images left out."""
-        config = {key: value for key, value in model.denoiser.config.items() if not key.startswith("_")}
-        return {**asdict(self), "prediction_type": model.prediction_type, "noise_schedule": model.identity["schedule"], "unet": digest(config), "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}", "warmup": WARMUP_STEPS,
+        return {**asdict(self), "prediction_type": model.prediction_type, "noise_schedule": model.identity["schedule"],
+                "unet": digest(own_configuration(model.denoiser)),
+                "initial_weights": hash_tensors(initial_weights(model.denoiser, self.seed)), "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}", "warmup": WARMUP_STEPS,
                 "training_set": training_set.identity, "noise": noise.SCHEME, "known_answer": noise.known_answer()}
+
+
+def own_configuration(denoiser):
+    """What of a denoiser's configuration is not its class's default: a new version's new defaults are no other network."""
+    defaults = inspect.signature(type(denoiser).__init__).parameters
+    return {key: value for key, value in denoiser.config.items() if key in defaults and value != defaults[key].default}
 
 
 def random_members(num_images, num_kept, seed, dataset_id):

@@ -17,7 +17,7 @@ from .. import UserError
 from ..artifacts import keep_complete, read_tensors, record_path, whole_file, write_record
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
-from ..generation import NUM_INFERENCE_STEPS
+from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest, hash_file
 from ..influence import rank_images
 from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query,
@@ -111,6 +111,8 @@ def list_results(run, method, feature_model):
     """Path and identity of each query's scores by a method."""
     for task, query in zip(run.tasks, run.queries):
         identity = {**method_identity(run, method, feature_model), "query": query.identity}
+        if method == "journeytrak":  # its trajectory starts where the query's own did
+            identity["query_seed"] = task.seed
         if task.exemplar_paths:
             identity["exemplars"] = digest([hash_file(path) for path in task.exemplar_paths])
         yield run.folder / method / task.result_name / "influence.npz", identity
@@ -159,6 +161,7 @@ def main(argv=None):
     encoders = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(feature_names, args.features)}
     model = load_model(args.sd_version, args.device, args.unet)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    check_steps(model, args.num_inference_steps)
     fisher = load_fisher(args, model) if "influence" in args.methods else None
     training_set = prepare_training_set(model, args, settings)
     of_pictures = [*(method for method in args.methods if method in OF_PICTURES), *feature_names]

@@ -57,9 +57,10 @@ def generate(model, prompts, seeds, args, latent_shape, dataset_id):
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
-def make_entries(prompts, seeds, folder):
+def make_entries(prompts, seeds, folder, args):
     """Entries of the task file, paths relative to the data root."""
-    return [{"synth_image_path": f"{folder}/{row:05d}.png", "prompt": prompt, "seed": seed, "latents": f"{folder}/latents.npy",
+    sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return [{"synth_image_path": f"{folder}/{row:05d}.png", "prompt": prompt, "seed": seed, **sampling, "latents": f"{folder}/latents.npy",
              "embeddings": f"{folder}/embeddings.npy", "row": row} for row, (prompt, seed) in enumerate(zip(prompts, seeds))]
 
 
@@ -86,13 +87,17 @@ def main(argv=None):
     folder = resolve_inside(args.dataroot, f"synth/{args.name}", "--name")
     relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
     model = load_model(args.sd_version, args.device, args.unet)
-    check_steps(args.num_inference_steps, len(model.alpha_bars))
+    check_steps(model, args.num_inference_steps)
     seeds = [args.seed + row for row in range(len(prompts))]
     identity = {**model.identity, "prompts": digest(prompts), "first_seed": args.seed, "num_inference_steps": args.num_inference_steps,
                 "guidance_scale": args.guidance_scale, "resolution": settings["resolution"], "dataset": settings["name"],
                 "noise": SCHEME, "known_answer": known_answer(), "precision": args.precision}
-    path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative)
-    if keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --name"):
+    path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative, args)
+    is_complete = keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --name")
+    if not args.overwrite and Path(args.task_json).exists() and read_json(args.task_json, "--task_json") != entries:
+        raise UserError(f"--task_json {args.task_json}: holds other tasks; give --overwrite to replace it, or another name")
+    files = [folder / "embeddings.npy", *(folder / Path(entry["synth_image_path"]).name for entry in entries)]
+    if is_complete and all(map(Path.exists, files)):
         write_json(args.task_json, entries)
         return log.info(f"{folder}: is there already")
     record_path(path).unlink(missing_ok=True)

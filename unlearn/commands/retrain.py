@@ -23,12 +23,12 @@ from .. import UserError, noise
 from ..artifacts import (FORMAT_VERSION, circumstances, compare_identity, keep_complete, read_json, read_tensors, record_path,
                          write_json, write_record, write_tensors)
 from ..baselines import feature_encoder
-from ..generation import NUM_INFERENCE_STEPS, check_steps
+from ..generation import check_steps
 from ..hashes import digest
 from ..inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
-from ..measures import compare_pictures, join_sets, load_pictures, query_losses, regenerate, write_pictures
+from ..measures import compare_pictures, join_sets, load_pictures, query_losses, regenerate, sampling_of, write_pictures
 from ..models import load_model, replaced_weights
-from ..plans import PLANS
+from ..plans import PLANS, make_plans, make_stacks
 from ..retrained import query_digests
 from ..runtime import log, process_share, progress
 from ..tasks import load_tasks
@@ -75,11 +75,12 @@ def train_stack(model, training_set, plans, args):
 def measure_identity(model, training_set, plan, tasks, args):
     """What must be the same for the measures of two models to be compared, and which images this one has seen."""
     recipe = model_identity(model, training_set, plan, args)
-    recipe = digest({name: value for name, value in recipe.items() if name not in ("seed", "members")})
+    recipe = digest({name: value for name, value in recipe.items() if name not in ("seed", "initial_weights", "members")})
+    num_inference_steps, guidance_scale = sampling_of(tasks)
     return {"format_version": FORMAT_VERSION, "recipe": recipe, "training_set": training_set.identity, "num_images": len(training_set),
-            "seed": plan.seed, "members": base64.b64encode(np.packbits(plan.members)).decode(), "queries": query_digests(tasks, args.dataroot),
-            "timesteps": args.loss_time_samples, "noise_seed": args.noise_seed, "num_inference_steps": args.num_inference_steps,
-            **({"features": args.features} if args.features else {})}
+            "seed": plan.seed, "members": base64.b64encode(np.packbits(plan.members)).decode(),
+            "queries": query_digests(tasks, args.dataroot), "timesteps": args.loss_time_samples, "noise_seed": args.noise_seed,
+            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "features": args.features}
 
 
 def measure(model, weights, queries, pictures, tasks, plan, encode, args):
@@ -89,7 +90,7 @@ def measure(model, weights, queries, pictures, tasks, plan, encode, args):
     with replaced_weights(model.denoiser, weights):
         values = {"losses": query_losses(model, queries, grid, args.noise_seed, args.loss_batch_size)}
         if not args.no_pictures:
-            latents, made = regenerate(model, queries, [task.seed for task in tasks], args.num_inference_steps)
+            latents, made = regenerate(model, queries, [task.seed for task in tasks], *sampling_of(tasks), args.vae_batch_size)
             paths = write_pictures(weights_path(args, plan).parent, [task.result_name for task in tasks], made)
             features = [encode(files)[0] for files in (queries.paths, paths)] if encode else [queries.latents[0], latents]
             values["mse"], values["similarity"] = compare_pictures(pictures, made, *features)
@@ -97,9 +98,9 @@ def measure(model, weights, queries, pictures, tasks, plan, encode, args):
     return {kind: {name: float(f"{value:.9g}") for name, value in zip(names, array)} for kind, array in values.items()}
 
 
-def is_measured(path, identity, overwrite):
+def is_measured(path, identity, args):
     """Whether a model's measures are there. Raises UserError where they are of other models or queries and may stay."""
-    if not path.exists() or overwrite:
+    if not path.exists() or args.overwrite:
         return False
     record = read_json(path, "measures")
     found = record.get("identity") if isinstance(record, dict) else None
@@ -109,23 +110,24 @@ def is_measured(path, identity, overwrite):
     if found.get("queries") != identity["queries"]:
         raise UserError(f"{path}: was measured on other queries than the {len(identity['queries'])} of these task files; give all task "
                         f"files that it was measured on, or {REMEDY.removeprefix('give ')}")
-    return True
+    return args.no_pictures or "mse" in record
 
 
-def finish(model, queries, pictures, tasks, plan, path, identity, encode, args, seconds=None, stacked=None):
-    """Measures one trained model and writes its file."""
+def print_cost(plans, untrained, unmeasured, training_set, tasks, args):
+    """Prints what there is to do: models, steps and size."""
+    recipe = recipe_of(args, args.seeds[0])
+    num_steps = recipe.epochs * -(-len(training_set) // recipe.batch_size)
+    print(f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} to be measured on {len(tasks)} queries")
+    print(f"{len(training_set)} images; {recipe.epochs} epochs of {recipe.batch_size} images a step: {num_steps:,} steps a model at a learning rate "
+          f"of {recipe.rate:g} ({recipe.schedule})")
+
+
+def finish(model, queries, pictures, tasks, plan, path, identity, encode, args, cost):
+    """Measures one trained model and writes its file. cost: what training it took, where it was trained now."""
     weights = read_tensors(weights_path(args, plan), "trained weights")
     values = measure(model, weights, queries, pictures, tasks, plan, encode, args)
-    cost = {"train_seconds": seconds and round(seconds, 1), "stacked": stacked, "threads": torch.get_num_threads()}
     write_json(path, {"identity": identity, "kind": plan.kind, "removed": plan.removed, **values,
                       "circumstances": {**circumstances(model.device), **cost}})
-
-
-def make_stacks(plans, size):
-    """Plans of one seed in runs of `size`."""
-    seeds = dict.fromkeys(plan.seed for plan in plans)
-    alike = [[plan for plan in plans if plan.seed == seed] for seed in seeds]
-    return [group[start:start + size] for group in alike for start in range(0, len(group), size)]
 
 
 def parse_arguments(argv):
@@ -150,7 +152,6 @@ def parse_arguments(argv):
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)")
     parser.add_argument("--loss_time_samples", type=int, default=200, help="timesteps of the queries' losses (default 200)")
     parser.add_argument("--loss_batch_size", type=int, help="noisy samples in one forward pass; memory only")
-    parser.add_argument("--num_inference_steps", type=int, default=NUM_INFERENCE_STEPS, help=f"DDIM steps (default {NUM_INFERENCE_STEPS})")
     parser.add_argument("--features", metavar="MODEL_NAME", help="CLIP or DINO model that pictures are compared by (default: VAE latents)")
     parser.add_argument("--no_pictures", action="store_true", help="measure losses only")
     add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "noise_seed", "precision", "device", "overwrite", "dry_run")
@@ -186,31 +187,35 @@ def main(argv=None):
     args, settings = parse_arguments(argv)
     tasks = [task for path in args.task_json for task in load_tasks(path, args.dataroot)]
     check_flags(args, tasks)
-    check_result_dir(args.result_dir)
+    for folder in args.result_dir, args.output:
+        check_result_dir(folder)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
     encode = feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
     model = load_model(args.sd_version, args.device, args.unet, trained=False)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
-    check_steps(args.num_inference_steps, len(model.alpha_bars))
+    check_steps(model, sampling_of(tasks)[0])
     training_set = prepare_training_set(model, args, settings)
     index, num_processes = process_share()
-    plans = PLANS[args.kind](args, training_set, tasks)[index::num_processes]
-    queries = join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
-    pictures = load_pictures(args.dataroot, [task.synth_image_path for task in tasks], settings["resolution"]) if tasks and not args.no_pictures else None
+    plans = make_plans(args.kind, args, training_set, tasks)
     measures = {plan.name: (args.output / f"{plan.name}.json", measure_identity(model, training_set, plan, tasks, args)) for plan in plans}
-    unmeasured = [plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args.overwrite)]
+    unmeasured = [plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args)]
     untrained = [plan for plan in unmeasured if not keep_complete(weights_path(args, plan), model_identity(model, training_set, plan, args),
                                                                   args.overwrite, REMEDY)]
-    print(f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} to be measured on {len(tasks)} queries")
+    print_cost(plans, untrained, unmeasured, training_set, tasks, args)
     if args.dry_run:
         return
-    for stack in make_stacks(untrained, args.stack):
-        seconds = train_stack(model, training_set, stack, args)
-        log.info(f"{len(stack)} models in {seconds:.0f} s, {seconds / len(stack):.1f} s each")
-        if tasks:
-            for plan in stack:
-                finish(model, queries, pictures, tasks, plan, *measures[plan.name], encode, args, seconds / len(stack), len(stack))
-    trained = [plan for plan in unmeasured if plan not in untrained] if tasks else []
-    for plan in trained:
-        finish(model, queries, pictures, tasks, plan, *measures[plan.name], encode, args)
+    queries = join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
+    pictures = None
+    if tasks and not args.no_pictures:
+        pictures = load_pictures(args.dataroot, [task.synth_image_path for task in tasks], settings["resolution"])
+    # Stacks are runs of all plans, done or not, so that a stack which was killed while it was written is the same again.
+    for stack in make_stacks(plans, args.stack)[index::num_processes]:
+        cost = {}
+        if any(plan in untrained for plan in stack):
+            seconds = train_stack(model, training_set, stack, args)
+            cost = {"train_seconds": round(seconds / len(stack), 1), "stacked": len(stack), "threads": torch.get_num_threads()}
+            log.info(f"{len(stack)} models in {seconds:.0f} s, {seconds / len(stack):.1f} s each")
+        for plan in stack:
+            if tasks and plan in unmeasured:
+                finish(model, queries, pictures, tasks, plan, *measures[plan.name], encode, args, cost)
