@@ -104,6 +104,8 @@ def write_rows(path, shape, starts, encode, identity, description):
         with progress(shape[0], description, "rows", starts[first] if first < len(starts) else shape[0]) as bar:
             for number in range(first, len(starts)):
                 rows = np.ascontiguousarray(encode(number), np.float32)
+                if not np.isfinite(rows).all():
+                    Path(file.name).unlink(missing_ok=True)  # the model is broken: its other rows are worth nothing either
                 check_pixels(f"{description}, made from its images and captions", rows)
                 file.seek(header.tell() + starts[number] * row_bytes)
                 file.write(rows.tobytes())
