@@ -1,6 +1,11 @@
 # Shared by the download scripts, which source it after they set: repository, root, work, NEEDED_GB, and define
 # layout_path, from a path on the hub to one in the data root. Not to be run alone.
 
+case ${1:-} in
+-h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit ;;
+-*) echo "error: $1: unknown option; expected a folder or --help" >&2 && exit 2 ;;
+esac
+
 die() {
     echo "error: $*" >&2
     exit 2

@@ -18,10 +18,6 @@ set -euo pipefail
 NEEDED_GB=${NEEDED_GB:-380}
 COCO_ENDPOINT=${COCO_ENDPOINT:-http://images.cocodataset.org}
 
-case ${1:-} in
--h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
--*) echo "error: $1: unknown option; expected a folder or --help" >&2 && exit 2 ;;
-esac
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 root=${1:-$repository/data/mscoco}
 work=$root/.download

@@ -27,10 +27,11 @@ from unlearn.artifacts import read_array, read_json
 from unlearn.commands import encode, evaluate, fisher, retrain, tasks
 from unlearn.datasets import open_training_set, read_settings
 from unlearn.losses import sample_losses
-from unlearn.models import load_model, load_unet
+from unlearn.models import load_model
 from unlearn.noise import image_noise
 from unlearn.rankings import read_influence
 from unlearn.runtime import run
+from unlearn.unets import load_unet
 
 SCRIPT = Path(__file__).parent.parent / "data/download_mscoco.sh"
 INFLUENCE = "influence/sample/0/influence.npz"

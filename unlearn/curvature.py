@@ -7,7 +7,7 @@ import torch
 from . import UserError
 from .hashes import digest, hash_tensors
 from .losses import sample_losses
-from .models import check_shapes
+from .unets import check_shapes
 
 
 class GradientTaps:

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from . import UserError, noise
+from .encoders import encode_prompts
 
 NUM_INFERENCE_STEPS = 50
 
@@ -57,6 +58,20 @@ def decode_latents(pipeline, latents):
     unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0)
     pixels = pipeline.vae.decode(unscaled).sample.float().clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def make_pictures(model, dataset_id, embeddings, seeds, shape, num_steps, guidance_scale, batch_size, progress=lambda count: None):
+    """Latents [n, C, h, w] float32 and pixels [n, H, W, 3] uint8, on the CPU, of prompts each with its own seed.
+
+    embeddings: [n, tokens, features] float32 array; shape: (C, h, w); progress(count) is told of finished pictures.
+    """
+    start, empty, parts = initial_noise(dataset_id, seeds, shape), encode_prompts(model.pipeline, [""])[0].to(model.device), []
+    for first in range(0, len(seeds), batch_size):
+        inputs = (torch.from_numpy(np.array(array[first:first + batch_size], np.float32)).to(model.device) for array in (embeddings, start))
+        latents = generate_latents(model, *inputs, num_steps, guidance_scale, empty)
+        parts.append((latents.cpu().numpy(), decode_latents(model.pipeline, latents)))
+        progress(len(latents))
+    return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
 def save_picture(file, pixels):

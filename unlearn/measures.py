@@ -9,8 +9,8 @@ import torch
 from . import UserError
 from .artifacts import whole_file
 from .baselines import normalise
-from .encoders import encode_prompts, load_image
-from .generation import NUM_INFERENCE_STEPS, decode_latents, generate_latents, initial_noise, save_picture
+from .encoders import load_image
+from .generation import NUM_INFERENCE_STEPS, save_picture
 from .hashes import digest
 from .losses import chunk_noise, score_rows
 
@@ -48,18 +48,6 @@ def load_pictures(dataroot, names, resolution):
             raise UserError(f"{name}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model makes {resolution} x {resolution}; they "
                             "cannot be compared: give --no_pictures")
     return np.stack(pictures)
-
-
-def regenerate(model, queries, seeds, num_inference_steps, guidance_scale, batch_size):
-    """What the model makes of the queries' prompts from their own seeds: latents [n, C, h, w] float32 and pixels
-    [n, H, W, 3] uint8, on the CPU."""
-    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
-    start = initial_noise(queries.name, seeds, queries.latents.shape[2:])
-    batches = [slice(first, first + batch_size) for first in range(0, len(queries), batch_size)]
-    latents = [generate_latents(model, torch.from_numpy(np.asarray(queries.embeddings[batch, 0], np.float32)).to(model.device),
-                                torch.from_numpy(start[batch]).to(model.device), num_inference_steps, guidance_scale, empty) for batch in batches]
-    pictures = np.concatenate([decode_latents(model.pipeline, part) for part in latents])
-    return torch.cat(latents).cpu().numpy(), pictures
 
 
 def write_pictures(folder, names, pictures):

@@ -9,6 +9,7 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,11 +40,15 @@ class Recipe:
     seed: int
     mixed_precision: str  # no or bf16
 
+    def num_steps(self, num_images):
+        """Steps of a whole training."""
+        return self.epochs * -(-num_images // self.batch_size)
+
     def identity(self, model, training_set):
         """Identity of models trained so, but for the images left out."""
         return {**asdict(self), "prediction_type": model.prediction_type, "noise_schedule": model.identity["schedule"],
-                "unet": digest(own_configuration(model.denoiser)),
-                "initial_weights": hash_tensors(initial_weights(model.denoiser, self.seed)), "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}", "warmup": WARMUP_STEPS,
+                "unet": digest(own_configuration(model.denoiser)), "initial_weights": hash_initial_weights(model.denoiser, self.seed),
+                "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}", "warmup": WARMUP_STEPS,
                 "training_set": training_set.identity, "noise": noise.SCHEME, "known_answer": noise.known_answer()}
 
 
@@ -89,6 +94,12 @@ def initial_weights(denoiser, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(denoiser.config).state_dict()
+
+
+@cache  # every model of a seed starts with the same ones
+def hash_initial_weights(denoiser, seed):
+    """Hash of `initial_weights`."""
+    return hash_tensors(initial_weights(denoiser, seed))
 
 
 def own_samples(present, inputs):
@@ -177,7 +188,7 @@ def train(model, training_set, members, recipe, checkpoint=None, progress=lambda
         images = images[members[:, images].any(axis=0)] if members[:, images].any() else images[:1]
         return own_samples(members[:, images], draw_batch(training_set, images, epoch, recipe.seed, len(model.alpha_bars)))
 
-    num_steps = recipe.epochs * steps_an_epoch
+    num_steps = recipe.num_steps(num_images)
     with ThreadPoolExecutor(1) as ahead, plain_attention(model.denoiser, num_models):
         upcoming = ahead.submit(draw, start) if start < num_steps else None
         for step in range(start, num_steps):

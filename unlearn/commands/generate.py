@@ -10,12 +10,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .. import UserError
 from ..artifacts import keep_complete, read_json, record_path, resolve_inside, whole_file, write_array, write_json, write_record
 from ..encoders import encode_prompts
-from ..generation import NUM_INFERENCE_STEPS, check_steps, decode_latents, generate_latents, initial_noise, save_picture
+from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
 from ..inputs import add_flags, resolve
 from ..models import load_model
@@ -40,21 +39,6 @@ def read_prompts(path, limit):
     if not prompts[:limit]:
         raise UserError(f"--prompts {path}: expected at least one prompt, found none")
     return prompts[:limit]
-
-
-def generate(model, prompts, seeds, args, latent_shape, dataset_id):
-    """Latents [n, C, h, w], embeddings [n, tokens, features] (float32) and pixels [n, H, W, 3] (uint8) of the prompts."""
-    parts = []
-    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
-    with progress(len(prompts), "generating", "pictures") as bar:
-        for start in range(0, len(prompts), args.batch_size):
-            batch = slice(start, start + args.batch_size)
-            embeddings = encode_prompts(model.pipeline, prompts[batch])
-            noise = torch.from_numpy(initial_noise(dataset_id, seeds[batch], latent_shape)).to(model.device)
-            latents = generate_latents(model, embeddings.to(model.device), noise, args.num_inference_steps, args.guidance_scale, empty)
-            parts.append((latents.cpu().numpy(), embeddings.numpy(), decode_latents(model.pipeline, latents)))
-            bar.update(len(embeddings))
-    return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
 def make_entries(prompts, seeds, folder, args):
@@ -101,7 +85,11 @@ def main(argv=None):
         write_json(args.task_json, entries)
         return log.info(f"{folder}: is there already")
     record_path(path).unlink(missing_ok=True)
-    latents, embeddings, pictures = generate(model, prompts, seeds, args, model.latent_shape(settings["resolution"]), settings["name"])
+    embeddings = np.concatenate([encode_prompts(model.pipeline, prompts[row:row + args.batch_size]).numpy()
+                                 for row in range(0, len(prompts), args.batch_size)])
+    with progress(len(prompts), "generating", "pictures") as bar:
+        latents, pictures = make_pictures(model, settings["name"], embeddings, seeds, model.latent_shape(settings["resolution"]),
+                                          args.num_inference_steps, args.guidance_scale, args.batch_size, bar.update)
     for row, pixels in enumerate(pictures):
         with whole_file(folder / f"{row:05d}.png") as file:
             save_picture(file, pixels)

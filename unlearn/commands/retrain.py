@@ -23,10 +23,10 @@ from .. import UserError, noise
 from ..artifacts import (FORMAT_VERSION, circumstances, compare_identity, keep_complete, read_json, read_tensors, record_path,
                          write_json, write_record, write_tensors)
 from ..baselines import feature_encoder
-from ..generation import check_steps
+from ..generation import check_steps, make_pictures
 from ..hashes import digest
 from ..inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
-from ..measures import compare_pictures, join_sets, load_pictures, query_losses, regenerate, sampling_of, write_pictures
+from ..measures import compare_pictures, join_sets, load_pictures, query_losses, sampling_of, write_pictures
 from ..models import load_model, replaced_weights
 from ..plans import PLANS, make_plans, make_stacks
 from ..retrained import query_digests
@@ -59,8 +59,7 @@ def train_stack(model, training_set, plans, args):
     paths = [weights_path(args, plan) for plan in plans]
     checkpoint = paths[0].parent.parent / f".{plans[0].name}-{digest(identities)[:16]}.safetensors"
     recipe, start = recipe_of(args, plans[0].seed), time.monotonic()
-    num_steps = recipe.epochs * -(-len(training_set) // recipe.batch_size)
-    with progress(num_steps, f"training {plans[0].name}" + (f" and {len(plans) - 1} more" if plans[1:] else ""), "steps") as bar:
+    with progress(recipe.num_steps(len(training_set)), f"training {plans[0].name}" + (f" and {len(plans) - 1} more" if plans[1:] else ""), "steps") as bar:
         weights = train(model, training_set, np.stack([plan.members for plan in plans]), recipe, checkpoint, bar.update)
     for path, identity, tensors in zip(paths, identities, weights):
         record_path(path).unlink(missing_ok=True)
@@ -90,7 +89,8 @@ def measure(model, weights, queries, pictures, tasks, plan, encode, args):
     with replaced_weights(model.denoiser, weights):
         values = {"losses": query_losses(model, queries, grid, args.noise_seed, args.loss_batch_size)}
         if not args.no_pictures:
-            latents, made = regenerate(model, queries, [task.seed for task in tasks], *sampling_of(tasks), args.vae_batch_size)
+            latents, made = make_pictures(model, queries.name, queries.embeddings[:, 0], [task.seed for task in tasks],
+                                          queries.latents.shape[2:], *sampling_of(tasks), args.vae_batch_size)
             paths = write_pictures(weights_path(args, plan).parent, [task.result_name for task in tasks], made)
             features = [encode(files)[0] for files in (queries.paths, paths)] if encode else [queries.latents[0], latents]
             values["mse"], values["similarity"] = compare_pictures(pictures, made, *features)
@@ -116,10 +116,9 @@ def is_measured(path, identity, args):
 def print_cost(plans, untrained, unmeasured, training_set, tasks, args):
     """Prints what there is to do: models, steps and size."""
     recipe = recipe_of(args, args.seeds[0])
-    num_steps = recipe.epochs * -(-len(training_set) // recipe.batch_size)
     print(f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} to be measured on {len(tasks)} queries")
-    print(f"{len(training_set)} images; {recipe.epochs} epochs of {recipe.batch_size} images a step: {num_steps:,} steps a model at a learning rate "
-          f"of {recipe.rate:g} ({recipe.schedule})")
+    print(f"{len(training_set)} images; {recipe.epochs} epochs of {recipe.batch_size} images a step: {recipe.num_steps(len(training_set)):,} steps a model "
+          f"at a learning rate of {recipe.rate:g} ({recipe.schedule})")
 
 
 def finish(model, queries, pictures, tasks, plan, path, identity, encode, args, cost):

@@ -1,0 +1,48 @@
+"""The UNet of a model that was trained from scratch, from its own folder, and weights checked against a model's."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from . import UserError
+from .artifacts import read_json, read_tensors
+
+UNET_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "model.bin")
+
+
+def check_shapes(path, tensors, parameters, item):
+    """Raises UserError where a tensor's name is not a parameter's or its shape is another."""
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise UserError(f"{path}: {item} {name} matches no weight of this model")
+        if tensor.shape != parameters[name].shape:
+            raise UserError(f"{path}: {item} {name}: expected shape {list(parameters[name].shape)}, found {list(tensor.shape)}")
+
+
+def load_unet(folder, trained=True):
+    """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet` (config.json and weights,
+    `diffusion_pytorch_model.safetensors` or the published `model.bin`; random ones, seeded, where it is not to be
+    `trained` yet) and `scheduler` (scheduler_config.json). Raises UserError where one is missing or does not fit."""
+    folder = Path(folder)
+    for file in ("config.json", "scheduler_config.json"):
+        if not (folder / file).is_file():
+            raise UserError(f"unet {folder}: expected a folder with config.json, scheduler_config.json and weights, found no {file}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel.from_config(read_json(folder / "config.json", "unet"))
+        # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's pipeline expects the offset.
+        scheduler = DDPMScheduler.from_config(read_json(folder / "scheduler_config.json", "scheduler"), clip_sample=False, steps_offset=1)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"unet {folder}: its configuration makes no UNet2DConditionModel ({str(error):.200})") from None
+    if trained:
+        path = next((folder / name for name in UNET_WEIGHTS if (folder / name).exists()), None)
+        if path is None:
+            raise UserError(f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: python -m unlearn retrain")
+        weights, parameters = read_tensors(path, "unet"), unet.state_dict()
+        check_shapes(path, weights, parameters, "weight")
+        if missing := sorted(parameters.keys() - weights.keys()):
+            raise UserError(f"unet {path}: lacks {len(missing)} weights, first {missing[0]}")
+        unet.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return {"unet": unet, "scheduler": scheduler}
