@@ -11,18 +11,18 @@ from . import UserError, noise
 from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
 from .datasets import check_pixels
 from .hashes import digest
-from .runtime import progress
+from .runtime import is_out_of_memory, log, progress, run_ahead
 
-CHUNK_IMAGES = 64  # part of no result: any chunking gives the same losses
+CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 
 
-def sample_losses(model, latents, noise, timesteps, embeddings):
+def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None):
     """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's device.
 
-    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [batch, tokens, features].
-    Source: [AbU] section 4.
+    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [texts, tokens, features], each the text of
+    batch / texts successive samples; keys_values: theirs, where they are known. Source: [AbU] section 4.
     """
-    error = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings) - model.target(latents, noise, timesteps)
+    error = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings, keys_values) - model.target(latents, noise, timesteps)
     return error.double().square().mean(dim=tuple(range(1, error.ndim)))
 
 
@@ -59,23 +59,38 @@ def chunk_noise(training_set, rows, grid, noise_seed, pool):
     return np.stack(list(pool.map(draw, rows)))
 
 
-def score_rows(model, training_set, rows, grid, noises, batch_size):
+def loss_sums(model, latents, noise, timesteps, embeddings):
+    """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
+    with torch.no_grad():
+        return sample_losses(model, latents, noise, timesteps, embeddings).reshape(len(embeddings), -1).sum(dim=1)
+
+
+def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss_sums):
     """Losses [rows] float64, each the mean over captions and grid; `batch_size` samples go through the model at once.
 
-    noises: [rows, captions * timesteps, C, h, w] in the order caption, timestep.
+    noises: [rows, captions * timesteps, C, h, w] in the order caption, timestep. measure: what is averaged, from a model and
+    samples (`sample_losses`) to its sum over the samples of each text, [texts, ...]; the result is then [rows, ...].
     """
     views, images = np.divmod(rows, len(training_set))
     latents, embeddings = training_set.latents[views, images], training_set.embeddings[images]
     check_pixels(f"latents of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", latents)
     check_pixels(f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings)
+    num_captions, shape, sums = embeddings.shape[1], latents.shape[1:], []
     latents, embeddings, noises = (torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises))
-    timesteps, losses = torch.tensor(grid), []
-    samples = torch.arange(noises.shape[0] * noises.shape[1])
-    for batch in samples.split(batch_size):
-        row, slot = batch // noises.shape[1], batch % noises.shape[1]
-        inputs = (latents[row], noises[row, slot], timesteps[slot % len(grid)], embeddings[row, slot // len(grid)])
-        losses.append(sample_losses(model, *(tensor.to(model.device, non_blocking=True) for tensor in inputs)))
-    return torch.cat(losses).reshape(len(rows), -1).mean(dim=1).cpu().numpy()
+    latents, embeddings = latents.repeat_interleave(num_captions, dim=0), embeddings.flatten(0, 1)
+    noises, timesteps = noises.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
+    # A batch is a block of texts x timesteps, so that a text's keys and values are made once.
+    num_blocks = -(-len(latents) // max(1, batch_size // len(grid)))
+    for texts in torch.arange(len(latents)).tensor_split(num_blocks):
+        partial = 0
+        for slots in torch.arange(len(grid)).split(batch_size):
+            latent, normals, embedding = (tensor.to(model.device, non_blocking=True)
+                                          for tensor in (latents[texts], noises[texts][:, slots], embeddings[texts]))
+            times = timesteps[slots].to(model.device).repeat(len(texts))
+            partial = partial + measure(model, latent.repeat_interleave(len(slots), dim=0), normals.flatten(0, 1), times, embedding)
+        sums.append(partial.cpu())
+    sums = torch.cat(sums)
+    return (sums.reshape(len(rows), num_captions, *sums.shape[1:]).sum(dim=1) / (num_captions * len(grid))).numpy()
 
 
 def split_rows(rows, size):
@@ -92,6 +107,7 @@ class Sweep:
 
     def __init__(self, training_set, grid, batch_size, noise_seed=0, compat=None):
         self.training_set, self.grid, self.batch_size, self.noise_seed, self.compat = training_set, grid, batch_size, noise_seed, compat
+        self.pass_size = batch_size  # samples in one pass: memory only
         num_rows = training_set.latents.shape[0] * len(training_set)
         if compat:
             if batch_size < len(grid):
@@ -114,27 +130,39 @@ class Sweep:
         """Rows of each of the published program's batches (`compat` only)."""
         return split_rows(np.concatenate(self.chunks), self.rows_a_batch)
 
-    @torch.no_grad()
-    def run(self, model, folder, description):
-        """Losses [views * N] float32: all images as is, then all mirrored. Chunks found in `folder`, which belongs to
-        this very sweep, are not scored again."""
-        losses = np.empty(sum(map(len, self.chunks)), np.float64)
+    def score(self, model, rows, noises, measure):
+        """`score_rows` of a chunk; where the device's memory is full, in ever smaller passes from there on."""
+        while True:
+            try:
+                return score_rows(model, self.training_set, rows, self.grid, noises, self.pass_size, measure)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.pass_size == 1:
+                    raise
+            self.pass_size //= 2
+            torch.cuda.empty_cache()
+            log.warning(f"out of memory: going on with {self.pass_size} samples in one pass")
+
+    def run(self, model, folder, description, measure=loss_sums):
+        """Losses [views * N] float32: all images as is, then all mirrored; or of another `measure` (see `score_rows`)
+        [views * N, ...]. Chunks found in `folder`, which belongs to this very sweep, are not scored again."""
+        num_rows, samples_a_row = sum(map(len, self.chunks)), len(self.grid) * self.training_set.embeddings.shape[1]
         paths = [folder / f"{number:06d}.npy" for number in range(len(self.chunks))]
         pending = [number for number, path in enumerate(paths) if not path.exists()]
-        samples_a_row = len(self.grid) * self.training_set.embeddings.shape[1]
-        done = len(losses) - sum(len(self.chunks[number]) for number in pending)
-        with (ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(4) as pool,
-              progress(len(losses) * samples_a_row, description, "samples", done * samples_a_row) as bar):
-            draw = lambda number: ahead.submit(self.draw, self.chunks[number], model.device, pool)
-            upcoming = draw(pending[0]) if pending else None
-            for position, number in enumerate(pending):
-                noises = upcoming.result()
-                upcoming = draw(pending[position + 1]) if position + 1 < len(pending) else None
-                write_array(paths[number], score_rows(model, self.training_set, self.chunks[number], self.grid, noises, self.batch_size))
+        done = num_rows - sum(len(self.chunks[number]) for number in pending)
+        with progress(num_rows * samples_a_row, description, "samples", done * samples_a_row) as bar, ThreadPoolExecutor(4) as pool:
+            def draw(number):
+                return self.draw(self.chunks[number], model.device, pool)
+
+            def score(number, noises):
+                write_array(paths[number], self.score(model, self.chunks[number], noises, measure))
                 bar.update(len(self.chunks[number]) * samples_a_row)
-        for rows, path in zip(self.chunks, paths):
-            losses[rows] = read_array(path, "chunk", mmap=False)
-        return losses.astype(np.float32)
+
+            run_ahead(pending, draw, score, model.device)
+        chunks = [read_array(path, "chunk", mmap=False) for path in paths]
+        values = np.empty((num_rows, *chunks[0].shape[1:]), np.float32)
+        for rows, chunk in zip(self.chunks, chunks):
+            values[rows] = chunk
+        return values
 
 
 def remove_chunks(path):
@@ -166,7 +194,6 @@ def cache_losses(sweep, model, path, identity, overwrite=False):
     return losses
 
 
-@torch.no_grad()
 def adopt_losses(sweep, model, path, identity):
     """Gives a loss cache of the published program, which has no record, its record, after its first and last batch were
     scored again and agreed to 1e-4. Raises UserError where they do not."""
@@ -176,7 +203,7 @@ def adopt_losses(sweep, model, path, identity):
         raise UserError(f"{path}: expected {num_rows} losses (two views of each image), found {list(losses.shape)}")
     for rows in (batches[0], batches[-1]):
         with ThreadPoolExecutor(1) as pool:
-            again = score_rows(model, sweep.training_set, rows, sweep.grid, sweep.draw(rows, model.device, pool), sweep.batch_size)
+            again = score_rows(model, sweep.training_set, rows, sweep.grid, sweep.draw(rows, model.device, pool), sweep.pass_size)
         worst = float(np.max(np.abs(again / losses[rows] - 1)))
         if not worst <= 1e-4:
             raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "

@@ -15,6 +15,7 @@ from . import UserError
 from .artifacts import read_tensors
 from .hashes import digest, hash_tensors
 from .runtime import is_out_of_memory
+from .text_attention import project_text, share_texts
 from .unets import check_shapes, load_unet
 
 SELECTIONS = {  # of a UNet's parameters, by name
@@ -81,9 +82,11 @@ class Model:
         """What the denoiser is trained to predict of these noisy latents."""
         return TARGETS[self.prediction_type](self.alpha_bars[timesteps][:, None, None, None], latents, noise)
 
-    def predict(self, noisy, timesteps, embeddings):
-        """The denoiser's prediction."""
-        return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings).sample
+    def predict(self, noisy, timesteps, embeddings, keys_values=None):
+        """The denoiser's prediction. embeddings: [texts, tokens, features], each of as many successive samples as there are
+        samples a text; keys_values: theirs (`text_attention.project_text`), where they are known."""
+        keys_values = project_text(self.denoiser, embeddings) if keys_values is None else keys_values
+        return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings, cross_attention_kwargs={"keys_values": keys_values}).sample
 
 
 def load_model(name, device, unet=None, trained=True):
@@ -121,6 +124,7 @@ def load_model(name, device, unet=None, trained=True):
         if missing := sorted(missing.union(loading["missing_keys"]) if label == "text_encoder" else missing):
             raise UserError(f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}")
         part.eval().requires_grad_(False)
+    share_texts(pipeline.unet)
     weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)

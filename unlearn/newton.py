@@ -53,7 +53,7 @@ def query_gradient(model, parameters, latent, embedding, draws, first_draw, batc
     """
     for number in range(first_draw, first_draw + accum_steps):
         normals, timesteps = draws.draw(number, batch_size, latent.shape, model.device)
-        losses = sample_losses(model, latent.expand_as(normals), normals, timesteps, embedding.expand(batch_size, -1, -1))
+        losses = sample_losses(model, latent.expand_as(normals), normals, timesteps, embedding[None])
         (losses.mean() / accum_steps).backward(inputs=list(parameters.values()))
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():

@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -47,6 +49,35 @@ def set_precision(precision):
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.deterministic = True
+
+
+def run_ahead(items, prepare, work, device):
+    """`work(item, prepare(item))` of every item; what comes next is prepared meanwhile.
+
+    On a CPU as many items are worked on at once as torch has threads, each by one of them: faster than one item by all
+    wherever a model is small. An item's result does not depend on it.
+    """
+    num_threads = torch.get_num_threads()
+    num_workers = num_threads if torch.device(device).type == "cpu" else 1
+    turns = threading.Semaphore(num_workers)
+
+    def run_one(item):
+        prepared = prepare(item)
+        with turns:
+            work(item, prepared)
+
+    # One thread more than turns: it prepares.
+    pool = ThreadPoolExecutor(num_workers + 1, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,))
+    try:
+        with pool:
+            for future in [pool.submit(run_one, item) for item in items]:
+                try:
+                    future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def progress(total, description, unit, done=0):
