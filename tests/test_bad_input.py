@@ -19,7 +19,7 @@ from PIL import Image
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, inputs, models, runtime
+from unlearn import UserError, inputs, models, runtime, sweeps
 from unlearn.artifacts import write_array, write_json, write_record, write_tensors
 
 TASKS = json.loads((PARITY / "fixture/tasks.json").read_text())
@@ -393,7 +393,7 @@ def test_a_file_that_does_not_fit_the_model_is_told_before_anything_is_scored(fa
     module, script_flags = SCRIPTS[script]
     edit, said = MODEL_FAULTS[fault]
     edit(root)
-    monkeypatch.setattr(module, "Sweep", None)
+    monkeypatch.setattr(sweeps.Sweep, "fill", None)
     before = files(results)
     line = refused(capsys, module.main, [*task_flags, *script_flags])
     assert all(text in line for text in said), line
@@ -405,7 +405,7 @@ def test_one_nan_in_the_training_set_is_told_before_anything_is_scored(name, pos
     array = np.load(root / name)
     array[position] = np.nan
     np.save(root / name, array)
-    monkeypatch.setattr(compute_influence, "Sweep", None)
+    monkeypatch.setattr(sweeps.Sweep, "fill", None)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
     assert f"{name}, {said}: has NaN or infinite entries" in line
 

@@ -191,7 +191,7 @@ def test_influence_equals_its_formula_in_float64(model, exact, make_run):
     images, draws = run.training_set, QueryDraws(0, run.queries[0].name, run.queries[0].ids[0], len(model.alpha_bars))
     query = 0
     for number in range(2):
-        normals, timesteps = draws.draw(number, 2, images.latents.shape[2:], "cpu")
+        normals, timesteps = draws.draw(2 * number, 2, images.latents.shape[2:], "cpu")
         gradient = exact_gradient(exact, "loss", images.latents[0, 2], images.embeddings[2, 0], normals.numpy(), timesteps.tolist())
         query = query + gradient / 2
     inverse = flatten({name: 1 / (value.double() + 0.1 * value.double().mean()) for name, value in diagonal.items()})

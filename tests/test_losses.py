@@ -9,9 +9,10 @@ import torch
 from conftest import PARITY
 
 import compute_training_loss
-from unlearn import UserError, losses, noise
-from unlearn.losses import Sweep, cache_losses, chunk_noise, loss_identity, score_rows
+from unlearn import UserError, losses, noise, sweeps
+from unlearn.losses import chunk_noise, loss_identity, score_rows
 from unlearn.models import Model, load_model
+from unlearn.sweeps import Sweep, cache_losses
 
 GRID = [0, 250, 500, 750]
 
@@ -79,7 +80,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits_and_scores_no_chunk_again
         scored.append(tuple(rows))
         return score_rows(model, images, rows, *rest)
 
-    monkeypatch.setattr(losses, "score_rows", count_rows)
+    monkeypatch.setattr(sweeps, "score_rows", count_rows)
     with pytest.raises(KeyboardInterrupt):
         Sweep(dozen, GRID, 7).run(model, tmp_path / "parts", "")
     assert len(list((tmp_path / "parts").glob("*.npy"))) == 2
@@ -97,7 +98,7 @@ def test_two_processes_halves_of_the_chunks_make_the_same_bits(model, dozen, tmp
         (tmp_path / "both").mkdir(exist_ok=True)
         for path in sorted(folder.glob("*.npy"))[half::2]:
             path.rename(tmp_path / "both" / path.name)
-    monkeypatch.setattr(losses, "score_rows", None)  # nothing is left to score
+    monkeypatch.setattr(sweeps, "score_rows", None)  # nothing is left to score
     np.testing.assert_array_equal(Sweep(dozen, GRID, 7).run(model, tmp_path / "both", ""), expected)
 
 
@@ -163,7 +164,7 @@ def cached(model, images, path, overwrite=False, grid=GRID, noise_seed=0):
 
 def test_a_cache_of_the_same_identity_is_kept(model, dozen, tmp_path, monkeypatch):
     first = cached(model, dozen.first(2), tmp_path / "loss.npy")
-    monkeypatch.setattr(losses, "score_rows", None)
+    monkeypatch.setattr(sweeps, "score_rows", None)
     np.testing.assert_array_equal(cached(model, dozen.first(2), tmp_path / "loss.npy"), first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.json", "loss.npy"]
 
@@ -213,7 +214,7 @@ def test_a_cache_without_record_is_refused(model, dozen, tmp_path):
 
 
 def test_losses_that_are_not_finite_are_never_cached(model, dozen, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "score_rows", lambda model, images, rows, *rest: np.full(len(rows), np.nan))
+    monkeypatch.setattr(sweeps, "score_rows", lambda model, images, rows, *rest: np.full((len(rows), 1), np.nan))
     with pytest.raises(UserError, match=r"loss\.npy: 4 losses are NaN or infinite"):
         cached(model, dozen.first(2), tmp_path / "loss.npy")
     assert not (tmp_path / "loss.npy").exists()

@@ -1,6 +1,8 @@
 """Unlearning is Newton's method: closed forms on a quadratic, gradients and Fisher against brute force, exact restoring."""
 
 import dataclasses
+import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from unlearn import UserError, newton
 from unlearn.artifacts import read_tensors
 from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
+from unlearn.gradients import tracked
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, customized, load_model, replaced_weights, select_parameters
-from unlearn.newton import QueryDraws, newton_step, unlearn
+from unlearn.newton import CompatDraws, QueryDraws, newton_step, unlearn
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"
 KV = 8  # parameters of the miniature UNet's cross-attention K and V
@@ -198,26 +201,47 @@ def query(model, training_set):
     return parameters, latent, embedding, QueryDraws(0, "abc", "query", 1000), fisher
 
 
-SETTINGS = {"rate": 0.5, "steps": 5, "batch_size": 3, "accum_steps": 2}
+SETTINGS = {"rate": 0.5, "steps": 5, "draws_a_step": 6, "pass_size": 4}
 
 
-def test_unlearning_resumed_from_a_checkpoint_equals_uninterrupted_unlearning_bit_for_bit(model, query, tmp_path, monkeypatch):
-    expected = unlearn(model, *query, **SETTINGS)
+@contextmanager
+def threads(number):
+    """As many threads as a machine of that many cores has; one again afterwards, as all tests do."""
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+# draws in a step, checkpoint draws, draws after which the run is killed, progress of the one that goes on
+KILLS = {"between steps": (6, 12, 24, [12, 6, 6, 6]), "within a step": (15, 4, 23, [19, 4, 4, 3, 4, 4, 4, 3, 4, 4, 4, 3, 4, 4, 4, 3]),
+         "within the first": (15, 8, 15, [8, 7, 8, 7, 8, 7, 8, 7, 8, 7])}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("when", KILLS)
+def test_unlearning_resumed_from_a_checkpoint_equals_uninterrupted_unlearning_bit_for_bit(model, query, tmp_path, monkeypatch, when,
+                                                                                          num_threads):
+    draws_a_step, checkpoint_draws, killed_after, progress = KILLS[when]
+    settings = {**SETTINGS, "draws_a_step": draws_a_step}
+    expected = unlearn(model, *query, **settings)
     assert all(delta.abs().max() > 0 for delta in expected.values())
-    monkeypatch.setattr(newton, "CHECKPOINT_DRAWS", 12)  # every second step
-    path, steps = tmp_path / "weight_change.safetensors", []
+    monkeypatch.setattr(newton, "CHECKPOINT_DRAWS", checkpoint_draws)
+    path, counts = tmp_path / "weight_change.safetensors", []
 
-    def stop_in_step_four(count):
-        steps.append(count)
-        if sum(steps) == 4:
+    def stop(count):
+        counts.append(count)
+        if sum(counts) == killed_after:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1}, progress=stop_in_step_four)
-    assert len(list(tmp_path.iterdir())) == 1
-    resumed = []
-    found = unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1}, progress=resumed.append)
-    assert resumed == [2, 1, 1, 1]  # the checkpoint of step two, then three to five
+    with threads(num_threads):
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(model, *query, **settings, checkpoint_path=path, identity={"a": 1}, progress=stop)
+        assert len(list(tmp_path.iterdir())) == 1
+        resumed = []
+        found = unlearn(model, *query, **settings, checkpoint_path=path, identity={"a": 1}, progress=resumed.append)
+    assert resumed == progress  # what the last checkpoint had, then the rest
     assert all(torch.equal(found[name], delta) for name, delta in expected.items())
     newton.remove_checkpoints(path)
     assert not list(tmp_path.iterdir())
@@ -228,13 +252,9 @@ def test_every_newton_step_has_draws_of_its_own(model, query):
     found = unlearn(model, *query, **{**SETTINGS, "steps": 2})
     originals = {name: value.detach().clone() for name, value in parameters.items()}
     with replaced_weights(model.denoiser, originals):
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        for first_draw in 0, 2:  # of two batches each
-            newton_step(parameters, newton.query_gradient(model, parameters, latent, embedding, draws, first_draw, 3, 2), fisher, 0.5)
+        for first_draw in 0, 6:
+            newton_step(parameters, newton.query_gradient(model, parameters, latent, embedding, draws, first_draw, 6, 4), fisher, 0.5)
         expected = {name: value.detach() - originals[name] for name, value in parameters.items()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
     assert all(torch.equal(found[name], delta) for name, delta in expected.items())
 
 
@@ -250,28 +270,143 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(model, query, tmp_path, m
     assert started[0] == 0
 
 
-def test_unlearning_noise_does_not_depend_on_how_draws_are_asked_for():
-    draws, shape = QueryDraws(3, "abc", "query", 1000), (4, 2, 2)
-    in_order = [draws.draw(number, 16, shape, "cpu") for number in range(3)]
-    for number in 2, 0, 1:
-        normals, timesteps = QueryDraws(3, "abc", "query", 1000).draw(number, 16, shape, "cpu")
-        assert torch.equal(normals, in_order[number][0]) and torch.equal(timesteps, in_order[number][1])
-    assert len({normals.numpy().tobytes() for normals, _ in in_order}) == 3
-    assert all(len(set(timesteps.tolist())) == 16 for _, timesteps in in_order)
-    assert sorted(draws.draw(0, 2000, shape, "cpu")[1].tolist()) == sorted(2 * list(range(1000)))
+# --- a query's draws
+
+def draw(first, count, seed=3, query="query", grid=1000):
+    return QueryDraws(seed, "abc", query, grid).draw(first, count, (4, 2, 2), "cpu")
 
 
-def test_accumulated_passes_are_one_larger_batch(model, query):
+@pytest.mark.parametrize("first, count", [(0, 1), (1, 1), (7, 1), (2, 6), (3, 6), (11, 9)])
+def test_a_draw_is_keyed_by_its_own_number_however_it_is_asked_for(first, count):
+    together, found = draw(0, 20), draw(first, count)
+    for all_draws, some in zip(together, found):
+        assert torch.equal(some, all_draws[first:first + count])
+
+
+def test_two_draws_of_a_pair_are_opposite_and_pairs_are_not():
+    normals, timesteps = draw(0, 400)
+    assert torch.equal(normals[1::2], -normals[::2]) and torch.equal(timesteps[1::2], timesteps[::2])
+    assert len({row.numpy().tobytes() for row in normals}) == 400
+    assert normals.dtype == torch.float32 and abs(float(normals[::2].std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"query": "another"}])
+def test_draws_belong_to_the_seed_and_the_query(change):
+    for own, other in zip(draw(0, 40), draw(0, 40, **change)):
+        assert not torch.equal(own, other)
+
+
+@pytest.mark.parametrize("num_pairs", [5, 50, 500])
+@pytest.mark.parametrize("first", [0, 1000, 2 ** 40])
+def test_timesteps_of_every_run_of_draws_are_spread_over_the_whole_grid(first, num_pairs):
+    """No gap between neighbours on the circle is three times the mean one; a random run of 500 has one of seven times."""
+    grid = 10 ** 6
+    timesteps = np.sort(draw(first, 2 * num_pairs, grid=grid)[1][::2].numpy())
+    assert 0 <= timesteps[0] and timesteps[-1] < grid
+    assert np.diff(timesteps, append=timesteps[0] + grid).max() < 3 * grid / num_pairs
+
+
+def test_each_draw_by_itself_falls_on_every_timestep_alike():
+    """So that the mean over draws is that over all timesteps: over a thousand seeds, thirty in each of ten parts of the grid
+    are three standard deviations."""
+    for number in 0, 5:
+        timesteps = [int(draw(number, 1, seed=seed)[1]) for seed in range(1000)]
+        assert np.abs(np.bincount(np.array(timesteps) // 100, minlength=10) - 100).max() < 30
+
+
+# --- its gradient
+
+def norm(gradients):
+    return torch.cat([value.flatten() for value in gradients.values()]).norm()
+
+
+def relative_difference(found, expected):
+    return norm({name: found[name] - value for name, value in expected.items()}) / norm(expected)
+
+
+def gradient_of(model, query, num_draws=23, pass_size=5, parameters=None):
+    selected, latent, embedding, draws, _ = query
+    return newton.query_gradient(model, parameters or selected, latent, embedding, draws, 3, num_draws, pass_size)
+
+
+@pytest.mark.parametrize("selection, of_text", [("cross-attn-kv", True), ("attn", False)])
+def test_the_gradient_is_that_of_the_mean_loss_of_its_draws_in_float64(model, double_model, query, selection, of_text):
+    parameters, exact = (select_parameters(each.denoiser, selection) for each in (model, double_model))
+    _, latent, embedding, draws, _ = query
+    assert newton.QueryGradient(model, parameters, latent, embedding, draws, 5).of_text == of_text
+    normals, timesteps = draws.draw(3, 8, latent.shape, "cpu")
+    with tracked(exact):
+        losses = sample_losses(double_model, latent.double().expand_as(normals), normals.double(), timesteps, embedding[None].double())
+        expected = dict(zip(exact, torch.autograd.grad(losses.mean(), list(exact.values()))))
+    with tracked(parameters):
+        found = gradient_of(model, query, 8, 5, parameters)
+    assert found.keys() == expected.keys() and all(parameter.grad is None for parameter in parameters.values())
+    assert relative_difference(found, expected) < 5e-6
+
+
+@pytest.mark.parametrize("pass_size", [1, 2, 8, 23, 1000])
+def test_the_gradient_does_not_depend_on_the_size_of_a_pass(model, query, pass_size):
+    assert relative_difference(gradient_of(model, query, pass_size=pass_size), gradient_of(model, query)) < 1e-6
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+@pytest.mark.parametrize("selection", ["cross-attn-kv", "attn"])
+def test_the_gradient_does_not_depend_on_the_number_of_threads_in_any_bit(model, query, selection, num_threads):
+    parameters = select_parameters(model.denoiser, selection)
+    with tracked(parameters):
+        expected = gradient_of(model, query, parameters=parameters)
+        for _ in range(3):
+            with threads(num_threads):
+                found = gradient_of(model, query, parameters=parameters)
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_accumulated_steps_are_one_larger_step(model, query):
     """The gradient is a mean over all draws: their number, not their grouping, scales it."""
     parameters, latent, embedding, draws, _ = query
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    halves = [newton.query_gradient(model, parameters, latent, embedding, draws, number, 4, 1) for number in (0, 1)]
-    whole = newton.query_gradient(model, parameters, latent, embedding, draws, 0, 4, 2)
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
+    halves = [newton.query_gradient(model, parameters, latent, embedding, draws, first, 4, 4) for first in (0, 4)]
+    whole = newton.query_gradient(model, parameters, latent, embedding, draws, 0, 8, 4)
     for name, value in whole.items():
         torch.testing.assert_close(value, (halves[0][name] + halves[1][name]) / 2)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_passes_that_fill_the_memory_are_halved_and_give_the_same_gradient(model, query, monkeypatch, caplog, num_threads):
+    expected, text_gradients, sizes = gradient_of(model, query), newton.text_gradients, []
+
+    def limited(model, latents, *samples):
+        sizes.append(len(latents))
+        if len(latents) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return text_gradients(model, latents, *samples)
+
+    monkeypatch.setattr(newton, "text_gradients", limited)
+    with threads(num_threads):
+        found = gradient_of(model, query, pass_size=16)
+    assert relative_difference(found, expected) < 1e-6
+    assert max(sizes) > 3 and set(sizes[-4:]) <= {1, 2} and "out of memory: going on with 2 draws in one pass" in caplog.text
+
+
+def test_memory_that_a_single_draw_fills_is_an_error(model, query, monkeypatch):
+    def full(*samples):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(newton, "text_gradients", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        gradient_of(model, query)
+
+
+def test_the_published_programs_batches_are_drawn_in_order_and_whole(model, query):
+    """Its generator gives other numbers for other batches; those of a native pass on a CPU would be cut."""
+    parameters, latent, embedding, _, _ = query
+    gradient, computed = newton.QueryGradient(model, parameters, latent, embedding, CompatDraws(0, 1000, "cpu"), 100), []
+    gradient.differentiate = lambda *samples: computed.append(samples) or {}
+    with threads(2):
+        gradient.add(gradient.zeros(), 0, 300)
+    generator = CompatDraws(0, 1000, "cpu")
+    for found in computed:
+        assert all(map(torch.equal, found, generator.draw(None, 100, latent.shape, "cpu")))
+    assert len(computed) == 3
 
 
 # --- weights come back exactly
@@ -359,3 +494,13 @@ def test_unlearning_raises_the_querys_own_loss(unlearned):
     influence, change = unlearned("--unlearn_lr", "100", "--unlearn_steps", "2")
     assert influence["query_loss_after"] > influence["query_loss_before"] * 1.001
     assert all(delta.any() for delta in change.values())
+
+
+def test_a_weight_change_of_the_former_draws_is_refused(unlearned, tmp_path):
+    unlearned("--unlearn_steps", "1")
+    path = tmp_path / "results/influence/tiny/gpt/blob/samples/00000/weight_change.json"
+    record = json.loads(path.read_text())
+    assert record["identity"].pop("draws") == "stratified-antithetic"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="made with other settings: draws is None, expected 'stratified-antithetic'"):
+        unlearned("--unlearn_steps", "1")

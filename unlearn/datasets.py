@@ -21,7 +21,7 @@ PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolu
              "captions": "laion_subset/captions.txt", "fisher": "", "num_captions": 0, "largest_subset": 100_000}
 FILES = {"latents": (".npy",), "embeddings": (".npy",), "captions": (".txt", *READERS), "fisher": (".pt", ".bin", ".safetensors")}
 FOLDERS = {"pipeline": "model_index.json", "unet": "config.json"}  # settings that may name a folder of the data root: what it holds
-MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions")
+MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")
 LARGEST_NUMBERS = {"top_k": 1000}  # more pictures than a JPEG can be high
 
 

@@ -14,8 +14,9 @@ from .artifacts import keep_complete, read_array, record_path, whole_file, write
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
-from .losses import CHUNK_IMAGES, chunk_noise, remove_chunks, sample_losses
+from .losses import CHUNK_IMAGES, chunk_noise, sample_losses
 from .runtime import progress
+from .sweeps import remove_chunks
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
 

@@ -123,12 +123,13 @@ def influence_scores(run):
         steps = []
         for number, query in enumerate(run.queries):
             draws = QueryDraws(args.seed, query.name, query.ids[0], len(run.model.alpha_bars))
-            gradient = query_gradient(run.model, parameters, *query_tensors(run, number), draws, 0, args.unlearn_batch_size,
-                                      args.unlearn_grad_accum_steps)
+            gradient = query_gradient(run.model, parameters, *query_tensors(run, number), draws, 0,
+                                      args.unlearn_batch_size * args.unlearn_grad_accum_steps, args.batch_size)
             steps.append(flatten(run.fisher.precondition(gradient)))
         return torch.stack(steps)
 
     identity = {**sweep_identity(run, "loss", INFLUENCE_WEIGHTS), "fisher": run.fisher.identity, "seed": args.seed,
+                "draws": QueryDraws.scheme,
                 "unlearn_batch_size": args.unlearn_batch_size, "unlearn_grad_accum_steps": args.unlearn_grad_accum_steps,
                 "queries": [query.identity for query in run.queries]}
     with tracked(parameters):

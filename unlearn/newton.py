@@ -1,64 +1,144 @@
 """Unlearning a synthesized image: Newton steps that raise its loss, along F^-1 grad L. Source: [AbU] Eq. 5."""
 
 import os
+from collections import deque
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 
 from . import UserError, noise
 from .artifacts import read_tensors, write_tensors
+from .derivatives import PROJECTIONS, text_gradients
+from .gradients import tracked
 from .hashes import digest
 from .losses import sample_losses
 from .models import replaced_weights
+from .runtime import is_out_of_memory, log, run_ahead
+from .text_attention import text_layers
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
+CPU_PASS_DRAWS = 64  # on a CPU larger passes are no faster, and these leave one for every core
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 
 class QueryDraws:
-    """Noise and timesteps of a query's unlearning, keyed by (seed, data set, query): the same on every device."""
+    """Noise and timesteps of a query's unlearning, keyed by (seed, data set, query) and the draw's own number: the same on
+    every device, however the draws are grouped.
+
+    Draws 2j and 2j + 1 are antithetic: opposite noise at one timestep, so that all that is odd in the noise cancels. The
+    timesteps of successive pairs go around the grid in steps of the golden ratio, from a start that belongs to the query:
+    every run of them is spread evenly, where chance would leave gaps. Each draw by itself is uniform and normal, so that
+    their mean stays unbiased. Source: Owen, Monte Carlo theory, methods and examples, sections 8.2 and 16.4.
+    """
+
+    scheme, in_order = "stratified-antithetic", False
 
     def __init__(self, seed, dataset_id, query_id, num_train_timesteps):
         self.seed, self.dataset_id, self.query_id, self.num_train_timesteps = seed, dataset_id, query_id, num_train_timesteps
+        self.start = int(noise.image_generator(seed, dataset_id, f"timesteps of {query_id}").random_raw())
 
-    def draw(self, number, batch_size, shape, device):
-        """The `number`-th batch: noise [batch, *shape] float32 and timesteps [batch] int64, drawn without replacement
-        (again from the start where a batch is larger than the grid)."""
-        bits = noise.image_generator(self.seed, self.dataset_id, f"timesteps of {self.query_id}")
-        noise.seek(bits, 0, 0, 0, number)
-        generator = np.random.Generator(bits)
-        rounds = -(-batch_size // self.num_train_timesteps)
-        timesteps = np.concatenate([generator.permutation(self.num_train_timesteps) for _ in range(rounds)])[:batch_size]
-        slots = [(0, 0, int(timestep), number * batch_size + sample) for sample, timestep in enumerate(timesteps)]
-        normals = noise.image_noise(self.seed, self.dataset_id, f"unlearning {self.query_id}", slots, shape)
-        return torch.from_numpy(normals).to(device), torch.from_numpy(timesteps).to(device)
+    def draw(self, first, count, shape, device):
+        """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count] int64."""
+        pairs = range(first // 2, (first + count + 1) // 2)
+        positive = noise.image_noise(self.seed, self.dataset_id, f"unlearning {self.query_id}", [(0, 0, 0, j) for j in pairs], shape)
+        normals = np.stack([positive, -positive], axis=1).reshape(-1, *shape)
+        # In integers: a position on the circle of 2^64, the same on every machine.
+        timesteps = np.array([(self.start + j * GOLDEN) % 2 ** 64 * self.num_train_timesteps >> 64 for j in pairs]).repeat(2)
+        wanted = slice(first % 2, first % 2 + count)
+        return torch.from_numpy(normals[wanted]).to(device), torch.from_numpy(timesteps[wanted]).to(device)
 
 
 class CompatDraws:
     """The published program's: one torch generator on the device, noise and then a permutation of the timesteps."""
 
+    in_order = True
+
     def __init__(self, seed, num_train_timesteps, device):
         self.generator, self.num_train_timesteps = torch.Generator(device).manual_seed(seed), num_train_timesteps
 
-    def draw(self, number, batch_size, shape, device):
+    def draw(self, first, batch_size, shape, device):
         """The next batch; it must be asked for in order."""
         normals = torch.randn((batch_size, *shape), generator=self.generator, device=device)
         return normals, torch.randperm(self.num_train_timesteps, generator=self.generator, device=device)[:batch_size]
 
 
-def query_gradient(model, parameters, latent, embedding, draws, first_draw, batch_size, accum_steps):
-    """Gradient of the query's loss, the mean over `accum_steps` batches of `batch_size` draws: {name: tensor}.
+class QueryGradient:
+    """The gradient of a query's loss, summed over draws: `pass_size` of them are drawn, and go through the model, at once.
 
-    latent: [C, h, w] and embedding: [tokens, features], on the model's device.
+    latent: [C, h, w] and embedding: [tokens, features], on the model's device. Of weights other than K and V, `parameters`
+    must ask for gradients. autocast: dtype of the denoiser's products (of K and V alone), float32 where None.
     """
-    for number in range(first_draw, first_draw + accum_steps):
-        normals, timesteps = draws.draw(number, batch_size, latent.shape, model.device)
-        losses = sample_losses(model, latent.expand_as(normals), normals, timesteps, embedding[None])
-        (losses.mean() / accum_steps).backward(inputs=list(parameters.values()))
-    gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-    return gradients
+
+    def __init__(self, model, parameters, latent, embedding, draws, pass_size, autocast=None):
+        self.model, self.parameters, self.latent, self.embedding, self.draws = model, parameters, latent, embedding, draws
+        self.autocast = autocast
+        self.num_drawn = min(pass_size, CPU_PASS_DRAWS) if model.device.type == "cpu" and not draws.in_order else pass_size
+        self.pass_size = self.num_drawn  # memory only
+        names = {f"{layer}.{projection}.weight" for layer in text_layers(model.denoiser) for projection in PROJECTIONS}
+        self.of_text = parameters.keys() == names
+
+    def differentiate(self, normals, timesteps):
+        """Gradient of the summed loss of some draws: {name: float32 tensor}."""
+        samples = self.model, self.latent.expand_as(normals), normals, timesteps, self.embedding[None]
+        if self.of_text:
+            return {name: gradients[0] for name, gradients in text_gradients(*samples, self.autocast)}
+        return dict(zip(self.parameters, torch.autograd.grad(sample_losses(*samples).sum(), list(self.parameters.values()))))
+
+    def sum_pass(self, normals, timesteps):
+        """`differentiate`, summed in float64; where the device's memory is full, in ever smaller passes from there on."""
+        while True:
+            size, sums = self.pass_size, self.zeros()
+            try:
+                for part in zip(normals.split(size), timesteps.split(size)):
+                    add_gradients(sums, self.differentiate(*part))
+                return sums
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            self.pass_size = min(self.pass_size, size // 2)
+            torch.cuda.empty_cache()
+            log.warning(f"out of memory: going on with {self.pass_size} draws in one pass")
+
+    def zeros(self):
+        """A sum of no gradients."""
+        return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.parameters.items()}
+
+    def add(self, sums, first, count):
+        """Adds the gradients of draws `first` to `first + count` to `sums`, in place, pass by pass in their order."""
+        starts = range(first, first + count, self.num_drawn)
+        lock, waiting, early = Lock(), deque(starts), {}
+
+        def draw(start):
+            return self.draws.draw(start, min(self.num_drawn, first + count - start), self.latent.shape, self.model.device)
+
+        def work(start, drawn):
+            gradients = self.sum_pass(*drawn)
+            with lock:  # whichever pass ends first: a sum of floats depends on its order
+                early[start] = gradients
+                while waiting and waiting[0] in early:
+                    add_gradients(sums, early.pop(waiting.popleft()))
+
+        if self.draws.in_order:
+            for start in starts:
+                work(start, draw(start))
+        else:
+            run_ahead(starts, draw, work, self.model.device)
+
+
+def add_gradients(sums, gradients):
+    """Adds gradients to sums {name: float64 tensor}, in place."""
+    for name, gradient in gradients.items():
+        sums[name] += gradient
+
+
+def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_draws, pass_size):
+    """Mean gradient of the query's loss over `num_draws` draws, {name: float64 tensor}. Arguments as of `QueryGradient`."""
+    gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size)
+    sums = gradient.zeros()
+    gradient.add(sums, first_draw, num_draws)
+    return {name: value / num_draws for name, value in sums.items()}
 
 
 def newton_step(parameters, gradients, fisher, rate):
@@ -67,36 +147,38 @@ def newton_step(parameters, gradients, fisher, rate):
         parameters[name].data.add_(direction, alpha=rate)
 
 
-def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps, batch_size, accum_steps,
+def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps, draws_a_step, pass_size, autocast=None,
             checkpoint_path=None, identity=None, progress=lambda count: None):
-    """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton steps.
+    """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton steps, each along the mean
+    gradient of `draws_a_step` draws. pass_size: draws in one pass; memory only, but with CompatDraws. autocast: see QueryGradient.
 
-    The weights are restored exactly. Every 2,000 draws the weights so far are written beside `checkpoint_path`, under a
-    name that holds the digest of `identity`; a run that was killed goes on from there.
+    The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so far are written beside
+    `checkpoint_path`, under a name that holds the digest of `identity`; a run that was killed goes on from there.
     """
     checkpoint = Path(f"{checkpoint_path}.{digest(identity)[:16]}.safetensors") if checkpoint_path else None
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    state = read_tensors(checkpoint) if checkpoint and checkpoint.exists() else {"step": torch.tensor(0)}
-    start = int(state.pop("step"))
-    steps_a_checkpoint = max(1, CHECKPOINT_DRAWS // (batch_size * accum_steps))
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        with replaced_weights(model.denoiser, originals):
-            for name, weight in state.items():
-                parameters[name].data.copy_(weight)
-            progress(start)
-            for step in range(start, steps):
-                gradients = query_gradient(model, parameters, latent, embedding, draws, step * accum_steps, batch_size, accum_steps)
-                newton_step(parameters, gradients, fisher, rate)
-                progress(1)
-                if checkpoint and (step + 1) % steps_a_checkpoint == 0 and step + 1 < steps:
-                    write_tensors(checkpoint, {**{name: value.detach() for name, value in parameters.items()}, "step": torch.tensor(step + 1)})
-            change = {name: (parameter.detach() - originals[name]).cpu() for name, parameter in parameters.items()}
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-    return change
+    gradient, total = QueryGradient(model, parameters, latent, embedding, draws, pass_size, autocast), steps * draws_a_step
+    # Cut alike with checkpoints and without, so that a run that was killed sums in the same order.
+    segment = max(1, CHECKPOINT_DRAWS // gradient.num_drawn) * gradient.num_drawn
+    with tracked(parameters), replaced_weights(model.denoiser, originals):
+        done, sums = torch.tensor(0), gradient.zeros()
+        state = {"draws": done, **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
+                 **{f"weight {name}": parameter.data for name, parameter in parameters.items()}}
+        for name, value in read_tensors(checkpoint).items() if checkpoint and checkpoint.exists() else ():
+            state[name].copy_(value)
+        progress(int(done))
+        while done < total:
+            count = int(min(segment, draws_a_step - done % draws_a_step))
+            gradient.add(sums, int(done), count)
+            done += count
+            if done % draws_a_step == 0:
+                newton_step(parameters, {name: value / draws_a_step for name, value in sums.items()}, fisher, rate)
+                for value in sums.values():
+                    value.zero_()
+            progress(count)
+            if checkpoint and done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS and done < total:
+                write_tensors(checkpoint, state)
+        return {name: (parameter.detach() - originals[name]).cpu() for name, parameter in parameters.items()}
 
 
 def remove_checkpoints(checkpoint_path):

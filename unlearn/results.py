@@ -12,7 +12,7 @@ from .artifacts import record_path, whole_file, write_record
 from .datasets import read_settings
 from .encoders import load_image
 from .figures import draw_influence
-from .influence import best_view, loss_changes, rank_images
+from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
 from .runtime import log
 
@@ -71,14 +71,14 @@ def list_candidates(image_sets, influence, ranking):
             for rank, index in enumerate(ranking)]
 
 
-def save(folder, task, image_sets, before, after, args, shown, identity):
+def save(folder, task, image_sets, changes, args, shown, identity):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
 
-    before, after: losses {"exemplar": [2n], "laion": [2N]}, of the base model's queries without the first; shown: figures
-    that stand in influence.npz beside the scores.
+    changes: of the losses, {"exemplar": [2n], "laion": [2N]}, of the base model's queries without the first; shown: what stands
+    in influence.npz beside the scores.
     """
-    influence = np.concatenate([best_view(loss_changes(before[name], after[name])) for name in image_sets])
+    influence = np.concatenate([best_view(changes[name]) for name in image_sets])
     ranking = rank_images(influence)
     candidates = list_candidates(image_sets, influence, ranking)
     path = folder / "influence.npz"
@@ -102,3 +102,7 @@ def save(folder, task, image_sets, before, after, args, shown, identity):
     print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "
           f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
           f"Picture: {folder / 'visualization.jpg'}")
+    if "expected_missed" in shown:
+        print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. Of the best "
+              f"{shown['recall_k']} training images the shortlist holds about {shown['recall']:.1%} (it misses {shown['expected_missed']:.2g}; "
+              f"from {shown['num_audited']} others, at random)")

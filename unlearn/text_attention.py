@@ -5,7 +5,6 @@ positions of one attention, and the gradient of their summed loss at K and V is 
 positions: the weights' own gradient is that, contracted once with the text.
 """
 
-import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,7 +37,8 @@ def share_texts(denoiser):
     for name, processor in denoiser.attn_processors.items():
         layer = name.removesuffix(".processor")
         attn = denoiser.get_submodule(layer)
-        if type(processor) not in (AttnProcessor2_0, TextAttention) or any(getattr(attn, kind, None) for kind in NOT_PLAIN):
+        if type(processor) not in (AttnProcessor2_0, TextAttention) or any(getattr(attn, kind, None) for kind in NOT_PLAIN) or (
+                layer.endswith("attn2") and attn.to_k.bias is not None):
             raise UserError(f"{type(denoiser).__name__}: its attention {layer} is of another kind than in Stable Diffusion's UNets")
     denoiser.set_attn_processor({name: TextAttention(name.removesuffix(".processor")) for name in denoiser.attn_processors})
 

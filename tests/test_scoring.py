@@ -1,0 +1,334 @@
+"""Midpoint, gradient and index scoring: closed forms, invariances, resuming, and what the user is told."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compute_influence
+import compute_training_loss
+from unlearn import UserError, losses, sweeps
+from unlearn.artifacts import read_json, read_tensors
+from unlearn.commands import index as index_command
+from unlearn.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
+from unlearn.derivatives import gradient_dots, probe_signs, second_order_dots, text_gradients
+from unlearn.losses import sample_losses
+from unlearn.models import changed_weights, select_parameters
+from unlearn.shortlist import choose_images, estimate_recall
+from unlearn.sweeps import Sweep
+
+GRID = [0, 250, 500, 750]
+FLAGS = ["--loss_time_samples", "2", "--unlearn_steps", "1", "--unlearn_grad_accum_steps", "1", "--damping", "0.1", "--num_train", "60",
+         "--unlearn_lr", "0.00001"]
+
+
+@pytest.fixture(scope="module")
+def dozen(training_set):
+    """Twelve images."""
+    return training_set.first(12)
+
+
+@pytest.fixture(scope="module")
+def changes(model):
+    """Two weight changes of K and V of five per cent."""
+    generator = torch.Generator().manual_seed(0)
+    return [{name: 0.05 * value.norm() * torch.nn.functional.normalize(torch.randn(value.shape, generator=generator).flatten(), dim=0)
+             .reshape(value.shape) for name, value in select_parameters(model.denoiser, "cross-attn-kv").items()} for _ in range(2)]
+
+
+def score(model, images, folder, measure, batch_size=20):
+    """Values of a measure, [24, ...]."""
+    return Sweep(images, GRID, batch_size).run(model, folder, "", measure)
+
+
+def samples_of(dozen, count=3):
+    """Some samples, one timestep each, as `losses.sample_losses` takes them."""
+    latents = torch.from_numpy(np.array(dozen.latents[0, :count], np.float32))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    return latents, noise, torch.tensor([100, 500, 900])[:count], torch.from_numpy(np.array(dozen.embeddings[:count, 0], np.float32))
+
+
+def test_text_gradients_equal_autograd_of_each_text(model, dozen):
+    latents, noise, timesteps, embeddings = samples_of(dozen)
+    parameters = select_parameters(model.denoiser, "cross-attn-kv")
+    latents, noise, timesteps = latents.repeat_interleave(2, 0), torch.cat([noise, -noise]), timesteps.repeat_interleave(2)
+    found = dict(text_gradients(model, latents, noise, timesteps, embeddings))
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        for text in range(3):
+            own = slice(2 * text, 2 * text + 2)
+            loss = sample_losses(model, latents[own], noise[own], timesteps[own], embeddings[text:text + 1]).sum()
+            for name, expected in zip(parameters, torch.autograd.grad(loss, list(parameters.values()))):
+                torch.testing.assert_close(found[name][text], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+
+
+def test_derivatives_are_the_slope_of_the_loss_along_a_change(model, dozen, changes, tmp_path):
+    slope, step = score(model, dozen, tmp_path / "slope", gradient_dots(changes[:1]))[:, 0], 1e-2
+    sides = []
+    for sign in (step, -step):
+        with changed_weights(model.denoiser, {name: sign * delta for name, delta in changes[0].items()}):
+            sides.append(score(model, dozen, tmp_path / str(sign), losses.loss_sums).astype(np.float64))
+    np.testing.assert_allclose(slope, (sides[0] - sides[1]) / (2 * step), atol=2e-2 * np.abs(slope).max())
+
+
+def test_the_midpoint_is_nearer_to_the_exact_change_than_the_first_order(model, dozen, changes, tmp_path):
+    large = {name: 10 * delta for name, delta in changes[0].items()}
+    before = score(model, dozen, tmp_path / "before", losses.loss_sums).astype(np.float64)
+    with changed_weights(model.denoiser, large):
+        exact = score(model, dozen, tmp_path / "after", losses.loss_sums) - before
+    with changed_weights(model.denoiser, {name: delta / 2 for name, delta in large.items()}):
+        midpoint = score(model, dozen, tmp_path / "midpoint", gradient_dots([large]))[:, 0]
+    first = score(model, dozen, tmp_path / "first", gradient_dots([large]))[:, 0]
+    errors = [np.linalg.norm(found - exact) / np.linalg.norm(exact) for found in (midpoint, first)]
+    assert errors[0] < 0.05 and errors[0] < errors[1] / 5
+
+
+def test_the_second_order_is_the_gauss_newton_form(model, dozen, changes):
+    """Many probes come near || J D ||^2, by a difference of predictions in float64's reach."""
+    latents, noise, timesteps, embeddings = samples_of(dozen)
+    small = {name: 1e-2 * delta for name, delta in changes[0].items()}
+    predictions = []
+    for sign in (1, -1):
+        with changed_weights(model.denoiser, {name: sign * delta for name, delta in small.items()}), torch.no_grad():
+            predictions.append(model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings).double())
+    expected = (((predictions[0] - predictions[1]) / 2e-2) ** 2).mean(dim=(1, 2, 3))
+    first = gradient_dots(changes[:1])(model, latents, noise, timesteps, embeddings)[:, 0]
+    found = second_order_dots(changes[:1], num_probes=400)(model, latents, noise, timesteps, embeddings)[:, 0] - first
+    torch.testing.assert_close(found, expected, rtol=0.25, atol=0)  # 400 probes: 7 % standard error each
+
+
+def test_probes_are_balanced_signs_that_neither_batch_nor_order_changes():
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, two = probe_signs(noise, 2)
+    assert set(one.unique().tolist()) == {-1.0, 1.0} and not torch.equal(one, two)
+    assert torch.equal(next(probe_signs(noise[2:3], 1))[0], one[2])
+    assert abs(float((one * noise.sign()).mean())) < 0.1
+
+
+@pytest.mark.parametrize("measure_of", [gradient_dots, second_order_dots])
+@pytest.mark.parametrize("batch_size", [1, 3, 200])
+def test_the_batch_size_changes_derivatives_by_less_than_1e_6(model, dozen, changes, tmp_path, measure_of, batch_size):
+    reference = score(model, dozen, tmp_path / "reference", measure_of(changes))
+    found = score(model, dozen, tmp_path / "found", measure_of(changes), batch_size)
+    assert np.abs(found - reference).max() <= 1e-6 * np.abs(reference).max() * 3
+
+
+def test_queries_scored_together_get_the_scores_of_each_alone(model, dozen, changes, tmp_path):
+    together = score(model, dozen, tmp_path / "both", second_order_dots(changes))
+    for number, change in enumerate(changes):
+        alone = score(model, dozen, tmp_path / str(number), second_order_dots([change]))[:, 0]
+        np.testing.assert_allclose(together[:, number], alone, atol=1e-6 * np.abs(alone).max())
+
+
+def fitted(matrices, roots):
+    """The Compression of gradients {name: [n, out, in]}."""
+    def visit_gradients(visit):
+        for name, gradients in matrices.items():
+            visit(name, gradients)
+
+    return fit(visit_gradients, roots)
+
+
+def test_what_fits_into_16_kb_is_kept_whole():
+    """Two small matrices: nothing is left out, and the inner product is the gradients' own but for 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = {name: torch.randn(50, *shape, generator=generator) for name, shape in (("a", (8, 12)), ("b", (5, 6)))}
+    roots = {name: torch.rand(value.shape[1:], generator=generator) + 0.5 for name, value in matrices.items()}
+    compression = fitted(matrices, roots)
+    assert compression.size == 8 * 12 + 5 * 6
+    entries = compression.keep(matrices.items(), torch.div, torch.div)
+    change = {name: torch.randn(value.shape[1:], generator=generator) for name, value in matrices.items()}
+    query = compression.read_change(change)[:, None].numpy()
+    expected = sum((matrices[name] * change[name]).sum(dim=(1, 2)) for name in matrices).numpy()
+    np.testing.assert_allclose((entries.numpy() @ query)[:, 0], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(multiply(pack(entries.numpy()), query)[:, 0], expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_a_stored_view_takes_at_most_16_kb_and_keeps_the_largest_entries():
+    generator = torch.Generator().manual_seed(0)
+    weak, strong = 1e-3 * torch.randn(20, 200, 100, generator=generator), torch.randn(20, 100, 90, generator=generator)
+    compression = fitted({"weak": weak, "strong": strong}, {"weak": torch.ones(200, 100), "strong": torch.ones(100, 90)})
+    assert row_type(compression.size).itemsize == BYTES_A_VIEW
+    assert len(compression.tensors["strong.kept"]) == 100 * 90
+
+
+def test_the_audit_finds_what_a_shortlist_misses():
+    """Estimates with noise: the estimated number of missed images is near the true one, on average."""
+    generator, guessed, true = np.random.default_rng(0), [], []
+    for seed in range(40):
+        exact = generator.standard_normal(2000)
+        estimates = exact + 0.5 * generator.standard_normal(2000)
+        shortlist, audit = choose_images(estimates, 200, 100, seed)
+        assert len(np.intersect1d(shortlist, audit)) == 0 and len(shortlist) == 200 and len(audit) == 100
+        guessed.append(estimate_recall(estimates, exact, shortlist, audit, 100)[0])
+        true.append(np.isin(np.argsort(-exact)[:100], shortlist).mean())
+    assert abs(np.mean(guessed) - np.mean(true)) < 0.05 and 0.5 < np.mean(true) < 0.95
+
+
+def test_a_shortlist_of_everything_misses_nothing():
+    assert estimate_recall(np.arange(5.0), np.arange(5.0), np.arange(5), np.arange(0), 3) == (1.0, 0.0)
+
+
+@pytest.fixture
+def prepared(flags):
+    """Flags of a data root whose losses are cached; its results' folder."""
+    compute_training_loss.main([*flags, "--time_samples", "2"])
+    return flags, Path(flags[flags.index("--result_dir") + 1])
+
+
+def build(flags, output, *more):
+    """Builds the indices of the miniature root's models."""
+    shared = [value for flag, value in zip(flags[::2], flags[1::2]) if flag != "--result_dir" for value in (flag, value)]
+    index_command.main([*shared, "--time_samples", "2", "--damping", "0.1", "--output", str(output), *more])
+
+
+def influences(folder):
+    """{query: arrays} of every influence file below a folder."""
+    return {path.parent.relative_to(folder).as_posix(): dict(np.load(path)) for path in sorted(folder.rglob("influence.npz"))}
+
+
+def rerun(flags, results, *more):
+    """Ranks again from nothing; the influence files."""
+    shutil.rmtree(results / "influence", ignore_errors=True)
+    compute_influence.main([*flags, *FLAGS, *more])
+    return influences(results / "influence")
+
+
+def test_every_way_of_scoring_ranks_nearly_alike_and_leaves_no_chunks(prepared):
+    flags, results = prepared
+    exact = rerun(flags, results)
+    for scoring in "midpoint", "gradient":
+        found = rerun(flags, results, "--scoring", scoring)
+        for query, arrays in found.items():
+            assert np.corrcoef(arrays["influence"], exact[query]["influence"])[0, 1] > 0.9, (scoring, query)
+        assert not list(results.rglob(".*")), "chunks were left"
+        record = read_json(next((results / "influence").rglob("laion_change.json")))
+        assert record["identity"]["scoring"] == scoring
+
+
+def test_derivatives_need_no_cached_losses(flags, tmp_path):
+    compute_influence.main([*flags, *FLAGS, "--scoring", "gradient", "--precision", "bf16"])
+    assert influences(tmp_path / "results/influence")
+
+
+def test_gradient_scoring_that_was_killed_goes_on_to_the_same_bits(prepared, monkeypatch):
+    flags, results = prepared
+    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
+    expected = rerun(flags, results, "--scoring", "gradient")
+    shutil.rmtree(results / "influence")
+    count, score_rows = [0], losses.score_rows
+
+    def stop(*given):
+        count[0] += 1
+        if count[0] > 5:
+            raise KeyboardInterrupt
+        return score_rows(*given)
+
+    monkeypatch.setattr(sweeps, "score_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compute_influence.main([*flags, *FLAGS, "--scoring", "gradient"])
+    monkeypatch.setattr(sweeps, "score_rows", score_rows)
+    compute_influence.main([*flags, *FLAGS, "--scoring", "gradient"])
+    for query, arrays in influences(results / "influence").items():
+        np.testing.assert_array_equal(arrays["influence"], expected[query]["influence"])
+
+
+def test_an_index_of_all_images_gives_the_exact_ranking(prepared, tmp_path):
+    flags, results = prepared
+    build(flags, tmp_path / "index")
+    exact = rerun(flags, results)
+    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "60", "--audit", "0")
+    for query, arrays in found.items():
+        np.testing.assert_allclose(arrays["influence"], exact[query]["influence"], rtol=1e-4, atol=1e-7)
+        assert arrays["rescored"].all() and arrays["recall"] == 1
+
+
+def test_a_shortlist_is_scored_exactly_and_the_others_are_estimated(prepared, tmp_path, capsys):
+    flags, results = prepared
+    build(flags, tmp_path / "index")
+    exact = rerun(flags, results)
+    capsys.readouterr()
+    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "10", "--audit", "5")
+    assert "the shortlist holds about" in capsys.readouterr().out
+    for query, arrays in found.items():
+        num_exemplars = int(arrays["is_exemplar"].sum())
+        assert arrays["rescored"].sum() == num_exemplars + 15 and arrays["rescored"][arrays["is_exemplar"]].all()
+        np.testing.assert_allclose(arrays["influence"][arrays["rescored"]], exact[query]["influence"][arrays["rescored"]], rtol=1e-4, atol=1e-7)
+        rest = ~arrays["rescored"]
+        assert np.corrcoef(arrays["influence"][rest], exact[query]["influence"][rest])[0, 1] > 0.5
+
+
+def test_an_index_that_was_killed_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
+    build(flags, tmp_path / "whole")
+    count, score_rows = [0], losses.score_rows
+
+    def stop(*given):
+        count[0] += 1
+        if count[0] > 3:
+            raise KeyboardInterrupt
+        return score_rows(*given)
+
+    monkeypatch.setattr(sweeps, "score_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(flags, tmp_path / "parts")
+    monkeypatch.setattr(sweeps, "score_rows", score_rows)
+    build(flags, tmp_path / "parts")
+    listings = {path.relative_to(tmp_path / "whole"): path.read_text() for path in (tmp_path / "whole").rglob("shards.txt")}
+    assert listings
+    for path, text in listings.items():
+        assert (tmp_path / "parts" / path).read_text() == text
+
+
+def refused(capsys, argv):
+    """The one line with which a run is refused."""
+    with pytest.raises(UserError) as error:
+        compute_influence.main(argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("given, expected", [
+    (["--precision", "bf16"], "--precision bf16: the difference of two losses is lost in its rounding; give --scoring midpoint or gradient"),
+    (["--shortlist", "5"], "--shortlist: means nothing without --index; build one: python -m unlearn index"),
+    (["--audit", "5"], "--audit: means nothing without --index"),
+    (["--shortlist", "0", "--index", "x"], "--shortlist 0: expected a positive whole number"),
+    (["--index", "x", "--scoring", "gradient"], "--index: ranks all images by their gradients already"),
+    (["--scoring", "midpoint", "--compat", "abu"], "--compat abu: the published program knows --scoring exact only, found midpoint"),
+    (["--scoring", "gradient", "--weight_selection", "all"], "--scoring gradient: takes the derivative through keys and values"),
+])
+def test_ways_of_scoring_that_do_not_go_together_are_refused_before_a_model_is_loaded(flags, capsys, monkeypatch, given, expected):
+    monkeypatch.setattr(compute_influence, "load_model", None)
+    assert refused(capsys, [*flags, *FLAGS, *given]).startswith(expected)
+
+
+def test_an_index_that_is_missing_damaged_or_of_another_grid_is_refused_with_the_command(prepared, tmp_path, capsys):
+    flags, results = prepared
+    given = [*flags, *FLAGS, "--index", str(tmp_path / "index"), "--shortlist", "10"]
+    assert "build it: python -m unlearn index --task_json" in refused(capsys, given)
+    build(flags, tmp_path / "index")
+    given[given.index("--loss_time_samples") + 1] = "4"
+    compute_training_loss.main([*flags, "--time_samples", "4", "--overwrite"])
+    assert "timesteps is [0, 500], expected [0, 250, 500, 750]; build it with the same flags" in refused(capsys, given)
+    given[given.index("--loss_time_samples") + 1] = "2"
+    compute_training_loss.main([*flags, "--time_samples", "2", "--overwrite"])
+    shard = next((tmp_path / "index").rglob("shards-*/*.npy"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert "is not the shard that was built (damaged or replaced); delete it and run" in refused(capsys, given)
+
+
+def test_bfloat16_unlearns_along_the_same_direction(prepared):
+    flags, results = prepared
+    changes = []
+    for precision in "fp32", "bf16":
+        rerun(flags, results, "--scoring", "midpoint", "--precision", precision)
+        changes.append(read_tensors(next((results / "influence").rglob("weight_change.safetensors"))))
+    one, two = (torch.cat([change[name].flatten() for name in sorted(change)]) for change in changes)
+    assert float(torch.nn.functional.cosine_similarity(one, two, dim=0)) > 0.99 and not torch.equal(one, two)

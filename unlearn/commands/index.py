@@ -1,0 +1,58 @@
+"""Builds an index of the training images' gradients, from which compute_influence.py --index ranks them without the model.
+
+    python -m unlearn index --task_json tasks/emoji_demo.json --dataroot data/emoji
+
+Writes OUTPUT/<model>/ for the model of each task, 16 KB for every view of an image, in as much time as gradient scoring takes.
+Killed and run again, the same command goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..artifacts import read_tensors
+from ..curvature import DiagonalFisher, check_fisher
+from ..index import build_index
+from ..inputs import add_flags, check_fisher_record, check_training_files, find_fisher, prepare_training_set, resolve
+from ..models import check_customization, customized, load_model, select_parameters
+from ..noise import timestep_grid
+from ..runtime import log
+from ..scoring import AUTOCAST
+from ..sweeps import Sweep
+from ..tasks import group_by_model, load_tasks
+
+
+def parse_arguments(argv):
+    """The command line, resolved against the data root's defaults: (args, settings)."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task_json", required=True, help="task file: an index is built for each of its models")
+    parser.add_argument("--output", default="results/index", help="where indices are built (default results/index)")
+    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
+              "device", "overwrite")
+    parser.add_argument("--precision", choices=AUTOCAST, help="fp32 (default), tf32 or bf16, which gradients survive")
+    parser.add_argument("--fisher_path", help="diagonal Fisher that whitens gradients (default sd_fisher.* of the data root)")
+    parser.add_argument("--damping", type=float, help="added to the Fisher, as a multiple of each parameter's mean entry")
+    args = parser.parse_args(argv)
+    return args, resolve(args)
+
+
+def main(argv=None):
+    """Checks, loads, builds model by model."""
+    args, settings = parse_arguments(argv)
+    groups = group_by_model(load_tasks(args.task_json, args.dataroot))
+    check_training_files(args)
+    fisher_path = find_fisher(args)
+    model = load_model(args.sd_version, args.device, args.unet)
+    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    for tasks in groups.values():
+        check_customization(model, tasks[0].model_dir(args.dataroot))
+    parameters = select_parameters(model.denoiser, "cross-attn-kv")
+    check_fisher_record(fisher_path, model)
+    diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
+    check_fisher(fisher_path, diagonal, parameters, args.damping)
+    fisher, training_set = DiagonalFisher(diagonal, args.damping), prepare_training_set(model, args, settings)
+    for tasks in groups.values():
+        folder = Path(args.output) / tasks[0].model_name
+        with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
+            sweep = Sweep(training_set, grid, args.batch_size, args.noise_seed)
+            build_index(custom, sweep, fisher, folder, args.precision, AUTOCAST[args.precision], args.overwrite)
+        log.info(f"{folder}: index of {len(training_set)} images, both views")

@@ -1,0 +1,99 @@
+"""An index of a model's training images: the compressed gradient of every view, from which all are ranked without the model.
+
+A folder: compression.safetensors (how gradients were compressed), shards of 32 images, memory-mapped, and shards.txt with the
+hash of each, which with its record is written last. Killed and run again, building goes on.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from . import UserError
+from .artifacts import check_record, keep_complete, read_array, read_tensors, record_path, whole_file, write_record, write_tensors
+from .compression import Compression, fit, multiply, pack, row_type
+from .derivatives import text_gradients
+from .hashes import digest, hash_file
+from .losses import chunk_noise, noise_identity, score_rows
+from .runtime import progress
+
+FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
+
+
+def index_identity(custom, training_set, fisher, grid, noise_seed):
+    """Identity of an index: what must be the same where it is used. Its precision is recorded but never refused."""
+    return {**custom.identity, "dataset": training_set.name, "num_images": len(training_set), "training_set": training_set.identity,
+            **noise_identity(None, custom.device), "noise_seed": noise_seed, "timesteps": grid, "fisher": fisher.identity,
+            "fit_images": FIT_IMAGES}
+
+
+def fit_compression(custom, sweep, fisher, autocast):
+    """The Compression fitted to the gradients of images spread over the training set. In one thread: sums then do not depend on
+    which batch comes first."""
+    images = sweep.training_set
+    spread = np.unique(np.linspace(0, len(images) - 1, min(FIT_IMAGES, len(images))).astype(int))
+    batch_size = max(sweep.pass_size, len(sweep.grid))  # all timesteps of a text together: their sum is what is compressed
+
+    def visit_gradients(visit):
+        def measure(model, *samples):
+            for name, gradients in text_gradients(model, *samples, autocast):
+                visit(name, gradients)
+            return torch.zeros(len(samples[-1]))
+
+        for part in np.array_split(spread, -(-len(spread) // 16)):
+            rows = np.concatenate([part + view * len(images) for view in range(images.latents.shape[0])])
+            score_rows(custom, images, rows, sweep.grid, chunk_noise(images, rows, sweep.grid, sweep.noise_seed, pool), batch_size, measure)
+            bar.update(len(part))
+
+    with ThreadPoolExecutor(4) as pool, progress(2 * len(spread), "fitting the index's bases", "images") as bar:
+        return fit(visit_gradients, {name: value.sqrt().float().to(custom.device) for name, value in fisher.denominators.items()})
+
+
+def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=False):
+    """Builds the index of a sweep's training set in `folder`, or keeps what is there. Raises UserError where another one is."""
+    identity = {**index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed), "precision": precision}
+    listing, compression_path = folder / "shards.txt", folder / "compression.safetensors"
+    remedy = "give --overwrite to replace it, or another --output"
+    if keep_complete(listing, identity, overwrite, remedy):
+        return
+    if not keep_complete(compression_path, identity, overwrite, remedy):
+        record_path(compression_path).unlink(missing_ok=True)
+        write_tensors(compression_path, fit_compression(custom, sweep, fisher, autocast).tensors)
+        write_record(compression_path, identity, custom.device)
+    compression = Compression(read_tensors(compression_path)).to(custom.device)
+    shards = folder / f"shards-{digest(identity, hash_file(compression_path))[:16]}"
+    paths = sweep.fill(custom, shards, f"index {folder.name}", compression.measure(autocast), pack)
+    record_path(listing).unlink(missing_ok=True)
+    with whole_file(listing) as file:
+        file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
+    write_record(listing, identity, custom.device)
+
+
+class Index:
+    """An index that is complete and belongs to this model, training set, grid and Fisher."""
+
+    def __init__(self, folder, custom, sweep, fisher, command):
+        """Raises UserError, naming the command that builds it, where the index is missing, incomplete or of something else;
+        the shards are read by `estimate`."""
+        self.folder, self.sweep, self.command = folder, sweep, command
+        remedy = f"build it with the same flags: {command}"
+        identity = index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed)
+        for path in folder / "shards.txt", folder / "compression.safetensors":
+            check_record(path, identity, remedy)
+        self.compression = Compression(read_tensors(folder / "compression.safetensors"))
+        self.shards = [line.split("  ", 1) for line in (folder / "shards.txt").read_text().splitlines()]
+        if len(self.shards) != len(sweep.chunks):
+            raise UserError(f"{folder}: expected {len(sweep.chunks)} shards, found {len(self.shards)}; {remedy}")
+
+    def estimate(self, changes):
+        """First order of every view's loss change for each weight change: [changes, views * N] float32, in one pass over the
+        shards. Raises UserError where a shard is not the one that was built."""
+        queries = np.stack([self.compression.read_change(change).numpy() for change in changes], axis=1)
+        estimates = np.empty((len(changes), sum(map(len, self.sweep.chunks))), np.float32)
+        for rows, (content, name) in zip(self.sweep.chunks, self.shards):
+            path = self.folder / name
+            shard = read_array(path, "shard of the index")
+            if hash_file(path) != content or shard.dtype != row_type(self.compression.size) or len(shard) != len(rows):
+                raise UserError(f"{path}: is not the shard that was built (damaged or replaced); delete it and run: {self.command}")
+            estimates[:, rows] = multiply(shard, queries).T
+        return estimates

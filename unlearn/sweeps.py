@@ -1,0 +1,145 @@
+"""Sweeps over a whole training set, in chunks that are kept until the last is done, and their results in files."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import UserError, noise
+from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
+from .hashes import digest
+from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
+from .runtime import is_out_of_memory, log, progress, run_ahead
+
+
+def split_rows(rows, size):
+    """Rows in runs of `size`, the last one shorter."""
+    return np.split(rows, np.arange(size, len(rows), size))
+
+
+class Sweep:
+    """The losses of a whole training set, cut into chunks that are kept until the last is done.
+
+    Native chunks are fixed ranges of images. With `compat` they are runs of ten of the published program's batches:
+    rows in the order as is, then mirrored, `batch_size // len(grid)` of them a batch, noise seeded by the batch's index.
+    """
+
+    def __init__(self, training_set, grid, batch_size, noise_seed=0, compat=None):
+        self.training_set, self.grid, self.batch_size, self.noise_seed, self.compat = training_set, grid, batch_size, noise_seed, compat
+        self.pass_size = batch_size  # samples in one pass: memory only
+        num_rows = training_set.latents.shape[0] * len(training_set)
+        if compat:
+            if batch_size < len(grid):
+                raise UserError(f"--batch_size {batch_size}: --compat abu needs at least the {len(grid)} timesteps of an image")
+            self.rows_a_batch = batch_size // len(grid)
+            self.chunks = split_rows(np.arange(num_rows), 10 * self.rows_a_batch)
+        else:
+            self.chunks = list(chunk_rows(len(training_set), training_set.latents.shape[0]))
+
+    def draw(self, rows, device, pool):
+        """The noise of one chunk."""
+        if not self.compat:
+            return chunk_noise(self.training_set, rows, self.grid, self.noise_seed, pool)
+        batches, shape = split_rows(rows, self.rows_a_batch), self.training_set.latents.shape[2:]
+        return np.concatenate([
+            noise.batch_noise(int(batch[0]) // self.rows_a_batch, (len(batch) * len(self.grid), *shape), device)
+            .cpu().numpy().reshape(len(batch), len(self.grid), *shape) for batch in batches])
+
+    def batches(self):
+        """Rows of each of the published program's batches (`compat` only)."""
+        return split_rows(np.concatenate(self.chunks), self.rows_a_batch)
+
+    def score(self, model, rows, noises, measure):
+        """`score_rows` of a chunk; where the device's memory is full, in ever smaller passes from there on."""
+        while True:
+            try:
+                return score_rows(model, self.training_set, rows, self.grid, noises, self.pass_size, measure)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.pass_size == 1:
+                    raise
+            self.pass_size //= 2
+            torch.cuda.empty_cache()
+            log.warning(f"out of memory: going on with {self.pass_size} samples in one pass")
+
+    def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values):
+        """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which belongs to this very sweep;
+        those that are there are not computed again. Returns their paths, in the order of `self.chunks`."""
+        paths = [folder / f"{number:06d}-of-{len(self.chunks):06d}.npy" for number in range(len(self.chunks))]
+        pending = [number for number, path in enumerate(paths) if not path.exists()]
+        num_samples = [len(rows) * len(self.grid) * self.training_set.embeddings.shape[1] for rows in self.chunks]
+        done = sum(num_samples) - sum(num_samples[number] for number in pending)
+        with progress(sum(num_samples), description, "samples", done) as bar, ThreadPoolExecutor(4) as pool:
+            def draw(number):
+                return self.draw(self.chunks[number], model.device, pool)
+
+            def score(number, noises):
+                write_array(paths[number], pack(self.score(model, self.chunks[number], noises, measure)))
+                bar.update(num_samples[number])
+
+            run_ahead(pending, draw, score, model.device)
+        return paths
+
+    def run(self, model, folder, description, measure=loss_sums):
+        """Losses [views * N] float32: all images as is, then all mirrored; or of another measure [views * N, ...]."""
+        paths = self.fill(model, folder, description, measure)
+        values = np.empty((sum(map(len, self.chunks)), *read_array(paths[0], "chunk").shape[1:]), np.float32)
+        for rows, path in zip(self.chunks, paths):
+            values[rows] = read_array(path, "chunk", mmap=False)
+        return values
+
+
+def remove_chunks(path):
+    """Removes the chunks of finished losses, those of other settings too."""
+    for folder in path.parent.glob(f".{path.stem}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cache_losses(sweep, model, path, identity, overwrite=False):
+    """Losses [views * N] of a sweep, cached at `path`: see `cache_columns`."""
+    return cache_columns(sweep, model, [Path(path)], [identity], lambda *samples: loss_sums(*samples)[:, None], overwrite)[0]
+
+
+def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
+    """Runs one sweep of a measure [texts, columns] into a file (.npy float32 [views * N]) and its record for every column,
+    or keeps what is there under the same identity. Returns the columns.
+
+    Chunks stand beside the first file, in a folder that the identities name, until all are done. Raises UserError where a
+    file was made with other settings and may not be overwritten.
+    """
+    folder, remedy = paths[0].parent / f".{paths[0].stem}-{digest(identities)[:16]}", "give --overwrite to replace it, or another --result_dir"
+    for path, identity in zip(paths, identities):
+        # What stands alone without a record is not ours; beside this sweep's own chunks it is, killed before the record.
+        if path.exists() and not is_complete(path) and not folder.is_dir() and not overwrite:
+            check_record(path, identity, remedy)
+    kept = [keep_complete(path, identity, overwrite, remedy) for path, identity in zip(paths, identities)]
+    if not all(kept):
+        columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure)
+        for path, identity, column in (row for row, keep in zip(zip(paths, identities, columns.T), kept) if not keep):
+            if not np.isfinite(column).all():
+                raise UserError(f"{path}: {int((~np.isfinite(column)).sum())} losses are NaN or infinite; the weights have diverged "
+                                "(try a smaller --unlearn_lr or a larger --damping)")
+            record_path(path).unlink(missing_ok=True)
+            write_array(path, column)
+            write_record(path, identity, model.device)
+    remove_chunks(paths[0])
+    return [read_array(path, "losses", mmap=False) for path in paths]
+
+
+def adopt_losses(sweep, model, path, identity):
+    """Gives a loss cache of the published program, which has no record, its record, after its first and last batch were
+    scored again and agreed to 1e-4. Raises UserError where they do not."""
+    losses, batches = read_array(path, "losses", mmap=False), sweep.batches()
+    num_rows = sum(map(len, batches))
+    if losses.shape != (num_rows,):
+        raise UserError(f"{path}: expected {num_rows} losses (two views of each image), found {list(losses.shape)}")
+    for rows in (batches[0], batches[-1]):
+        with ThreadPoolExecutor(1) as pool:
+            again = score_rows(model, sweep.training_set, rows, sweep.grid, sweep.draw(rows, model.device, pool), sweep.pass_size)
+        worst = float(np.max(np.abs(again / losses[rows] - 1)))
+        if not worst <= 1e-4:
+            raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "
+                            "(at most 1e-4 allowed): made with other settings or, of exemplars, from latents drawn at random; delete it and "
+                            "run compute_training_loss.py --compat abu")
+    write_record(path, identity, model.device)
