@@ -178,6 +178,16 @@ def test_what_cannot_be_measured_is_refused_by_name(tiny, flags, text, tmp_path)
         benchmark.main(["--architecture", tiny, "--output", str(tmp_path / "out.json"), *SMALL, *flags])
 
 
+def test_the_more_draws_the_nearer_to_very_many_and_ours_are_nearer(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("unlearn.draws.REFERENCE_DRAWS", 2000)
+    path = tmp_path / "tiny.json"
+    benchmark.main(["--architecture", tiny, "--output", str(path), *SMALL, "--procedures", "exact-fp32", "--draws", "8", "400"])
+    few, many = read_rows(path)[1]["draws"]
+    assert (few["draws"], many["draws"]) == (8, 400) and few["ours"]["cosine"] < many["ours"]["cosine"] < 1
+    assert many["ours"]["relative_error"] < many["published"]["relative_error"] < few["published"]["relative_error"]
+    assert "cosine, published draws" in capsys.readouterr().out
+
+
 def test_more_images_than_there_are_are_made_up_under_ids_of_their_own(training_set):
     more = multiply_images(training_set, 75, seed=0)
     assert len(more) == len(set(more.ids)) == len(more.captions) == len(more.paths) == more.latents.shape[1] == len(more.embeddings) == 75

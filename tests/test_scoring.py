@@ -1,6 +1,7 @@
 """Midpoint, gradient and index scoring: closed forms, invariances, resuming, and what the user is told."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -217,23 +218,28 @@ def test_derivatives_need_no_cached_losses(flags, tmp_path):
     assert influences(tmp_path / "results/influence")
 
 
+@contextmanager
+def stopped_after(count, monkeypatch):
+    """Interrupts a sweep after some chunks."""
+    chunks, score_rows = iter(range(count)), losses.score_rows
+
+    def stop(*given):
+        if next(chunks, None) is None:
+            raise KeyboardInterrupt
+        return score_rows(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "score_rows", stop)
+        yield
+
+
 def test_gradient_scoring_that_was_killed_goes_on_to_the_same_bits(prepared, monkeypatch):
     flags, results = prepared
     monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
     expected = rerun(flags, results, "--scoring", "gradient")
     shutil.rmtree(results / "influence")
-    count, score_rows = [0], losses.score_rows
-
-    def stop(*given):
-        count[0] += 1
-        if count[0] > 5:
-            raise KeyboardInterrupt
-        return score_rows(*given)
-
-    monkeypatch.setattr(sweeps, "score_rows", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(5, monkeypatch), pytest.raises(KeyboardInterrupt):
         compute_influence.main([*flags, *FLAGS, "--scoring", "gradient"])
-    monkeypatch.setattr(sweeps, "score_rows", score_rows)
     compute_influence.main([*flags, *FLAGS, "--scoring", "gradient"])
     for query, arrays in influences(results / "influence").items():
         np.testing.assert_array_equal(arrays["influence"], expected[query]["influence"])
@@ -267,18 +273,8 @@ def test_a_shortlist_is_scored_exactly_and_the_others_are_estimated(prepared, tm
 def test_an_index_that_was_killed_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
     build(flags, tmp_path / "whole")
-    count, score_rows = [0], losses.score_rows
-
-    def stop(*given):
-        count[0] += 1
-        if count[0] > 3:
-            raise KeyboardInterrupt
-        return score_rows(*given)
-
-    monkeypatch.setattr(sweeps, "score_rows", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(3, monkeypatch), pytest.raises(KeyboardInterrupt):
         build(flags, tmp_path / "parts")
-    monkeypatch.setattr(sweeps, "score_rows", score_rows)
     build(flags, tmp_path / "parts")
     listings = {path.relative_to(tmp_path / "whole"): path.read_text() for path in (tmp_path / "whole").rglob("shards.txt")}
     assert listings

@@ -4,6 +4,7 @@ A folder: compression.safetensors (how gradients were compressed), shards of 32 
 hash of each, which with its record is written last. Killed and run again, building goes on.
 """
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,6 +68,9 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
     with whole_file(listing) as file:
         file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
     write_record(listing, identity, custom.device)
+    for other in folder.glob("shards-*"):  # of what --overwrite replaced
+        if other != shards:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 class Index:

@@ -81,6 +81,6 @@ def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss
                                           for tensor in (latents[texts], noises[texts][:, slots], embeddings[texts]))
             times = timesteps[slots].to(model.device).repeat(len(texts))
             partial = partial + measure(model, latent.repeat_interleave(len(slots), dim=0), normals.flatten(0, 1), times, embedding)
-        sums.append(partial.cpu())
-    sums = torch.cat(sums)
+        sums.append(partial)
+    sums = torch.cat(sums).cpu()
     return (sums.reshape(len(rows), num_captions, *sums.shape[1:]).sum(dim=1) / (num_captions * len(grid))).numpy()

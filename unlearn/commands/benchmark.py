@@ -23,6 +23,7 @@ from .. import UserError
 from ..architectures import CONFIGURATIONS, open_world, seeded_world
 from ..artifacts import circumstances, write_json
 from ..benchmark import make_row, prepare
+from ..draws import measure_draws
 from ..inputs import add_flags, resolve
 from ..metrics import markdown_table
 from ..procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
@@ -63,6 +64,8 @@ def parse_arguments(argv):
     parser.add_argument("--fisher_samples", type=int, default=200, help="gradient samples of a seeded model's Fisher (default 200)")
     parser.add_argument("--scaling", type=int, nargs="*", metavar="IMAGES", help="also measure made-up training sets of these sizes "
                         f"(default {' '.join(map(str, SCALING_SIZES))})")
+    parser.add_argument("--draws", type=int, nargs="+", default=[], 
+                        help="also measure unlearning with so many draws against 16,000 published ones")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, images, queries and noise (default 0)")
     parser.add_argument("--output", type=Path, help="default results/benchmark/ARCHITECTURE.json")
     args = parser.parse_args(argv)
@@ -87,7 +90,7 @@ def check(args):
     args.procedures = args.procedures or [name for name in PROCEDURES if on_cuda or name not in UNASKED_ON_CUDA_ONLY]
     args.scaling = SCALING_SIZES if args.scaling == [] else args.scaling or []
     args.num_exact = min(args.num_exact, args.num_queries)
-    for flag, values in ("relative_change", args.relative_change), ("scaling", args.scaling):
+    for flag, values in ("relative_change", args.relative_change), ("scaling", args.scaling), ("draws", args.draws):
         if not all(0 < value < math.inf for value in values):
             raise UserError(f"--{flag} {' '.join(map(str, values))}: expected positive numbers")
     if args.batch_size < args.time_samples:
@@ -127,6 +130,11 @@ def print_tables(report, target_images):
     header = ["procedure", "samples/s", "load s", "unlearn s", "score s", "of ceiling", "peak MB",
               *(text for size in sizes for text in (f"Spearman {size}", f"top {size}")), f"s a query at {target_images:,}", "note"]
     print("\n".join(markdown_table(header, [format_row(row, sizes) for row in report["rows"]])))
+    if report["draws"]:
+        rows = [[f"{row['draws']:,}", f"{row['seconds']:.1f}", *(f"{row[kind][measure]:.4f}" for kind in ("ours", "published")
+                                                                 for measure in ("cosine", "relative_error"))] for row in report["draws"]]
+        header = ["draws", "s a query", "cosine", "relative error", "cosine, published draws", "relative error, published draws"]
+        print("\n" + "\n".join(markdown_table(header, rows)))
     if report["scaling"]:
         kinds, units = ("exact", "gradient"), ("s", "us a sample", "peak host MB")
         rows = [[f"{row['num_images']:,}", str(row["timesteps"]), *(
@@ -148,14 +156,18 @@ def main(argv=None):
         bench = prepare(world, args, Path(folder))
         settings = {name: value if isinstance(value, (int, float, list)) else str(value) for name, value in vars(args).items()}
         report = {"settings": settings, "circumstances": circumstances(args.device), "threads": torch.get_num_threads(),
-                  "num_images": len(world.training_set), "timesteps": world.grid, "rows": [], "scaling": []}
+                  "num_images": len(world.training_set), "timesteps": world.grid, "rows": [], "draws": [], "scaling": []}
 
-        def save(rows, scaling=()):
-            report.update(rows=rows, scaling=list(scaling))
+        def save(rows):
+            report.update(rows=rows)
             write_json(args.output, report)
 
         rows = measure_procedures(bench, args.procedures, save)
+        if args.draws:
+            report["draws"] = measure_draws(bench, args.draws)
+            save(rows)
         if args.scaling:
-            save(rows, measure_scaling(bench, args.scaling))
+            report["scaling"] = measure_scaling(bench, args.scaling)
+            save(rows)
     print_tables(report, args.target_images)
     log.info(f"{args.output}: {len(rows)} procedures")
