@@ -17,12 +17,13 @@ import torch
 from unlearn import UserError, noise, results
 from unlearn.artifacts import keep_complete, read_tensors, record_path, write_record, write_tensors
 from unlearn.curvature import DiagonalFisher, check_fisher
+from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
                             encode_query, find_fisher, prepare_training_set, print_plan, resolve)
 from unlearn.index import Index
 from unlearn.losses import noise_identity
-from unlearn.models import SELECTIONS, check_customization, check_tokens, customized, load_model, select_parameters
+from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, check_change, relative_change, remove_checkpoints, unlearn
 from unlearn.queries import read_stored
 from unlearn.runtime import progress, run
@@ -72,16 +73,11 @@ def index_folder(args, task):
     return Path(args.index) / task.model_name
 
 
-def index_command(args):
-    """The command that builds the indices that this run asks for."""
-    return f"python -m unlearn index --task_json {args.task_json} --dataroot {args.dataroot} --output {args.index}"
-
-
 def find_inputs(args, groups):
     """Raises UserError, before a model is loaded, where the losses that this run compares with were never made, or an index."""
     for tasks in groups.values():
         if args.index and not index_folder(args, tasks[0]).is_dir():
-            raise UserError(f"--index {args.index}: has no index of {tasks[0].model_name}; build it: {index_command(args)}")
+            raise UserError(f"--index {args.index}: has no index of {tasks[0].model_name}; build it: {results.index_command(args)}")
         for name in tasks[0].image_sets if args.scoring == "exact" else ():
             path = loss_path(args, tasks[0], name)
             if not path.exists():
@@ -106,7 +102,7 @@ def load_model_inputs(custom, tasks, training_set, fisher, grid, args, settings)
     losses = {name: load_losses(custom, loss_path(args, tasks[0], name), images, grid, args)
               for name, images in image_sets.items() if args.scoring == "exact"}
     sweep = make_sweep(custom, training_set, grid, args)[0]
-    return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, index_command(args)) if args.index else None
+    return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, results.index_command(args)) if args.index else None
 
 
 def unlearning_settings(args):

@@ -82,3 +82,15 @@ def test_pictures_made_on_cuda_are_those_of_the_cpu(model, cuda_model, training_
     embeddings = torch.from_numpy(np.array(training_set.embeddings[:2, 0], np.float32))
     cpu, cuda = (generate_latents(each, embeddings.to(each.device), start.to(each.device), 10).cpu() for each in (model, cuda_model))
     np.testing.assert_allclose(cuda, cpu, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scoring", ["midpoint", "gradient"])
+def test_derivatives_on_cuda_rank_as_on_the_cpu_and_bfloat16_nearly_so(flags, tmp_path, scoring):
+    influences = []
+    for device, precision in ("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"):
+        results = tmp_path / device / precision
+        compute_influence.main([*flags, "--result_dir", str(results), "--device", device, "--scoring", scoring, "--precision", precision,
+                                "--unlearn_lr", "0.00001", "--num_train", "60", "--unlearn_steps", "1", "--damping", "0.1"])
+        with np.load(results / "influence/tiny/gpt/blob/samples/00000/influence.npz") as file:
+            influences.append(np.argsort(rank_images(file["influence"])))
+    assert np.corrcoef(influences[0], influences[1])[0, 1] > 0.999 and np.corrcoef(influences[0], influences[2])[0, 1] > 0.98

@@ -15,9 +15,10 @@ from unlearn import UserError, newton
 from unlearn.artifacts import read_tensors
 from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
+from unlearn.customization import customized
 from unlearn.gradients import tracked
 from unlearn.losses import sample_losses
-from unlearn.models import changed_weights, customized, load_model, replaced_weights, select_parameters
+from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, newton_step, unlearn
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"

@@ -2,8 +2,8 @@
 
 A weight matrix's gradient G [out, in] is whitened, G / sqrt(F), and rotated on both sides into the eigenvectors of the second
 moments of whitened gradients (the eigenbasis of [FastGDA]'s EK-FAC). Of all matrices' entries there, those with the largest second
-moment are kept, as multiples of its root, in int8 with one float32 scale. In the emoji world that keeps far more of the ranking in
-16 KB than fewer float16 entries, a block of leading eigenvectors, or random projections (README).
+moment are kept, as multiples of its root, in int8 with one float32 scale. In the emoji world scores then err by 15 % of their norm; by
+28 % with half as many entries in float16, 33 % with blocks of 24 x 24 leading eigenvectors, over 100 % with random projections.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ class Compression:
 
     def __init__(self, tensors):
         """tensors: {"NAME.root": sqrt(F) [out, in], "NAME.left": [r, out], "NAME.right": [s, in], "NAME.kept": indices into [r * s]
-        int64, "NAME.deviation": root mean squares of the kept entries} of each matrix, float32."""
+        int64, "NAME.deviation": roots of their sums of squares} of each matrix, float32."""
         self.tensors, self.names = tensors, sorted({name.rpartition(".")[0] for name in tensors})
         self.size = sum(len(tensors[f"{name}.kept"]) for name in self.names)
 

@@ -14,7 +14,7 @@ from .artifacts import keep_complete, read_array, record_path, whole_file, write
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
-from .losses import CHUNK_IMAGES, chunk_noise, sample_losses
+from .losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
 from .runtime import progress
 from .sweeps import remove_chunks
 
@@ -73,7 +73,7 @@ def reduce_images(model, parameters, function, training_set, images, grid, noise
     images at once (vmap, or outer products by layer), and only one gradient is ever held.
     """
     num_views = training_set.latents.shape[0]
-    rows = np.concatenate([view * len(training_set) + np.asarray(images) for view in range(num_views)])
+    rows = rows_of(images, len(training_set), num_views)
     normals = chunk_noise(training_set, rows, grid, noise_seed, pool)
     reduced = [reduce(mean_gradient(model, parameters, function, view_samples(
         training_set, *divmod(int(row), len(training_set)), grid, normals[position], model.device), batch_size))

@@ -15,7 +15,7 @@ from .artifacts import check_record, keep_complete, read_array, read_tensors, re
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
 from .hashes import digest, hash_file
-from .losses import chunk_noise, noise_identity, score_rows
+from .losses import chunk_noise, noise_identity, rows_of, score_rows
 from .runtime import progress
 
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
@@ -42,7 +42,7 @@ def fit_compression(custom, sweep, fisher, autocast):
             return torch.zeros(len(samples[-1]))
 
         for part in np.array_split(spread, -(-len(spread) // 16)):
-            rows = np.concatenate([part + view * len(images) for view in range(images.latents.shape[0])])
+            rows = rows_of(part, len(images), images.latents.shape[0])
             score_rows(custom, images, rows, sweep.grid, chunk_noise(images, rows, sweep.grid, sweep.noise_seed, pool), batch_size, measure)
             bar.update(len(part))
 

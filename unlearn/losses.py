@@ -33,11 +33,15 @@ def loss_identity(model, training_set, grid, noise_seed, precision, compat=None,
             **noise_identity(compat, model.device), **scheme, "timesteps": grid, "precision": precision}
 
 
+def rows_of(images, num_images, num_views):
+    """Rows (view * num_images + image) of every view of some images."""
+    return np.concatenate([view * num_images + np.asarray(images) for view in range(num_views)])
+
+
 def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
-    """Rows (view * num_images + image) of each chunk: fixed ranges of images, every view of them."""
+    """`rows_of` each chunk: fixed ranges of images."""
     for start in range(0, num_images, chunk_images):
-        images = np.arange(start, min(start + chunk_images, num_images))
-        yield np.concatenate([view * num_images + images for view in range(num_views)])
+        yield rows_of(range(start, min(start + chunk_images, num_images)), num_images, num_views)
 
 
 def chunk_noise(training_set, rows, grid, noise_seed, pool):

@@ -15,7 +15,7 @@ from .gradients import tracked
 from .hashes import digest
 from .losses import sample_losses
 from .models import replaced_weights
-from .runtime import is_out_of_memory, log, run_ahead
+from .runtime import run_ahead, run_within_memory
 from .text_attention import text_layers
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
@@ -88,18 +88,15 @@ class QueryGradient:
 
     def sum_pass(self, normals, timesteps):
         """`differentiate`, summed in float64; where the device's memory is full, in ever smaller passes from there on."""
-        while True:
-            size, sums = self.pass_size, self.zeros()
-            try:
-                for part in zip(normals.split(size), timesteps.split(size)):
-                    add_gradients(sums, self.differentiate(*part))
-                return sums
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-            self.pass_size = min(self.pass_size, size // 2)
-            torch.cuda.empty_cache()
-            log.warning(f"out of memory: going on with {self.pass_size} draws in one pass")
+        def sum_parts(size):
+            sums = self.zeros()
+            for part in zip(normals.split(size), timesteps.split(size)):
+                add_gradients(sums, self.differentiate(*part))
+            return sums
+
+        sums, size = run_within_memory(sum_parts, self.pass_size, "draws")
+        self.pass_size = min(self.pass_size, size)
+        return sums
 
     def zeros(self):
         """A sum of no gradients."""

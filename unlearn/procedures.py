@@ -10,12 +10,12 @@ from .benchmark import count_sample_flops, precision_set, run_sweep, score_diffe
 from .derivatives import gradient_dots, second_order_dots
 from .index import Index, build_index
 from .influence import best_view, loss_changes
-from .losses import CHUNK_IMAGES, loss_sums
+from .losses import CHUNK_IMAGES, loss_sums, rows_of
 from .meters import metered
 from .models import changed_weights
 from .published import batch_losses, default_flags, published_losses, published_step, stock_attention
 from .runtime import progress
-from .scoring import AUDIT
+from .scoring import AUDIT, AUTOCAST
 from .shortlist import choose_images
 from .sweeps import Sweep
 
@@ -77,7 +77,7 @@ def channels_last(unet):
 
 def score_midpoints(bench, precision="fp32"):
     """Directional derivatives at the midpoint of each query's change, one sweep each."""
-    autocast = torch.bfloat16 if precision == "bf16" else None
+    autocast = AUTOCAST[precision]
 
     def score(query, size):
         with changed_weights(bench.denoiser, bench.change(query, size, 0.5)):
@@ -96,8 +96,7 @@ def score_gradients(bench, precision="fp32"):
     """First and second order at the original weights along every query's change, in one sweep for each size."""
     scores, all_costs = {}, []
     for size in bench.factors:
-        measure = second_order_dots([bench.change(query, size) for query in range(len(bench.changes))],
-                                    torch.bfloat16 if precision == "bf16" else None)
+        measure = second_order_dots([bench.change(query, size) for query in range(len(bench.changes))], AUTOCAST[precision])
         with precision_set(precision):
             warm_up_sweep(bench, measure, bench.args.gradient_batch_size)
             orders, costs = run_sweep(bench, measure, bench.args.gradient_batch_size, f"gradient {precision}")
@@ -117,7 +116,7 @@ def score_shortlists(bench, precision="fp32"):
     def score(query, size):
         best = best_view(estimates[size][query])
         kept = np.sort(np.concatenate(choose_images(best, bench.args.shortlist, AUDIT, query)))
-        rows = np.concatenate([view * len(images) + kept for view in range(images.latents.shape[0])])
+        rows = rows_of(kept, len(images), images.latents.shape[0])
         num_kept.append(len(kept))
         before, _ = run_sweep(bench, loss_sums, bench.args.batch_size, "cached", images=kept)
         with changed_weights(bench.denoiser, bench.change(query, size)):
@@ -164,8 +163,8 @@ def score_as_published(bench):
             step(args.unlearn_grad_accum_steps)
         find_losses(min(WARM_UP_IMAGES, num_images))
         scores, costs = score_differences(bench, find_losses)
-    reference_scores, _ = score_differences(bench, lambda: run_sweep(bench, loss_sums, args.batch_size, "its reference", "abu",
-                                                                          num_images))
+    reference_scores, _ = score_differences(bench, lambda: run_sweep(bench, loss_sums, args.batch_size, "its reference",
+                                                                     "abu", num_images))
     return result(bench, scores, costs, flops, "fp32", load_seconds=load["seconds"], unlearn_seconds=unlearning["seconds"],
                   reference=reference_scores, images_a_sweep=num_images)
 

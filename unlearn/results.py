@@ -24,10 +24,23 @@ def loss_command(args):
              "precision": args.precision, "compat": args.compat}
     if args.compat:
         flags["batch_size"] = args.loss_batch_size
+    return write_command("compute_training_loss.py", flags, args)
+
+
+def index_command(args):
+    """The command that builds the indices which this run asks for, likewise."""
+    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "output": args.index, "sd_version": args.sd_version,
+             "laion_subset_size": args.laion_subset_size, "time_samples": args.loss_time_samples, "noise_seed": args.noise_seed,
+             "fisher_path": args.fisher_path, "damping": args.damping}
+    return write_command("-m unlearn index", flags, args)
+
+
+def write_command(program, flags, args):
+    """A command line of this project: those flags that are not the defaults of `args`' data root."""
     defaults = {**OWN_DEFAULTS, **read_settings(args.dataroot), "laion_subset_size": None, "compat": None}
     defaults["sd_version"] = defaults["pipeline"]
-    return shlex.join(["python", "compute_training_loss.py", *(part for flag, value in flags.items() if value != defaults.get(flag, "")
-                                                               for part in (f"--{flag}", str(value)))])
+    return shlex.join(["python", *program.split(), *(part for flag, value in flags.items() if value != defaults.get(flag, "")
+                                                     for part in (f"--{flag}", str(value)))])
 
 
 def load_picture(path):

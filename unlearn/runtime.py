@@ -52,6 +52,19 @@ def set_precision(precision):
     torch.backends.cudnn.deterministic = True
 
 
+def run_within_memory(work, size, unit):
+    """`work(size)`, and the size it took: where the device's memory is full, `size` is halved until it fits."""
+    while True:
+        try:
+            return work(size), size
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        size //= 2
+        torch.cuda.empty_cache()
+        log.warning(f"out of memory: going on with {size} {unit} in one pass")
+
+
 def tune_allocator(mmap_threshold=1 << 30, trim_threshold=2 ** 31 - 1, top_pad=64 << 20):
     """Keeps freed memory for the next tensor instead of handing it back to the system and asking anew, page by page, which
     costs a CPU a tenth of a small model's time (glibc only; elsewhere it does nothing). Arguments in bytes, as mallopt(3)."""

@@ -15,7 +15,7 @@ from .artifacts import check_record, read_array, read_tensors, record_path
 from .derivatives import PROBES, gradient_dots, second_order_dots
 from .hashes import hash_file
 from .influence import best_view, loss_changes
-from .losses import chunk_noise, loss_identity, score_rows
+from .losses import chunk_noise, loss_identity, rows_of, score_rows
 from .models import changed_weights
 from .results import loss_command
 from .shortlist import choose_images, estimate_recall
@@ -116,7 +116,7 @@ def score_shortlists(custom, changes, image_sets, before, index, grid, args):
         images, best = image_sets["laion"], best_view(estimates)
         shortlist, audit = choose_images(best, args.shortlist, args.audit, args.seed)
         kept = np.sort(np.concatenate([shortlist, audit]))
-        rows = np.concatenate([view * len(images) + kept for view in range(images.latents.shape[0])])
+        rows = rows_of(kept, len(images), images.latents.shape[0])
         names = {name: "laion_shortlist" if name == "laion" else name for name in image_sets}
         sets = {names[name]: images.take(kept.tolist()) if name == "laion" else images for name, images in image_sets.items()}
         losses = {names[name]: values[rows] if name == "laion" else values for name, values in before.items()}

@@ -5,13 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from . import UserError, noise
 from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
-from .runtime import is_out_of_memory, log, progress, run_ahead
+from .runtime import progress, run_ahead, run_within_memory
 
 
 def split_rows(rows, size):
@@ -53,15 +52,10 @@ class Sweep:
 
     def score(self, model, rows, noises, measure):
         """`score_rows` of a chunk; where the device's memory is full, in ever smaller passes from there on."""
-        while True:
-            try:
-                return score_rows(model, self.training_set, rows, self.grid, noises, self.pass_size, measure)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.pass_size == 1:
-                    raise
-            self.pass_size //= 2
-            torch.cuda.empty_cache()
-            log.warning(f"out of memory: going on with {self.pass_size} samples in one pass")
+        values, size = run_within_memory(lambda size: score_rows(model, self.training_set, rows, self.grid, noises, size, measure),
+                                         self.pass_size, "samples")
+        self.pass_size = min(self.pass_size, size)
+        return values
 
     def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values):
         """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which belongs to this very sweep;

@@ -17,6 +17,7 @@ from .. import UserError
 from ..artifacts import keep_complete, read_tensors, record_path, whole_file, write_record
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
+from ..customization import check_tokens
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest, hash_file
 from ..influence import rank_images
@@ -24,7 +25,7 @@ from ..inputs import (add_flags, check_fisher_record, check_pictures, check_resu
                       find_fisher, prepare_training_set, resolve)
 from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
-from ..models import SELECTIONS, check_tokens, load_model, select_parameters
+from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
 from ..runtime import log
 from ..tasks import load_tasks

@@ -64,7 +64,7 @@ def parse_arguments(argv):
     parser.add_argument("--fisher_samples", type=int, default=200, help="gradient samples of a seeded model's Fisher (default 200)")
     parser.add_argument("--scaling", type=int, nargs="*", metavar="IMAGES", help="also measure made-up training sets of these sizes "
                         f"(default {' '.join(map(str, SCALING_SIZES))})")
-    parser.add_argument("--draws", type=int, nargs="+", default=[], 
+    parser.add_argument("--draws", type=int, nargs="+", default=[],
                         help="also measure unlearning with so many draws against 16,000 published ones")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, images, queries and noise (default 0)")
     parser.add_argument("--output", type=Path, help="default results/benchmark/ARCHITECTURE.json")
