@@ -6,30 +6,30 @@
 
 Exact scoring needs the losses that compute_training_loss.py caches, --index what `python -m unlearn index` built. Writes
 RESULT_DIR/influence/<query>/: weight_change.safetensors, losses after unlearning or their changes, influence.{npz,csv,pkl} and
-visualization.jpg. Killed and run again, the same command goes on.
+visualization.jpg. Killed and run again, the same command goes on; several processes of it, by `accelerate launch` or on several
+machines, share the work. --shard I/N takes the I-th of N parts of the queries.
 """
 
 import argparse
 from pathlib import Path
 
-import torch
-
 from unlearn import UserError, noise, results
-from unlearn.artifacts import keep_complete, read_tensors, record_path, write_record, write_tensors
+from unlearn.artifacts import keep_complete, read_tensors
+from unlearn.claims import do_once
 from unlearn.curvature import DiagonalFisher, check_fisher
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
                             encode_query, find_fisher, prepare_training_set, print_plan, resolve)
 from unlearn.index import Index
-from unlearn.losses import noise_identity
 from unlearn.models import SELECTIONS, load_model, select_parameters
-from unlearn.newton import CompatDraws, QueryDraws, check_change, relative_change, remove_checkpoints, unlearn
+from unlearn.newton import relative_change
 from unlearn.queries import read_stored
-from unlearn.runtime import progress, run
+from unlearn.runtime import part_of, process_share, run
 from unlearn.scoring import (AUDIT, AUTOCAST, MANY, SCORINGS, SHORTLIST, check_scoring, load_losses, make_sweep, own_losses, score_queries,
                              score_shortlists, scoring_settings)
 from unlearn.tasks import group_by_model, load_tasks
+from unlearn.unlearning import unlearn_queries, unlearning_settings
 
 
 def parse_arguments(argv):
@@ -38,7 +38,7 @@ def parse_arguments(argv):
     parser.add_argument("--task_json", required=True, help="task file: which synthesized images, of which models")
     parser.add_argument("--result_dir", default="results", help="where losses are read and results are written (default results)")
     add_flags(parser, "sd_version", "dataroot", "laion_subset_size", "vae_batch_size", "noise_seed", "device", "compat", "overwrite",
-              "dry_run")
+              "dry_run", "shard")
     parser.add_argument("--precision", choices=AUTOCAST, help="fp32 (default), tf32, or bf16, which exact scoring does not survive")
     parser.add_argument("--scoring", choices=SCORINGS, default="exact", help="exact: difference of two losses (default); midpoint: "
                         "derivative half way along the weight change; gradient: first and second order, all queries of a model at once")
@@ -105,65 +105,48 @@ def load_model_inputs(custom, tasks, training_set, fisher, grid, args, settings)
     return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, results.index_command(args)) if args.index else None
 
 
-def unlearning_settings(args):
-    """Identity of how a query is unlearned, the same for all queries that may be compared."""
-    names = ("weight_selection", "damping", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size",
-             "unlearn_grad_accum_steps", "seed", "precision", "compat")
-    return {**{name: getattr(args, name) for name in names}, **({} if args.compat else {"draws": QueryDraws.scheme})}
+def save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args):
+    """Writes one query's ranking; of several processes that a launcher started, one does."""
+    change = read_tensors(path)
+    identity = {"weight_change": hash_file(path), "settings": {**unlearning_settings(args), **scoring_settings(args)},
+                "losses_before": {name: hash_file(loss_path(args, task, name)) for name in before},
+                "candidates": [images.identity for images in image_sets.values()]}
 
+    def save():
+        query_losses = own_losses(custom, query, change, grid, args)
+        results.save(path.parent, task, image_sets, changes, args, {
+            "query_loss_before": query_losses[0], "query_loss_after": query_losses[1],
+            "relative_weight_change": relative_change(change, parameters), **found}, identity)
 
-def unlearn_query(custom, query, parameters, fisher, path, args):
-    """Writes the weight change that unlearns a query to `path` (safetensors) and its record, or keeps what is there."""
-    identity = {**custom.identity, "query": query.identity, "fisher": fisher.identity, **unlearning_settings(args),
-                **noise_identity(args.compat, custom.device)}
-    if keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --result_dir"):
-        return remove_checkpoints(path)
-    latent, embedding = (torch.from_numpy(array).to(custom.device) for array in (query.latents[0, 0], query.embeddings[0, 0]))
-    if args.compat and args.unlearn_batch_size > len(custom.alpha_bars):
-        raise UserError(f"--unlearn_batch_size {args.unlearn_batch_size}: --compat abu allows at most {len(custom.alpha_bars)}")
-    if args.compat:
-        draws = CompatDraws(args.seed, len(custom.alpha_bars), custom.device)
-    else:
-        draws = QueryDraws(args.seed, query.name, query.ids[0], len(custom.alpha_bars))
-    draws_a_step = args.unlearn_batch_size * args.unlearn_grad_accum_steps
-    with progress(args.unlearn_steps * draws_a_step, f"unlearning {query.ids[0]}", "draws") as bar:
-        change = unlearn(custom, parameters, latent, embedding, draws, fisher, rate=args.unlearn_lr / args.num_train,
-                         steps=args.unlearn_steps, draws_a_step=draws_a_step,
-                         pass_size=args.unlearn_batch_size if args.compat else args.loss_batch_size, autocast=AUTOCAST[args.precision],
-                         checkpoint_path=None if args.compat else path, identity=identity, progress=bar.update)
-    check_change(query.ids[0], change)
-    record_path(path).unlink(missing_ok=True)
-    write_tensors(path, change)
-    write_record(path, identity, custom.device)
-    remove_checkpoints(path)
+    # One process alone writes it anew, and prints it: with another --top_k there is another table.
+    if process_share()[1] == 1:
+        return save()
+    do_once(path.parent, "influence", lambda: keep_complete(path.parent / "influence.npz", identity, True, ""), save)
 
 
 def attribute_queries(custom, tasks, image_sets, before, index, fisher, grid, args, settings):
     """Unlearns, scores, ranks and saves some queries of one model."""
-    parameters, queries = select_parameters(custom.denoiser, args.weight_selection), []
+    parameters = select_parameters(custom.denoiser, args.weight_selection)
     paths = [Path(args.result_dir) / "influence" / task.result_name / "weight_change.safetensors" for task in tasks]
-    for task, path in zip(tasks, paths):
-        queries.append(encode_query(custom, task, args, settings))
-        unlearn_query(custom, queries[-1], parameters, fisher, path, args)
+    queries = [encode_query(custom, task, args, settings) for task in tasks]
+    unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args)
     # Scoring only ever loads the changes: a second process or a restart never scores under slightly different ones.
-    if index:
-        scored = score_shortlists(custom, paths, image_sets, before, index, grid, args)
-    else:
-        scored = [(changes, {}) for changes in score_queries(custom, paths, image_sets, before, grid, args)]
-    for task, query, path, (changes, found) in zip(tasks, queries, paths, scored):
-        change = read_tensors(path)
-        query_losses = own_losses(custom, query, change, grid, args)
-        results.save(path.parent, task, image_sets, changes, args, {
-            "query_loss_before": query_losses[0], "query_loss_after": query_losses[1],
-            "relative_weight_change": relative_change(change, parameters), **found}, {
-                "weight_change": hash_file(path), "settings": {**unlearning_settings(args), **scoring_settings(args)},
-                "losses_before": {name: hash_file(loss_path(args, task, name)) for name in before}})
+    size = len(tasks) if index or args.scoring == "gradient" else 1
+    for start in range(0, len(tasks), size):
+        some = slice(start, start + size)
+        if index:
+            scored = score_shortlists(custom, paths[some], image_sets, before, index, grid, args)
+        else:
+            scored = [(changes, {}) for changes in score_queries(custom, paths[some], image_sets, before, grid, args)]
+        for task, query, path, (changes, found) in zip(tasks[some], queries[some], paths[some], scored):
+            save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args)
 
 
 def main(argv=None):
     """Checks, loads, then unlearns, scores and saves query by query."""
     args, settings = parse_arguments(argv)
-    tasks = load_tasks(args.task_json, args.dataroot)
+    groups = group_by_model(load_tasks(args.task_json, args.dataroot))
+    tasks = part_of([task for group in groups.values() for task in group], args.shard)
     groups = group_by_model(tasks)
     check_result_dir(args.result_dir)
     check_training_files(args)
@@ -194,7 +177,7 @@ def main(argv=None):
     for model_path, group in groups.items():  # every model's inputs are checked before the first query, which takes hours
         with customized(model, group[0].model_dir(args.dataroot)) as custom:
             inputs[model_path] = load_model_inputs(custom, group, training_set, fisher, grid, args, settings)
-    size = MANY if args.index or args.scoring == "gradient" else 1
+    size = MANY if args.index or args.scoring == "gradient" else process_share()[1]  # each process unlearns one, all score it
     for model_path, group in groups.items():
         with customized(model, group[0].model_dir(args.dataroot)) as custom:
             for start in range(0, len(group), size):

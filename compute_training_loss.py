@@ -5,7 +5,8 @@
 
 Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n mirrored, each with a
 record of what it was made with; of the base model, whose tasks name no other, orig_loss/base/laion_loss.npy alone. Killed and
-run again, the same command goes on where it was.
+run again, the same command goes on where it was; several processes of it, by `accelerate launch` or on several machines, share
+the images. --shard I/N takes the I-th of N parts of the models.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from unlearn.losses import loss_identity
 from unlearn.models import load_model
 from unlearn.noise import timestep_grid
 from unlearn.queries import read_stored
-from unlearn.runtime import log, run
+from unlearn.runtime import log, part_of, run
 from unlearn.sweeps import Sweep, adopt_losses, cache_losses
 from unlearn.tasks import group_by_model, load_tasks
 
@@ -30,7 +31,7 @@ def parse_arguments(argv):
     parser.add_argument("--task_json", required=True, help="task file: which synthesized images, of which models")
     parser.add_argument("--result_dir", default="results", help="where results are written (default results)")
     add_flags(parser, "sd_version", "dataroot", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
-              "precision", "device", "compat", "overwrite", "dry_run")
+              "precision", "device", "compat", "overwrite", "dry_run", "shard")
     args = parser.parse_args(argv)
     return args, resolve(args)
 
@@ -53,7 +54,8 @@ def main(argv=None):
     """Checks, loads, scores, saves."""
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)
-    groups = group_by_model(tasks)
+    groups = dict(part_of(group_by_model(tasks).items(), args.shard))
+    tasks = [task for group in groups.values() for task in group]
     check_result_dir(args.result_dir)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)

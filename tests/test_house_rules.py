@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["compute_training_loss", "compute_influence"]
 LEVELS = {  # a module imports lower levels only, and at levels 2 and 3 siblings, without cycles
     "unlearn": -2, "hashes": -1,
-    "artifacts": 0, "noise": 0, "runtime": 0,
+    "stopping": -0.5, "artifacts": 0, "noise": 0, "runtime": 0, "claims": 0,
     "annotations": 0.5, "unets": 0.5, "text_attention": 0.5,  # datasets read the first, models the others
     "tasks": 1, "datasets": 1, "models": 1, "encoders": 1, "customization": 1.5,
     "losses": 2, "encoding": 2, "curvature": 2, "newton": 2, "influence": 2, "inputs": 2, "metrics": 2, "baselines": 2, "rankings": 2,
@@ -18,7 +18,7 @@ LEVELS = {  # a module imports lower levels only, and at levels 2 and 3 siblings
     "datamodels": 2, "scores": 2, "retrained": 2, "removal": 2, "tables": 2,
     "projection": 2, "gradients": 2, "sweeps": 2, "derivatives": 2, "compression": 2, "index": 2, "shortlist": 2, "meters": 2, "published": 2,
     "figures": 3, "results": 3, "plans": 3, "plots": 3, "goldstandard": 3, "methods": 3, "scoring": 3,
-    "architectures": 3, "benchmark": 3, "procedures": 3, "scaling": 3, "draws": 3,
+    "unlearning": 3.5, "architectures": 3, "benchmark": 3, "procedures": 3, "scaling": 3, "draws": 3,
 }
 COMMANDS, MAIN = 4, 5
 MAY_PARSE = {"inputs", *SCRIPTS}

@@ -13,6 +13,7 @@ import numpy as np
 from . import UserError
 from .annotations import READERS, pair_images
 from .artifacts import is_complete, record_path, whole_file, write_record
+from .claims import do_once
 from .datasets import array_paths, check_pixels, read_identity, read_settings
 from .encoders import encode_images, encode_prompts, load_image
 from .hashes import digest, digest_rows, hash_file, hash_tensors
@@ -162,6 +163,11 @@ def choose_readable(dataroot, paths, skip_corrupt):
     return [row for row, path in enumerate(paths) if path not in unreadable]
 
 
+def is_encoded(dataroot, identity):
+    """Whether latents and embeddings are there, made under this identity."""
+    return all(is_complete(path) and read_identity(path).items() >= identity.items() for path in array_paths(dataroot))
+
+
 def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0, skip_corrupt=False, overwrite=False):
     """Makes latents and embeddings of a data root from its images and captions where it has none (the emoji world commits
     pictures, not latents), or has those of another model or of other pictures; those that came with it stay, unless
@@ -172,7 +178,7 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
     if not overwrite:
         check_given(dataroot)
     identity = encoding_identity(model, dataroot, paths, captions, resolution)
-    if all(is_complete(path) and read_identity(path).items() >= identity.items() for path in array_paths(dataroot)):
+    if is_encoded(dataroot, identity):
         return False
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     rows = choose_readable(dataroot, paths, skip_corrupt)
@@ -181,6 +187,10 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
         identity["left_out"] = [path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept]
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
     latents_path, embeddings_path = array_paths(dataroot)
-    write_latents(model, latents_path, paths, resolution, batch_size, identity)
-    write_embeddings(model, embeddings_path, captions, batch_size, identity)
+
+    def write():
+        write_latents(model, latents_path, paths, resolution, batch_size, identity)
+        write_embeddings(model, embeddings_path, captions, batch_size, identity)
+
+    do_once(dataroot, "laion_latents", lambda: is_encoded(dataroot, identity), write)  # one process; others of a launch wait
     return True

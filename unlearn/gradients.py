@@ -7,15 +7,19 @@ ICLR 2024, arXiv 2311.00500.
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from .artifacts import keep_complete, read_array, record_path, whole_file, write_array, write_record
+from .claims import Share, do_once
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
 from .losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
 from .runtime import progress
+from .stopping import finishing
 from .sweeps import remove_chunks
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
@@ -83,30 +87,52 @@ def reduce_images(model, parameters, function, training_set, images, grid, noise
 
 def cache_reduced(path, identity, training_set, compute, overwrite):
     """What `compute(images, pool)` gives of every image, [N, views, size] float32, memory-mapped from `path` (.npy). Chunks
-    of images stand beside it until all are done, so that a run that was killed goes on. Raises UserError where the file
-    was made with other settings and may not be overwritten."""
+    of images stand beside it until all are done, so that a run that was killed goes on and processes share them. Raises UserError
+    where the file was made with other settings and may not be overwritten."""
     folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
-    if not keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir"):
-        starts = range(0, len(training_set), CHUNK_IMAGES)
-        chunks = {folder / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set))) for start in starts}
-        pending = {chunk: images for chunk, images in chunks.items() if not chunk.exists()}
-        done = len(training_set) - sum(map(len, pending.values()))
-        with ThreadPoolExecutor(4) as pool, progress(len(training_set), f"gradients, {path.parent.name}", "images", done) as bar:
-            for chunk, images in pending.items():
-                write_array(chunk, compute(images, pool))
-                bar.update(len(images))
-        record_path(path).unlink(missing_ok=True)
-        first = read_array(next(iter(chunks)), "chunk")
-        with whole_file(path) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
-                                                        "shape": (len(training_set), *first.shape[1:])})
-            for chunk in chunks:
-                array = read_array(chunk, "chunk")
-                check_pixels(f"gradients of {training_set.ids[chunks[chunk][0]]} and the next {len(array) - 1} images", array)
-                file.write(array.tobytes())
-        write_record(path, identity)
+    starts = range(0, len(training_set), CHUNK_IMAGES)
+    chunks = {folder / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set))) for start in starts}
+
+    def keep():
+        return keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir")
+
+    while not keep():
+        fill_chunks(folder, chunks, compute, path.parent.name)
+        if folder.is_dir():
+            do_once(folder, "result", keep, lambda: join_chunks(path, identity, chunks, training_set))
     remove_chunks(path)
     return read_array(path, "gradients")
+
+
+def fill_chunks(folder, chunks, compute, description):
+    """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those that other processes are at are
+    theirs. Returns when all are there, or the folder is not, because another process was done with it."""
+    pending, total = [chunk for chunk in chunks if not chunk.exists()], sum(map(len, chunks.values()))
+    done = total - sum(len(chunks[chunk]) for chunk in pending)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (ThreadPoolExecutor(4) as pool, progress(total, f"gradients, {description}", "images", done) as bar,
+          Share(folder, {chunk: chunk.stem for chunk in pending}, Path.exists) as share):
+        for chunk in share:
+            with finishing():
+                array = compute(chunks[chunk], pool)
+                if folder.is_dir():
+                    write_array(chunk, array)
+            share.release(chunk)
+            bar.update(len(chunks[chunk]))
+
+
+def join_chunks(path, identity, chunks, training_set):
+    """Writes the arrays of all chunks as one (.npy float32), chunk by chunk, and its record."""
+    record_path(path).unlink(missing_ok=True)
+    first = read_array(next(iter(chunks)), "chunk")
+    with whole_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
+                                                    "shape": (len(training_set), *first.shape[1:])})
+        for chunk in chunks:
+            array = read_array(chunk, "chunk")
+            check_pixels(f"gradients of {training_set.ids[chunks[chunk][0]]} and the next {len(array) - 1} images", array)
+            file.write(array.tobytes())
+    write_record(path, identity)
 
 
 def kernel_scores(features, queries, damping):

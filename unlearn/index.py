@@ -12,6 +12,7 @@ import torch
 
 from . import UserError
 from .artifacts import check_record, keep_complete, read_array, read_tensors, record_path, whole_file, write_record, write_tensors
+from .claims import do_once
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
 from .hashes import digest, hash_file
@@ -57,17 +58,24 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
     remedy = "give --overwrite to replace it, or another --output"
     if keep_complete(listing, identity, overwrite, remedy):
         return
-    if not keep_complete(compression_path, identity, overwrite, remedy):
+
+    def write_compression():
         record_path(compression_path).unlink(missing_ok=True)
         write_tensors(compression_path, fit_compression(custom, sweep, fisher, autocast).tensors)
         write_record(compression_path, identity, custom.device)
+
+    do_once(folder, "compression", lambda: keep_complete(compression_path, identity, overwrite, remedy), write_compression)
     compression = Compression(read_tensors(compression_path)).to(custom.device)
     shards = folder / f"shards-{digest(identity, hash_file(compression_path))[:16]}"
     paths = sweep.fill(custom, shards, f"index {folder.name}", compression.measure(autocast), pack)
-    record_path(listing).unlink(missing_ok=True)
-    with whole_file(listing) as file:
-        file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
-    write_record(listing, identity, custom.device)
+
+    def write_listing():
+        record_path(listing).unlink(missing_ok=True)
+        with whole_file(listing) as file:
+            file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
+        write_record(listing, identity, custom.device)
+
+    do_once(folder, "shards", lambda: keep_complete(listing, identity, overwrite, remedy), write_listing)
     for other in folder.glob("shards-*"):  # of what --overwrite replaced
         if other != shards:
             shutil.rmtree(other, ignore_errors=True)

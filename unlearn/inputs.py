@@ -27,6 +27,7 @@ FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "device": (str, "cuda, cuda:N or cpu (default cuda if there is one)"),
     "compat": (str, "abu: the published program's arithmetic, to reproduce its numbers"),
     "overwrite": (None, "replace what was made with other settings"),
+    "shard": (str, "I/N: only the I-th of N nearly equal parts of the work, for the tasks of a SLURM array"),
     "dry_run": (None, "check every input, print the resolved plan with its cost, and stop"),
 }
 OWN_DEFAULTS = {"dataroot": "data/abc", "noise_seed": 0, "precision": "fp32"}  # of flags that no data root sets

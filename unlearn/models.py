@@ -12,11 +12,10 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
-from .artifacts import read_tensors
 from .hashes import digest, hash_tensors
 from .runtime import is_out_of_memory
 from .text_attention import project_text, share_texts
-from .unets import check_shapes, load_unet
+from .unets import load_unet
 
 SELECTIONS = {  # of a UNet's parameters, by name
     "cross-attn-kv": r"\.attn2\.to_[kv]\.",

@@ -109,7 +109,7 @@ def save(folder, task, image_sets, changes, args, shown, identity):
     with whole_file(path) as file:
         np.savez(file, ids=np.array([id for images in image_sets.values() for id in images.ids]), influence=influence, rank=ranking,
                  is_exemplar=np.arange(len(influence)) < len(task.exemplar_paths), **shown)
-    write_record(path, {**identity, "candidates": [images.identity for images in image_sets.values()]})
+    write_record(path, identity)
     print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
     print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "

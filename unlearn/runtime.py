@@ -3,18 +3,20 @@
 import ctypes
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
 from tqdm import tqdm
 
 from . import UserError
+from .stopping import STOP, Stopped, finishing
 
 log = logging.getLogger("unlearn")
-SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 0.5
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in errors that have no type of their own
 
 
@@ -39,6 +41,22 @@ def process_share():
     """(index, number) of this process among those that `accelerate launch` or torchrun started, by the variables that both
     set; (0, 1) without them. No process group is made: nobody waits for another, dead or alive."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def part_of(items, shard):
+    """Those of some items that `--shard I/N` names: the I-th of N parts, runs of nearly equal length; all of them without it.
+    Raises UserError where it is no such thing."""
+    if shard is None:
+        return list(items)
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    index, number = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= number:
+        raise UserError(f"--shard {shard}: expected I/N, the I-th of N parts, such as 1/4")
+    items = list(items)
+    part = items[len(items) * (index - 1) // number:len(items) * index // number]
+    if not part:
+        log.info(f"--shard {shard}: nothing to do; there are only {len(items)} for {number} parts")
+    return part
 
 
 def set_precision(precision):
@@ -77,29 +95,42 @@ def run_ahead(items, prepare, work, device):
     """`work(item, prepare(item))` of every item; what comes next is prepared meanwhile.
 
     On a CPU as many items are worked on at once as torch has threads, each by one of them: faster than one item by all
-    wherever a model is small. An item's result does not depend on it.
+    wherever a model is small. An item's result does not depend on it. Items are taken one by one, as threads become free: they
+    may be a `claims.Share`, whose close() is called where it ends early. Raises Stopped where a signal ended it.
     """
     num_threads = torch.get_num_threads()
     num_workers = num_threads if torch.device(device).type == "cpu" else 1
     if torch.device(device).type == "cpu":
         tune_allocator()
-    turns = threading.Semaphore(num_workers)
+    turns, lock, ended, end = threading.Semaphore(num_workers), threading.Lock(), threading.Event(), object()
+    source = iter(items)
 
-    def run_one(item):
-        prepared = prepare(item)
-        with turns:
-            work(item, prepared)
+    def run_some():
+        while not ended.is_set():
+            with lock:
+                item = next(source, end)
+            if item is end:
+                return
+            prepared = prepare(item)
+            with turns:
+                if not ended.is_set():
+                    work(item, prepared)
 
     # One thread more than turns: it prepares.
     pool = ThreadPoolExecutor(num_workers + 1, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,))
     try:
-        with pool:
-            for future in [pool.submit(run_one, item) for item in items]:
-                try:
-                    future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        with finishing() as stopping, pool:
+            running = {pool.submit(run_some) for _ in range(num_workers + 1)}
+            try:
+                while running:
+                    done, running = wait(running, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    if stopping.is_set():
+                        break
+            finally:  # what is being worked on is finished, what is only prepared is not begun
+                ended.set()
+                getattr(source, "close", lambda: None)() if running else None
     finally:
         torch.set_num_threads(num_threads)
 
@@ -140,8 +171,12 @@ class LineProgress:
 
 
 def run(main, argv=None):
-    """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2, a signal that schedulers
+    send before they kill with one line and status 75, "try again"."""
+    index, number = process_share()
+    who = f"[{index + 1}/{number}] " if number > 1 else ""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    STOP.install()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         main(argv)
@@ -152,6 +187,9 @@ def run(main, argv=None):
             raise
         sys.exit(end_with("out of memory: run the same command with a smaller --batch_size, --loss_batch_size, --vae_batch_size or --stack "
                           "(finished work is kept)"))
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; run the same command again to go on", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

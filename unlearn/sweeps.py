@@ -8,6 +8,7 @@ import numpy as np
 
 from . import UserError, noise
 from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
+from .claims import Share, do_once
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
 from .runtime import progress, run_ahead, run_within_memory
@@ -59,28 +60,49 @@ class Sweep:
 
     def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values):
         """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which belongs to this very sweep;
-        those that are there are not computed again. Returns their paths, in the order of `self.chunks`."""
+        those that are there are not computed again, those that other processes are at are theirs. Returns the paths of all,
+        in the order of `self.chunks`, when they are there: or when the folder is not, for another process was done with it."""
         paths = [folder / f"{number:06d}-of-{len(self.chunks):06d}.npy" for number in range(len(self.chunks))]
         pending = [number for number, path in enumerate(paths) if not path.exists()]
         num_samples = [len(rows) * len(self.grid) * self.training_set.embeddings.shape[1] for rows in self.chunks]
-        done = sum(num_samples) - sum(num_samples[number] for number in pending)
+        done, counted = sum(num_samples) - sum(num_samples[number] for number in pending), set()
+        folder.mkdir(parents=True, exist_ok=True)
         with progress(sum(num_samples), description, "samples", done) as bar, ThreadPoolExecutor(4) as pool:
+            def is_done(number):
+                if done := paths[number].exists():
+                    count(number)
+                return done
+
+            def count(number):  # others' chunks too, so that the time left is right
+                if number not in counted:
+                    counted.add(number)
+                    bar.update(num_samples[number])
+
             def draw(number):
                 return self.draw(self.chunks[number], model.device, pool)
 
             def score(number, noises):
-                write_array(paths[number], pack(self.score(model, self.chunks[number], noises, measure)))
-                bar.update(num_samples[number])
+                values = pack(self.score(model, self.chunks[number], noises, measure))
+                if folder.is_dir():  # else another process is done with all of them
+                    write_array(paths[number], values)
+                count(number)
+                share.release(number)
 
-            run_ahead(pending, draw, score, model.device)
+            with Share(folder, {number: paths[number].stem for number in pending}, is_done) as share:
+                run_ahead(share, draw, score, model.device)
         return paths
 
     def run(self, model, folder, description, measure=loss_sums):
-        """Losses [views * N] float32: all images as is, then all mirrored; or of another measure [views * N, ...]."""
+        """Losses [views * N] float32: all images as is, then all mirrored; or of another measure [views * N, ...]. None where
+        another process was done with the folder and has removed it."""
         paths = self.fill(model, folder, description, measure)
-        values = np.empty((sum(map(len, self.chunks)), *read_array(paths[0], "chunk").shape[1:]), np.float32)
+        values = None
         for rows, path in zip(self.chunks, paths):
-            values[rows] = read_array(path, "chunk", mmap=False)
+            if not path.exists() and not folder.is_dir():
+                return None
+            chunk = read_array(path, "chunk", mmap=False)
+            values = np.empty((sum(map(len, self.chunks)), *chunk.shape[1:]), np.float32) if values is None else values
+            values[rows] = chunk
         return values
 
 
@@ -103,20 +125,30 @@ def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
     file was made with other settings and may not be overwritten.
     """
     folder, remedy = paths[0].parent / f".{paths[0].stem}-{digest(identities)[:16]}", "give --overwrite to replace it, or another --result_dir"
+    begun = folder.is_dir()  # asked first: another process removes it last
     for path, identity in zip(paths, identities):
         # What stands alone without a record is not ours; beside this sweep's own chunks it is, killed before the record.
-        if path.exists() and not is_complete(path) and not folder.is_dir() and not overwrite:
+        if path.exists() and not is_complete(path) and not begun and not folder.is_dir() and not overwrite:
             check_record(path, identity, remedy)
-    kept = [keep_complete(path, identity, overwrite, remedy) for path, identity in zip(paths, identities)]
-    if not all(kept):
-        columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure)
-        for path, identity, column in (row for row, keep in zip(zip(paths, identities, columns.T), kept) if not keep):
+
+    def keep():
+        return [keep_complete(path, identity, overwrite, remedy) for path, identity in zip(paths, identities)]
+
+    def write():
+        for path, identity, column, kept in zip(paths, identities, columns.T, keep()):
+            if kept:
+                continue
             if not np.isfinite(column).all():
                 raise UserError(f"{path}: {int((~np.isfinite(column)).sum())} losses are NaN or infinite; the weights have diverged "
                                 "(try a smaller --unlearn_lr or a larger --damping)")
             record_path(path).unlink(missing_ok=True)
             write_array(path, column)
             write_record(path, identity, model.device)
+
+    while not all(keep()):
+        columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure)
+        if columns is not None:
+            do_once(folder, "result", lambda: all(keep()), write)
     remove_chunks(paths[0])
     return [read_array(path, "losses", mmap=False) for path in paths]
 

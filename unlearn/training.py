@@ -20,6 +20,7 @@ from torch.func import functional_call, vmap
 from . import UserError, noise
 from .artifacts import read_tensors, write_tensors
 from .hashes import digest, hash_tensors
+from .stopping import finishing
 
 WARMUP_STEPS = 100
 SCHEDULES = {  # name -> factor of the learning rate at a step of so many
@@ -189,7 +190,7 @@ def train(model, training_set, members, recipe, checkpoint=None, progress=lambda
         return own_samples(members[:, images], draw_batch(training_set, images, epoch, recipe.seed, len(model.alpha_bars)))
 
     num_steps = recipe.num_steps(num_images)
-    with ThreadPoolExecutor(1) as ahead, plain_attention(model.denoiser, num_models):
+    with ThreadPoolExecutor(1) as ahead, plain_attention(model.denoiser, num_models), finishing() as stopping:
         upcoming = ahead.submit(draw, start) if start < num_steps else None
         for step in range(start, num_steps):
             inputs, counted = upcoming.result()
@@ -203,6 +204,8 @@ def train(model, training_set, members, recipe, checkpoint=None, progress=lambda
             progress(1)
             if checkpoint and (step + 1) % steps_an_epoch == 0 and step + 1 < num_steps:
                 save_checkpoint(checkpoint, weights, optimizer, step + 1)
+                if stopping.is_set():
+                    break
     trained = {name: weight.detach().cpu() for name, weight in weights.items()}
     for name, weight in trained.items():
         if not torch.isfinite(weight).all():

@@ -3,10 +3,11 @@
     python -m unlearn fisher --dataroot data/emoji --num_samples 30000
 
 Writes DATAROOT/sd_fisher.safetensors and its record. The sums so far are kept every thousand samples: killed and run
-again, the same command goes on where it was.
+again, the same command goes on where it was. Processes, of `accelerate launch` or of several jobs, share the samples.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch
 
 from .. import UserError, noise
 from ..artifacts import check_record, is_complete, keep_complete, read_tensors, record_path, write_record, write_tensors
+from ..claims import Share, do_once
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
 from ..models import SELECTIONS, load_model, select_parameters
 from ..runtime import log, progress
+from ..stopping import finishing
 
 CHUNK_SAMPLES = 1000
+SECTIONS = 32  # of the samples, each one process's: their sums are kept until the last is done (Stable Diffusion: 154 MB each)
 
 
 def draw_samples(training_set, numbers, num_train_timesteps, seed):
@@ -51,19 +55,46 @@ def sum_chunk(model, parameters, training_set, numbers, batch_size, seed):
     return sums
 
 
-def accumulate(model, parameters, training_set, args, checkpoint):
-    """Sums over all samples, chunk by chunk; `checkpoint` holds the sums so far."""
+def sum_section(model, parameters, training_set, args, samples, checkpoint, update):
+    """Sums over a section of samples, chunk by chunk, {name: float64 tensor}; `checkpoint` holds the sums so far."""
     state = read_tensors(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
     start = int(state.pop("chunk"))
     sums = {name: state.get(name, torch.zeros_like(value, dtype=torch.float64)).to(model.device) for name, value in parameters.items()}
-    chunks = np.split(np.arange(args.num_samples), np.arange(CHUNK_SAMPLES, args.num_samples, CHUNK_SAMPLES))
-    with progress(args.num_samples, "Fisher", "samples", start * CHUNK_SAMPLES) as bar:
-        for number in range(start, len(chunks)):
+    chunks = np.split(samples, np.arange(CHUNK_SAMPLES, len(samples), CHUNK_SAMPLES))
+    update(sum(map(len, chunks[:start])))
+    for number in range(start, len(chunks)):
+        with finishing():
             for name, value in sum_chunk(model, parameters, training_set, chunks[number], args.batch_size, args.seed).items():
                 sums[name] += value
             write_tensors(checkpoint, {**sums, "chunk": torch.tensor(number + 1)})
-            bar.update(len(chunks[number]))
+        update(len(chunks[number]))
     return sums
+
+
+def accumulate(model, parameters, training_set, args, folder):
+    """Sums over all samples, {name: float64 tensor}, section by section: processes share them. In `folder` the sums of each
+    are kept. None where another process was done with the folder and has removed it."""
+    num_sections = min(SECTIONS, -(-args.num_samples // CHUNK_SAMPLES))
+    sections = np.array_split(np.arange(args.num_samples), num_sections)
+    paths = [folder / f"{number:02d}-of-{num_sections:02d}.safetensors" for number in range(num_sections)]
+    folder.mkdir(parents=True, exist_ok=True)
+    done = sum(len(section) for section, path in zip(sections, paths) if path.exists())
+    with (progress(args.num_samples, "Fisher", "samples", done) as bar,
+          Share(folder, {number: path.stem for number, path in enumerate(paths)}, lambda number: paths[number].exists()) as share):
+        for number in share:
+            checkpoint = folder / f"{paths[number].stem}-so-far.safetensors"
+            sums = sum_section(model, parameters, training_set, args, sections[number], checkpoint, bar.update)
+            if folder.is_dir():
+                write_tensors(paths[number], sums)
+                checkpoint.unlink(missing_ok=True)
+            share.release(number)
+    total = {name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in parameters.items()}
+    for path in paths:
+        if not path.exists() and not folder.is_dir():
+            return None
+        for name, value in read_tensors(path).items():
+            total[name] += value
+    return total
 
 
 def parse_arguments(argv):
@@ -92,21 +123,30 @@ def main(argv=None):
     training_set = prepare_training_set(model, args, settings)
     identity = {**model.identity, "training_set": training_set.identity, "weight_selection": args.weight_selection, "noise": noise.SCHEME,
                 "known_answer": noise.known_answer(), "seed": args.seed, "num_samples": args.num_samples, "precision": args.precision}
-    checkpoint = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}.safetensors")
-    # A Fisher without a record beside its own checkpoint was killed between writing the one and the other.
-    if args.output.exists() and not is_complete(args.output) and not checkpoint.exists() and not args.overwrite:
-        check_record(args.output, identity, "give --overwrite to replace it, or another --output")
-    if keep_complete(args.output, identity, args.overwrite, "give --overwrite to replace it, or another --output"):
-        checkpoint.unlink(missing_ok=True)
-        return log.info(f"{args.output}: is there already")
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    sums = accumulate(model, parameters, training_set, args, checkpoint)
-    diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
-    check_fisher(args.output, diagonal, parameters, damping=1)
-    record_path(args.output).unlink(missing_ok=True)
-    write_tensors(args.output, diagonal)
-    write_record(args.output, identity, args.device)
-    checkpoint.unlink()
-    zeros = sum(int((value == 0).sum()) for value in diagonal.values())
-    log.info(f"{args.output}: {len(diagonal)} parameters, {args.num_samples} samples" + (f", {zeros} zero entries: give --damping" if zeros else ""))
+    folder, remedy = args.output.with_name(f".{args.output.stem}-{digest(identity)[:16]}"), "give --overwrite to replace it, or another --output"
+    # A Fisher without a record beside its own sums was killed between writing the one and the other.
+    if args.output.exists() and not is_complete(args.output) and not folder.is_dir() and not args.overwrite:
+        check_record(args.output, identity, remedy)
+
+    def keep():
+        return keep_complete(args.output, identity, args.overwrite, remedy)
+
+    def write():
+        diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
+        check_fisher(args.output, diagonal, parameters, damping=1)
+        record_path(args.output).unlink(missing_ok=True)
+        write_tensors(args.output, diagonal)
+        write_record(args.output, identity, args.device)
+        zeros = sum(int((value == 0).sum()) for value in diagonal.values())
+        log.info(f"{args.output}: {len(diagonal)} parameters, {args.num_samples} samples"
+                 + (f", {zeros} zero entries: give --damping" if zeros else ""))
+
+    if keep():
+        log.info(f"{args.output}: is there already")
+    while not keep():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        sums = accumulate(model, parameters, training_set, args, folder)
+        if sums is not None:
+            do_once(folder, "result", keep, write)
+    shutil.rmtree(folder, ignore_errors=True)
