@@ -1,10 +1,12 @@
 """Kills the scripts at random moments and at every file they finish, runs them to the end, and compares bit for bit.
 
     python tests/kill_and_resume.py --kills 20
+    python tests/kill_and_resume.py --kills 14 --processes 1 2 4 --log kills.txt      # 210 kills; run again, it goes on
     python tests/kill_and_resume.py --kills 0 --each_rename --programs influence
 
-Each run is a fork of this process, which has imported everything and loaded the miniature pipeline, so that a kill lands
-in the work and not in the imports. Ends with status 1 and the differences where a resumed run left anything other than
+Each run is one or more forks of this process, which has imported everything and loaded the miniature pipeline, so that a kill
+lands in the work and not in the imports. One of them is killed: by SIGKILL, by SIGTERM, which ends after the piece of work at
+hand, or for want of memory (its limit is lowered to what it has); the others go on. Ends with status 1 and the differences where a resumed run left anything other than
 an uninterrupted one: other bytes, another record, a missing file or one too many (.part, chunks, checkpoints).
 """
 
@@ -13,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -29,8 +32,8 @@ torch.set_num_threads(1)  # before any work: a fork does not survive the threads
 
 import compute_influence
 import compute_training_loss
-from unlearn import artifacts, inputs, losses, models, newton
-from unlearn.commands import fisher
+from unlearn import UserError, artifacts, inputs, losses, models, newton, stopping
+from unlearn.commands import fisher, index
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
 MODEL = ["--dataroot", str(FIXTURE / "abc"), "--sd_version", str(FIXTURE / "sd-tiny"), "--device", "cpu", "--laion_subset_size", "12"]
@@ -53,14 +56,25 @@ def fisher_arguments(folder):
     return [*MODEL, "--output", str(folder / "sd_fisher.safetensors"), "--num_samples", "60", "--batch_size", "4"]
 
 
+def gradient_arguments(folder):
+    """Of compute_influence.py --scoring gradient."""
+    return [*influence_arguments(folder), "--scoring", "gradient"]
+
+
+def index_arguments(folder):
+    """Of `python -m unlearn index`."""
+    return [*TASKS, "--output", str(folder / "index"), "--time_samples", "2", "--batch_size", "5"]
+
+
 PROGRAMS = {"loss": (compute_training_loss.main, loss_arguments), "influence": (compute_influence.main, influence_arguments),
-            "fisher": (fisher.main, fisher_arguments)}
+            "fisher": (fisher.main, fisher_arguments), "gradient": (compute_influence.main, gradient_arguments),
+            "index": (index.main, index_arguments)}
 
 
 def prepare():
     """Loads what every run loads, and cuts the work into pieces so small that a run of a second has many of them."""
     model = models.load_model(str(FIXTURE / "sd-tiny"), "cpu")
-    for module in compute_training_loss, compute_influence, fisher:
+    for module in compute_training_loss, compute_influence, fisher, index:
         module.load_model = lambda name, device, unet: model  # a child changes its own copy
     encode_images = inputs.encode_images
     encode = lru_cache(None)(lambda paths, resolution, mirrored: encode_images(model.pipeline, paths, resolution, mirrored))
@@ -92,34 +106,67 @@ def kill_after_renames(count):
 
 
 def run_child(main, arguments, seconds=None, renames=None):
-    """Runs `main(arguments)` in a fork, killed after `seconds` or at its `renames`-th rename.
-    Returns (whether it was killed, what it printed)."""
+    """`run_children` of one process: (whether it was killed, what it printed)."""
+    [status], text = run_children(main, arguments, 1, seconds, "SIGKILL", renames)
+    return status != 0, text
+
+
+def run_children(main, arguments, num_processes=1, seconds=None, how="SIGKILL", renames=None):
+    """`run_forks`, the first of which may end as `how` ends it; all others must succeed."""
+    statuses, text = run_forks(main, arguments, num_processes, seconds, how, renames)
+    allowed = {"SIGTERM": {0, os.EX_TEMPFAIL}}.get(how, {0, -signal.SIGKILL})
+    if how != "memory" and statuses[0] not in allowed or any(statuses[1:]):  # for want of memory it may end in any way
+        raise SystemExit(f"{main.__module__} ended with {statuses} after {how}:\n{text}\n  {' '.join(arguments)}")
+    return statuses, text
+
+
+def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", renames=None):
+    """Runs `main(arguments)` in forks, the first of which is killed after `seconds` or at its `renames`-th rename; as many
+    that know nothing of each other where the number is negative. Returns (their statuses, what they printed)."""
     with tempfile.TemporaryFile("w+") as printed:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-                if renames:
-                    kill_after_renames(renames)
-                main(arguments)
-                sys.stdout.flush()
-                status = 0
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            finally:
-                os._exit(status)
+        children = []
+        for rank in range(abs(num_processes)):
+            if (child := os.fork()) == 0:
+                run_fork(main, arguments, printed, *((rank, num_processes) if num_processes > 0 else (0, 1)), renames)
+            children.append(child)
         if seconds is not None:
             time.sleep(seconds)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                kill(children[0], how)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         printed.seek(0)
-        text = printed.read()
-    if status not in (0, -signal.SIGKILL):
-        raise SystemExit(f"{main.__module__} failed when it was run again: {text.splitlines()[-1]}\n  {' '.join(arguments)}")
-    return status != 0, text
+        return statuses, printed.read()
+
+
+def run_fork(main, arguments, printed, rank, num_processes, renames):
+    """What a fork does: `main(arguments)` as the given one of several processes; never returns."""
+    status = 1
+    try:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_processes))
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+        stopping.STOP.install()
+        if renames:
+            kill_after_renames(renames)
+        main(arguments)
+        sys.stdout.flush()
+        status = 0
+    except stopping.Stopped:
+        status = os.EX_TEMPFAIL
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+def kill(child, how):
+    """Kills a process, or gives it no more memory and kills it where it lives on, as the kernel does."""
+    if how == "memory":
+        resource.prlimit(child, resource.RLIMIT_AS, (1, 1))
+        time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+    else:
+        os.kill(child, getattr(signal, how))
 
 
 def contents(folder):
@@ -145,18 +192,18 @@ def reset(folder, start):
     shutil.copytree(start, folder)
 
 
-def random_kills(main, make_arguments, start, expected, folder, duration, kills, seed):
+def random_kills(main, make_arguments, start, expected, folder, duration, kills, seed, num_processes, hows):
     """Kills one run again and again, at times drawn over the duration of an uninterrupted one; a run that finishes is
     compared, and the next starts from nothing. Returns (finished runs, differences)."""
     moments, killed, finished, found = random.Random(seed), 0, 0, []
     reset(folder, start)
     while killed < kills:
-        if run_child(main, make_arguments(folder), seconds=moments.uniform(0, duration))[0]:
-            killed += 1
-        else:
+        statuses, _ = run_children(main, make_arguments(folder), num_processes, moments.uniform(0, duration), hows[killed % len(hows)])
+        killed += statuses[0] != 0
+        if 0 in statuses:
             finished, found = finished + 1, found + differences(expected, contents(folder))
             reset(folder, start)
-    run_child(main, make_arguments(folder))
+    run_children(main, make_arguments(folder), num_processes)
     return finished + 1, found + differences(expected, contents(folder))
 
 
@@ -179,45 +226,56 @@ def without_claims(found):
     return {name: value for name, value in found.items() if not name.endswith(".claim")}
 
 
+def measure(name, args, scratch, num_processes):
+    """Kills one program as the flags say: (report, differences)."""
+    folder, start, empty = (Path(scratch) / part for part in ("run", "losses", "empty"))
+    program, begin = PROGRAMS[name], start if name == "influence" else empty
+    reset(folder, begin)
+    clock = time.monotonic()
+    run_child(program[0], program[1](folder))
+    duration, expected = time.monotonic() - clock, contents(folder)
+    reset(folder, begin)
+    run_children(program[0], program[1](folder), num_processes)
+    found, finished, clock = differences(expected, contents(folder)), 0, time.monotonic()
+    report = f"{name}, {num_processes} processes"
+    if args.kills:
+        finished, more = random_kills(*program, begin, expected, folder, duration, args.kills, args.seed, num_processes, args.signals)
+        found, report = found + more, report + f": {args.kills} random kills, {finished} finished runs compared"
+    if args.each_rename:
+        for sign, when in (1, "after"), (-1, "before"):
+            kills, more = kills_at_each_rename(*program, begin, expected, folder, sign)
+            found, report = found + more, report + f", {kills} kills just {when} a file was finished"
+    report += f"; {len(expected)} files, uninterrupted {duration:.1f} s, all {time.monotonic() - clock:.0f} s"
+    return report, [f"{name}, {num_processes} processes: {line}" for line in found]
+
+
 def main():
     """Measures an uninterrupted run of each program, kills others, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="random kills of each program (default 20)")
     parser.add_argument("--each_rename", action="store_true", help="also kill just before and just after every file is finished")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="how many share each run (default 1)")
+    parser.add_argument("--signals", nargs="+", choices=("SIGKILL", "SIGTERM", "memory"), default=["SIGKILL", "SIGTERM", "memory"])
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
+    parser.add_argument("--log", type=Path, help="file of reports; what it reports already is not done again")
     args = parser.parse_args()
     prepare()
-    wrong = []
+    lines, wrong = args.log.read_text().splitlines() if args.log and args.log.exists() else [], []
     with tempfile.TemporaryDirectory() as scratch:
-        folder, reference, start, empty = (Path(scratch) / name for name in ("run", "reference", "losses", "empty"))
+        start, empty = Path(scratch) / "losses", Path(scratch) / "empty"
         empty.mkdir()
-        reset(folder, empty)
-        run_child(compute_training_loss.main, loss_arguments(folder))
-        shutil.copytree(folder, start)  # what compute_influence.py begins with
+        run_child(compute_training_loss.main, loss_arguments(start))  # what compute_influence.py begins with
         for name in args.programs:
-            program, begin = PROGRAMS[name], start if name == "influence" else empty
-            reset(folder, begin)
-            clock = time.monotonic()
-            run_child(program[0], program[1](folder))
-            duration = time.monotonic() - clock
-            shutil.rmtree(reference, ignore_errors=True)
-            shutil.copytree(folder, reference)
-            expected, clock = contents(reference), time.monotonic()
-            reset(folder, begin)
-            run_child(program[0], program[1](folder))
-            found = differences(expected, contents(folder))
-            finished = 0
-            if args.kills:
-                finished, more = random_kills(*program, begin, expected, folder, duration, args.kills, args.seed)
-                found += more
-            report = f"{name}: {args.kills} random kills, {finished} finished runs compared"
-            if args.each_rename:
-                for sign, when in (1, "after"), (-1, "before"):
-                    kills, more = kills_at_each_rename(*program, begin, expected, folder, sign)
-                    found, report = found + more, report + f", {kills} kills just {when} a file was finished"
-            print(f"{report}; {len(expected)} files, uninterrupted {duration:.1f} s, all {time.monotonic() - clock:.0f} s")
-            wrong += [f"{name}: {line}" for line in found]
+            for num_processes in args.processes:
+                if any(line.startswith(f"{name}, {num_processes} processes") for line in lines):
+                    continue
+                report, found = measure(name, args, scratch, num_processes)
+                print(report, flush=True)
+                wrong += found
+                if args.log and not found:
+                    with args.log.open("a") as file:
+                        print(report, file=file)
     print("\n".join(sorted(set(wrong))) or "every resumed run left what an uninterrupted one leaves")
     sys.exit(1 if wrong else 0)
 

@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tasks/environment.sh
 # Two processes of one thread each: these models are too small for more threads.
-OMP_NUM_THREADS=1 exec python -m pytest -n 2 -m "not slow and not gpu" "$@"
+# loadgroup: tests of one xdist_group, which share something costly, run in one of them.
+OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" "$@"

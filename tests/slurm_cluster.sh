@@ -88,7 +88,8 @@ KillWait=$kill_wait
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$cpus RealMemory=$memory Gres=gpu:$gpus
+NodeName=DEFAULT CPUs=$cpus RealMemory=$memory Gres=gpu:$gpus
+NodeName=n[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))]
 PartitionName=debug Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=preempt Nodes=ALL PriorityTier=1 GraceTime=${CLUSTER_GRACE:-0}
 END
@@ -97,22 +98,22 @@ END
 start() {
     [ "$(uname)" = Linux ] || fail 77 "needs Linux"
     [ "$(id -u)" = 0 ] || fail 77 "needs root"
-    unshare --uts sh -c 'hostname localhost' 2>/dev/null || fail 77 "needs private namespaces (unshare --uts), which this container forbids"
+    unshare --uts sh -c 'hostname localhost' 2>/dev/null || fail 77 "needs private namespaces (unshare --uts), forbidden here"
     mkdir -p "$directory"/{etc,run,log,state,spool,munge}
     chmod 755 "$directory" "$directory"/*
     chmod 700 "$directory/munge"
     install_packages
     pid_of slurmctld >/dev/null || write_configuration
-    start_daemon munged munged --key-file="$directory/munge/key" --seed-file="$directory/munge/seed" --pid-file="$directory/run/munged.pid" \
-        --socket="$directory/run/munged.socket" --log-file="$directory/log/munged.log"
+    # --force: the folder may be one that only root can enter.
+    start_daemon munged munged --force --key-file="$directory/munge/key" --seed-file="$directory/munge/seed" \
+        --pid-file="$directory/run/munged.pid" --socket="$directory/run/munged.socket" --log-file="$directory/log/munged.log"
     start_daemon slurmctld slurmctld -f "$SLURM_CONF"
     for number in $(seq "$nodes"); do
         start_daemon "slurmd-n$number" slurmd -f "$SLURM_CONF" -N "n$number"
     done
     for _ in $(seq 120); do
-        if [ "$(sinfo --noheader --Node --partition=debug --states=idle,mix,alloc 2>/dev/null | wc -l)" = "$nodes" ]; then
-            exec sinfo
-        fi
+        up=$(sinfo --noheader --Node --partition=debug --states=idle,mix,alloc 2>/dev/null | wc -l)
+        [ "$up" != "$nodes" ] || exec sinfo
         sleep 0.25
     done
     tail --lines=20 "$directory"/log/*.log >&2

@@ -203,7 +203,10 @@ def check_record(path, expected, remedy):
         raise UserError(f"{path}: no such file; {remedy}")
     if not record_path(path).exists():
         raise UserError(f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}")
-    record = read_json(record_path(path), "record")
+    try:
+        record = read_json(record_path(path), "record")
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
     if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
         raise UserError(f"{record_path(path)}: not a record; {remedy}")
     compare_identity(path, expected, record["identity"], remedy)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import keep_complete, read_array, record_path, whole_file, write_array, write_record
+from .artifacts import keep_complete, read_array, record_path, whole_file, write_record
+from .chunks import read_array_chunk, write_array_chunk
 from .claims import Share, do_once
 from .datasets import check_pixels
 from .generation import generate_latents
@@ -107,16 +108,15 @@ def cache_reduced(path, identity, training_set, compute, overwrite):
 def fill_chunks(folder, chunks, compute, description):
     """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those that other processes are at are
     theirs. Returns when all are there, or the folder is not, because another process was done with it."""
-    pending, total = [chunk for chunk in chunks if not chunk.exists()], sum(map(len, chunks.values()))
-    done = total - sum(len(chunks[chunk]) for chunk in pending)
+    done = sum(len(images) for chunk, images in chunks.items() if chunk.exists())
     folder.mkdir(parents=True, exist_ok=True)
-    with (ThreadPoolExecutor(4) as pool, progress(total, f"gradients, {description}", "images", done) as bar,
-          Share(folder, {chunk: chunk.stem for chunk in pending}, Path.exists) as share):
+    with (ThreadPoolExecutor(4) as pool, progress(sum(map(len, chunks.values())), f"gradients, {description}", "images", done) as bar,
+          Share(folder, {chunk: chunk.stem for chunk in chunks}, Path.exists) as share):
         for chunk in share:
             with finishing():
                 array = compute(chunks[chunk], pool)
                 if folder.is_dir():
-                    write_array(chunk, array)
+                    write_array_chunk(chunk, array)
             share.release(chunk)
             bar.update(len(chunks[chunk]))
 
@@ -124,12 +124,12 @@ def fill_chunks(folder, chunks, compute, description):
 def join_chunks(path, identity, chunks, training_set):
     """Writes the arrays of all chunks as one (.npy float32), chunk by chunk, and its record."""
     record_path(path).unlink(missing_ok=True)
-    first = read_array(next(iter(chunks)), "chunk")
+    first = read_array_chunk(next(iter(chunks)))
     with whole_file(path) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
                                                     "shape": (len(training_set), *first.shape[1:])})
         for chunk in chunks:
-            array = read_array(chunk, "chunk")
+            array = read_array_chunk(chunk)
             check_pixels(f"gradients of {training_set.ids[chunks[chunk][0]]} and the next {len(array) - 1} images", array)
             file.write(array.tobytes())
     write_record(path, identity)

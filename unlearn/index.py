@@ -12,6 +12,7 @@ import torch
 
 from . import UserError
 from .artifacts import check_record, keep_complete, read_array, read_tensors, record_path, whole_file, write_record, write_tensors
+from .chunks import read_chunk
 from .claims import do_once
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
@@ -71,6 +72,8 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
 
     def write_listing():
         record_path(listing).unlink(missing_ok=True)
+        for path in paths:
+            read_chunk(path)  # tells whether it is still what was written
         with whole_file(listing) as file:
             file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
         write_record(listing, identity, custom.device)

@@ -1,6 +1,5 @@
 """Unlearning a synthesized image: Newton steps that raise its loss, along F^-1 grad L. Source: [AbU] Eq. 5."""
 
-import os
 from collections import deque
 from pathlib import Path
 from threading import Lock
@@ -181,7 +180,7 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
 def remove_checkpoints(checkpoint_path):
     """Removes the checkpoints of a query whose weight change is complete."""
     for path in Path(checkpoint_path).parent.glob(f"{Path(checkpoint_path).name}.*.safetensors"):
-        os.unlink(path)
+        path.unlink(missing_ok=True)  # another process may be at it too
 
 
 def relative_change(change, parameters):

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import UserError, noise
 from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
+from .chunks import read_array_chunk, write_array_chunk
 from .claims import Share, do_once
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
@@ -63,9 +64,9 @@ class Sweep:
         those that are there are not computed again, those that other processes are at are theirs. Returns the paths of all,
         in the order of `self.chunks`, when they are there: or when the folder is not, for another process was done with it."""
         paths = [folder / f"{number:06d}-of-{len(self.chunks):06d}.npy" for number in range(len(self.chunks))]
-        pending = [number for number, path in enumerate(paths) if not path.exists()]
+        counted = {number for number, path in enumerate(paths) if path.exists()}
         num_samples = [len(rows) * len(self.grid) * self.training_set.embeddings.shape[1] for rows in self.chunks]
-        done, counted = sum(num_samples) - sum(num_samples[number] for number in pending), set()
+        done = sum(num_samples[number] for number in counted)
         folder.mkdir(parents=True, exist_ok=True)
         with progress(sum(num_samples), description, "samples", done) as bar, ThreadPoolExecutor(4) as pool:
             def is_done(number):
@@ -84,23 +85,24 @@ class Sweep:
             def score(number, noises):
                 values = pack(self.score(model, self.chunks[number], noises, measure))
                 if folder.is_dir():  # else another process is done with all of them
-                    write_array(paths[number], values)
+                    write_array_chunk(paths[number], values)
                 count(number)
                 share.release(number)
 
-            with Share(folder, {number: paths[number].stem for number in pending}, is_done) as share:
+            with Share(folder, {number: path.stem for number, path in enumerate(paths)}, is_done) as share:
                 run_ahead(share, draw, score, model.device)
         return paths
 
     def run(self, model, folder, description, measure=loss_sums):
         """Losses [views * N] float32: all images as is, then all mirrored; or of another measure [views * N, ...]. None where
-        another process was done with the folder and has removed it."""
+        another process was done with them and has removed them."""
         paths = self.fill(model, folder, description, measure)
         values = None
         for rows, path in zip(self.chunks, paths):
-            if not path.exists() and not folder.is_dir():
+            try:
+                chunk = read_array_chunk(path)
+            except FileNotFoundError:
                 return None
-            chunk = read_array(path, "chunk", mmap=False)
             values = np.empty((sum(map(len, self.chunks)), *chunk.shape[1:]), np.float32) if values is None else values
             values[rows] = chunk
         return values

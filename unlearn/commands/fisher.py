@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import check_record, is_complete, keep_complete, read_tensors, record_path, write_record, write_tensors
+from ..artifacts import check_record, is_complete, keep_complete, record_path, write_record, write_tensors
+from ..chunks import read_tensor_chunk, write_tensor_chunk
 from ..claims import Share, do_once
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
@@ -57,7 +58,7 @@ def sum_chunk(model, parameters, training_set, numbers, batch_size, seed):
 
 def sum_section(model, parameters, training_set, args, samples, checkpoint, update):
     """Sums over a section of samples, chunk by chunk, {name: float64 tensor}; `checkpoint` holds the sums so far."""
-    state = read_tensors(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
+    state = read_tensor_chunk(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
     start = int(state.pop("chunk"))
     sums = {name: state.get(name, torch.zeros_like(value, dtype=torch.float64)).to(model.device) for name, value in parameters.items()}
     chunks = np.split(samples, np.arange(CHUNK_SAMPLES, len(samples), CHUNK_SAMPLES))
@@ -66,7 +67,7 @@ def sum_section(model, parameters, training_set, args, samples, checkpoint, upda
         with finishing():
             for name, value in sum_chunk(model, parameters, training_set, chunks[number], args.batch_size, args.seed).items():
                 sums[name] += value
-            write_tensors(checkpoint, {**sums, "chunk": torch.tensor(number + 1)})
+            write_tensor_chunk(checkpoint, {**sums, "chunk": torch.tensor(number + 1)})
         update(len(chunks[number]))
     return sums
 
@@ -76,23 +77,25 @@ def accumulate(model, parameters, training_set, args, folder):
     are kept. None where another process was done with the folder and has removed it."""
     num_sections = min(SECTIONS, -(-args.num_samples // CHUNK_SAMPLES))
     sections = np.array_split(np.arange(args.num_samples), num_sections)
-    paths = [folder / f"{number:02d}-of-{num_sections:02d}.safetensors" for number in range(num_sections)]
+    paths = [folder / f"{number:02d}-of-{num_sections:02d}.sums" for number in range(num_sections)]
     folder.mkdir(parents=True, exist_ok=True)
     done = sum(len(section) for section, path in zip(sections, paths) if path.exists())
     with (progress(args.num_samples, "Fisher", "samples", done) as bar,
           Share(folder, {number: path.stem for number, path in enumerate(paths)}, lambda number: paths[number].exists()) as share):
         for number in share:
-            checkpoint = folder / f"{paths[number].stem}-so-far.safetensors"
+            checkpoint = folder / f"{paths[number].stem}-so-far.sums"
             sums = sum_section(model, parameters, training_set, args, sections[number], checkpoint, bar.update)
             if folder.is_dir():
-                write_tensors(paths[number], sums)
+                write_tensor_chunk(paths[number], sums)
                 checkpoint.unlink(missing_ok=True)
             share.release(number)
     total = {name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in parameters.items()}
     for path in paths:
-        if not path.exists() and not folder.is_dir():
+        try:
+            sums = read_tensor_chunk(path)
+        except FileNotFoundError:
             return None
-        for name, value in read_tensors(path).items():
+        for name, value in sums.items():
             total[name] += value
     return total
 

@@ -1,0 +1,194 @@
+"""Faults of disks, permissions and neighbours: each ends in one line, leaves nothing half done, and the next run is as if it
+had not been. Runs are forks on the miniature root, as in kill_and_resume.py; run by itself in one process, for it forks."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ["loss", "influence", "fisher", "gradient", "index"]
+TESTS = Path(__file__).parent
+
+
+def inject(name, fault):
+    """Runs this file on one program with one fault, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, name, fault], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_bit(name):
+    assert inject(name, "ENOSPC") >= 4
+
+
+@pytest.mark.parametrize("name", ["loss", "influence"])
+def test_a_permission_that_is_lost_at_any_write_costs_one_line_and_no_bit(name):
+    assert inject(name, "EACCES") >= 4
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "emptied"])
+@pytest.mark.parametrize("name", ["loss", "influence", "fisher"])
+def test_a_damaged_chunk_is_told_removed_and_made_anew(name, fault):
+    assert inject(name, fault) >= 1
+
+
+@pytest.mark.parametrize("name", ["loss", "influence", "fisher", "index"])
+def test_a_flipped_bit_in_a_record_or_its_artefact_is_told_and_overwritten_only_when_asked(name):
+    assert inject(name, "record") >= 1
+
+
+def test_two_jobs_on_the_same_results_end_well_both_with_the_same_bits():
+    assert inject("loss", "neighbour") + inject("influence", "neighbour") + inject("fisher", "neighbour") == 6
+
+
+class Fault:
+    """The program under test, its folder, and what an uninterrupted run leaves in it."""
+
+    def __init__(self, name, scratch):
+        import kill_and_resume as runs
+        runs.prepare()
+        self.runs, self.name, self.folder, self.start = runs, name, scratch / "run", scratch / "start"
+        self.start.mkdir()
+        if name == "influence":
+            runs.run_child(runs.compute_training_loss.main, runs.loss_arguments(self.start))
+        self.main, self.arguments = runs.PROGRAMS[name]
+        self.reset()
+        self.run()
+        self.expected = runs.contents(self.folder)
+
+    def reset(self):
+        self.runs.reset(self.folder, self.start)
+
+    def run(self, before=lambda: None, main=None, flags=(), processes=1):
+        """Runs it in a fork after `before()`: (status, what it printed)."""
+        def changed(arguments):
+            before()
+            try:
+                (main or self.main)(arguments)
+            except self.runs.UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(2)
+        return self.runs.run_forks(changed, [*self.arguments(self.folder), *flags], processes)
+
+    def check_good_run(self, *flags):
+        [status], text = self.run(flags=flags)
+        assert status == 0, text
+        assert not self.runs.differences(self.expected, self.runs.contents(self.folder)), text
+
+    def check_error(self, outcome, *words):
+        """One line of error that has these words, and no file half written or claimed."""
+        [status], text = outcome
+        assert status == 2 and "Traceback" not in text, text
+        assert all(word in text for word in words), text
+        left = [path.name for path in self.folder.rglob("*") if path.name.endswith((".part", ".claim"))]
+        assert not left, left
+
+
+def fail_at(number, code):
+    """Makes the `number`-th write of this process fail: of a file as it is flushed, of a claim as it is made."""
+    from unlearn import artifacts, claims
+    done = [0]
+
+    def failing(function):
+        def call(*args):
+            done[0] += 1
+            if done[0] == number:
+                raise OSError(code, os.strerror(code))
+            return function(*args)
+        return call
+
+    artifacts.os.fsync = failing(os.fsync)
+    claims.os.write = failing(os.write)
+
+
+def fail_every_write(fault, code):
+    """Every kind of write fails once; the run after it is good. Returns how many did."""
+    number = 0
+    while True:
+        number += 1
+        fault.reset()
+        outcome = fault.run(lambda: fail_at(number, code))
+        if outcome[0] == [0]:
+            return number - 1
+        fault.check_error(outcome, "the disk is full; free some space" if code == errno.ENOSPC else os.strerror(code))
+        fault.check_good_run()
+
+
+def damage(path, how):
+    """Damages a file as disks do."""
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[-40] ^= 1
+    path.write_bytes(content[:len(content) // 2] if how == "truncated" else b"" if how == "emptied" else content)
+
+
+def damage_chunk(fault, how):
+    """A run is killed when it has some chunks, one of which is then damaged."""
+    fault.reset()
+    for renames in range(2, 40):  # until there is a chunk
+        fault.runs.run_child(fault.main, fault.arguments(fault.folder), renames=renames)
+        chunks = [path for path in fault.folder.rglob("*-of-*") if path.suffix in (".npy", ".sums")]
+        if chunks:
+            break
+    damage(chunks[0], how)
+    fault.check_error(fault.run(), chunks[0].name, "damaged", "run the same command again")
+    fault.check_good_run()
+    return 1
+
+
+def damage_records(fault):
+    """A bit of each record's identity, and one of each artefact, is flipped."""
+    records = [name for name in fault.expected if name.endswith(".json") and "influence.json" not in name and "orig_loss" not in name
+               or name.endswith(".json") and fault.name == "loss"]
+    for name in records:
+        for kind in "record", "artefact":
+            fault.run()
+            path = fault.folder / name
+            artefact = next(other for other in path.parent.glob(f"{path.stem}.*") if other != path)
+            if kind == "record":
+                record = json.loads(path.read_bytes())
+                text = json.dumps(record).replace('"format_version": 1', '"format_version": 3', 1)
+                path.write_text(text)
+            else:
+                damage(artefact, "flipped")
+            fault.check_error(fault.run(), artefact.stem)
+            fault.check_good_run("--overwrite")
+    return len(records)
+
+
+def run_neighbours(fault):
+    """Two jobs that know nothing of each other."""
+    fault.reset()
+    statuses, text = fault.run(processes=-2)
+    assert statuses == [0, 0], text
+    assert not fault.runs.differences(fault.expected, fault.runs.contents(fault.folder)), text
+    return 2
+
+
+def main(name, kind):
+    """Injects one kind of fault; prints how often."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as scratch:
+        fault = Fault(name, Path(scratch))
+        if kind in ("ENOSPC", "EACCES"):
+            count = fail_every_write(fault, getattr(errno, kind))
+        elif kind == "record":
+            count = damage_records(fault)
+        elif kind == "neighbour":
+            count = run_neighbours(fault)
+        else:
+            count = damage_chunk(fault, kind)
+        shutil.rmtree(fault.folder)
+    print(count)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS))
+    main(*sys.argv[1:])
