@@ -92,12 +92,12 @@ def wait_until(condition, describe, seconds=240):
 
 
 def wait_for_chunk(folder, results):
-    """Waits until the first chunk of the training images is scored: the second is in work."""
-    def found(number):
-        return any((folder / "results" / results).glob(f".laion_loss-*/{number:06d}-of-000002.npy"))
+    """Waits until one of the two chunks of the training images is scored: the other is in work."""
+    def find_chunks():
+        return list((folder / "results" / results).glob(".laion_loss-*/*.npy"))
 
-    wait_until(lambda: found(0), lambda: f"no first chunk; {read_logs(folder)}")
-    assert not found(1), "the second chunk was finished too soon"
+    wait_until(find_chunks, lambda: f"no chunk; {read_logs(folder)}")
+    assert len(find_chunks()) == 1, "the other chunk was finished too soon"
 
 
 def read_logs(folder):
@@ -185,7 +185,8 @@ def stories(cluster, tmp_path_factory):
 def compare(folder, story, *parts):
     """Differences between what a story left and what a run without SLURM leaves, of some folders of results."""
     assert all((folder / "expected" / part).is_dir() for part in parts)
-    return [line for part in parts for line in differences(contents(folder / "expected" / part), contents(folder / story / "results" / part))]
+    return [line for part in parts
+            for line in differences(contents(folder / "expected" / part), contents(folder / story / "results" / part))]
 
 
 def states(jobs):
