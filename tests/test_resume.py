@@ -22,8 +22,8 @@ def kill_and_resume(*flags):
     assert "every resumed run left what an uninterrupted one leaves" in done.stdout
 
 
-def test_six_kills_at_random_moments_change_no_bit_and_leave_nothing_behind():
-    kill_and_resume("--kills", "6")
+def test_ten_kills_at_random_moments_change_no_bit_and_leave_nothing_behind():
+    kill_and_resume("--kills", "2", "--processes", "2")
 
 
 def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind():
@@ -32,8 +32,8 @@ def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_and_kills_around_every_file_change_no_bit_and_leave_nothing_behind():
-    kill_and_resume("--kills", "20", "--each_rename")
+def test_two_hundred_kills_at_random_moments_and_kills_around_every_file_change_no_bit_and_leave_nothing_behind():
+    kill_and_resume("--kills", "14", "--processes", "1", "2", "4", "--each_rename")
 
 
 def test_a_weight_change_killed_before_its_record_was_written_is_made_again(flags, tmp_path):
