@@ -12,14 +12,22 @@ the images. --shard I/N takes the I-th of N parts of the models.
 import argparse
 from pathlib import Path
 
-from unlearn.artifacts import record_path
 from unlearn.customization import check_customization, check_tokens, customized
-from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
-                            print_plan, resolve)
+from unlearn.inputs import (
+    add_flags,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    encode_exemplars,
+    prepare_training_set,
+    print_plan,
+    resolve,
+)
 from unlearn.losses import loss_identity
 from unlearn.models import load_model
 from unlearn.noise import timestep_grid
 from unlearn.queries import read_stored
+from unlearn.records import record_path
 from unlearn.runtime import log, part_of, run
 from unlearn.sweeps import Sweep, adopt_losses, cache_losses
 from unlearn.tasks import group_by_model, load_tasks

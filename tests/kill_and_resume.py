@@ -32,7 +32,7 @@ torch.set_num_threads(1)  # before any work: a fork does not survive the threads
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, artifacts, inputs, losses, models, newton, stopping
+from unlearn import artifacts, inputs, losses, models, newton, stopping
 from unlearn.commands import fisher, index
 
 FIXTURE = Path(__file__).parent / "parity/fixture"

@@ -20,7 +20,8 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, inputs, models, runtime, sweeps
-from unlearn.artifacts import write_array, write_json, write_record, write_tensors
+from unlearn.artifacts import write_array, write_json, write_tensors
+from unlearn.records import write_record
 
 TASKS = json.loads((PARITY / "fixture/tasks.json").read_text())
 SMALL = ["--laion_subset_size", "3"]
@@ -167,7 +168,7 @@ class Evil:
 WEIGHTS = "models/tiny/blob/pytorch_custom_diffusion_weights.pt"
 FAULTS = {  # what the user did -> (how, what the error says: item, expected, found)
     "task file that is not JSON": (write_task_file(b'[{"prompt": }]'), ["--task_json", "tasks.json: not valid JSON", "line 1 column 13"]),
-    "task file that is not text": (write_task_file(b"\xff\xfe\x00["), ["--task_json", "tasks.json: not valid JSON"]),
+    "task file that is not text": (write_task_file(b"\xff\xfe\x00["), ["--task_json", "tasks.json: not UTF-8 text"]),
     "task file with a number of thousands of digits": (write_task_file(b"[" + b"9" * 5000 + b"]"), ["--task_json", "tasks.json: not valid JSON"]),
     "task file nested too deep": (write_task_file(b"[" * 100_000), ["--task_json", "tasks.json: not valid JSON"]),
     "task file with an object": (write_task_file(b"{}"), ["--task_json", "expected a list", "found dict"]),
@@ -437,7 +438,7 @@ def test_missing_losses_are_told_with_a_command_that_makes_them(task_flags, tmp_
                                           (["--noise_seed", "1"], "noise_seed is 0, expected 1"),
                                           (["--laion_subset_size", "4"], "num_images is 3, expected 4")])
 def test_losses_made_with_other_settings_are_refused_before_unlearning(given, field, task_flags, results, with_model, monkeypatch, capsys):
-    monkeypatch.setattr(compute_influence, "unlearn", None)
+    monkeypatch.setattr(compute_influence, "unlearn_queries", None)
     before = files(results)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS, *given])
     assert field in line and "python compute_training_loss.py" in line
@@ -450,7 +451,7 @@ def test_losses_of_the_last_model_are_checked_before_the_first_query(root, task_
     shutil.copytree(results / "orig_loss/tiny/blob", results / "orig_loss/tiny/other")
     record = results / "orig_loss/tiny/other/laion_loss.json"
     record.write_text(record.read_text().replace('"noise_seed": 0', '"noise_seed": 9'))
-    monkeypatch.setattr(compute_influence, "unlearn", None)
+    monkeypatch.setattr(compute_influence, "unlearn_queries", None)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
     assert "other/laion_loss.npy: made with other settings: noise_seed is 9, expected 0" in line
     assert not (results / "influence").exists()

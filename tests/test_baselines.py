@@ -14,7 +14,7 @@ from conftest import PARITY
 from test_bad_input import encode_images
 
 from unlearn import UserError, gradients, inputs, noise
-from unlearn.artifacts import read_tensors, record_path, write_record, write_tensors
+from unlearn.artifacts import read_tensors, write_tensors
 from unlearn.baselines import cosine_scores, normalise, text_blocks
 from unlearn.commands import baselines
 from unlearn.curvature import DiagonalFisher
@@ -28,6 +28,7 @@ from unlearn.models import TARGETS, load_model, select_parameters
 from unlearn.newton import QueryDraws
 from unlearn.projection import Sketch
 from unlearn.rankings import read_influence
+from unlearn.records import record_path, write_record
 from unlearn.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -347,12 +348,12 @@ def test_the_order_of_tasks_is_irrelevant_and_a_second_start_computes_nothing(co
 @pytest.mark.parametrize("method", ["influence", "dtrak"])
 def test_a_killed_run_goes_on_and_leaves_the_same_bits(method, command, monkeypatch):
     expected = contents(command("--methods", method, name="whole"))
-    for kind in "write_array", "write_record":  # between the chunks, and between the gathered file and its record
+    for kind in "write_array_chunk", "write_record":  # between the chunks, and between the gathered file and its record
         write, calls = getattr(gradients, kind), []
 
         def killed(path, *rest, write=write, calls=calls):
             calls.append(path)
-            if len(calls) == (2 if write.__name__ == "write_array" else 1):
+            if len(calls) == (2 if write.__name__ == "write_array_chunk" else 1):
                 raise KeyboardInterrupt
             write(path, *rest)
 

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from unlearn import UserError, claims
-from unlearn.claims import Share, create_claim, do_once, read_claim
+from unlearn import UserError, claims, sharing
+from unlearn.claims import create_claim, read_claim
+from unlearn.sharing import Share, do_once
 
 
 def work_through(folder, names, seconds, counts=None):
@@ -122,7 +123,7 @@ def test_a_number_given_to_another_process_does_not_keep_a_claim_alive(tmp_path)
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1}', "", "no JSON", "[1]", '{"host": "elsewhere", "pid": "x"}'])
 @pytest.mark.parametrize("skew", [-1e6, 0, 1e6])
 def test_a_claim_of_another_host_expires_by_the_observers_clock_whatever_its_own_says(tmp_path, monkeypatch, content, skew):
-    monkeypatch.setattr(claims, "EXPIRY", 0.5)
+    monkeypatch.setattr(sharing, "EXPIRY", 0.5)
     claim, done = tmp_path / "work.claim", []
     claim.write_text(content)
     os.utime(claim, (time.time() + skew,) * 2)
@@ -133,7 +134,7 @@ def test_a_claim_of_another_host_expires_by_the_observers_clock_whatever_its_own
 
 @pytest.mark.parametrize("skew", [-1e6, 1e6])
 def test_a_claim_whose_heart_beats_is_waited_for_whatever_its_hosts_clock_says(tmp_path, monkeypatch, skew):
-    monkeypatch.setattr(claims, "EXPIRY", 0.5)
+    monkeypatch.setattr(sharing, "EXPIRY", 0.5)
     claim, done, stop = tmp_path / "work.claim", [], threading.Event()
     claim.write_text('{"host": "elsewhere", "pid": 1}')
 
@@ -154,7 +155,7 @@ def test_a_claim_whose_heart_beats_is_waited_for_whatever_its_hosts_clock_says(t
 
 def test_a_living_process_beats_in_the_claims_it_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.05)
-    monkeypatch.setattr(claims, "HEART", claims.Heart())
+    monkeypatch.setattr(sharing, "HEART", claims.Heart())
     with Share(tmp_path, {0: "work"}, lambda item: False) as share:
         next(share)
         stamps = set()

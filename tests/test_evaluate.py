@@ -13,14 +13,22 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, metrics
-from unlearn.artifacts import write_record
-from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, normalise,
-                               pixel_encoder, score_queries)
+from unlearn.baselines import (
+    cosine_scores,
+    encode_blocks,
+    feature_encoder,
+    latent_blocks,
+    latent_encoder,
+    normalise,
+    pixel_encoder,
+    score_queries,
+)
 from unlearn.commands.evaluate import group_queries, kind_of, main
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.influence import rank_images
 from unlearn.models import load_model
+from unlearn.records import write_record
 from unlearn.tasks import Task
 
 FIXTURE = Path(__file__).parent / "parity/fixture"

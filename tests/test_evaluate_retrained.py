@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from unlearn import UserError
-from unlearn.artifacts import write_json, write_record
+from unlearn.artifacts import write_json
 from unlearn.commands.evaluate import main
 from unlearn.influence import rank_images
+from unlearn.records import write_record
 from unlearn.retrained import query_digests
 from unlearn.scores import keep_order, random_scores
 from unlearn.tasks import load_tasks

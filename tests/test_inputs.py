@@ -21,10 +21,10 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, encoding, inputs
 from unlearn import results as results_module
-from unlearn.artifacts import record_path
 from unlearn.datasets import open_training_set, read_settings
 from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
+from unlearn.records import record_path
 
 
 def parse(script, root, *given):

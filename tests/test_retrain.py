@@ -14,9 +14,10 @@ from conftest import PARITY
 from test_bad_input import files, refused
 
 from unlearn import runtime
-from unlearn.artifacts import read_tensors, write_json, write_record
+from unlearn.artifacts import read_tensors, write_json
 from unlearn.commands import generate, retrain
 from unlearn.datasets import open_training_set
+from unlearn.records import write_record
 
 TINY = PARITY / "fixture/sd-tiny"
 RECIPE = {"train_epochs": 1, "train_lr": 1e-3, "train_batch_size": 20, "train_schedule": "linear"}
@@ -255,7 +256,7 @@ def test_a_query_without_a_seed_is_refused_where_pictures_are_made(world, tmp_pa
     assert "synth/queries/00001.png: has no seed in its task file" in refused(capsys, retrain.main, flags)
 
 
-@pytest.mark.parametrize("content, said", [("", "expected at least one prompt, found none"), (b"\xff\xfe", "cannot be read as text"),
+@pytest.mark.parametrize("content, said", [("", "expected at least one prompt, found none"), (b"\xff\xfe", "not UTF-8 text"),
                                            ("{}", "expected COCO's caption annotations")])
 def test_prompts_that_are_none_are_refused(world, tmp_path, capsys, content, said):
     path = tmp_path / ("prompts.json" if content == "{}" else "prompts.txt")

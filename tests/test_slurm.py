@@ -47,9 +47,7 @@ class Cluster:
         self.environment = {
             **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_CONF": str(folder / "etc/slurm.conf"),
             "CLUSTER_DIR": str(folder), "CLUSTER_PORT": str(random.SystemRandom().randrange(20000, 30000, 10)), "CLUSTER_NODES": "4",
-            "CLUSTER_CPUS": "8", "CLUSTER_GPUS": "8", "CLUSTER_MEMORY": "64000",
-            "CLUSTER_KILL_WAIT": "1",  # shorter than most chunks, so that kills fall into their middle
-        }
+            "CLUSTER_CPUS": "8", "CLUSTER_GPUS": "8", "CLUSTER_MEMORY": "64000"}
 
     def run(self, *command, **variables):
         """What a command printed. Fails where it did."""
@@ -121,15 +119,19 @@ def tell_of_an_error(cluster, folder):
 
 
 def tell_of_a_requeue(cluster, folder):
-    """scontrol requeue in mid-chunk: the job is killed, and begins again."""
+    """scontrol requeue in mid-chunk. SLURM gives a job five seconds or more to end well, in which this one would finish its chunk:
+    its program is killed first, as on a machine whose memory is full. The claim says which process that is."""
     number = cluster.submit("losses", folder, *LOSSES)
     wait_for_chunk(folder, "orig_loss/tiny/blob")
+    claims = (folder / "results/orig_loss/tiny/blob").glob(".laion_loss-*/*.claim")
+    claim = next(path for path in claims if not path.with_suffix(".npy").exists())
+    os.kill(json.loads(claim.read_text())["pid"], signal.SIGKILL)
     cluster.run("scontrol", "requeue", f"{number}_1")
     return cluster.wait_for_end(number)
 
 
 def tell_of_a_cancellation(cluster, folder):
-    """scancel in mid-chunk, and the same command once more."""
+    """scancel between two chunks or in the second, and the same command once more."""
     shutil.copytree(folder.parent / "expected/orig_loss", folder / "results/orig_loss")
     (folder / "one.json").write_text(json.dumps(json.loads(TASKS.read_text())[:1]))
     flags = ["--task_json", str(folder / "one.json"), *INFLUENCE]
@@ -233,13 +235,16 @@ def test_a_users_error_fails_its_job_at_once_and_cancels_those_that_wait_for_it(
     assert "error: --time_samples" in log
 
 
-def test_a_job_requeued_in_mid_chunk_leaves_the_bits_of_an_uninterrupted_run(stories):
+def test_a_job_killed_in_mid_chunk_and_requeued_leaves_the_bits_of_an_uninterrupted_run(stories):
     folder, told = stories
     assert states(told["requeue"]()) == [("COMPLETED", 0, 1)]
+    log, = read_logs(folder / "requeue").values()
+    assert "stopped by" not in log and log.count("laion_loss: 600/600 samples") == 1
+    assert "(0.0 samples/s)" not in log  # the chunk that was at hand was scored again
     assert compare(folder, "requeue", "orig_loss") == []
 
 
-def test_a_job_cancelled_in_mid_chunk_stays_cancelled_and_submitted_again_leaves_the_bits_of_an_uninterrupted_run(stories):
+def test_a_cancelled_job_stays_cancelled_and_submitted_again_leaves_the_bits_of_an_uninterrupted_run(stories):
     folder, told = stories
     (cancelled,), finished = told["cancellation"]()
     assert cancelled["JobState"] == "CANCELLED" and cancelled["Restarts"] == "0"

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .artifacts import read_json
+from .artifacts import read_json, read_text
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
@@ -19,12 +19,8 @@ def list_folder(folder):
 
 def read_lines(path):
     """Lines of a UTF-8 text file, [] where it is missing."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return text.removesuffix("\n").split("\n") if text else []  # captions from the web hold other line separators
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    text = read_text(path) if Path(path).exists() else ""
+    return text.removesuffix("\n").split("\n") if text else []  # captions from the web hold other line separators
 
 
 def read_metadata(path):

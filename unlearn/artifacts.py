@@ -1,37 +1,29 @@
-"""Files that appear whole or not at all, and the records beside them that say what they are.
-
-Beside an artefact `NAME.npy` stands its record `NAME.json`: `identity` (must match wherever the artefact is used),
-`circumstances` (reported, never refused) and `content`, a hash of the artefact. The record is written last, so that
-its existence means that the artefact is complete.
-"""
+"""Files that appear whole or not at all, and inputs that are read without trust: no code runs, every fault is a UserError."""
 
 import errno
 import glob
 import json
 import os
 import pickle
-import platform
 import socket
-import subprocess
-import time
+import stat
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from . import UserError, __version__
-from .hashes import hash_file
+from . import UserError
 
-FORMAT_VERSION = 1
+MOST_TEXT = 1 << 30  # bytes; the captions of COCO have 92 MB
 
 
 def resolve_inside(root, path, item):
     """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it leaves `root`."""
-    root = Path(root).resolve()
-    resolved = (root / path).resolve()
+    root = Path(os.path.realpath(root))  # not Path.resolve: at a link to itself it raises, or not, by Python's version
+    resolved = Path(os.path.realpath(root / path))
     if not resolved.is_relative_to(root):
         raise UserError(f"{item}: expected a path inside {root}, found {path}")
     return resolved
@@ -81,16 +73,29 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_text(path, item="file"):
+    """The text of a file. Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or above MOST_TEXT."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{item} {path}: cannot be read (a folder, pipe or device)")
+        if status.st_size > MOST_TEXT:
+            raise UserError(f"{item} {path}: expected a text file of at most {MOST_TEXT >> 20} MB")
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{item} {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{item} {path}: not UTF-8 text ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+
+
 def read_json(path, item="file"):
     """Reads a JSON file. Raises UserError where it is missing or malformed, naming line and column."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{item} {path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, a number of thousands of digits
+        return json.loads(read_text(path, item))
+    except (ValueError, RecursionError) as error:  # malformed, a number of thousands of digits
         raise UserError(f"{item} {path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{item} {path}: cannot be read ({error.strerror})") from None
 
 
 def write_array(path, array):
@@ -104,10 +109,12 @@ def write_array(path, array):
 def read_array(path, item="array", mmap=True):
     """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot be done."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("a folder, pipe or device")
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{item} {path}: no such file") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged header may raise anything
         raise UserError(f"{item} {path}: not a complete .npy array of numbers ({error})") from None
 
 
@@ -138,77 +145,9 @@ def read_tensors(path, item="file", names=None):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{item} {path}: holds something else than tensors, which is never unpickled") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{item} {path}: expected a dictionary of tensors, found something else")
     return {name: tensor for name, tensor in tensors.items() if names is None or name in names}
-
-
-def record_path(path):
-    """Where the record of an artefact stands: `loss.npy` -> `loss.json`."""
-    return Path(path).with_suffix(".json")
-
-
-def circumstances(device=None):
-    """What is reported of a run but never refused: versions, git commit, device, time."""
-    root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if (root / ".git").exists() else None
-    return {"unlearn": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
-            "device": torch.cuda.get_device_name(device) if device and torch.device(device).type == "cuda" else str(device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-
-
-def write_record(path, identity, device=None, content=None):
-    """Writes the record of a complete artefact, whose hash `content` is where it is known already."""
-    write_json(record_path(path), {"identity": {"format_version": FORMAT_VERSION, **identity},
-                                   "circumstances": circumstances(device), "content": content or hash_file(path)})
-
-
-def is_complete(path):
-    """Whether an artefact and its record are there."""
-    return Path(path).exists() and record_path(path).exists()
-
-
-def keep_complete(path, identity, overwrite, remedy):
-    """Whether a complete artefact made with these settings is there and is to be kept. Raises UserError where what is
-    there was made with others and may not be overwritten. One without a record was killed before it was complete."""
-    if not is_complete(path):
-        return False
-    try:
-        check_record(path, identity, remedy)
-    except UserError:
-        if not overwrite:
-            raise
-        return False
-    return True
-
-
-def compare_identity(path, expected, found, remedy):
-    """Raises UserError naming the first identity field in which the artefact's record differs from what is expected."""
-    for field, value in {"format_version": FORMAT_VERSION, **expected}.items():
-        if found.get(field) != value:
-            raise UserError(f"{path}: made with other settings: {field} is {found.get(field)!r}, expected {value!r}; {remedy}")
-
-
-def check_record(path, expected, remedy):
-    """Checks an artefact against its record: identity field by field, then the hash of its content.
-
-    Raises UserError where the record is missing or malformed, a field differs, or the content was changed; the message
-    ends with `remedy`.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file; {remedy}")
-    if not record_path(path).exists():
-        raise UserError(f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}")
-    try:
-        record = read_json(record_path(path), "record")
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
-        raise UserError(f"{record_path(path)}: not a record; {remedy}")
-    compare_identity(path, expected, record["identity"], remedy)
-    if record.get("content") != hash_file(path):
-        raise UserError(f"{path}: its content is not what its record says (damaged or replaced); {remedy}")

@@ -7,8 +7,9 @@ import numpy as np
 
 from . import UserError
 from .annotations import READERS, label_images
-from .artifacts import read_array, read_json, record_path
+from .artifacts import read_array, read_json
 from .hashes import digest
+from .records import record_path
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,

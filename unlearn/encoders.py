@@ -1,5 +1,8 @@
 """Images to latents, prompts to embeddings."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +16,8 @@ LARGEST_ASPECT = 200  # a longer strip would unfold when its shorter side is res
 
 def load_image(path):
     """Reads an image as RGB. Raises UserError where it is missing, truncated or no image."""
+    if isinstance(path, (str, Path)) and os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"image {path}: a folder, pipe, device or broken link, not a file")
     try:
         with Image.open(path) as image:
             if max(image.size) > LARGEST_ASPECT * min(image.size):

@@ -12,12 +12,13 @@ import numpy as np
 
 from . import UserError
 from .annotations import READERS, pair_images
-from .artifacts import is_complete, record_path, whole_file, write_record
-from .claims import do_once
+from .artifacts import whole_file
 from .datasets import array_paths, check_pixels, read_identity, read_settings
 from .encoders import encode_images, encode_prompts, load_image
 from .hashes import digest, digest_rows, hash_file, hash_tensors
+from .records import is_complete, record_path, write_record
 from .runtime import progress
+from .sharing import do_once
 
 THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead
 

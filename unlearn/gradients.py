@@ -6,20 +6,20 @@ ICLR 2024, arXiv 2311.00500.
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .artifacts import keep_complete, read_array, record_path, whole_file, write_record
+from .artifacts import read_array, whole_file
 from .chunks import read_array_chunk, write_array_chunk
-from .claims import Share, do_once
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
 from .losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
+from .records import keep_complete, record_path, write_record
 from .runtime import progress
+from .sharing import Share, do_once
 from .stopping import finishing
 from .sweeps import remove_chunks
 

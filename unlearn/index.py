@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from . import UserError
-from .artifacts import check_record, keep_complete, read_array, read_tensors, record_path, whole_file, write_record, write_tensors
+from .artifacts import read_array, read_tensors, whole_file, write_tensors
 from .chunks import read_chunk
-from .claims import do_once
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
 from .hashes import digest, hash_file
 from .losses import chunk_noise, noise_identity, rows_of, score_rows
+from .records import check_record, keep_complete, record_path, write_record
 from .runtime import progress
+from .sharing import do_once
 
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
@@ -52,13 +53,20 @@ def fit_compression(custom, sweep, fisher, autocast):
         return fit(visit_gradients, {name: value.sqrt().float().to(custom.device) for name, value in fisher.denominators.items()})
 
 
+def read_listing(path):
+    """(hash, name below the index's folder) of each shard of a complete index."""
+    return [line.split("  ", 1) for line in path.read_text().splitlines()]
+
+
 def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=False):
     """Builds the index of a sweep's training set in `folder`, or keeps what is there. Raises UserError where another one is."""
     identity = {**index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed), "precision": precision}
     listing, compression_path = folder / "shards.txt", folder / "compression.safetensors"
     remedy = "give --overwrite to replace it, or another --output"
-    if keep_complete(listing, identity, overwrite, remedy):
-        return
+    if all([keep_complete(path, identity, overwrite, remedy) for path in (compression_path, listing)]):
+        if all((folder / name).exists() for _, name in read_listing(listing)):
+            return
+        record_path(listing).unlink(missing_ok=True)  # a damaged shard was deleted: it and the listing are made anew
 
     def write_compression():
         record_path(compression_path).unlink(missing_ok=True)
@@ -96,7 +104,7 @@ class Index:
         for path in folder / "shards.txt", folder / "compression.safetensors":
             check_record(path, identity, remedy)
         self.compression = Compression(read_tensors(folder / "compression.safetensors"))
-        self.shards = [line.split("  ", 1) for line in (folder / "shards.txt").read_text().splitlines()]
+        self.shards = read_listing(folder / "shards.txt")
         if len(self.shards) != len(sweep.chunks):
             raise UserError(f"{folder}: expected {len(sweep.chunks)} shards, found {len(self.shards)}; {remedy}")
 

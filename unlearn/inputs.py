@@ -6,13 +6,21 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, record_path
-from .datasets import (TrainingSet, array_paths, check_finite, check_number, choose_subset_size, open_arrays, open_training_set,
-                       read_settings)
+from .datasets import (
+    TrainingSet,
+    array_paths,
+    check_finite,
+    check_number,
+    choose_subset_size,
+    open_arrays,
+    open_training_set,
+    read_settings,
+)
 from .encoders import encode_images, encode_prompts, load_image
 from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
 from .hashes import digest, hash_file
 from .queries import check_stored, read_stored
+from .records import check_record, record_path
 from .runtime import choose_device, set_precision
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)

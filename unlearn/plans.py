@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json, record_path
+from .artifacts import read_json
 from .rankings import read_influence
+from .records import record_path
 from .training import random_members
 
 

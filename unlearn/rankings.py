@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, read_json, record_path
+from .artifacts import read_json
 from .hashes import digest, hash_file
 from .metrics import exemplar_ranks, is_tied
+from .records import check_record, record_path
 
 SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")
 EFFECTS = ("weights moved by", "query's own loss", "its change", "exemplars' change, mean", "training images' change, median")

@@ -8,12 +8,13 @@ import shlex
 import numpy as np
 
 from . import UserError
-from .artifacts import record_path, whole_file, write_record
+from .artifacts import whole_file
 from .datasets import read_settings
 from .encoders import load_image
 from .figures import draw_influence
 from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
+from .records import record_path, write_record
 from .runtime import log
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import FORMAT_VERSION, read_json
+from .artifacts import read_json
 from .hashes import digest, hash_file
 from .influence import rank_images
 from .queries import AXES, open_stored
+from .records import FORMAT_VERSION
 from .scores import RANDOM
 
 NAMES = re.compile(r"(full|half|subset[^-]*|without|random)-.+\.json")

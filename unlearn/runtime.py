@@ -96,7 +96,7 @@ def run_ahead(items, prepare, work, device):
 
     On a CPU as many items are worked on at once as torch has threads, each by one of them: faster than one item by all
     wherever a model is small. An item's result does not depend on it. Items are taken one by one, as threads become free: they
-    may be a `claims.Share`, whose close() is called where it ends early. Raises Stopped where a signal ended it.
+    may be a `sharing.Share`, whose close() is called where it ends early. Raises Stopped where a signal ended it.
     """
     num_threads = torch.get_num_threads()
     num_workers = num_threads if torch.device(device).type == "cpu" else 1

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import check_record, keep_complete, read_json, record_path, whole_file, write_record
+from .artifacts import read_json, whole_file
 from .hashes import digest
 from .influence import rank_images
 from .rankings import read_influence
+from .records import check_record, keep_complete, record_path, write_record
 
 OURS, RANDOM = "ours", "random"
 # Of a record: what is the same for all queries of a method.

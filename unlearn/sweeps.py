@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError, noise
-from .artifacts import check_record, is_complete, keep_complete, read_array, record_path, write_array, write_record
+from .artifacts import read_array, write_array
 from .chunks import read_array_chunk, write_array_chunk
-from .claims import Share, do_once
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
+from .records import check_record, is_complete, keep_complete, record_path, write_record
 from .runtime import progress, run_ahead, run_within_memory
+from .sharing import Share, do_once
 
 
 def split_rows(rows, size):

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from . import UserError
-from .artifacts import keep_complete, record_path, write_record, write_tensors
-from .claims import Share
+from .artifacts import write_tensors
 from .losses import noise_identity
 from .newton import CompatDraws, QueryDraws, check_change, remove_checkpoints, unlearn
+from .records import keep_complete, record_path, write_record
 from .runtime import progress
 from .scoring import AUTOCAST
+from .sharing import Share
 
 
 def unlearning_settings(args):

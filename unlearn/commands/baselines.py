@@ -14,19 +14,29 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import keep_complete, read_tensors, record_path, whole_file, write_record
+from ..artifacts import read_tensors, whole_file
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_tokens
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest, hash_file
 from ..influence import rank_images
-from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query,
-                      find_fisher, prepare_training_set, resolve)
+from ..inputs import (
+    add_flags,
+    check_fisher_record,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    encode_query,
+    find_fisher,
+    prepare_training_set,
+    resolve,
+)
 from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
 from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
+from ..records import keep_complete, record_path, write_record
 from ..runtime import log
 from ..tasks import load_tasks
 

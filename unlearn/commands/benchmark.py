@@ -21,12 +21,13 @@ import torch
 
 from .. import UserError
 from ..architectures import CONFIGURATIONS, open_world, seeded_world
-from ..artifacts import circumstances, write_json
+from ..artifacts import write_json
 from ..benchmark import make_row, prepare
 from ..draws import measure_draws
 from ..inputs import add_flags, resolve
 from ..metrics import markdown_table
 from ..procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
+from ..records import circumstances
 from ..runtime import log
 from ..scaling import measure_scaling
 from ..scoring import SHORTLIST

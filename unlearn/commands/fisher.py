@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import check_record, is_complete, keep_complete, record_path, write_record, write_tensors
+from ..artifacts import write_tensors
 from ..chunks import read_tensor_chunk, write_tensor_chunk
-from ..claims import Share, do_once
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
 from ..models import SELECTIONS, load_model, select_parameters
+from ..records import check_record, is_complete, keep_complete, record_path, write_record
 from ..runtime import log, progress
+from ..sharing import Share, do_once
 from ..stopping import finishing
 
 CHUNK_SAMPLES = 1000

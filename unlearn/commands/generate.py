@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import keep_complete, read_json, record_path, resolve_inside, whole_file, write_array, write_json, write_record
+from ..artifacts import read_json, read_text, resolve_inside, whole_file, write_array, write_json
 from ..encoders import encode_prompts
 from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
 from ..inputs import add_flags, resolve
 from ..models import load_model
 from ..noise import SCHEME, known_answer
+from ..records import keep_complete, record_path, write_record
 from ..runtime import log, progress
 
 
@@ -32,10 +33,7 @@ def read_prompts(path, limit):
             raise UserError(f"--prompts {path}: expected COCO's caption annotations, found none")
         prompts = [" ".join(entry["caption"].split()) for entry in entries]
     else:
-        try:
-            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {path}: cannot be read as text ({error})") from None
+        prompts = [line.strip() for line in read_text(path, "--prompts").split("\n") if line.strip()]
     if not prompts[:limit]:
         raise UserError(f"--prompts {path}: expected at least one prompt, found none")
     return prompts[:limit]
