@@ -3,11 +3,11 @@
 import sys
 
 from . import UserError
-from .commands import baselines, benchmark, encode, evaluate, fisher, generate, index, retrain, tasks
+from .commands import baselines, benchmark, doctor, encode, evaluate, fisher, generate, index, retrain, tasks
 from .runtime import end_with, run
 
-COMMANDS = {"baselines": baselines, "benchmark": benchmark, "encode": encode, "evaluate": evaluate, "fisher": fisher,
-            "generate": generate, "index": index, "retrain": retrain, "tasks": tasks}
+COMMANDS = {"baselines": baselines, "benchmark": benchmark, "doctor": doctor, "encode": encode,
+            "evaluate": evaluate, "fisher": fisher, "generate": generate, "index": index, "retrain": retrain, "tasks": tasks}
 
 
 def main():

@@ -13,6 +13,7 @@ import torch
 from . import UserError
 
 SCHEME = "philox-per-image"
+KNOWN_ANSWER = "644d08b7a91a864c"  # `known_answer` of every NumPy that this project was tested with
 
 
 def image_generator(seed, dataset_id, image_id):

@@ -67,12 +67,8 @@ def compare_identity(path, expected, found, remedy):
             raise UserError(f"{path}: made with other settings: {field} is {found.get(field)!r}, expected {value!r}; {remedy}")
 
 
-def check_record(path, expected, remedy):
-    """Checks an artefact against its record: identity field by field, then the hash of its content.
-
-    Raises UserError where the record is missing or malformed, a field differs, or the content was changed; the message
-    ends with `remedy`.
-    """
+def read_record(path, remedy):
+    """The record of an artefact. Raises UserError, ending with `remedy`, where one of them is missing or it is malformed."""
     if not Path(path).exists():
         raise UserError(f"{path}: no such file; {remedy}")
     if not record_path(path).exists():
@@ -83,6 +79,21 @@ def check_record(path, expected, remedy):
         raise UserError(f"{error}; {remedy}") from None
     if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
         raise UserError(f"{record_path(path)}: not a record; {remedy}")
-    compare_identity(path, expected, record["identity"], remedy)
-    if record.get("content") != hash_file(path):
+    return record
+
+
+def check_content(path, remedy, record=None):
+    """Checks an artefact against the hash in its record. Raises UserError, ending with `remedy`, where it was changed."""
+    if (record or read_record(path, remedy)).get("content") != hash_file(path):
         raise UserError(f"{path}: its content is not what its record says (damaged or replaced); {remedy}")
+
+
+def check_record(path, expected, remedy):
+    """Checks an artefact against its record: identity field by field, then the hash of its content.
+
+    Raises UserError where the record is missing or malformed, a field differs, or the content was changed; the message
+    ends with `remedy`.
+    """
+    record = read_record(path, remedy)
+    compare_identity(path, expected, record["identity"], remedy)
+    check_content(path, remedy, record)

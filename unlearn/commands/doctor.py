@@ -1,0 +1,68 @@
+"""Examines environment, device, memory, disk, data root, task file and results, and says what to do about each finding.
+
+    python -m unlearn doctor --dataroot data/emoji --task_json tasks/emoji_demo.json
+    python -m unlearn doctor --task_json tasks/all_tasks.json --result_dir /scratch/results
+
+Writes nothing and loads no model; every result is read once and compared with its record. Ends with status 1 where something
+has to be put right.
+"""
+
+import argparse
+import sys
+
+from ..datasets import choose_subset_size, open_arrays, read_settings
+from ..encoding import has_given_arrays, list_pairs
+from ..examination import (
+    OK,
+    PROBLEM,
+    examine_data,
+    examine_device,
+    examine_disk,
+    examine_environment,
+    examine_memory,
+    examine_tasks,
+    try_out,
+)
+from ..inputs import add_flags
+from ..inventory import examine_results
+
+
+def parse_arguments(argv):
+    """The command line; a data root that is wrong is a finding, not an error."""
+    parser = argparse.ArgumentParser(prog="python -m unlearn doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "device")
+    parser.add_argument("--task_json", help="task file to examine too")
+    parser.add_argument("--result_dir", default="results", help="folder of results (default results)")
+    parser.add_argument("--fisher_path", help="Fisher (default sd_fisher.* of the data root)")
+    args = parser.parse_args(argv)
+    args.dataroot = args.dataroot or "data/abc"
+    return args
+
+
+def count_images(args, settings):
+    """How many training images a run would use."""
+    available = len(open_arrays(args.dataroot)[1] if has_given_arrays(args.dataroot) else list_pairs(args.dataroot)[0])
+    return choose_subset_size(available, args.laion_subset_size, settings["largest_subset"])
+
+
+def main(argv=None):
+    """Examines one thing after the other, and prints."""
+    args = parse_arguments(argv)
+    data, readable = examine_data(args)
+    settings = read_settings(args.dataroot) if readable else None
+    tasks, groups = examine_tasks(args) if args.task_json and readable else ([], {})
+    sections = {
+        "environment": examine_environment(), "device": examine_device(args.device),
+        "memory": examine_memory(args.sd_version or (settings or {}).get("pipeline")),
+        "disk": examine_disk({"results": args.result_dir, **({"data root": args.dataroot} if readable else {})}),
+        "data root": data, "tasks": tasks,
+        "results": examine_results(args, groups, settings, try_out(count_images, args, settings)[0] if readable else None)}
+    for name, findings in sections.items():
+        for number, finding in enumerate(findings):
+            print(f"{name if number == 0 else '':<12} {finding.status:<8} {finding.text}")
+            if finding.remedy:
+                print(f"{'':<12} {'':<8} -> {finding.remedy}")
+    everything = [finding.status for findings in sections.values() for finding in findings]
+    problems, notes = everything.count(PROBLEM), len(everything) - everything.count(PROBLEM) - everything.count(OK)
+    print(f"\nproblems: {problems}, notes: {notes}" if problems or notes else "\nall is well")
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,181 @@
+"""What there is to say of a machine, an environment, a data root and a task file before a run: findings, each with what to do.
+
+Nothing is written and no model is loaded.
+"""
+
+import os
+import platform
+import shutil
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from huggingface_hub import try_to_load_from_cache
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from . import UserError, noise
+from .customization import check_tokens
+from .datasets import array_paths, open_arrays, read_settings
+from .encoding import check_given, has_given_arrays, list_pairs
+from .inputs import check_pictures, find_fisher
+from .models import PARTS
+from .records import check_content, record_path
+from .runtime import choose_device
+from .tasks import group_by_model, load_tasks
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+LITTLE_DISK = 2 << 30  # bytes
+
+
+class Finding(NamedTuple):
+    """OK, NOTE (nothing that must be put right) or PROBLEM; what was found; what to do about it, "" where nothing."""
+
+    status: str
+    text: str
+    remedy: str = ""
+
+
+def try_out(function, *args):
+    """(what a function gives, None), or (None, the PROBLEM it raised as UserError, which says what to do)."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, Finding(PROBLEM, " ".join(str(error).split()))
+
+
+def examine_environment():
+    """Python, the packages that pyproject.toml asks for, and whether NumPy still draws the noise that caches were made with."""
+    project, found, findings = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"], [f"Python {platform.python_version()}"], []
+    if platform.python_version() not in SpecifierSet(project["requires-python"]):
+        findings.append(Finding(PROBLEM, f"Python {platform.python_version()}: expected {project['requires-python']}", "micromamba create -f env.yml"))
+    for requirement in map(Requirement, project["dependencies"]):
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            installed = None
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            findings.append(Finding(PROBLEM, f"{requirement.name}: expected {requirement.specifier}, found {installed or 'none'}",
+                                    f"python -m pip install '{requirement}'"))
+        else:
+            found.append(f"{requirement.name} {installed}")
+    if (answer := noise.known_answer()) != noise.KNOWN_ANSWER:
+        findings.append(Finding(PROBLEM, f"NumPy draws other noise than caches were made with: {answer}, expected {noise.KNOWN_ANSWER}",
+                                "use the NumPy of pyproject.toml's `tested`, or make every cache anew"))
+    return [Finding(OK, ", ".join(found)), *findings]
+
+
+def examine_device(name):
+    """The device that a run would take, its memory or cores."""
+    device, problem = try_out(choose_device, name)
+    if problem:
+        return [problem]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        text = f"{device}: {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        return [Finding(OK, text) if free > total / 2 else Finding(NOTE, text, "another program uses it: nvidia-smi names it")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings = [Finding(OK, f"cpu, {torch.get_num_threads()} threads on {cores} cores")]
+    if torch.get_num_threads() > cores:
+        findings.append(Finding(NOTE, "more threads than cores slow each other", f"export OMP_NUM_THREADS={cores}"))
+    if name is None and shutil.which("nvidia-smi"):
+        findings.append(Finding(NOTE, f"there is an NVIDIA driver, but torch {torch.__version__} (built for "
+                                f"{f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'}) sees no device",
+                                "install torch for CUDA; in a SLURM job, ask for a GPU (--gres=gpu:1)"))
+    return findings
+
+
+def memory_limit():
+    """Bytes of memory that this process may use at most: the machine's, or less in a container or a SLURM job."""
+    limits = [psutil.virtual_memory().total]
+    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
+        if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def examine_memory(pipeline):
+    """Memory, and whether a local pipeline's weights, made float32, fit into it."""
+    available, total = psutil.virtual_memory().available, memory_limit()
+    needed = 2 * sum(path.stat().st_size for path in Path(pipeline).glob("*/*.safetensors")) if pipeline and Path(pipeline).is_dir() else 0
+    text = f"{min(available, total) / 1e9:.1f} of {total / 1e9:.1f} GB available"
+    if needed > min(available, total):
+        return [Finding(PROBLEM, f"{text}; the weights of {pipeline} may need {needed / 1e9:.1f} GB", "ask for more (SLURM: --mem)")]
+    return [Finding(OK, text)]
+
+
+def examine_disk(folders):
+    """Free space where a run writes, {what: folder}, and whether it may write there."""
+    findings = []
+    for item, folder in folders.items():
+        place = Path(folder).absolute()
+        while not place.is_dir() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        text = f"{item} {folder}: {free / 1e9:.1f} GB free"
+        if not os.access(place, os.W_OK | os.X_OK):
+            findings.append(Finding(PROBLEM, f"{text}, but no permission to write in {place}", "give another folder"))
+        else:
+            findings.append(Finding(OK, text) if free > LITTLE_DISK else Finding(NOTE, text, "make room: a run that fills the disk stops"))
+    return findings
+
+
+def examine_pipeline(name, unet):
+    """Whether the pipeline is there: a folder, or a hub name whose files are in the cache. unet: the data root's own, or ""."""
+    if Path(name).is_dir():
+        missing = [part for part in ("model_index.json", *PARTS) if not (Path(name) / part).exists() and (part != "unet" or not unet)]
+        return Finding(PROBLEM, f"pipeline {name}: without {', '.join(missing)}", "give --sd_version a folder in diffusers' format") if missing else \
+            Finding(OK, f"pipeline {name}")
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    except ValueError:
+        return Finding(PROBLEM, f"pipeline {name}: neither a folder nor a name on the hub", "give --sd_version one of them")
+    return Finding(OK, f"pipeline {name}, in the hub's cache") if cached else \
+        Finding(NOTE, f"pipeline {name}: not in the hub's cache; it is downloaded at first use", f"where nodes have no network: hf download {name}")
+
+
+def examine_fisher(args):
+    """The Fisher that compute_influence.py would take."""
+    path, problem = try_out(find_fisher, args)
+    if problem or not record_path(path).exists() or path.suffix != ".safetensors":
+        return problem or Finding(NOTE, f"Fisher {path}: without a record; nothing says for which model it was made")
+    return try_out(check_content, path, "make it anew: python -m unlearn fisher --overwrite")[1] or Finding(OK, f"Fisher {path}")
+
+
+def examine_training_set(dataroot):
+    """Images, captions, latents and embeddings of a data root."""
+    given, paths = has_given_arrays(dataroot), array_paths(dataroot)
+    if given:
+        found, problem = try_out(open_arrays, dataroot)
+        return problem or Finding(OK, f"{len(found[1])} training images, latents and embeddings given")
+    pairs, problem = try_out(list_pairs, dataroot)
+    problem = problem or try_out(check_given, dataroot)[1]
+    made = all(path.exists() and record_path(path).exists() for path in paths)
+    return problem or Finding(OK if made else NOTE, f"{len(pairs[0])} training images, {'encoded' if made else 'to be encoded at first use'}",
+                              "" if made else f"ahead of time, by one process: python -m unlearn encode --dataroot {dataroot}")
+
+
+def examine_data(args):
+    """A data root: (its findings, whether it can be read at all)."""
+    settings, problem = try_out(read_settings, args.dataroot)
+    if not Path(args.dataroot).is_dir():
+        problem = Finding(PROBLEM, f"--dataroot {args.dataroot}: no such folder", "see the README on downloading the data")
+    if problem:
+        return [problem], False
+    pipeline = args.sd_version or settings["pipeline"]
+    return [examine_training_set(args.dataroot), examine_pipeline(pipeline, settings["unet"]), examine_fisher(args)], True
+
+
+def examine_tasks(args):
+    """A task file: (its findings, its tasks by model)."""
+    tasks, problem = try_out(load_tasks, args.task_json, args.dataroot)
+    groups, problem = (None, problem) if problem else try_out(group_by_model, tasks)
+    if problem:
+        return [problem], {}
+    checks = [try_out(check_tokens, group[0].model_dir(args.dataroot), group)[1] for group in groups.values()]
+    problems = [*filter(None, checks), *filter(None, [try_out(check_pictures, group, args.dataroot)[1] for group in groups.values()])]
+    return [Finding(OK, f"{args.task_json}: {len(tasks)} queries of {len(groups)} models"), *problems], groups
