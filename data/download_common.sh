@@ -37,11 +37,11 @@ check_disk() {
     fi
 }
 
-refuse_escapes() { # LISTING ARCHIVE: refuses members that would be written, or would point, outside the target
-    "$python" - "$@" "$seven" <<'EOF_PYTHON'
-import re, subprocess, sys
+refuse_escapes() { # LISTING ARCHIVE: refuses members that would be written, or would point, outside the target, or fill the disk
+    "$python" - "$@" "$seven" "$root" <<'EOF_PYTHON'
+import re, shutil, subprocess, sys
 
-listing, archive, seven = sys.argv[1:]
+listing, archive, seven, root = sys.argv[1:]
 
 def refuse(member, reason):
     sys.exit(f"error: {archive}: refused, nothing was extracted: member {member!r} {reason}")
@@ -58,6 +58,7 @@ text = open(listing, encoding="utf-8", errors="surrogateescape", newline="\n").r
 header, rule, members = text.partition("\n----------\n")
 if not rule:
     sys.exit(f"error: {archive}: refused, nothing was extracted: {seven} lists no members")
+size, free = 0, shutil.disk_usage(root).free
 for block in filter(None, members.strip("\n").split("\n\n")):
     lines = [line.partition(" =") for line in block.strip("\n").split("\n")]
     fields = {name: value.strip(" ") for name, _, value in lines}
@@ -69,6 +70,9 @@ for block in filter(None, members.strip("\n").split("\n\n")):
         refuse(fields["Path"], "is a hard link")
     if "l" in fields.get("Attributes", "").lower() and leaves(target := link_target(fields) or ".."):
         refuse(fields["Path"], f"is a link that points out of its folder, to {target!r}")
+    size += int(fields.get("Size") or 0)
+    if size > free:
+        refuse(fields["Path"], f"and those before it would take {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
 EOF_PYTHON
 }
 

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tasks/environment.sh
 # Two processes of one thread each: these models are too small for more threads.
-# loadgroup: tests of one xdist_group, which share something costly, run in one of them.
-OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" "$@"
+# loadfile: tests of one file, which share something costly (a cluster, cached losses), run in one of them.
+OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" "$@"

@@ -310,6 +310,29 @@ def test_an_archive_whose_member_would_leave_the_target_is_refused(laion_missing
     assert not list(tmp_path.rglob("evil.jpg")), "nothing was written, inside or outside"
 
 
+def test_an_archive_that_would_fill_the_disk_is_refused(laion_missing, tmp_path):
+    hub, root = laion_missing
+    disk, content = tmp_path / "disk", tmp_path / "bomb"
+    disk.mkdir()
+    content.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        shutil.copytree(root, disk / "abc")
+        (content / "zeros.jpg").write_bytes(bytes(100 << 20))
+        subprocess.run([SEVEN, "a", "-bso0", "-mx1", "bomb.7z", "zeros.jpg"], cwd=content, check=True)
+        assert (content / "bomb.7z").stat().st_size < 1 << 20
+        bomb = IMAGES, "laion_subset/bomb.7z"
+        hub.files[bomb] = (content / "bomb.7z").read_bytes()
+        result = download(hub, disk / "abc")
+        del hub.files[bomb]
+        assert result.returncode == 2
+        assert "bomb.7z: refused, nothing was extracted: member 'zeros.jpg' and those before it would take 0.1 GB" in result.stderr
+        assert not list((disk / "abc/.download/extracting").iterdir())
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_a_file_of_the_users_in_the_way_is_kept_and_named(laion_missing):
     hub, root = laion_missing
     (root / "sd_fisher.pt").write_bytes(b"mine")

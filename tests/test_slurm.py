@@ -24,8 +24,6 @@ import compute_influence
 import compute_training_loss
 from unlearn.commands import evaluate
 
-pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, of one worker
-
 ROOT = Path(__file__).parent.parent
 TASKS = PARITY / "fixture/tasks.json"
 DATA = ["--dataroot", str(PARITY / "fixture/abc"), "--sd_version", str(PARITY / "fixture/sd-tiny")]
