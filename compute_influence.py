@@ -51,7 +51,7 @@ from unlearn.scoring import (
     score_shortlists,
     scoring_settings,
 )
-from unlearn.sharing import do_once
+from unlearn.sharing import do_once, forget_claim
 from unlearn.tasks import group_by_model, load_tasks
 from unlearn.unlearning import unlearn_queries, unlearning_settings
 
@@ -144,6 +144,7 @@ def save_result(custom, task, query, image_sets, changes, before, grid, path, fo
 
     # One process alone writes it anew, and prints it: with another --top_k there is another table.
     if process_share()[1] == 1:
+        forget_claim(path.parent, "influence")  # of several processes, one of which was killed
         return save()
     do_once(path.parent, "influence", lambda: keep_complete(path.parent / "influence.npz", identity, True, ""), save)
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import errno
 import json
 import os
 import pickle
@@ -478,6 +479,14 @@ def test_a_full_memory_names_the_flag_that_helps(error, task_flags, with_model, 
         raise error
     monkeypatch.setattr(compute_training_loss, "prepare_training_set", prepare_training_set)
     assert "out of memory: run the same command with a smaller --batch_size" in refused(capsys, compute_training_loss.main, task_flags)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_a_disk_that_fails_anywhere_ends_with_one_line_that_names_the_file(number, task_flags, with_model, monkeypatch, capsys):
+    def prepare_training_set(*arguments):
+        raise OSError(number, os.strerror(number), "/scratch/results/a")
+    monkeypatch.setattr(compute_training_loss, "prepare_training_set", prepare_training_set)
+    assert f"/scratch/results/a: {os.strerror(number)}; see to the disk" in refused(capsys, compute_training_loss.main, task_flags)
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(task_flags, tmp_path, with_model, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from unlearn import UserError, claims, sharing
+from unlearn.chunks import remove_folders
 from unlearn.claims import create_claim, read_claim
 from unlearn.sharing import Share, do_once
 
@@ -192,3 +193,69 @@ def test_a_claim_on_a_full_disk_or_without_permission_ends_in_one_line_and_leave
     monkeypatch.setattr(claims.os, "open", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match="cannot be written .Permission denied"):
         create_claim(tmp_path / "work.claim")
+
+
+def test_a_claim_that_another_has_taken_over_meanwhile_is_left_to_it(tmp_path, dead_owner):
+    """Both see the dead owner; the other one is faster by a whole takeover."""
+    share = Share(tmp_path, {0: "work"}, lambda item: False)
+    assert share.is_abandoned(dead_owner)
+    dead_owner.unlink()
+    assert create_claim(dead_owner)  # the other's
+    content = dead_owner.read_bytes()
+    assert not share.take_over(dead_owner)
+    assert dead_owner.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["work.claim"]
+
+
+def test_a_dead_claim_that_cannot_be_removed_ends_in_one_line_and_not_in_waiting(dead_owner, monkeypatch):
+    monkeypatch.setattr(sharing.os, "rename", lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    with pytest.raises(UserError, match="work.claim: its owner is gone, and it cannot be removed .Operation not permitted.; remove it"):
+        do_once(dead_owner.parent, "work", lambda: False, lambda: None)
+
+
+def test_process_numbers_of_another_boot_or_container_of_the_same_name_mean_nothing_here(dead_owner, monkeypatch):
+    owner = json.loads(dead_owner.read_text())
+    assert claims.is_dead(owner)
+    assert not claims.is_dead({**owner, "host": owner["host"][:-8] + "0" * 8})
+
+
+def test_an_absence_of_the_file_server_is_not_taken_for_the_owners(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sharing.time, "monotonic", lambda: clock[0])
+    (tmp_path / "work.claim").write_text('{"host": "elsewhere", "pid": 1}')
+    share = Share(tmp_path, {0: "work"}, lambda item: False)
+    for seconds in 0, 1, 1000, *[1] * 85:
+        clock[0] += seconds
+        assert not share.is_abandoned(tmp_path / "work.claim")
+    clock[0] += 2
+    assert not share.is_abandoned(tmp_path / "work.claim")
+    clock[0] += 1
+    assert share.is_abandoned(tmp_path / "work.claim")  # more than EXPIRY seconds, in which it could look
+
+
+def test_a_share_that_was_stopped_keeps_its_claims_until_its_work_is_finished(tmp_path):
+    with Share(tmp_path, {0: "0", 1: "1"}, lambda item: False) as share:
+        item = next(share)
+        share.stop()
+        assert list(share) == [] and (tmp_path / f"{item}.claim").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_looks_for_a_chunk_while_they_are_removed_finds_it_or_no_folder(tmp_path):
+    for number in range(20):
+        folder = tmp_path / f".loss-{number}"
+        folder.mkdir()
+        for chunk in range(50):
+            (folder / f"{chunk}.npy").write_text("")
+        remover = threading.Thread(target=remove_folders, args=(tmp_path / "loss.npy",))
+        remover.start()
+        while folder.is_dir():
+            assert (folder / "7.npy").exists() or not folder.is_dir()
+        remover.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_work(tmp_path, monkeypatch):
+    with pytest.raises(ZeroDivisionError), Share(tmp_path, {0: "work"}, lambda item: False) as share:
+        next(share)
+        monkeypatch.setattr(claims.Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        raise ZeroDivisionError

@@ -113,7 +113,7 @@ FAULTS = {  # what was done -> (how, whether it is a problem, what is said)
     "half a file": (leave("orig_loss/a.npy.host.1.part"), False, ["1 half-written files", "a.npy.host.1.part"]),
     "chunks": (leave("orig_loss/m/.laion_loss-0123456789abcdef/000000-of-000004.npy"), False, ["1 of 4 chunks", "run the same command again to go on"]),
     "an index without a shard": (leave_index, True, ["1 of its 2 shards are gone", "python -m unlearn index"]),
-    "a checkpoint": (leave("influence/q/weight_change.safetensors.0123456789abcdef.safetensors"), False, ["unfinished unlearning"]),
+    "a checkpoint": (leave("influence/q/weight_change.safetensors.0123456789abcdef.checkpoint"), False, ["unfinished unlearning"]),
 }
 
 

@@ -141,6 +141,22 @@ def test_an_encoding_killed_at_any_batch_goes_on_there_and_gives_the_same_bits(c
     assert len(again) == 10 - max(0, calls - 1), "batches that were finished are not made again"
 
 
+def test_rows_that_a_lost_node_left_as_zeros_are_made_again(encoded, coco, model, monkeypatch):
+    real = encoding.encode_images
+    monkeypatch.setattr(encoding, "encode_prompts", None)
+    monkeypatch.setattr(encoding, "encode_images", lambda *how: real(*how))
+    whole = (encoded / LATENTS).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, coco)
+    monkeypatch.undo()
+    [part] = coco.glob(f"{LATENTS}.*.part")
+    assert part.read_bytes() == whole
+    part.write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    run(monkeypatch, model, coco)
+    assert made(coco) == made(encoded)
+
+
 def test_a_kill_before_the_last_rename_never_leaves_an_old_array_with_a_new_record(encoded, tmp_path, model, monkeypatch):
     root = shutil.copytree(encoded, tmp_path / "mscoco", symlinks=True)
     first, old, replace = list_images(root)[0], made(root), os.replace

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +35,8 @@ def test_a_permission_that_is_lost_at_any_write_costs_one_line_and_no_bit(name):
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "emptied"])
 @pytest.mark.parametrize("name", ["loss", "influence", "fisher"])
-def test_a_damaged_chunk_is_told_removed_and_made_anew(name, fault):
-    assert inject(name, fault) >= 1
+def test_a_damaged_chunk_or_checkpoint_is_told_removed_and_made_anew(name, fault):
+    assert inject(name, fault) == (2 if name == "influence" else 1)
 
 
 @pytest.mark.parametrize("name", ["loss", "influence", "fisher", "index"])
@@ -68,16 +67,16 @@ class Fault:
         self.runs.reset(self.folder, self.start)
 
     def run(self, before=lambda: None, main=None, flags=(), processes=1):
-        """Runs it in a fork after `before()`: (status, what it printed)."""
-        from unlearn import UserError
+        """Runs it as a script in a fork after `before()`: (status, what it printed)."""
+        from unlearn import runtime
 
         def changed(arguments):
             before()
             try:
-                (main or self.main)(arguments)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(2)
+                runtime.run(main or self.main, arguments)
+            except SystemExit as end:
+                sys.stdout.flush()
+                os._exit(end.code)
         return self.runs.run_forks(changed, [*self.arguments(self.folder), *flags], processes)
 
     def check_good_run(self, *flags):
@@ -96,22 +95,21 @@ class Fault:
 
 def fail_new_write(failed, code):
     """Makes this process's first write to a file that is not named in the text file `failed` fail, and names it there: of a file
-    as it is flushed, of a claim as it is made."""
-    from unlearn import artifacts, claims
+    as it is flushed, of a claim as it is written, of a folder as it is made."""
+    from unlearn.artifacts import this_machine
 
     def failing(function):
-        def call(descriptor, *args):
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            name = path.removesuffix(f".{socket.gethostname()}.{os.getpid()}.part")
-            if name not in failed.read_text().splitlines():
+        def call(where, *args):
+            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.fspath(where)
+            name = path.removesuffix(f".{this_machine()}.{os.getpid()}.part")
+            if not os.path.isdir(path) and str(failed.parent) in path and name not in failed.read_text().splitlines():
                 with failed.open("a") as file:
                     print(name, file=file)
-                raise OSError(code, os.strerror(code))
-            return function(descriptor, *args)
+                raise OSError(code, os.strerror(code), path)
+            return function(where, *args)
         return call
 
-    artifacts.os.fsync = failing(os.fsync)
-    claims.os.write = failing(os.write)
+    os.fsync, os.write, os.mkdir = map(failing, (os.fsync, os.write, os.mkdir))
 
 
 def fail_every_write(fault, code):
@@ -125,7 +123,7 @@ def fail_every_write(fault, code):
         if outcome[0] == [0]:
             fault.check_good_run()
             return number
-        fault.check_error(outcome, "the disk is full; free some space" if code == errno.ENOSPC else os.strerror(code))
+        fault.check_error(outcome, "run the same command again" if code == errno.ENOSPC else os.strerror(code))
 
 
 def damage(path, how):
@@ -137,22 +135,29 @@ def damage(path, how):
 
 
 def result_of(chunk):
-    """What a chunk is a part of: `.laion_loss-0123456789abcdef/000001-of-000004.npy` -> `laion_loss.json`, its record."""
+    """The record of what a chunk or checkpoint is a part of: `.laion_loss-0123456789abcdef/000001-of-000004.npy` -> `laion_loss.json`,
+    `weight_change.safetensors.0123456789abcdef.checkpoint` -> `weight_change.json`."""
+    if chunk.suffix == ".checkpoint":
+        return chunk.with_name(chunk.name.partition(".")[0] + ".json")
     return chunk.parent.with_name(chunk.parent.name[1:].rpartition("-")[0] + ".json")
 
 
 def damage_chunk(fault, how):
-    """A run is killed when it has some chunks of something unfinished, one of which is then damaged."""
-    for renames in range(1, 40):
-        fault.reset()
-        fault.runs.run_child(fault.main, fault.arguments(fault.folder), renames=renames)
-        chunks = [path for path in fault.folder.rglob("*-of-*") if path.suffix in (".npy", ".sums") and not result_of(path).exists()]
+    """A run is killed when it has some chunks, or a checkpoint, of something unfinished, one of which is then damaged."""
+    count = 0
+    for pattern in "*-of-*", "*.checkpoint":
+        for renames in range(1, 12):
+            fault.reset()
+            fault.runs.run_child(fault.main, fault.arguments(fault.folder), renames=renames)
+            chunks = [path for path in fault.folder.rglob(pattern) if path.suffix != ".claim" and not result_of(path).exists()]
+            if chunks or pattern != "*-of-*" and fault.name != "influence":
+                break
         if chunks:
-            break
-    damage(chunks[0], how)
-    fault.check_error(fault.run(), chunks[0].name, "damaged", "run the same command again")
-    fault.check_good_run()
-    return 1
+            damage(chunks[0], how)
+            fault.check_error(fault.run(), chunks[0].name, "damaged", "run the same command again")
+            fault.check_good_run()
+            count += 1
+    return count
 
 
 def damage_records(fault):

@@ -29,6 +29,12 @@ def reference(model, dozen, tmp_path_factory):
     return Sweep(dozen, GRID, 20).run(model, tmp_path_factory.mktemp("reference"), "")
 
 
+def made(folder):
+    """A folder for chunks, which is to be there."""
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def by_id(images, scores):
     """{(id, view): loss}"""
     return {(id, view): score for view, row in enumerate(scores.reshape(2, -1)) for id, score in zip(images.ids, row)}
@@ -46,8 +52,8 @@ def test_batch_size_changes_losses_by_less_than_1e_6(model, dozen, reference, tm
 
 def test_an_image_has_the_same_loss_in_a_subset(model, dozen, reference, tmp_path):
     first, some = dozen.first(5), dozen.take([11, 3, 4])
-    assert_same_by_id(by_id(dozen, reference), by_id(first, Sweep(first, GRID, 20).run(model, tmp_path / "first", "")))
-    assert_same_by_id(by_id(dozen, reference), by_id(some, Sweep(some, GRID, 20).run(model, tmp_path / "some", "")))
+    assert_same_by_id(by_id(dozen, reference), by_id(first, Sweep(first, GRID, 20).run(model, made(tmp_path / "first"), "")))
+    assert_same_by_id(by_id(dozen, reference), by_id(some, Sweep(some, GRID, 20).run(model, made(tmp_path / "some"), "")))
 
 
 def test_an_image_has_the_same_loss_in_another_order(model, dozen, reference, tmp_path):
@@ -72,7 +78,7 @@ def test_chunks_hold_every_row_once():
 
 def test_an_interrupted_sweep_goes_on_to_the_same_bits_and_scores_no_chunk_again(model, dozen, tmp_path, monkeypatch):
     monkeypatch.setattr(losses.chunk_rows, "__defaults__", (3,))
-    expected, scored, stop = Sweep(dozen, GRID, 7).run(model, tmp_path / "whole", ""), [], [2]
+    expected, scored, stop = Sweep(dozen, GRID, 7).run(model, made(tmp_path / "whole"), ""), [], [2]
 
     def count_rows(model, images, rows, *rest):
         if len(scored) == stop[0]:
@@ -82,24 +88,24 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits_and_scores_no_chunk_again
 
     monkeypatch.setattr(sweeps, "score_rows", count_rows)
     with pytest.raises(KeyboardInterrupt):
-        Sweep(dozen, GRID, 7).run(model, tmp_path / "parts", "")
+        Sweep(dozen, GRID, 7).run(model, made(tmp_path / "parts"), "")
     assert len(list((tmp_path / "parts").glob("*.npy"))) == 2
     stop[0] = None
-    np.testing.assert_array_equal(Sweep(dozen, GRID, 7).run(model, tmp_path / "parts", ""), expected)
+    np.testing.assert_array_equal(Sweep(dozen, GRID, 7).run(model, made(tmp_path / "parts"), ""), expected)
     assert len(scored) == len(set(scored)) == 4
 
 
 def test_two_processes_halves_of_the_chunks_make_the_same_bits(model, dozen, tmp_path, monkeypatch):
     monkeypatch.setattr(losses.chunk_rows, "__defaults__", (3,))
-    expected = Sweep(dozen, GRID, 7).run(model, tmp_path / "one", "")
+    expected = Sweep(dozen, GRID, 7).run(model, made(tmp_path / "one"), "")
     for half in 0, 1:
         sweep, folder = Sweep(dozen, GRID, 7), tmp_path / f"half{half}"
-        sweep.run(model, folder, "")
+        sweep.run(model, made(folder), "")
         (tmp_path / "both").mkdir(exist_ok=True)
         for path in sorted(folder.glob("*.npy"))[half::2]:
             path.rename(tmp_path / "both" / path.name)
     monkeypatch.setattr(sweeps, "score_rows", None)  # nothing is left to score
-    np.testing.assert_array_equal(Sweep(dozen, GRID, 7).run(model, tmp_path / "both", ""), expected)
+    np.testing.assert_array_equal(Sweep(dozen, GRID, 7).run(model, made(tmp_path / "both"), ""), expected)
 
 
 def test_the_loss_equals_a_float64_reference_written_from_the_formula(dozen, reference):

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn.artifacts import remove_stale_parts, whole_file, write_json
+from unlearn.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
+from unlearn.hashes import hash_file
 
 PROGRAM = Path(__file__).parent / "kill_and_resume.py"
 
@@ -74,6 +78,20 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_a_living_
     with whole_file(tmp_path / "b.json") as file:
         file.write(b"1")
         part, = tmp_path.glob("b.json.*.part")
-        remove_stale_parts(tmp_path / "b.json")
+        remove_stale_parts(tmp_path / "b.json", own_part(tmp_path / "b.json"))
         assert part.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_what_other_machines_left_is_removed_when_nothing_was_written_there_for_long(tmp_path):
+    old, young = (tmp_path / f"a.json.{name}.0123abcd.7.part" for name in ("gone", "slow"))
+    for part, age in (old, 2 * STALE), (young, STALE / 2):
+        part.write_text("half")
+        os.utime(part, (time.time() - age,) * 2)
+    write_json(tmp_path / "a.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", young.name]
+
+
+def test_the_hash_of_what_was_written_is_known_whatever_another_process_writes_there(tmp_path):
+    for write, value in (write_array, np.arange(5.0)), (write_tensors, {"a": torch.ones(3)}):
+        assert write(tmp_path / "a", value) == hash_file(tmp_path / "a")

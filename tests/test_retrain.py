@@ -137,7 +137,7 @@ def test_a_killed_retraining_leaves_the_bits_of_an_uninterrupted_one(world, plac
     command = [sys.executable, "-m", "unlearn", "subsets", *place, "--count", "2", "--stack", "2", "--train_epochs", "10"]
     command.insert(3, "retrain")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoints = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "results/retrain").glob(".half-000-*.safetensors")}
+    checkpoints = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "results/retrain").glob(".half-000-*.checkpoint")}
     for _ in range(2):
         seen, process = checkpoints(), subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while checkpoints() == seen and process.poll() is None:

@@ -41,6 +41,7 @@ def changes(model):
 
 def score(model, images, folder, measure, batch_size=20):
     """Values of a measure, [24, ...]."""
+    folder.mkdir()
     return Sweep(images, GRID, batch_size).run(model, folder, "", measure)
 
 
@@ -112,12 +113,20 @@ def test_probes_are_balanced_signs_that_neither_batch_nor_order_changes():
     assert abs(float((one * noise.sign()).mean())) < 0.1
 
 
+@pytest.fixture(scope="module")
+def uphill(model, dozen, changes):
+    """Two weight changes of five per cent along gradients of images' losses, as unlearning makes them. Along a random one a score is
+    a small rest of large terms, and tells rounding alone."""
+    size, gradients = {name: value.norm() for name, value in changes[0].items()}, dict(text_gradients(model, *samples_of(dozen)))
+    return [{name: size[name] * gradients[name][text] / gradients[name][text].norm() for name in size} for text in range(2)]
+
+
 @pytest.mark.parametrize("measure_of", [gradient_dots, second_order_dots])
 @pytest.mark.parametrize("batch_size", [1, 3, 200])
-def test_the_batch_size_changes_derivatives_by_less_than_1e_6(model, dozen, changes, tmp_path, measure_of, batch_size):
-    reference = score(model, dozen, tmp_path / "reference", measure_of(changes))
-    found = score(model, dozen, tmp_path / "found", measure_of(changes), batch_size)
-    assert np.abs(found - reference).max() <= 1e-6 * np.abs(reference).max() * 3
+def test_the_batch_size_changes_derivatives_by_less_than_1e_6(model, dozen, uphill, tmp_path, measure_of, batch_size):
+    reference = score(model, dozen, tmp_path / "reference", measure_of(uphill))
+    found = score(model, dozen, tmp_path / "found", measure_of(uphill), batch_size)
+    assert (np.abs(found - reference).max(axis=0) <= 1e-6 * np.abs(reference).max(axis=0)).all()
 
 
 def test_queries_scored_together_get_the_scores_of_each_alone(model, dozen, changes, tmp_path):

@@ -2,12 +2,14 @@
 
 import errno
 import glob
+import io
 import json
 import os
 import pickle
 import socket
 import stat
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from . import UserError
+from .hashes import digest, hash_bytes
 
 MOST_TEXT = 1 << 30  # bytes; the captions of COCO have 92 MB
+STALE = 600  # seconds
 
 
 def resolve_inside(root, path, item):
@@ -29,28 +33,50 @@ def resolve_inside(root, path, item):
     return resolved
 
 
-def remove_stale_parts(path):
-    """Removes what killed processes of this machine left of a half-written `path`."""
-    for part in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}.*.part"):
+@cache
+def this_machine():
+    """The host's name and a hash of what else tells one process number's realm from another: its boot, and the container's name
+    space. Hosts may share a name, and containers of one host."""
+    realm = []
+    with suppress(OSError):
+        realm += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return f"{socket.gethostname()}.{digest(realm)[:8]}"
+
+
+def own_part(path):
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f"{path.name}.{this_machine()}.{os.getpid()}.part")
+
+
+def remove_stale_parts(path, own):
+    """Removes what killed processes left of a half-written `path`: those of this machine at once, others' where nothing was
+    written for STALE seconds of the file server's clock, which also gave this process's `own` part its time."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.*.part"):
+        machine, _, pid = part.name.removeprefix(f"{path.name}.").removesuffix(".part").rpartition(".")
         try:
-            os.kill(int(part.suffixes[-2][1:]), 0)  # signal 0 only asks whether the process is there
-        except ProcessLookupError:
+            if machine == this_machine() and pid.isdecimal():
+                os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
+            elif own.stat().st_mtime - part.stat().st_mtime > STALE:
+                part.unlink(missing_ok=True)
+        except (ProcessLookupError, OverflowError):
             part.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # it is there, another user's
+        except OSError:
+            pass  # the process is there, another user's; or the part is not any more
 
 
 @contextmanager
-def whole_file(path, key=None):
+def whole_file(path, key=None, parents=True):
     """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename. With a `key` the .part
-    stays where this ends early, and the next run with that key goes on with it: its size says how far it came."""
+    stays where this ends early, and the next run with that key goes on with it: its size says how far it came. Without
+    `parents` its folder must be there, else it raises FileNotFoundError."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{key or f'{socket.gethostname()}.{os.getpid()}'}.part")
+    part = path.with_name(f"{path.name}.{key}.part") if key else own_part(path)
     flags = os.O_CREAT | (0 if key else os.O_TRUNC)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "r+b", opener=lambda name, mode: os.open(name, mode | flags, 0o666)) as file:
+            remove_stale_parts(path, part)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +91,14 @@ def whole_file(path, key=None):
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         raise
+
+
+def write_bytes(path, *parts):
+    """Writes bytes, one part after the other; returns their hash."""
+    with whole_file(path) as file:
+        for part in parts:
+            file.write(part)
+    return hash_bytes(*parts)
 
 
 def write_json(path, value):
@@ -99,11 +133,10 @@ def read_json(path, item="file"):
 
 
 def write_array(path, array):
-    """Writes one array as .npy."""
-    array = np.ascontiguousarray(array)
-    with whole_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.tobytes())  # not np.save: on a full disk its error does not say so
+    """Writes one array as .npy; returns the hash of the file's bytes, whatever others write there meanwhile."""
+    array, header = np.ascontiguousarray(array), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return write_bytes(path, header.getvalue(), array.tobytes())  # not np.save: on a full disk its error does not say so
 
 
 def read_array(path, item="array", mmap=True):
@@ -119,9 +152,9 @@ def read_array(path, item="array", mmap=True):
 
 
 def write_tensors(path, tensors):
-    """Writes named tensors as safetensors."""
-    with whole_file(path) as file:  # not save_file: it writes a hidden file of its own, which a kill leaves behind
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    """Writes named tensors as safetensors; returns the hash of the file's bytes."""
+    # Not save_file: it writes a hidden file of its own, which a kill leaves behind.
+    return write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path, item="file", names=None):

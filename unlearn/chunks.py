@@ -4,7 +4,11 @@ An artefact has a record that tells damage; thousands of chunks have none. So th
 BLAKE2b hash of those before: a disk that lost or changed some is told before they enter a result.
 """
 
+import glob
 import io
+import os
+import shutil
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,14 +16,15 @@ import numpy as np
 from safetensors.torch import load, save
 
 from . import UserError
-from .artifacts import whole_file
+from .artifacts import own_part, whole_file
 
 SEAL_BYTES = 16
 
 
 def write_chunk(path, content):
-    """Writes bytes and their seal, whole or not at all."""
-    with whole_file(path) as file:
+    """Writes bytes and their seal, whole or not at all. Raises FileNotFoundError where the folder is not there: another process
+    is done with all of it."""
+    with whole_file(path, parents=False) as file:
         file.write(content)
         file.write(blake2b(content, digest_size=SEAL_BYTES).digest())
 
@@ -32,6 +37,23 @@ def read_chunk(path):
         Path(path).unlink(missing_ok=True)
         raise UserError(f"{path}: was damaged on the disk and is removed; run the same command again, which makes it anew")
     return content[:-SEAL_BYTES]
+
+
+def remove_folder(folder):
+    """Removes a folder of chunks at a stroke, so that who looks for a chunk in it finds all of them or no folder."""
+    aside = own_part(folder)
+    with suppress(OSError):  # another process was first
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folders(path):
+    """Removes the chunks of what is finished at `path`, those of other settings and what a killed process left of them too."""
+    for folder in path.parent.glob(f".{glob.escape(path.stem)}-*"):
+        if folder.suffix == ".part":
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            remove_folder(folder)
 
 
 def write_array_chunk(path, array):

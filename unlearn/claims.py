@@ -9,7 +9,6 @@ processes at the same piece (one was believed dead, a file system was slow) writ
 import errno
 import json
 import os
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from . import UserError
+from .artifacts import this_machine
 
 BEAT, EXPIRY = 10, 90  # seconds; an NFS client may show a file's time of a minute ago
 
@@ -32,7 +32,7 @@ def start_of(pid):
 
 def describe_owner():
     """What a claim of this process says; the time is for people."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": start_of(os.getpid()), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return {"host": this_machine(), "pid": os.getpid(), "started": start_of(os.getpid()), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def read_claim(path):
@@ -50,7 +50,7 @@ def read_claim(path):
 
 def is_dead(owner):
     """Whether a claim's owner is known to be gone: a process of this host that is not there, or another one by now."""
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+    if owner.get("host") != this_machine() or not isinstance(owner.get("pid"), int):
         return False
     try:
         os.kill(owner["pid"], 0)  # signal 0 only asks whether the process is there
@@ -79,7 +79,8 @@ class Heart:
         """Removes a claim."""
         with self.lock:
             self.held.discard(path)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # no permission any more: it will expire
+                path.unlink(missing_ok=True)
 
     def beat(self):
         """What the thread does."""

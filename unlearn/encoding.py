@@ -2,10 +2,11 @@
 
 import io
 import math
+import os
 import shutil
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from .encoders import encode_images, encode_prompts, load_image
 from .hashes import digest, digest_rows, hash_file, hash_tensors
 from .records import is_complete, record_path, write_record
 from .runtime import progress
-from .sharing import do_once
+from .sharing import do_once, forget_claim
 
 THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead
 
@@ -90,6 +91,14 @@ def encoding_identity(model, dataroot, paths, captions, resolution):
             **{name: hash_tensors(weights) for name, weights in parts.items()}}
 
 
+def count_rows(file, start, row_bytes):
+    """How many rows of a file that was begun before are whole. A node that lost its power leaves a size, and zeros from anywhere
+    within a row."""
+    size = max(0, os.fstat(file.fileno()).st_size - start) // row_bytes
+    file.seek(start)
+    return next((max(0, number - 1) for number in range(size) if not any(file.read(row_bytes))), size)
+
+
 def write_rows(path, shape, starts, encode, identity, description):
     """Writes a float32 array batch by batch, so that memory does not grow with it, and its record. Ended early, the same call
     goes on with the batch it was at. starts: the first row of each batch; encode(number): the rows of a batch."""
@@ -99,7 +108,7 @@ def write_rows(path, shape, starts, encode, identity, description):
     header, row_bytes = io.BytesIO(), 4 * math.prod(shape[1:])
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with whole_file(path, digest(identity)[:16]) as file:
-        done = max(0, file.seek(0, 2) - header.tell()) // row_bytes
+        done = count_rows(file, header.tell(), row_bytes)
         first = bisect_right(starts, done) - 1 if done < shape[0] else len(starts)
         file.seek(0)
         file.write(header.getvalue())
@@ -113,7 +122,8 @@ def write_rows(path, shape, starts, encode, identity, description):
                 file.write(rows.tobytes())
                 bar.update(len(rows))
         file.flush()
-        write_record(path, identity, content=hash_file(file.name))
+        with suppress(FileNotFoundError):  # another process was first, and has written it
+            write_record(path, identity, content=hash_file(file.name))
 
 
 def write_latents(model, path, paths, resolution, batch_size, identity):
@@ -180,6 +190,7 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
         check_given(dataroot)
     identity = encoding_identity(model, dataroot, paths, captions, resolution)
     if is_encoded(dataroot, identity):
+        forget_claim(dataroot, "laion_latents")
         return False
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     rows = choose_readable(dataroot, paths, skip_corrupt)

@@ -5,14 +5,14 @@ ICLR 2024, arXiv 2311.00500.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .artifacts import read_array, whole_file
-from .chunks import read_array_chunk, write_array_chunk
+from .chunks import read_array_chunk, remove_folders, write_array_chunk
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
@@ -21,7 +21,6 @@ from .records import keep_complete, record_path, write_record
 from .runtime import progress
 from .sharing import Share, do_once
 from .stopping import finishing
-from .sweeps import remove_chunks
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
 
@@ -98,10 +97,13 @@ def cache_reduced(path, identity, training_set, compute, overwrite):
         return keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir")
 
     while not keep():
+        folder.mkdir(parents=True, exist_ok=True)
+        if keep():  # asked again: whoever was done in between has removed the folder for good
+            break
         fill_chunks(folder, chunks, compute, path.parent.name)
-        if folder.is_dir():
+        with suppress(FileNotFoundError):  # the folder is gone: another process was done
             do_once(folder, "result", keep, lambda: join_chunks(path, identity, chunks, training_set))
-    remove_chunks(path)
+    remove_folders(path)
     return read_array(path, "gradients")
 
 
@@ -109,22 +111,19 @@ def fill_chunks(folder, chunks, compute, description):
     """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those that other processes are at are
     theirs. Returns when all are there, or the folder is not, because another process was done with it."""
     done = sum(len(images) for chunk, images in chunks.items() if chunk.exists())
-    folder.mkdir(parents=True, exist_ok=True)
     with (ThreadPoolExecutor(4) as pool, progress(sum(map(len, chunks.values())), f"gradients, {description}", "images", done) as bar,
           Share(folder, {chunk: chunk.stem for chunk in chunks}, Path.exists) as share):
         for chunk in share:
-            with finishing():
-                array = compute(chunks[chunk], pool)
-                if folder.is_dir():
-                    write_array_chunk(chunk, array)
+            with finishing(), suppress(FileNotFoundError):
+                write_array_chunk(chunk, compute(chunks[chunk], pool))
             share.release(chunk)
             bar.update(len(chunks[chunk]))
 
 
 def join_chunks(path, identity, chunks, training_set):
     """Writes the arrays of all chunks as one (.npy float32), chunk by chunk, and its record."""
-    record_path(path).unlink(missing_ok=True)
     first = read_array_chunk(next(iter(chunks)))
+    record_path(path).unlink(missing_ok=True)
     with whole_file(path) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
                                                     "shape": (len(training_set), *first.shape[1:])})

@@ -21,6 +21,14 @@ def digest_rows(rows):
     return state.hexdigest()
 
 
+def hash_bytes(*parts):
+    """Hash (32 hexadecimal digits) of bytes, one part after the other: `hash_file` of a file that holds them."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
 def hash_file(path):
     """Hash (32 hexadecimal digits) of a file's bytes."""
     state = hashlib.blake2b(digest_size=16)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import UserError
-from .artifacts import read_array, read_tensors, whole_file, write_tensors
+from .artifacts import read_array, read_tensors, write_bytes, write_tensors
 from .chunks import read_chunk
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
@@ -19,7 +19,7 @@ from .hashes import digest, hash_file
 from .losses import chunk_noise, noise_identity, rows_of, score_rows
 from .records import check_record, keep_complete, record_path, write_record
 from .runtime import progress
-from .sharing import do_once
+from .sharing import do_once, forget_claim
 
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
@@ -65,26 +65,28 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
     remedy = "give --overwrite to replace it, or another --output"
     if all([keep_complete(path, identity, overwrite, remedy) for path in (compression_path, listing)]):
         if all((folder / name).exists() for _, name in read_listing(listing)):
+            for name in "compression", "shards":
+                forget_claim(folder, name)
             return
         record_path(listing).unlink(missing_ok=True)  # a damaged shard was deleted: it and the listing are made anew
 
     def write_compression():
         record_path(compression_path).unlink(missing_ok=True)
-        write_tensors(compression_path, fit_compression(custom, sweep, fisher, autocast).tensors)
-        write_record(compression_path, identity, custom.device)
+        content = write_tensors(compression_path, fit_compression(custom, sweep, fisher, autocast).tensors)
+        write_record(compression_path, identity, custom.device, content)
 
     do_once(folder, "compression", lambda: keep_complete(compression_path, identity, overwrite, remedy), write_compression)
     compression = Compression(read_tensors(compression_path)).to(custom.device)
     shards = folder / f"shards-{digest(identity, hash_file(compression_path))[:16]}"
+    shards.mkdir(exist_ok=True)
     paths = sweep.fill(custom, shards, f"index {folder.name}", compression.measure(autocast), pack)
 
     def write_listing():
         record_path(listing).unlink(missing_ok=True)
         for path in paths:
             read_chunk(path)  # tells whether it is still what was written
-        with whole_file(listing) as file:
-            file.write("".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths).encode())
-        write_record(listing, identity, custom.device)
+        text = "".join(f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths)
+        write_record(listing, identity, custom.device, write_bytes(listing, text.encode()))
 
     do_once(folder, "shards", lambda: keep_complete(listing, identity, overwrite, remedy), write_listing)
     for other in folder.glob("shards-*"):  # of what --overwrite replaced

@@ -16,7 +16,6 @@ from .runtime import progress
 
 ARTEFACTS = (".npy", ".npz", ".safetensors", ".txt")
 CHUNK = re.compile(r"\d+-of-(\d+)\.(npy|sums)")
-CHECKPOINT = re.compile(r".+\.safetensors\.[0-9a-f]{16}\.safetensors")
 SHOWN = 3  # names in one finding
 
 
@@ -35,7 +34,7 @@ def list_files(folder):
                 found[path.suffix[1:]].append(path)
             elif CHUNK.fullmatch(path.name) and (hidden or path.parent.name.startswith("shards-")):
                 chunks[path.parent].append(path)
-            elif CHECKPOINT.fullmatch(path.name):
+            elif path.suffix == ".checkpoint":
                 found["checkpoint"].append(path)
             elif path.suffix == ".json":
                 found["record"].append(path)
@@ -93,7 +92,7 @@ def examine_leftovers(found, chunks):
         elif len(paths) < total:
             findings.append(Finding(PROBLEM, f"{folder}: {total - len(paths)} of its {total} shards are gone", "run python -m unlearn index again"))
     if found["checkpoint"]:
-        findings.append(Finding(NOTE, f"unfinished unlearning: {name_some(found['checkpoint'])}", "run the same command again to go on"))
+        findings.append(Finding(NOTE, f"unfinished unlearning or training: {name_some(found['checkpoint'])}", "run the same command again to go on"))
     if found["part"]:
         findings.append(Finding(NOTE, f"{len(found['part'])} half-written files: {name_some(found['part'])}",
                                 "none while a run is at work; else the next run that writes them removes them, or delete them"))

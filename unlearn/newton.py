@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from . import UserError, noise
-from .artifacts import read_tensors, write_tensors
+from .chunks import read_tensor_chunk, write_tensor_chunk
 from .derivatives import PROJECTIONS, text_gradients
 from .gradients import tracked
 from .hashes import digest
@@ -151,7 +151,7 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
     The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so far are written beside
     `checkpoint_path`, under a name that holds the digest of `identity`; a run that was killed goes on from there.
     """
-    checkpoint = Path(f"{checkpoint_path}.{digest(identity)[:16]}.safetensors") if checkpoint_path else None
+    checkpoint = Path(f"{checkpoint_path}.{digest(identity)[:16]}.checkpoint") if checkpoint_path else None
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     gradient, total = QueryGradient(model, parameters, latent, embedding, draws, pass_size, autocast), steps * draws_a_step
     # Cut alike with checkpoints and without, so that a run that was killed sums in the same order.
@@ -160,7 +160,7 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
         done, sums = torch.tensor(0), gradient.zeros()
         state = {"draws": done, **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
                  **{f"weight {name}": parameter.data for name, parameter in parameters.items()}}
-        for name, value in read_tensors(checkpoint).items() if checkpoint and checkpoint.exists() else ():
+        for name, value in read_tensor_chunk(checkpoint).items() if checkpoint and checkpoint.exists() else ():
             state[name].copy_(value)
         progress(int(done))
         while done < total:
@@ -173,13 +173,13 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
                     value.zero_()
             progress(count)
             if checkpoint and done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS and done < total:
-                write_tensors(checkpoint, state)
+                write_tensor_chunk(checkpoint, state)
         return {name: (parameter.detach() - originals[name]).cpu() for name, parameter in parameters.items()}
 
 
 def remove_checkpoints(checkpoint_path):
-    """Removes the checkpoints of a query whose weight change is complete."""
-    for path in Path(checkpoint_path).parent.glob(f"{Path(checkpoint_path).name}.*.safetensors"):
+    """Removes the checkpoints of a query whose weight change is complete, half-written ones too."""
+    for path in Path(checkpoint_path).parent.glob(f"{Path(checkpoint_path).name}.*.checkpoint*"):
         path.unlink(missing_ok=True)  # another process may be at it too
 
 

@@ -1,6 +1,7 @@
 """Device, precision, progress, and how a script ends."""
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from .stopping import STOP, Stopped, finishing
 
 log = logging.getLogger("unlearn")
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 0.5
+NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE}  # faults of disks
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in errors that have no type of their own
 
 
@@ -96,7 +98,7 @@ def run_ahead(items, prepare, work, device):
 
     On a CPU as many items are worked on at once as torch has threads, each by one of them: faster than one item by all
     wherever a model is small. An item's result does not depend on it. Items are taken one by one, as threads become free: they
-    may be a `sharing.Share`, whose close() is called where it ends early. Raises Stopped where a signal ended it.
+    may be a `sharing.Share`, whose stop() is called where it ends early. Raises Stopped where a signal ended it.
     """
     num_threads = torch.get_num_threads()
     num_workers = num_threads if torch.device(device).type == "cpu" else 1
@@ -119,18 +121,19 @@ def run_ahead(items, prepare, work, device):
     # One thread more than turns: it prepares.
     pool = ThreadPoolExecutor(num_workers + 1, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,))
     try:
-        with finishing() as stopping, pool:
-            running = {pool.submit(run_some) for _ in range(num_workers + 1)}
-            try:
-                while running:
-                    done, running = wait(running, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                    if stopping.is_set():
-                        break
-            finally:  # what is being worked on is finished, what is only prepared is not begun
-                ended.set()
-                getattr(source, "close", lambda: None)() if running else None
+        with finishing() as stopping:
+            with pool:
+                everything = running = {pool.submit(run_some) for _ in range(num_workers + 1)}
+                try:
+                    while running and not stopping.is_set():
+                        done, running = wait(running, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                        for future in done:
+                            future.result()
+                finally:  # what is being worked on is finished, what is only prepared is not begun
+                    ended.set()
+                    getattr(source, "stop", lambda: None)()
+            for future in everything:  # what was finished last may have failed too
+                future.result()
     finally:
         torch.set_num_threads(num_threads)
 
@@ -182,6 +185,11 @@ def run(main, argv=None):
         main(argv)
     except UserError as error:
         sys.exit(end_with(error))
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        sys.exit(end_with(f"{name}{error.strerror}; see to the disk or its permissions, and run the same command again"))
     except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
         if not is_out_of_memory(error):
             raise

@@ -2,13 +2,16 @@
 
 import os
 import random
-import socket
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
+from . import UserError
+from .artifacts import own_part
 from .claims import EXPIRY, HEART, create_claim, is_dead, read_claim
+from .runtime import log
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
 
@@ -25,8 +28,9 @@ class Share:
     def __init__(self, folder, names, is_done):
         self.folder, self.names, self.is_done = Path(folder), names, is_done
         self.fresh, self.held = deque(names), deque()  # not looked at yet; others' when they were looked at
-        self.mine, self.seen = {}, {}  # item -> claim; claim -> (stamp, when it was first seen)
+        self.mine, self.seen = {}, {}  # item -> claim; claim -> (stamp, seconds for which it stood still, last look)
         self.lock, self.closed, self.wait, self.chance = threading.Lock(), threading.Event(), SHORTEST_WAIT, random.Random()
+        self.told = False
 
     def __enter__(self):
         return self
@@ -53,6 +57,8 @@ class Share:
                 if not self.folder.is_dir():
                     break
                 if self.held:
+                    if self.wait == LONGEST_WAIT and not self.told:
+                        self.tell()
                     self.closed.wait(self.wait)
                     self.wait = min(LONGEST_WAIT, 1.5 * self.wait)
             raise StopIteration
@@ -62,7 +68,7 @@ class Share:
         before, so that its owner's heart is listened to."""
         path = self.folder / f"{self.names[item]}.claim"
         if self.is_done(item):
-            self.clear(path)
+            path.unlink(missing_ok=True)  # of one who was killed, or stopped, between the end of its work and its release
         elif create_claim(path) or again and self.is_abandoned(path) and self.take_over(path):
             HEART.hold(path)
             self.mine[item] = path
@@ -81,24 +87,33 @@ class Share:
         if found is None:
             return False
         owner, stamp = found
-        first, since = self.seen.get(path, (None, 0))
-        if first != stamp:
-            self.seen[path] = stamp, (since := time.monotonic())
-        return is_dead(owner) or time.monotonic() - since > EXPIRY
+        (first, still, last), now = self.seen.get(path, (None, 0, 0)), time.monotonic()
+        # Of a long time without a look (the file server was away) only a little counts: its owner could not beat either.
+        still = still + min(now - last, 2 * LONGEST_WAIT) if first == stamp else 0
+        self.seen[path] = stamp, still, now
+        return is_dead(owner) or still > EXPIRY
 
-    def clear(self, path):
-        """Removes the claim of one who was killed between the end of its work and its release."""
-        if is_dead((read_claim(path) or [{}])[0]):
-            path.unlink(missing_ok=True)
+    def tell(self):
+        """Says, once, who is waited for."""
+        owners = {(read_claim(self.folder / f"{self.names[item]}.claim") or ({}, None))[0].get("host", "another host") for item in self.held}
+        log.info(f"waiting for {len(self.held)} pieces of work at {', '.join(sorted(map(str, owners)))} ({self.folder})")
+        self.told = True
 
     def take_over(self, path):
-        """Claims what was abandoned; of several that try, one succeeds."""
-        aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        """Claims what was abandoned; of several that try, one succeeds. Raises UserError where the old claim cannot be removed."""
+        aside = own_part(path)
         try:
             os.rename(path, aside)
+            if (read_claim(aside) or (None, None))[1] != self.seen[path][0]:  # meanwhile another has taken it over: this is its own
+                with suppress(OSError):
+                    os.link(aside, path)
+                aside.unlink()
+                return False
             aside.unlink()
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError as error:
+            raise UserError(f"{path}: its owner is gone, and it cannot be removed ({error.strerror}); remove it") from error
         return create_claim(path)
 
     def release(self, item):
@@ -107,11 +122,20 @@ class Share:
         if path:
             HEART.drop(path)
 
-    def close(self):
-        """Ends the iteration, in other threads too, and releases what is held."""
+    def stop(self):
+        """Ends the iteration, in other threads too; what is held stays so."""
         self.closed.set()
+
+    def close(self):
+        """Ends the iteration and releases what is held."""
+        self.stop()
         for item in list(self.mine):
             self.release(item)
+
+
+def forget_claim(folder, name):
+    """Removes the claim of work that is known to be done: of one who was killed before it could."""
+    (Path(folder) / f"{name}.claim").unlink(missing_ok=True)
 
 
 def do_once(folder, name, is_done, work):

@@ -1,14 +1,14 @@
 """Sweeps over a whole training set, in chunks that are kept until the last is done, and their results in files."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError, noise
 from .artifacts import read_array, write_array
-from .chunks import read_array_chunk, write_array_chunk
+from .chunks import read_array_chunk, remove_folders, write_array_chunk
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
 from .records import check_record, is_complete, keep_complete, record_path, write_record
@@ -61,14 +61,13 @@ class Sweep:
         return values
 
     def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values):
-        """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which belongs to this very sweep;
+        """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which is there and belongs to this very sweep;
         those that are there are not computed again, those that other processes are at are theirs. Returns the paths of all,
         in the order of `self.chunks`, when they are there: or when the folder is not, for another process was done with it."""
         paths = [folder / f"{number:06d}-of-{len(self.chunks):06d}.npy" for number in range(len(self.chunks))]
         counted = {number for number, path in enumerate(paths) if path.exists()}
         num_samples = [len(rows) * len(self.grid) * self.training_set.embeddings.shape[1] for rows in self.chunks]
         done = sum(num_samples[number] for number in counted)
-        folder.mkdir(parents=True, exist_ok=True)
         with progress(sum(num_samples), description, "samples", done) as bar, ThreadPoolExecutor(4) as pool:
             def is_done(number):
                 if done := paths[number].exists():
@@ -85,7 +84,7 @@ class Sweep:
 
             def score(number, noises):
                 values = pack(self.score(model, self.chunks[number], noises, measure))
-                if folder.is_dir():  # else another process is done with all of them
+                with suppress(FileNotFoundError):  # the folder is gone: another process is done with all of them
                     write_array_chunk(paths[number], values)
                 count(number)
                 share.release(number)
@@ -107,12 +106,6 @@ class Sweep:
             values = np.empty((sum(map(len, self.chunks)), *chunk.shape[1:]), np.float32) if values is None else values
             values[rows] = chunk
         return values
-
-
-def remove_chunks(path):
-    """Removes the chunks of finished losses, those of other settings too."""
-    for folder in path.parent.glob(f".{path.stem}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_losses(sweep, model, path, identity, overwrite=False):
@@ -145,14 +138,16 @@ def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
                 raise UserError(f"{path}: {int((~np.isfinite(column)).sum())} losses are NaN or infinite; the weights have diverged "
                                 "(try a smaller --unlearn_lr or a larger --damping)")
             record_path(path).unlink(missing_ok=True)
-            write_array(path, column)
-            write_record(path, identity, model.device)
+            write_record(path, identity, model.device, write_array(path, column))
 
     while not all(keep()):
+        folder.mkdir(parents=True, exist_ok=True)
+        if all(keep()):  # asked again: whoever was done in between has removed the folder for good
+            break
         columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure)
         if columns is not None:
             do_once(folder, "result", lambda: all(keep()), write)
-    remove_chunks(paths[0])
+    remove_folders(paths[0])
     return [read_array(path, "losses", mmap=False) for path in paths]
 
 

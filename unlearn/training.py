@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.func import functional_call, vmap
 
 from . import UserError, noise
-from .artifacts import read_tensors, write_tensors
+from .chunks import read_tensor_chunk, write_tensor_chunk
 from .hashes import digest, hash_tensors
 from .stopping import finishing
 
@@ -150,14 +150,14 @@ def plain_attention(denoiser, num_models):
 def save_checkpoint(path, weights, optimizer, step):
     """Writes weights, moments and the number of steps taken, whole or not at all."""
     moments = {f"{moment}.{name}": optimizer.state[weight][moment] for name, weight in weights.items() for moment in ("exp_avg", "exp_avg_sq")}
-    write_tensors(path, {**{f"weight.{name}": weight for name, weight in weights.items()}, **moments, "step": torch.tensor(step)})
+    write_tensor_chunk(path, {**{f"weight.{name}": weight for name, weight in weights.items()}, **moments, "step": torch.tensor(step)})
 
 
 def load_checkpoint(path, weights, optimizer):
     """Restores weights and optimizer in place. Returns the number of steps taken, 0 where there is no checkpoint."""
     if not path.exists():
         return 0
-    state = read_tensors(path, "checkpoint")
+    state = read_tensor_chunk(path)
     step = int(state["step"])
     moments = {number: {"step": torch.tensor(float(step)), **{moment: state[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}}
                for number, name in enumerate(weights)}

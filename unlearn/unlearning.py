@@ -45,8 +45,7 @@ def unlearn_query(custom, query, parameters, fisher, path, args):
                          checkpoint_path=None if args.compat else path, identity=identity, progress=bar.update)
     check_change(query.ids[0], change)
     record_path(path).unlink(missing_ok=True)
-    write_tensors(path, change)
-    write_record(path, identity, custom.device)
+    write_record(path, identity, custom.device, write_tensors(path, change))
 
 
 def unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args):

@@ -7,7 +7,7 @@ again, the same command goes on where it was. Processes, of `accelerate launch` 
 """
 
 import argparse
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from .. import UserError, noise
 from ..artifacts import write_tensors
-from ..chunks import read_tensor_chunk, write_tensor_chunk
+from ..chunks import read_tensor_chunk, remove_folders, write_tensor_chunk
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
@@ -75,28 +75,22 @@ def sum_section(model, parameters, training_set, args, samples, checkpoint, upda
 
 def accumulate(model, parameters, training_set, args, folder):
     """Sums over all samples, {name: float64 tensor}, section by section: processes share them. In `folder` the sums of each
-    are kept. None where another process was done with the folder and has removed it."""
+    are kept. Raises FileNotFoundError where another process was done with the folder and has removed it."""
     num_sections = min(SECTIONS, -(-args.num_samples // CHUNK_SAMPLES))
     sections = np.array_split(np.arange(args.num_samples), num_sections)
     paths = [folder / f"{number:02d}-of-{num_sections:02d}.sums" for number in range(num_sections)]
-    folder.mkdir(parents=True, exist_ok=True)
     done = sum(len(section) for section, path in zip(sections, paths) if path.exists())
     with (progress(args.num_samples, "Fisher", "samples", done) as bar,
           Share(folder, {number: path.stem for number, path in enumerate(paths)}, lambda number: paths[number].exists()) as share):
         for number in share:
             checkpoint = folder / f"{paths[number].stem}-so-far.sums"
             sums = sum_section(model, parameters, training_set, args, sections[number], checkpoint, bar.update)
-            if folder.is_dir():
-                write_tensor_chunk(paths[number], sums)
-                checkpoint.unlink(missing_ok=True)
+            write_tensor_chunk(paths[number], sums)
+            checkpoint.unlink(missing_ok=True)
             share.release(number)
     total = {name: torch.zeros_like(value, dtype=torch.float64, device="cpu") for name, value in parameters.items()}
     for path in paths:
-        try:
-            sums = read_tensor_chunk(path)
-        except FileNotFoundError:
-            return None
-        for name, value in sums.items():
+        for name, value in read_tensor_chunk(path).items():
             total[name] += value
     return total
 
@@ -139,8 +133,7 @@ def main(argv=None):
         diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
         check_fisher(args.output, diagonal, parameters, damping=1)
         record_path(args.output).unlink(missing_ok=True)
-        write_tensors(args.output, diagonal)
-        write_record(args.output, identity, args.device)
+        write_record(args.output, identity, args.device, write_tensors(args.output, diagonal))
         zeros = sum(int((value == 0).sum()) for value in diagonal.values())
         log.info(f"{args.output}: {len(diagonal)} parameters, {args.num_samples} samples"
                  + (f", {zeros} zero entries: give --damping" if zeros else ""))
@@ -148,9 +141,12 @@ def main(argv=None):
     if keep():
         log.info(f"{args.output}: is there already")
     while not keep():
+        folder.mkdir(parents=True, exist_ok=True)
+        if keep():  # asked again: whoever was done in between has removed the folder for good
+            break
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        sums = accumulate(model, parameters, training_set, args, folder)
-        if sums is not None:
+        with suppress(FileNotFoundError):  # the folder is gone: another process was done
+            sums = accumulate(model, parameters, training_set, args, folder)
             do_once(folder, "result", keep, write)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folders(args.output)

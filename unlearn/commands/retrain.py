@@ -57,16 +57,16 @@ def train_stack(model, training_set, plans, args):
     """Trains the models of a stack together and writes their weights and records. Returns the seconds it took."""
     identities = [model_identity(model, training_set, plan, args) for plan in plans]
     paths = [weights_path(args, plan) for plan in plans]
-    checkpoint = paths[0].parent.parent / f".{plans[0].name}-{digest(identities)[:16]}.safetensors"
+    checkpoint = paths[0].parent.parent / f".{plans[0].name}-{digest(identities)[:16]}.checkpoint"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     recipe, start = recipe_of(args, plans[0].seed), time.monotonic()
     with progress(recipe.num_steps(len(training_set)), f"training {plans[0].name}" + (f" and {len(plans) - 1} more" if plans[1:] else ""), "steps") as bar:
         weights = train(model, training_set, np.stack([plan.members for plan in plans]), recipe, checkpoint, bar.update)
     for path, identity, tensors in zip(paths, identities, weights):
         record_path(path).unlink(missing_ok=True)
-        write_tensors(path, tensors)
-        write_record(path, identity, model.device)
+        write_record(path, identity, model.device, write_tensors(path, tensors))
     for plan in plans:
-        for leftover in checkpoint.parent.glob(f".{plan.name}-*.safetensors"):
+        for leftover in checkpoint.parent.glob(f".{plan.name}-*.checkpoint"):
             leftover.unlink()
     return time.monotonic() - start
 
