@@ -18,7 +18,9 @@ from .stopping import STOP, Stopped, finishing
 
 log = logging.getLogger("unlearn")
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 0.5
-NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE}  # faults of disks
+# Faults that no program can prevent, of disks and of names that it was given.
+OF_DISKS = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE
+OF_NAMES = errno.ENAMETOOLONG, errno.ELOOP
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in errors that have no type of their own
 
 
@@ -186,10 +188,10 @@ def run(main, argv=None):
     except UserError as error:
         sys.exit(end_with(error))
     except OSError as error:
-        if error.errno not in NOT_OURS:
+        if error.errno not in (*OF_NAMES, *OF_DISKS):
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        sys.exit(end_with(f"{name}{error.strerror}; see to the disk or its permissions, and run the same command again"))
+        name, remedy = f"{error.filename!s:.200}: " if error.filename else "", "see to the disk or its permissions, and run the same command again"
+        sys.exit(end_with(f"{name}{error.strerror}" + (f"; {remedy}" if error.errno in OF_DISKS else "")))
     except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
         if not is_out_of_memory(error):
             raise
