@@ -34,6 +34,8 @@ def entries_of(path):
     try:
         entries = json.loads(path.read_bytes())
         listed = [name for entry in entries for name in sum(entry["synth"].values(), list(entry["exemplar"]))]
+        if not all(isinstance(name, str) for name in listed):
+            raise TypeError("a path that is no text")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         fail(f"{path}: not a list of customized models ({type(error).__name__}: {error})")
     return len(entries), [root / name.removeprefix("dataset/") for name in listed]

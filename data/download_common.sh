@@ -68,6 +68,8 @@ for block in filter(None, members.strip("\n").split("\n\n")):
         refuse(fields["Path"], "would leave the target")
     if fields.get("Hard Link"):
         refuse(fields["Path"], "is a hard link")
+    if "l" in fields.get("Attributes", "").lower() and int(fields.get("Size") or 0) > 4096:
+        refuse(fields["Path"], "is a link whose target is no path")
     if "l" in fields.get("Attributes", "").lower() and leaves(target := link_target(fields) or ".."):
         refuse(fields["Path"], f"is a link that points out of its folder, to {target!r}")
     size += int(fields.get("Size") or 0)

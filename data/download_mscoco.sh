@@ -50,6 +50,8 @@ for name in [annotations, *arrays, samples, "fisher_info.pt", "dataset.json", "u
 try:
     content = json.loads((root / annotations).read_bytes())
     names, num_captions = [image["file_name"] for image in content["images"]], len(content["annotations"])
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("file_name")
 except (ValueError, LookupError, TypeError) as error:
     fail(f"{root / annotations}: not COCO's caption annotations ({type(error).__name__}: {error})")
 there = {entry.name for entry in os.scandir(root / "train2017")} if (root / "train2017").is_dir() else set()
@@ -97,7 +99,7 @@ is_whole() { # URL FILE: whether there is nothing more to come, which curl takes
 
 unzip_members() { # ARCHIVE PREFIX FOLDER: members below PREFIX; fails where the archive is damaged
     "$python" - "$@" <<'EOF_PYTHON'
-import sys, zipfile
+import shutil, sys, zipfile
 
 archive, prefix, folder = sys.argv[1:]
 try:
@@ -105,6 +107,9 @@ try:
         members = [name for name in file.namelist() if name.startswith(prefix)]
         if not members:
             sys.exit(f"error: {archive}: holds no {prefix}")
+        size, free = sum(file.getinfo(name).file_size for name in members), shutil.disk_usage(folder).free
+        if size > free:
+            sys.exit(f"error: {archive}: refused, nothing was extracted: it would take {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
         file.extractall(folder, members)
 except OSError as error:
     sys.exit(f"error: {archive}: could not be extracted into {folder} ({error.strerror}); run the same command again to go on")

@@ -56,6 +56,9 @@ class World:
         shutil.copytree(runs.FIXTURE / "abc", self.root)
         shutil.copytree(runs.FIXTURE / "sd-tiny", self.pipeline)
         shutil.copy(runs.FIXTURE / "tasks.json", scratch / "tasks.json")
+        (self.root / "dataset.json").write_text(json.dumps({"name": "abc", "resolution": 512, "time_samples": 10, "latents": "laion_latents.npy",
+                                                            "images": "laion_subset/images", "num_captions": 0, "damping": 0.0}))
+        self.elsewhere = scratch / "elsewhere"
         self.tasks, self.scratch = scratch / "tasks.json", scratch
         data = ["--dataroot", str(self.root), "--sd_version", str(self.pipeline), "--device", "cpu"]
         task, small = ["--task_json", str(self.tasks)], ["--laion_subset_size", "3"]
@@ -197,8 +200,8 @@ def prepare_case(world, number):
     return name, arguments, path, f"{how or damage_bytes(path, content, chance)}, {path.relative_to(world.scratch)}"
 
 
-def run_in_fork(main, arguments, load):
-    """(status, printed): of `main(arguments)` in a fork with bounds."""
+def run_in_fork(main, arguments, load, folder):
+    """(status, printed): of `main(arguments)` in a fork with bounds, in a folder."""
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         child = os.fork()
         if child == 0:
@@ -207,6 +210,7 @@ def run_in_fork(main, arguments, load):
                 os.dup2(printed.fileno(), 1)
                 os.dup2(printed.fileno(), 2)
                 signal.alarm(SECONDS)
+                os.chdir(folder)  # of relative paths among the flags
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
                 if load:  # the pipeline's own files are damaged: they are to be read
@@ -248,14 +252,16 @@ def judge(world, status, text, as_process=False):
 def run_case(world, number, as_process, verbose):
     """Runs one case: (what was done, verdict, problem)."""
     name, arguments, path, what = prepare_case(world, number)
+    world.elsewhere.mkdir()
     try:
         if as_process:
-            command = [sys.executable, *([world.modules[name]] if name in world.modules else ["-m", "unlearn", name])]
+            root = Path(__file__).parent.parent
+            command = [sys.executable, *([root / world.modules[name]] if name in world.modules else ["-m", "unlearn", name])]
             done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace", timeout=2 * SECONDS,
-                                  cwd=Path(__file__).parent.parent)
+                                  cwd=world.elsewhere, env={**os.environ, "PYTHONPATH": str(root)})
             status, text = done.returncode, done.stdout + done.stderr
         else:
-            status, text = run_in_fork(world.programs[name][0], arguments, path and path.is_relative_to(world.pipeline))
+            status, text = run_in_fork(world.programs[name][0], arguments, path and path.is_relative_to(world.pipeline), world.elsewhere)
         verdict, problem = judge(world, status, text)
         if verbose:
             print(text)
@@ -267,6 +273,7 @@ def run_case(world, number, as_process, verbose):
         if path:
             world.restore(path)
         shutil.rmtree(world.results, ignore_errors=True)
+        shutil.rmtree(world.elsewhere)
 
 
 def main():

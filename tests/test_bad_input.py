@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, inputs, models, runtime, sweeps
-from unlearn.artifacts import write_array, write_json, write_tensors
+from unlearn.artifacts import whole_file, write_array, write_json, write_tensors
 from unlearn.records import write_record
 
 TASKS = json.loads((PARITY / "fixture/tasks.json").read_text())
@@ -191,7 +192,7 @@ FAULTS = {  # what the user did -> (how, what the error says: item, expected, fo
     "symlink out of the data root": (link_out, ["task 1: synth_image_path: expected a path inside", "synth/link.png"]),
     "symlink to itself": (link_loop, ["task 1: synth_image_path", "loop.png"]),
     "path with NUL": (change_task(synth_image_path="a\0b"), ["task 1: synth_image_path: expected text without NUL", r"a\x00b"]),
-    "path that is too long": (change_task(synth_image_path="a" * 5000), ["task 1: synth_image_path: expected a path of at most 1000 characters, found 5000"]),
+    "path that is too long": (change_task(synth_image_path="a" * 5000), ["task 1: synth_image_path: expected a path of names of at most 200 bytes"]),
     "missing synth_image_path": (change_task(synth_image_path="synth/x.png"), ["task 1: synth_image_path: no such file", "synth/x.png"]),
     "missing model_path": (change_task(model_path="models/x"), ["task 1: model_path: no such folder", "models/x"]),
     "model_path that goes up": (change_task(model_path="models/../../x"), ["task 1: model_path: expected a path inside the data root", "models/../../x"]),
@@ -310,7 +311,7 @@ def test_a_result_dir_without_permission_is_told_before_a_model_is_loaded(script
 def test_a_task_file_of_gigabytes_is_refused_unread(task_flags, no_model, capsys):
     with open(task_flags[1], "wb") as file:
         file.truncate(8 << 30)  # sparse
-    assert "tasks.json: larger than 256 MB" in refused(capsys, compute_training_loss.main, task_flags)
+    assert "tasks.json: expected a text file of at most 64 MB, found 8192 MB" in refused(capsys, compute_training_loss.main, task_flags)
 
 
 @pytest.mark.parametrize("name", ["pytorch_custom_diffusion_weights.pt", "<new1>.bin"])
@@ -320,6 +321,72 @@ def test_a_malicious_pickle_is_refused_and_runs_no_code(name, write, root, task_
     line = refused(capsys, compute_training_loss.main, task_flags)
     assert f"{name}: holds something else than tensors, which is never unpickled" in line or f"{name}: cannot be read as tensors" in line
     assert not (tmp_path / "ran").exists()
+
+
+def write_compressed(path):
+    """A torch file whose records are compressed: a bomb, for all that its size says."""
+    torch.save({"weight": torch.zeros(4)}, path.with_suffix(".plain"))
+    with zipfile.ZipFile(path.with_suffix(".plain")) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+
+
+@pytest.mark.parametrize("write, said", [
+    (write_compressed, "it is compressed, as torch's own files never are"),
+    (lambda path: torch.save({"<new1>": torch.zeros(1).expand(10 ** 10)}, path), "expected a plain dense tensor"),
+    (lambda path: torch.save({"<new1>": torch.zeros(32).to_sparse()}, path), "expected a plain dense tensor"),
+    (lambda path: torch.save({"<new1>": torch.zeros(32, dtype=torch.complex64)}, path), "expected a plain dense tensor"),
+    (lambda path: torch.save({7: torch.zeros(32)}, path), "expected a dictionary of tensors by name"),
+    (lambda path: torch.save({"a</w>": torch.zeros(32)}, path), "expected new tokens such as <new1>"),
+    (lambda path: path.symlink_to("/etc/passwd"), "expected a path inside")])
+def test_tokens_that_would_fill_the_memory_or_change_other_models_are_refused(write, said, root, task_flags, no_model, capsys):
+    path = root / "models/tiny/blob/<new1>.bin"
+    path.unlink()
+    write(path)
+    assert said in refused(capsys, compute_training_loss.main, task_flags)
+
+
+def test_a_picture_in_postscript_is_not_run(root, task_flags, tmp_path, no_model, capsys):
+    (root / "synth/tiny/gpt/blob/samples/00000.png").write_text(
+        f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({tmp_path}/run) (w) file closefile\nshowpage\n")
+    assert "00000.png: cannot be read" in refused(capsys, compute_training_loss.main, task_flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", [["synth/...png"], ["synth/a/...png"], ["synth/x.png", "synth/x/influence.npz.png"]])
+def test_results_that_would_stand_elsewhere_or_in_one_another_are_refused(names, root, task_flags, no_model, capsys):
+    tasks = [dict(json.loads(Path(task_flags[1]).read_text())[0]) for _ in names]
+    for task, name in zip(tasks, names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / task["synth_image_path"], root / name)
+        task["synth_image_path"] = name
+    Path(task_flags[1]).write_text(json.dumps(tasks))
+    line = refused(capsys, compute_training_loss.main, task_flags)
+    assert "leaves no folder for results" in line or "would stand within that of x" in line
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"latents": "sub/a.npy"}, "latents: expected a path inside"), ({"name": "\ud800"}, "name: expected Unicode text"),
+    ({"latents": "\0.npy"}, "latents: expected text without NUL"), ({"captions": "a" * 300 + ".txt"}, "names of at most 200 bytes"),
+    ({"resolution": 20_000}, "at most 4,096"), ({"num_train": -10 ** 400}, "num_train -1000")])
+def test_settings_that_would_write_elsewhere_or_ask_for_absurdly_much_are_refused(settings, said, root, tmp_path, task_flags, no_model, capsys):
+    (tmp_path / "outside").mkdir()
+    (root / "sub").symlink_to(tmp_path / "outside")
+    (root / "dataset.json").write_text(json.dumps(settings))
+    assert said in refused(capsys, compute_training_loss.main, task_flags)
+
+
+def test_nothing_is_written_through_a_link_or_into_a_pipe(tmp_path):
+    (tmp_path / "victim").write_text("whole")
+    part = tmp_path / "a.json.0123456789abcdef.part"
+    part.symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="a.json: cannot be written"), whole_file(tmp_path / "a.json", "0123456789abcdef"):
+        pass
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(UserError, match="a.json: cannot be written"), whole_file(tmp_path / "a.json", "0123456789abcdef"):
+        pass
+    assert (tmp_path / "victim").read_text() == "whole"
 
 
 def test_a_malicious_fisher_is_refused_and_runs_no_code(root, task_flags, results, with_model, capsys):
@@ -556,7 +623,14 @@ TEXT_ENCODER, UNET = "text_encoder/model.safetensors", "unet/diffusion_pytorch_m
 PIPELINE_FAULTS = {
     "no model_index.json": (lambda folder: (folder / "model_index.json").unlink(), "a folder without model_index.json"),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "a folder without tokenizer"),
-    "index that is no object": (lambda folder: (folder / "model_index.json").write_text("[]"), "cannot be loaded"),
+    "index that is no object": (lambda folder: (folder / "model_index.json").write_text("[]"), "expected an object whose _class_name is"),
+    "index that names a file beside it": (lambda folder: (folder / "model_index.json").write_text(
+        (folder / "model_index.json").read_text().replace('"scheduler": [', '"scheduler": ["evil", "X"], "was": [')),
+        "scheduler: expected a class of diffusers or transformers, found ['evil', 'X']"),
+    "configuration of a billion timesteps": (lambda folder: (folder / "scheduler/scheduler_config.json").write_text(
+        (folder / "scheduler/scheduler_config.json").read_text().replace("1000", str(10 ** 9))), "num_train_timesteps: found 1000000000"),
+    "tokenizer longer than its text encoder": (lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text(
+        (folder / "tokenizer/tokenizer_config.json").read_text().replace(": 77", ": 200")), "its tokenizer's model_max_length: expected 3 to 77"),
     "truncated UNet": (lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-9]), "cannot be loaded"),
     "truncated text encoder": (lambda folder: (folder / TEXT_ENCODER).write_bytes((folder / TEXT_ENCODER).read_bytes()[:-9]), "cannot be loaded"),
     "UNet without a weight": (edit_pipeline(UNET, drop_first), "its unet lacks 1 weights, first conv_in.bias"),

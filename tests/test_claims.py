@@ -254,6 +254,18 @@ def test_who_looks_for_a_chunk_while_they_are_removed_finds_it_or_no_folder(tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), os.mkfifo, lambda path: path.mkdir()], ids=["link", "pipe", "folder"])
+def test_a_claim_that_is_no_file_is_not_waited_for_for_ever(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(sharing, "EXPIRY", 0.3)
+    make(tmp_path / "work.claim")
+    done = []
+    try:
+        do_once(tmp_path, "work", lambda: bool(done), lambda: done.append(1))
+        assert done == [1]
+    except UserError as error:
+        assert "it cannot be removed" in str(error)
+
+
 def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_work(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), Share(tmp_path, {0: "work"}, lambda item: False) as share:
         next(share)

@@ -134,7 +134,7 @@ def test_losses_cached_with_other_settings_are_told_before_they_are_refused(fold
 
 
 @pytest.mark.parametrize("module, name, value, words", [
-    (examination, "version", lambda name: "0.1", ["torch: expected >=2.4, found 0.1", "python -m pip install 'torch>=2.4'"]),
+    (examination, "version", lambda name: "0.1", ["torch: expected >=2.6, found 0.1", "python -m pip install 'torch>=2.6'"]),
     (noise, "known_answer", lambda: "0", ["NumPy draws other noise than caches were made with"]),
     (examination.os, "access", lambda *args: False, ["no permission to write in"]),
     (examination, "memory_limit", lambda: 1000, ["may need 0.0 GB", "SLURM: --mem"]),

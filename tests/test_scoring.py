@@ -21,7 +21,8 @@ from unlearn.shortlist import choose_images, estimate_recall
 from unlearn.sweeps import Sweep
 
 GRID = [0, 250, 500, 750]
-FLAGS = ["--loss_time_samples", "2", "--unlearn_steps", "1", "--unlearn_grad_accum_steps", "1", "--damping", "0.1", "--num_train", "60",
+SOME = ["--laion_subset_size", "40"]  # two chunks
+FLAGS = [*SOME, "--loss_time_samples", "2", "--unlearn_steps", "1", "--unlearn_grad_accum_steps", "1", "--damping", "0.1", "--num_train", "60",
          "--unlearn_lr", "0.00001"]
 
 
@@ -188,14 +189,14 @@ def test_a_shortlist_of_everything_misses_nothing():
 @pytest.fixture
 def prepared(flags):
     """Flags of a data root whose losses are cached; its results' folder."""
-    compute_training_loss.main([*flags, "--time_samples", "2"])
+    compute_training_loss.main([*flags, *SOME, "--time_samples", "2"])
     return flags, Path(flags[flags.index("--result_dir") + 1])
 
 
 def build(flags, output, *more):
     """Builds the indices of the miniature root's models."""
     shared = [value for flag, value in zip(flags[::2], flags[1::2]) if flag != "--result_dir" for value in (flag, value)]
-    index_command.main([*shared, "--time_samples", "2", "--damping", "0.1", "--output", str(output), *more])
+    index_command.main([*shared, *SOME, "--time_samples", "2", "--damping", "0.1", "--output", str(output), *more])
 
 
 def influences(folder):
@@ -258,7 +259,7 @@ def test_an_index_of_all_images_gives_the_exact_ranking(prepared, tmp_path):
     flags, results = prepared
     build(flags, tmp_path / "index")
     exact = rerun(flags, results)
-    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "60", "--audit", "0")
+    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "40", "--audit", "0")
     for query, arrays in found.items():
         np.testing.assert_allclose(arrays["influence"], exact[query]["influence"], rtol=1e-4, atol=1e-7)
         assert arrays["rescored"].all() and arrays["recall"] == 1
@@ -318,10 +319,10 @@ def test_an_index_that_is_missing_damaged_or_of_another_grid_is_refused_with_the
     assert "build it: python -m unlearn index --task_json" in refused(capsys, given)
     build(flags, tmp_path / "index")
     given[given.index("--loss_time_samples") + 1] = "4"
-    compute_training_loss.main([*flags, "--time_samples", "4", "--overwrite"])
+    compute_training_loss.main([*flags, *SOME, "--time_samples", "4", "--overwrite"])
     assert "timesteps is [0, 500], expected [0, 250, 500, 750]; build it with the same flags" in refused(capsys, given)
     given[given.index("--loss_time_samples") + 1] = "2"
-    compute_training_loss.main([*flags, "--time_samples", "2", "--overwrite"])
+    compute_training_loss.main([*flags, *SOME, "--time_samples", "2", "--overwrite"])
     shard = next((tmp_path / "index").rglob("shards-*/*.npy"))
     built = shard.read_bytes()
     shard.write_bytes(built[:-1] + bytes([built[-1] ^ 1]))

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .artifacts import read_json, read_text
+from .artifacts import MOST_TEXT, read_json, read_text, resolve_inside
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
@@ -75,7 +75,7 @@ def check_objects(path, content, key, kinds):
 def read_coco(path):
     """Entries (file name, [caption, ...]) of COCO's caption annotations: `images` in their order, each one's captions in the
     order of their ids. Raises UserError where the file is none, or annotates images that it does not list."""
-    content = read_json(path, "annotations")
+    content = read_json(path, "annotations", MOST_TEXT)
     images = check_objects(path, content, "images", {"id": int, "file_name": str})
     annotations = check_objects(path, content, "annotations", {"id": int, "image_id": int, "caption": str})
     captions = {image["id"]: [] for image in images}
@@ -96,7 +96,7 @@ def read_entries(path):
     entries, seen = READERS[Path(path).suffix](path) if Path(path).exists() else [], set()
     for name, _ in entries:
         plain = PurePosixPath(name)
-        if plain.is_absolute() or ".." in plain.parts or "\0" in name or not plain.parts or len(name) > 1000:
+        if plain.is_absolute() or ".." in plain.parts or "\0" in name or not plain.parts or len(name) > 1000 or len(max(plain.parts, key=len).encode(errors="replace")) > 255:
             raise UserError(f"{path}: expected names of files below the folder of images, found {name!a:.80}")
         if plain in seen:
             raise UserError(f"{path}: {name} stands there twice")
@@ -155,4 +155,6 @@ def pair_images(folder, path, num_captions=0):
     if not entries:
         raise UserError(f"{path}: {'lists no image' if Path(path).exists() else 'no such file'}")
     match_files(folder, path, entries)
+    for name, _ in entries:
+        resolve_inside(folder, name, f"{path}")
     return [Path(folder) / name for name, _ in entries], choose_captions(path, entries, num_captions)

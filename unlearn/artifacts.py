@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import stat
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,25 @@ from safetensors.torch import load_file, save
 from . import UserError
 from .hashes import digest, hash_bytes
 
-MOST_TEXT = 1 << 30  # bytes; the captions of COCO have 92 MB
+MOST_TEXT, MOST_JSON = 128 << 20, 16 << 20  # bytes; the captions of COCO have 92 MB. A JSON file takes 27 times as many in memory
+MOST_ARRAYS = 4 << 30  # bytes that a compressed file of arrays may unfold to
+LONGEST_NAME = 200  # bytes of one part of a path; file systems take 255
+NOT_WRITABLE = errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool}
 STALE = 600  # seconds
+
+
+def check_text(item, text, is_path=False):
+    """Raises UserError where a string holds what neither a path nor a prompt can: NUL or half a character; or, of a path,
+    a name that is too long for a file system, with what a run appends to it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{item}: expected Unicode text, found {text!a:.80}") from None
+    if "\0" in text:
+        raise UserError(f"{item}: expected text without NUL, found {text!a:.80}")
+    if any(len(part.encode()) > LONGEST_NAME for part in text.split("/")) and is_path:
+        raise UserError(f"{item}: expected a path of names of at most {LONGEST_NAME} bytes, found {text!a:.80}")
 
 
 def resolve_inside(root, path, item):
@@ -64,6 +82,15 @@ def remove_stale_parts(path, own):
             pass  # the process is there, another user's; or the part is not any more
 
 
+def open_plain(path, flags):
+    """os.open, of a file alone: another's link, pipe or device of that name is not followed, waited for or written to. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "a pipe or device", os.fspath(path))
+    return descriptor
+
+
 @contextmanager
 def whole_file(path, key=None, parents=True):
     """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename. With a `key` the .part
@@ -75,7 +102,7 @@ def whole_file(path, key=None, parents=True):
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "r+b", opener=lambda name, mode: os.open(name, mode | flags, 0o666)) as file:
+        with open(part, "r+b", opener=lambda name, mode: open_plain(name, mode | flags)) as file:
             remove_stale_parts(path, part)
             yield file
             file.flush()
@@ -88,7 +115,7 @@ def whole_file(path, key=None, parents=True):
                 part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         raise
 
@@ -107,14 +134,14 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_text(path, item="file"):
-    """The text of a file. Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or above MOST_TEXT."""
+def read_text(path, item="file", most=MOST_TEXT):
+    """The text of a file. Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or has more than `most` bytes."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{item} {path}: cannot be read (a folder, pipe or device)")
-        if status.st_size > MOST_TEXT:
-            raise UserError(f"{item} {path}: expected a text file of at most {MOST_TEXT >> 20} MB")
+        if status.st_size > most:
+            raise UserError(f"{item} {path}: expected a text file of at most {most >> 20} MB, found {status.st_size >> 20} MB")
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{item} {path}: no such file") from None
@@ -124,10 +151,10 @@ def read_text(path, item="file"):
         raise UserError(f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
-def read_json(path, item="file"):
-    """Reads a JSON file. Raises UserError where it is missing or malformed, naming line and column."""
+def read_json(path, item="file", most=MOST_JSON):
+    """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or malformed, naming line and column."""
     try:
-        return json.loads(read_text(path, item))
+        return json.loads(read_text(path, item, most))
     except (ValueError, RecursionError) as error:  # malformed, a number of thousands of digits
         raise UserError(f"{item} {path}: not valid JSON ({error})") from None
 
@@ -151,6 +178,25 @@ def read_array(path, item="array", mmap=True):
         raise UserError(f"{item} {path}: not a complete .npy array of numbers ({error})") from None
 
 
+def read_npz(path, kinds, remedy):
+    """Arrays of an .npz file: {name: array} of those of `kinds` {name: (kinds of dtype, number of axes)} that are there. Raises
+    UserError, ending with `remedy`, where it is damaged, would unfold to absurdly much, or an array is of another kind."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > MOST_ARRAYS:
+                raise ValueError("it would unfold to more than it may")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in kinds if name in file}
+        for name, array in arrays.items():
+            if array.dtype.kind not in kinds[name][0] or array.ndim != kinds[name][1]:
+                raise ValueError(f"{name} is {list(array.shape)} {array.dtype}")
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive may raise anything
+        raise UserError(f"{path}: not such a file ({error!s:.200}); {remedy}") from None
+    return arrays
+
+
 def write_tensors(path, tensors):
     """Writes named tensors as safetensors; returns the hash of the file's bytes."""
     # Not save_file: it writes a hidden file of its own, which a kill leaves behind.
@@ -172,6 +218,10 @@ def read_tensors(path, item="file", names=None):
                 return load_file(path)
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}
+        if zipfile.is_zipfile(path):  # torch stores; what is compressed may unfold to anything
+            with zipfile.ZipFile(path) as archive:
+                if any(info.compress_type for info in archive.infolist()):
+                    raise ValueError("it is compressed, as torch's own files never are")
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
@@ -181,6 +231,10 @@ def read_tensors(path, item="file", names=None):
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{item} {path}: expected a dictionary of tensors, found something else")
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
+        raise UserError(f"{item} {path}: expected a dictionary of tensors by name, found something else")
+    for name, tensor in tensors.items():
+        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES
+                or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):  # a view of one number as a billion
+            raise UserError(f"{item} {path}: {name!a:.80}: expected a plain dense tensor, found another kind ({tensor.dtype}, {tensor.layout})")
     return {name: tensor for name, tensor in tensors.items() if names is None or name in names}

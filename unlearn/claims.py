@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from . import UserError
-from .artifacts import this_machine
+from .artifacts import open_plain, this_machine
 
 BEAT, EXPIRY = 10, 90  # seconds; an NFS client may show a file's time of a minute ago
 
@@ -38,13 +38,14 @@ def describe_owner():
 def read_claim(path):
     """(its owner or {}, what changes when its heart beats), or None where there is no such claim."""
     try:
-        with open(path, "rb") as file:  # opened, not only asked for: on NFS that brings the newest time
+        # Opened, not only asked for: on NFS that brings the newest time. Another's link or pipe is not followed or waited for.
+        with open(path, "rb", opener=open_plain) as file:
             status = os.fstat(file.fileno())
             owner = json.loads(file.read(1000))
     except FileNotFoundError:
         return None
     except (ValueError, OSError):  # its owner died between making and writing it, or nobody may read it
-        owner, status = {}, os.stat(path) if os.path.exists(path) else None
+        owner, status = {}, os.lstat(path) if os.path.lexists(path) else None
     return (owner if isinstance(owner, dict) else {}), status and (status.st_ino, status.st_mtime_ns)
 
 

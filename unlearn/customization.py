@@ -7,21 +7,24 @@ from pathlib import Path
 import torch
 
 from . import UserError
-from .artifacts import read_tensors
+from .artifacts import read_tensors, resolve_inside
 from .hashes import digest, hash_tensors
 from .models import Model, replaced_weights
 from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
+TOKEN = re.compile(r"<[\w-]{1,40}>", re.ASCII)
 
 
 def read_customization(model_dir):
     """Weights by parameter name and embeddings by new token of a customized model. Raises UserError where there are none
     or some are not finite."""
-    weights = read_tensors(Path(model_dir) / CUSTOMIZED_WEIGHTS, "customized weights")
+    weights = read_tensors(resolve_inside(model_dir, CUSTOMIZED_WEIGHTS, f"{model_dir}"), "customized weights")
     tokens = {}
     for path in sorted(Path(model_dir).glob("*.bin")):
-        tokens.update(read_tensors(path, "token embedding"))
+        tokens.update(read_tensors(resolve_inside(model_dir, path.name, f"{model_dir}"), "token embedding"))
+    if odd := [token for token in tokens if not TOKEN.fullmatch(token)]:  # a word of the vocabulary would change other models
+        raise UserError(f"{model_dir}: {odd[0]!a:.80}: expected new tokens such as <new1>")
     if not weights:
         raise UserError(f"{Path(model_dir) / CUSTOMIZED_WEIGHTS}: holds no weights")
     for name, value in {**weights, **tokens}.items():

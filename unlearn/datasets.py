@@ -7,7 +7,7 @@ import numpy as np
 
 from . import UserError
 from .annotations import READERS, label_images
-from .artifacts import read_array, read_json
+from .artifacts import check_text, read_array, read_json, resolve_inside
 from .hashes import digest
 from .records import record_path
 
@@ -23,7 +23,7 @@ PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolu
 FILES = {"latents": (".npy",), "embeddings": (".npy",), "captions": (".txt", *READERS), "fisher": (".pt", ".bin", ".safetensors")}
 FOLDERS = {"pipeline": "model_index.json", "unet": "config.json"}  # settings that may name a folder of the data root: what it holds
 MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")
-LARGEST_NUMBERS = {"top_k": 1000}  # more pictures than a JPEG can be high
+LARGEST_NUMBERS = {"top_k": 1000, "resolution": 4096}  # more pictures than a JPEG can be high; more pixels than a VAE takes
 
 
 def check_number(item, name, value):
@@ -31,16 +31,18 @@ def check_number(item, name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     kind, largest = "whole number" if isinstance(value, int) else "number", LARGEST_NUMBERS.get(name, 2 ** 53)
+    shown = f"{value:.6g}" if abs(value) < 1e300 else str(value)[:40]  # a whole number may be longer than any float
     if "seed" not in name and not (value >= 0 if name in MAY_BE_ZERO else value > 0):  # so written, NaN is refused
-        raise UserError(f"{item} {value:.6g}: expected a {'non-negative' if name in MAY_BE_ZERO else 'positive'} {kind}")
+        raise UserError(f"{item} {shown}: expected a {'non-negative' if name in MAY_BE_ZERO else 'positive'} {kind}")
     if abs(value) > largest:
-        raise UserError(f"{item} {str(value):.40}: expected a {kind} of at most {largest:,}")
+        raise UserError(f"{item} {shown}: expected a {kind} of at most {largest:,}")
 
 
 def check_files(item, settings):
     """Raises UserError where a data root's files are outside of it, of another kind, or would overwrite one another."""
     taken = {"dataset.json": "dataset.json"}
     for key in (*FILES, "images"):
+        check_text(f"{item}: {key}", settings[key], is_path=True)
         path = PurePosixPath(settings[key])
         if path.is_absolute() or ".." in path.parts or not path.parts and key != "fisher":
             raise UserError(f"{item}: {key}: expected a path inside the data root, relative to it and no .., found {settings[key]}")
@@ -69,7 +71,11 @@ def read_settings(dataroot):
         check_number(f"data set {path}: {key}", key, value)
     settings.update(own)
     check_files(f"data set {path}", settings)
+    check_text(f"data set {path}: name", settings["name"])
+    for key in FILES:  # links lead to arrays that came from elsewhere, but nothing is written through one
+        resolve_inside(dataroot, PurePosixPath(settings[key]).parent, f"data set {path}: {key}")
     for key, file in FOLDERS.items():
+        check_text(f"data set {path}: {key}", settings[key], is_path=True)
         if settings[key] and (Path(dataroot) / settings[key] / file).exists():
             settings[key] = str(Path(dataroot) / settings[key])
     return settings
@@ -131,9 +137,11 @@ def probe(array):
 def read_identity(path):
     """Identity in the record of latents or embeddings that this project made. Raises UserError where it is no record."""
     record = read_json(record_path(path), "record")
-    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+    identity = record.get("identity") if isinstance(record, dict) else None
+    if (not isinstance(identity, dict) or not isinstance(identity.get("num_captions", 0), int)
+            or not isinstance(identity.get("left_out", []), list) or not all(isinstance(name, str) for name in identity.get("left_out", []))):
         raise UserError(f"record {record_path(path)}: not a record; remove {path} and it, and both are made again")
-    return record["identity"]
+    return identity
 
 
 def source_of(path, array):

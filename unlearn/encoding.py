@@ -92,11 +92,15 @@ def encoding_identity(model, dataroot, paths, captions, resolution):
 
 
 def count_rows(file, start, row_bytes):
-    """How many rows of a file that was begun before are whole. A node that lost its power leaves a size, and zeros from anywhere
-    within a row."""
+    """How many rows of a file that was begun before are whole: finite numbers. A node that lost its power leaves a size, and zeros
+    from anywhere within a row."""
+    def is_whole():
+        row = np.frombuffer(file.read(row_bytes), np.float32)
+        return row.any() and np.isfinite(row).all()
+
     size = max(0, os.fstat(file.fileno()).st_size - start) // row_bytes
     file.seek(start)
-    return next((max(0, number - 1) for number in range(size) if not any(file.read(row_bytes))), size)
+    return next((max(0, number - 1) for number in range(size) if not is_whole()), size)
 
 
 def write_rows(path, shape, starts, encode, identity, description):

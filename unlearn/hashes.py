@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
+import stat
 
 import torch
+
+from . import UserError
 
 
 def digest(*parts):
@@ -30,8 +34,10 @@ def hash_bytes(*parts):
 
 
 def hash_file(path):
-    """Hash (32 hexadecimal digits) of a file's bytes."""
+    """Hash (32 hexadecimal digits) of a file's bytes. Raises UserError where it is a folder, pipe or device."""
     state = hashlib.blake2b(digest_size=16)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: expected a file, found a folder, pipe or device")
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             state.update(block)

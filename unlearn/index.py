@@ -4,6 +4,7 @@ A folder: compression.safetensors (how gradients were compressed), shards of 32 
 hash of each, which with its record is written last. Killed and run again, building goes on.
 """
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from . import UserError
-from .artifacts import read_array, read_tensors, write_bytes, write_tensors
+from .artifacts import read_array, read_tensors, read_text, write_bytes, write_tensors
 from .chunks import read_chunk
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
@@ -21,6 +22,7 @@ from .records import check_record, keep_complete, record_path, write_record
 from .runtime import progress
 from .sharing import do_once, forget_claim
 
+SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{6}-of-\d{6}\.npy)")
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
 
@@ -54,8 +56,11 @@ def fit_compression(custom, sweep, fisher, autocast):
 
 
 def read_listing(path):
-    """(hash, name below the index's folder) of each shard of a complete index."""
-    return [line.split("  ", 1) for line in path.read_text().splitlines()]
+    """(hash, name below the index's folder) of each shard of a complete index. Raises UserError where the file is no such list."""
+    lines = [SHARD.fullmatch(line) for line in read_text(path).splitlines()]
+    if not all(lines):
+        raise UserError(f"{path}: line {lines.index(None) + 1}: expected a hash and the name of a shard; build the index again")
+    return [line.groups() for line in lines]
 
 
 def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=False):
@@ -94,6 +99,19 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
             shutil.rmtree(other, ignore_errors=True)
 
 
+def check_compression(path, shapes, remedy):
+    """The tensors of a Compression of weights of these shapes. Raises UserError, ending with `remedy`, where they are not."""
+    tensors = read_tensors(path)
+    for name, (height, width) in shapes.items():
+        root, left, right, kept, deviation = (tensors.get(f"{name}.{kind}", torch.empty(0)) for kind in ("root", "left", "right", "kept", "deviation"))
+        if (root.shape != (height, width) or left.shape[1:] != (height,) or right.shape[1:] != (width,) or kept.ndim != 1
+                or kept.dtype != torch.int64 or deviation.shape != kept.shape or len(kept) and not 0 <= kept.min() <= kept.max() < len(left) * len(right)):
+            raise UserError(f"{path}: {name}: not as an index of this model has it; {remedy}")
+    if extra := {name.rpartition(".")[0] for name in tensors} - shapes.keys():
+        raise UserError(f"{path}: {min(extra)!a:.80}: is no weight of this model; {remedy}")
+    return tensors
+
+
 class Index:
     """An index that is complete and belongs to this model, training set, grid and Fisher."""
 
@@ -105,7 +123,8 @@ class Index:
         identity = index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed)
         for path in folder / "shards.txt", folder / "compression.safetensors":
             check_record(path, identity, remedy)
-        self.compression = Compression(read_tensors(folder / "compression.safetensors"))
+        shapes = {name: value.shape for name, value in fisher.denominators.items()}
+        self.compression = Compression(check_compression(folder / "compression.safetensors", shapes, remedy))
         self.shards = read_listing(folder / "shards.txt")
         if len(self.shards) != len(sweep.chunks):
             raise UserError(f"{folder}: expected {len(sweep.chunks)} shards, found {len(self.shards)}; {remedy}")
@@ -118,7 +137,7 @@ class Index:
         for rows, (content, name) in zip(self.sweep.chunks, self.shards):
             path = self.folder / name
             shard = read_array(path, "shard of the index")
-            if hash_file(path) != content or shard.dtype != row_type(self.compression.size) or len(shard) != len(rows):
+            if hash_file(path) != content or shard.ndim != 1 or shard.dtype != row_type(self.compression.size) or len(shard) != len(rows):
                 raise UserError(f"{path}: is not the shard that was built (damaged or replaced); delete it and run: {self.command}")
             estimates[:, rows] = multiply(shard, queries).T
         return estimates

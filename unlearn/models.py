@@ -1,6 +1,7 @@
 """Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are selected, and how
 weights are changed and restored."""
 
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
+from .artifacts import read_json
 from .hashes import digest, hash_tensors
 from .runtime import is_out_of_memory
 from .text_attention import project_text, share_texts
@@ -28,6 +30,8 @@ TARGETS = {  # prediction type -> what the denoiser is trained to predict, from 
     "sample": lambda alpha_bar, latents, noise: latents,
     "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
 }
+MODULES = (None, "diffusers", "transformers", "stable_diffusion")  # the last is the safety checker's, which is not loaded
+MOST_LAYERS, MOST_OF_A_SIZE = 100, 1_000_000  # in a model's configuration
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
@@ -64,6 +68,8 @@ class Model:
     def latent_shape(self, resolution):
         """(C, h, w) of the latents of a square image of `resolution` pixels."""
         size = resolution // self.pipeline.vae_scale_factor
+        if not size:
+            raise UserError(f"resolution {resolution}: expected at least {self.pipeline.vae_scale_factor}, the pixels of one latent")
         return self.denoiser.config.in_channels, size, size
 
     @property
@@ -87,6 +93,36 @@ class Model:
         return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings, cross_attention_kwargs={"keys_values": keys_values}).sample
 
 
+def check_classes(folder):
+    """Raises UserError where a pipeline's model_index.json names classes of other modules than the two libraries': files beside it,
+    say, which some versions of diffusers would run."""
+    path = Path(folder) / "model_index.json"
+    index = read_json(path, "--sd_version")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UserError(f"--sd_version {folder}: {path.name}: expected an object whose _class_name is a pipeline of diffusers")
+    for part, value in index.items():
+        if isinstance(value, list) and (not value or value[0] not in MODULES):
+            raise UserError(f"--sd_version {folder}: {path.name}: {part}: expected a class of diffusers or transformers, found {value!r:.80}")
+
+
+def check_sizes(folder, parts=("unet", "vae", "text_encoder", "scheduler")):
+    """Raises UserError where a configuration of a pipeline's folder asks for absurdly much: it would be built before its weights
+    are looked at."""
+    def visit(path, key, value):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                visit(path, name, inner)
+        elif isinstance(value, list):
+            for inner in value:
+                visit(path, key, inner)
+        elif isinstance(value, int) and abs(value) > (MOST_LAYERS if "layers" in key else MOST_OF_A_SIZE):
+            raise UserError(f"--sd_version {folder}: {path.parent.name}/{path.name}: {key}: found {str(value):.20}, which is no size of such a model")
+
+    for part in parts:
+        for path in sorted((Path(folder) / part).glob("*config.json")):
+            visit(path, part, read_json(path, "--sd_version"))
+
+
 def load_model(name, device, unet=None, trained=True):
     """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the UNet and schedule of
     the folder `unet` instead of its own where one is given (`load_unet`). Raises UserError where it cannot be loaded or is
@@ -100,6 +136,8 @@ def load_model(name, device, unet=None, trained=True):
         for part in ("model_index.json", *(part for part in PARTS if part not in parts)):
             if not (Path(name) / part).exists():
                 raise UserError(f"--sd_version {name}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")
+        check_classes(name)
+        check_sizes(name)
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, **parts).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
@@ -113,8 +151,15 @@ def load_model(name, device, unet=None, trained=True):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--sd_version {name}: cannot be loaded ({reason:.200})") from None
-    if (kind := pipeline.scheduler.config.get("prediction_type", "epsilon")) not in TARGETS:
-        raise UserError(f"--sd_version {name}: unknown prediction type {kind}; expected one of {', '.join(TARGETS)}")
+    if not isinstance(kind := pipeline.scheduler.config.get("prediction_type", "epsilon"), str) or kind not in TARGETS:
+        raise UserError(f"--sd_version {name}: unknown prediction type {kind!s:.80}; expected one of {', '.join(TARGETS)}")
+    scaling = pipeline.vae.config.get("scaling_factor")
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
+        raise UserError(f"--sd_version {name}: its VAE's scaling_factor: expected a number, found {scaling!r:.80}")
+    tokens, most = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings
+    if not isinstance(tokens, int) or not 2 < tokens <= most:
+        raise UserError(f"--sd_version {name}: its tokenizer's model_max_length: expected 3 to {most}, as its text encoder has positions, "
+                        f"found {tokens!s:.40}")
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
     for label, part in parts.items():
         # Diffusers leaves what a file lacks without values.

@@ -160,7 +160,11 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
         done, sums = torch.tensor(0), gradient.zeros()
         state = {"draws": done, **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
                  **{f"weight {name}": parameter.data for name, parameter in parameters.items()}}
-        for name, value in read_tensor_chunk(checkpoint).items() if checkpoint and checkpoint.exists() else ():
+        found = read_tensor_chunk(checkpoint) if checkpoint and checkpoint.exists() else {}
+        if found and ({name: value.shape for name, value in found.items()} != {name: value.shape for name, value in state.items()}
+                      or not 0 <= found["draws"] <= total):
+            raise UserError(f"{checkpoint}: is not a checkpoint of this unlearning; remove it and run the same command again")
+        for name, value in found.items():
             state[name].copy_(value)
         progress(int(done))
         while done < total:

@@ -1,17 +1,17 @@
 """Influence files read back, checked, and what of them the metrics need."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json
+from .artifacts import read_json, read_npz
 from .hashes import digest, hash_file
 from .metrics import exemplar_ranks, is_tied
 from .records import check_record, record_path
 
+KINDS = {"ids": ("U", 1), "influence": ("f", 1), "is_exemplar": ("b", 1), "rank": ("iu", 1)}  # of dtype, and axes
 SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")
 EFFECTS = ("weights moved by", "query's own loss", "its change", "exemplars' change, mean", "training images' change, median")
 
@@ -37,11 +37,9 @@ class Ranking:
 def read_influence(path, remedy):
     """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a ranking."""
     check_record(path, {}, remedy)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("ids", "influence", "is_exemplar", "rank", *SHOWN) if name in file or name not in SHOWN}
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an influence file ({error}); {remedy}") from None
+    arrays = read_npz(path, {**KINDS, **dict.fromkeys(SHOWN, ("f", 0))}, remedy)
+    if missing := KINDS.keys() - arrays.keys():
+        raise UserError(f"{path}: not an influence file (no {min(missing)}); {remedy}")
     count, influence, rank = len(arrays["ids"]), arrays["influence"], arrays["rank"]
     if any(arrays[name].shape != (count,) for name in arrays if name not in SHOWN) or not np.isfinite(influence).all():
         raise UserError(f"{path}: expected ids, influence, is_exemplar and rank of one length, influence finite; {remedy}")
@@ -87,11 +85,14 @@ def check_provenance(path, task, args, remedy):
     """How a query was unlearned, by its record. Raises UserError where the cached losses are no longer those it was ranked
     against."""
     identity = read_json(record_path(path), "record")["identity"]
-    for name, content in identity.get("losses_before", {}).items():
+    losses_before, settings = identity.get("losses_before", {}), identity.get("settings", {})
+    if not isinstance(losses_before, dict) or not isinstance(settings, dict) or not losses_before.keys() <= set(task.image_sets):
+        raise UserError(f"{record_path(path)}: losses_before or settings: not as compute_influence.py writes them; {remedy}")
+    for name, content in losses_before.items():
         losses = Path(args.result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
         if losses.exists() and hash_file(losses) != content:
             raise UserError(f"{path}: was ranked against other losses than {losses} now holds; {remedy} --overwrite")
-    return identity.get("settings", {})
+    return settings
 
 
 def check_candidates(rankings, num_training, training_ids, item):

@@ -11,7 +11,7 @@ from . import UserError
 from .artifacts import whole_file
 from .datasets import read_settings
 from .encoders import load_image
-from .figures import draw_influence
+from .figures import TILE, draw_influence
 from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
 from .records import record_path, write_record
@@ -47,7 +47,10 @@ def write_command(program, flags, args):
 def load_picture(path):
     """A candidate's picture, or None, with a warning, where it cannot be read: that must not cost the result."""
     try:
-        return load_image(path) if path else None
+        image = load_image(path) if path else None
+        if image and max(image.size) > 4 * TILE:
+            image.thumbnail((4 * TILE, 4 * TILE))  # a thousand pictures may be asked for
+        return image
     except UserError as error:
         log.warning(f"left out of the picture: {error}")
         return None

@@ -69,19 +69,26 @@ def read_members(path, identity):
     return np.unpackbits(packed)[:count].astype(bool)
 
 
+def is_number(value):
+    """Whether a value of a JSON file is a finite number that a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def read_losses(path, losses, queries):
     """Each query's loss, float64. Raises UserError where one is missing or no finite number."""
     for query in queries:
         if query not in losses:
             raise UserError(f"{path}: has no loss of query {query} (it has {len(losses)}); it was measured on another task file")
-        if not isinstance(losses[query], (int, float)) or not np.isfinite(losses[query]):
+        if not is_number(losses[query]):
             raise UserError(f"{path}: losses: {query}: expected a finite number, found {losses[query]!r:.80}; retrain this model")
     return np.array([losses[query] for query in queries], float)
 
 
 def read_measures(record, name, queries):
-    """A measure of each query, float64, NaN where the model was not asked for it."""
+    """A measure of each query, float64, NaN where the model was not asked for it. Raises UserError where it is no number."""
     values = record.get(name) or {}
+    if not isinstance(values, dict) or not all(value is None or is_number(value) for value in values.values()):
+        raise UserError(f"{name}: expected a number of each query, found {values!r:.80}; retrain this model")
     return np.array([values[query] if values.get(query) is not None else np.nan for query in queries], float)
 
 

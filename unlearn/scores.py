@@ -1,14 +1,13 @@
 """Scores of every query over the training set, by method: from influence files, or from one small file a method."""
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json, whole_file
+from .artifacts import read_json, read_npz, whole_file
 from .hashes import digest
 from .influence import rank_images
 from .rankings import read_influence
@@ -130,11 +129,10 @@ def read_scores(folder, method, queries):
     path, remedy = score_path(folder, method), "make it again: python -m unlearn evaluate --retrained without --scores"
     check_record(path, {"method": method}, remedy)
     identity = read_json(record_path(path), "record")["identity"]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            ids, names, values = file["ids"].tolist(), file["queries"].tolist(), file["scores"]
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a file of scores ({error}); {remedy}") from None
+    arrays = read_npz(path, {"ids": ("U", 1), "queries": ("U", 1), "scores": ("f", 2)}, remedy)
+    if len(arrays) < 3:
+        raise UserError(f"{path}: not a file of scores (expected ids, queries and scores, found {', '.join(arrays) or 'none'}); {remedy}")
+    ids, names, values = arrays["ids"].tolist(), arrays["queries"].tolist(), arrays["scores"]
     if values.shape != (len(names), len(ids)) or not np.isfinite(values).all():
         raise UserError(f"{path}: expected finite scores [{len(names)}, {len(ids)}], found {list(values.shape)}; {remedy}")
     for query in queries:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .artifacts import read_json, resolve_inside
+from .artifacts import check_text, read_json, resolve_inside
 
 FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
           "train_prompt": str, "category": (str, type(None))}
@@ -16,7 +16,7 @@ NEEDED_FIELDS = {"latents": "row", "row": "latents", "embeddings": "latents"}
 PATH_FIELDS = ("synth_image_path", "model_path")  # results are written under these names
 BASE = "base"  # folder of the base model's losses
 LONGEST_PATH = 1000
-LARGEST_FILE = 256 << 20  # bytes; 400 tasks take 150 KB
+LARGEST_FILE = 64 << 20  # bytes; 400 tasks take 150 KB
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def strip_dataset(path):
 
 def read_list(path, item):
     """A JSON file that holds a list. Raises UserError where it does not, or is too large to be read."""
-    if os.path.isfile(path) and os.path.getsize(path) > LARGEST_FILE:
-        raise UserError(f"{item} {path}: larger than {LARGEST_FILE >> 20} MB; not such a file")
-    entries = read_json(path, item)
+    entries = read_json(path, item, LARGEST_FILE)
     if not isinstance(entries, list) or not entries:
         found = "an empty list" if entries == [] else type(entries).__name__
         raise UserError(f"{item} {path}: expected a list with at least one entry, found {found}")
@@ -89,16 +87,6 @@ def read_test_case(dataroot, name):
     return entries
 
 
-def check_text(item, text):
-    """Raises UserError where a string holds what neither a path nor a prompt can: NUL or half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{item}: expected Unicode text, found {text!a:.80}") from None
-    if "\0" in text:
-        raise UserError(f"{item}: expected text without NUL, found {text!a:.80}")
-
-
 def check_fields(item, values):
     """Every field of a task, None where it is absent (or null) and may be: without any of CUSTOMIZED_FIELDS it is a task of
     the base model. Raises UserError, naming task and key, where one is missing or of another type."""
@@ -116,7 +104,7 @@ def check_fields(item, values):
             expected = {int: "whole number", (int, float): "number"}.get(kind, "string")
             raise UserError(f"{item}: {field}: expected a {expected}, found {values[field]!r:.80}")
         if isinstance(values[field], str):
-            check_text(f"{item}: {field}", values[field])
+            check_text(f"{item}: {field}", values[field], is_path="path" in field)
     for field, needed in NEEDED_FIELDS.items():
         if field not in optional and needed in optional:
             raise UserError(f"{item}: key {needed} is missing, which {field} needs")
@@ -152,8 +140,10 @@ def find_exemplars(item, values, dataroot, test_cases):
         test_cases[name] = read_test_case(dataroot, name)
     if not 0 <= index < len(test_cases[name]):
         raise UserError(f"{item}: test_case_ind: expected 0 to {len(test_cases[name]) - 1} in {name}, found {index}")
-    exemplars = test_cases[name][index]["exemplar"]
-    return tuple(find_file(dataroot, strip_dataset(path), f"{item}: exemplar") for path in exemplars)
+    entry = test_cases[name][index]
+    if "found" not in entry:  # once for all tasks of the model
+        entry["found"] = tuple(find_file(dataroot, strip_dataset(path), f"{item}: exemplar") for path in entry["exemplar"])
+    return entry["found"]
 
 
 def make_task(item, values, dataroot, test_cases):
@@ -176,11 +166,22 @@ def load_tasks(task_json, dataroot):
     entries, test_cases, first = read_list(task_json, "--task_json"), {}, {}
     tasks = [make_task(f"{task_json}, task {number}", values, dataroot, test_cases) for number, values in enumerate(entries)]
     for number, task in enumerate(tasks):
+        if not set(task.result_name.split("/")).isdisjoint(("", ".", "..")):
+            raise UserError(f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its name leaves no folder for results")
         other = first.setdefault(task.result_name, number)
         if other != number:
             raise UserError(f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its results would stand in the "
                             f"folder of task {other} ({tasks[other].synth_image_path}): {task.result_name}")
+    check_nesting(first, f"{task_json}: synth_image_path")
     return tasks
+
+
+def check_nesting(names, item):
+    """Raises UserError where one of these folders stands within another, among its files."""
+    for name in names:
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in names:
+                raise UserError(f"{item}: the folder of {name} would stand within that of {parent}")
 
 
 def group_by_model(tasks):
@@ -197,4 +198,5 @@ def group_by_model(tasks):
             raise UserError(f"{task.model_path}: tasks {group[0].synth_image_path} and {task.synth_image_path} name "
                             "different exemplars or train prompts for one model")
         group.append(task)
+    check_nesting(paths, "model_path")
     return groups

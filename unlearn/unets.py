@@ -20,6 +20,14 @@ def check_shapes(path, tensors, parameters, item):
             raise UserError(f"{path}: {item} {name}: expected shape {list(parameters[name].shape)}, found {list(tensor.shape)}")
 
 
+def read_config(path):
+    """A configuration, an object. Raises UserError where it is none: diffusers would take a string for a name on the hub."""
+    config = read_json(path, "unet")
+    if not isinstance(config, dict):
+        raise UserError(f"unet {path}: expected an object, found {type(config).__name__}")
+    return config
+
+
 def load_unet(folder, trained=True):
     """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet` (config.json and weights,
     `diffusion_pytorch_model.safetensors` or the published `model.bin`; random ones, seeded, where it is not to be
@@ -31,10 +39,12 @@ def load_unet(folder, trained=True):
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            unet = UNet2DConditionModel.from_config(read_json(folder / "config.json", "unet"))
+            unet = UNet2DConditionModel.from_config(read_config(folder / "config.json"))
         # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's pipeline expects the offset.
-        scheduler = DDPMScheduler.from_config(read_json(folder / "scheduler_config.json", "scheduler"), clip_sample=False, steps_offset=1)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        scheduler = DDPMScheduler.from_config(read_config(folder / "scheduler_config.json"), clip_sample=False, steps_offset=1)
+    except UserError:
+        raise
+    except Exception as error:  # an absurd configuration may raise anything
         raise UserError(f"unet {folder}: its configuration makes no UNet2DConditionModel ({str(error):.200})") from None
     if trained:
         path = next((folder / name for name in UNET_WEIGHTS if (folder / name).exists()), None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import read_json, read_text, resolve_inside, whole_file, write_array, write_json
+from ..artifacts import MOST_TEXT, check_text, read_json, read_text, resolve_inside, whole_file, write_array, write_json
 from ..encoders import encode_prompts
 from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
@@ -27,13 +27,15 @@ def read_prompts(path, limit):
     """Prompts, one a line, or the captions of a COCO annotation file, at most `limit` (None: all). Raises UserError where
     there are none or the file is no text."""
     if str(path).endswith(".json"):
-        content = read_json(path, "--prompts")
+        content = read_json(path, "--prompts", MOST_TEXT)
         entries = content.get("annotations") if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(entry.get("caption"), str) for entry in entries):
             raise UserError(f"--prompts {path}: expected COCO's caption annotations, found none")
         prompts = [" ".join(entry["caption"].split()) for entry in entries]
     else:
         prompts = [line.strip() for line in read_text(path, "--prompts").split("\n") if line.strip()]
+    for number, prompt in enumerate(prompts[:limit]):
+        check_text(f"--prompts {path}, prompt {number + 1}", prompt)
     if not prompts[:limit]:
         raise UserError(f"--prompts {path}: expected at least one prompt, found none")
     return prompts[:limit]

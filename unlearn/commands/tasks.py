@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from .. import UserError
 from ..annotations import read_lines
-from ..artifacts import read_array, read_json, resolve_inside, write_json
+from ..artifacts import MOST_TEXT, read_array, read_json, resolve_inside, write_json
 from ..tasks import strip_dataset
 
 # The models of the paper's queries: entries of json/TEST_CASE.json.
@@ -40,7 +40,7 @@ IMAGE_STRIDE = 4
 def read_entry(dataroot, test_case, index):
     """The entry of one customized model, checked. Raises UserError where it is missing or malformed."""
     path = dataroot / "json" / f"{test_case}.json"
-    entries = read_json(path)
+    entries = read_json(path, most=MOST_TEXT)
     if not isinstance(entries, list) or not index < len(entries):
         found = f"a list of {len(entries)}" if isinstance(entries, list) else type(entries).__name__
         raise UserError(f"{path}: expected a list with an entry {index}, found {found}")
@@ -69,7 +69,7 @@ def shorten(value):
 def read_prompts(dataroot):
     """path_to_prompts.json as a mapping whose keys are paths of images or folders below the data root."""
     path = dataroot / "path_to_prompts.json"
-    prompts = read_json(path)
+    prompts = read_json(path, most=MOST_TEXT)
     if not isinstance(prompts, dict):
         raise UserError(f"{path}: expected a mapping from paths to prompts, found {type(prompts).__name__}")
     return {strip_dataset(key).rstrip("/"): value for key, value in prompts.items()}
@@ -146,7 +146,7 @@ def make_sample_tasks(dataroot):
         path = f"sample/{row}.png"
         if not prompt.strip():
             raise UserError(f"{dataroot / SAMPLE_CAPTIONS}: line {row + 1} is empty")
-        if not (dataroot / path).is_file():
+        if not resolve_inside(dataroot, path, SAMPLE_CAPTIONS).is_file():
             raise UserError(f"{dataroot / path}: no such file, but {SAMPLE_CAPTIONS} has {len(prompts)} lines")
         tasks.append({"synth_image_path": path, "prompt": prompt.strip(), **stored, **({"row": row} if stored else {})})
     return tasks
