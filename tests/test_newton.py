@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, newton
 from unlearn.artifacts import read_tensors
+from unlearn.chunks import write_tensor_chunk
 from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
 from unlearn.customization import customized
 from unlearn.gradients import tracked
+from unlearn.hashes import digest
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, newton_step, unlearn
@@ -261,6 +264,13 @@ def test_every_newton_step_has_draws_of_its_own(model, query):
 
 def test_a_rate_of_zero_changes_no_weight(model, query):
     assert not any(delta.any() for delta in unlearn(model, *query, **{**SETTINGS, "rate": 0.0}).values())
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_and_not_gone_on_with(model, query, tmp_path):
+    path = tmp_path / "weight_change.safetensors"
+    write_tensor_chunk(Path(f"{path}.{digest({'a': 1})[:16]}.checkpoint"), {"draws": torch.tensor(-5)})
+    with pytest.raises(UserError, match="is not a checkpoint of this unlearning; remove it"):
+        unlearn(model, *query, **SETTINGS, checkpoint_path=path, identity={"a": 1})
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(model, query, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
+from unlearn import UserError, artifacts
+from unlearn.artifacts import STALE, own_part, read_npz, remove_stale_parts, whole_file, write_array, write_json, write_tensors
 from unlearn.hashes import hash_file
 
 PROGRAM = Path(__file__).parent / "kill_and_resume.py"
@@ -95,3 +96,20 @@ def test_what_other_machines_left_is_removed_when_nothing_was_written_there_for_
 def test_the_hash_of_what_was_written_is_known_whatever_another_process_writes_there(tmp_path):
     for write, value in (write_array, np.arange(5.0)), (write_tensors, {"a": torch.ones(3)}):
         assert write(tmp_path / "a", value) == hash_file(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"ids": np.array(["a"]), "scores": np.zeros(1)}, r"scores is \[1\] float64"), ({"ids": np.arange(3)}, r"ids is \[3\] int64"),
+    ({"ids": np.array("a")}, r"ids is \[\] <U1"), (b"no archive", "not such a file"), (b"", "not such a file")])
+def test_arrays_of_another_kind_or_a_damaged_archive_are_told_not_used(content, said, tmp_path):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    with pytest.raises(UserError, match=f"a.npz: .*{said}.*make it anew"):
+        read_npz(path, {"ids": ("U", 1), "scores": ("f", 2)}, "make it anew")
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "MOST_ARRAYS", 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", ids=np.zeros(1 << 20))
+    with pytest.raises(UserError, match="would unfold to more than it may"):
+        read_npz(tmp_path / "a.npz", {"ids": ("f", 1)}, "")

@@ -11,12 +11,13 @@ import torch
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, losses, sweeps
-from unlearn.artifacts import read_json, read_tensors
+from unlearn.artifacts import read_json, read_tensors, write_bytes
 from unlearn.commands import index as index_command
 from unlearn.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
 from unlearn.derivatives import gradient_dots, probe_signs, second_order_dots, text_gradients
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, select_parameters
+from unlearn.records import record_path, write_record
 from unlearn.shortlist import choose_images, estimate_recall
 from unlearn.sweeps import Sweep
 
@@ -330,6 +331,10 @@ def test_an_index_that_is_missing_damaged_or_of_another_grid_is_refused_with_the
     shard.unlink()
     build(flags, tmp_path / "index")
     assert shard.read_bytes() == built
+    listing = next((tmp_path / "index").rglob("shards.txt"))
+    write_record(listing, read_json(record_path(listing))["identity"],
+                 content=write_bytes(listing, listing.read_bytes().replace(b"  shards-", b"  ../../shards-", 1)))
+    assert "shards.txt: line 1: expected a hash and the name of a shard" in refused(capsys, given)
 
 
 def test_bfloat16_unlearns_along_the_same_direction(flags):

@@ -61,14 +61,17 @@ def check_customization(model, model_dir):
 
 
 def add_tokens(pipeline, tokens):
-    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of that name are replaced)."""
+    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of that name are replaced). Raises
+    UserError where the tokenizer gives a token a number that the text encoder does not have."""
     embeddings = pipeline.text_encoder.get_input_embeddings()
     pipeline.tokenizer.add_tokens(list(tokens))
     if len(pipeline.tokenizer) > len(embeddings.weight):
         pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
     weight = pipeline.text_encoder.get_input_embeddings().weight
     for token, vector in tokens.items():
-        weight.data[pipeline.tokenizer.convert_tokens_to_ids(token)] = vector.to(weight)
+        if not 0 <= (number := pipeline.tokenizer.convert_tokens_to_ids(token)) < len(weight):
+            raise UserError(f"the pipeline's tokenizer numbers {token} {number}, its text encoder has {len(weight)} tokens: one of them is damaged")
+        weight.data[number] = vector.to(weight)
 
 
 @contextmanager

@@ -123,6 +123,25 @@ def check_sizes(folder, parts=("unet", "vae", "text_encoder", "scheduler")):
             visit(path, part, read_json(path, "--sd_version"))
 
 
+@torch.no_grad()
+def check_passes(model, name):
+    """Raises UserError where one of a model's parts cannot take the least that it is asked for: a configuration may be absurd and
+    yet load."""
+    pipeline, device = model.pipeline, model.device
+    small = torch.zeros(1, model.denoiser.config.in_channels, 16, 16, device=device)
+    passes = {
+        "vae": lambda: pipeline.vae.encode(torch.zeros(1, 3, 8 * pipeline.vae_scale_factor, 8 * pipeline.vae_scale_factor, device=device)),
+        "text_encoder": lambda: pipeline.text_encoder(torch.zeros(1, model.embedding_shape[0], dtype=torch.int64, device=device)),
+        "unet": lambda: model.predict(small, torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, *model.embedding_shape, device=device))}
+    for part, run in passes.items():
+        try:
+            run()
+        except Exception as error:  # whatever the libraries raise
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"--sd_version {name}: its {part} cannot be used as configured ({(str(error).splitlines() or ['?'])[0]:.200})") from None
+
+
 def load_model(name, device, unet=None, trained=True):
     """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the UNet and schedule of
     the folder `unet` instead of its own where one is given (`load_unet`). Raises UserError where it cannot be loaded or is
@@ -171,7 +190,9 @@ def load_model(name, device, unet=None, trained=True):
     weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))
+    model = Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))
+    check_passes(model, name)
+    return model
 
 
 def select_parameters(denoiser, selection):
