@@ -16,10 +16,10 @@ def run(*flags):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def test_two_hundred_bad_inputs_end_in_one_line_and_leave_nothing():
-    run("--count", "200")
+def test_a_hundred_bad_inputs_end_in_one_line_and_leave_nothing():
+    run("--count", "100")
 
 
 @pytest.mark.slow
-def test_five_thousand_bad_inputs_and_fifty_as_processes_end_in_one_line_and_leave_nothing():
-    run("--count", "5000", "--subprocesses", "50")
+def test_seven_thousand_bad_inputs_and_fifty_as_processes_end_in_one_line_and_leave_nothing():
+    run("--count", "7000", "--subprocesses", "50")
