@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 
 from unlearn import UserError, noise, results
-from unlearn.artifacts import read_tensors
 from unlearn.curvature import DiagonalFisher, check_fisher
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
@@ -35,6 +34,7 @@ from unlearn.inputs import (
 from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import relative_change
 from unlearn.queries import read_stored
+from unlearn.reading import read_tensors
 from unlearn.records import keep_complete
 from unlearn.runtime import part_of, process_share, run
 from unlearn.scoring import (

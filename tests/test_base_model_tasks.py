@@ -13,9 +13,9 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, encode_images, files, no
 import compute_influence
 import compute_training_loss
 from unlearn import inputs, rankings
-from unlearn.artifacts import read_tensors
 from unlearn.commands import evaluate
 from unlearn.encoders import encode_prompts
+from unlearn.reading import read_tensors
 from unlearn.tasks import load_tasks
 
 FIRST, SECOND = json.loads((PARITY / "fixture/tasks.json").read_text())

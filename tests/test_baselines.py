@@ -14,7 +14,7 @@ from conftest import PARITY
 from test_bad_input import encode_images
 
 from unlearn import UserError, gradients, inputs, noise
-from unlearn.artifacts import read_tensors, write_tensors
+from unlearn.artifacts import write_tensors
 from unlearn.baselines import cosine_scores, normalise, text_blocks
 from unlearn.commands import baselines
 from unlearn.curvature import DiagonalFisher
@@ -28,6 +28,7 @@ from unlearn.models import TARGETS, load_model, select_parameters
 from unlearn.newton import QueryDraws
 from unlearn.projection import Sketch
 from unlearn.rankings import read_influence
+from unlearn.reading import read_tensors
 from unlearn.records import record_path, write_record
 from unlearn.tasks import load_tasks
 

@@ -4,7 +4,6 @@ had not been. Runs are forks on the miniature root, as in kill_and_resume.py, of
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile

@@ -23,13 +23,13 @@ from test_download import ABU, Hub, command, pack
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.artifacts import read_array, read_json
 from unlearn.commands import encode, evaluate, fisher, retrain, tasks
 from unlearn.datasets import open_training_set, read_settings
 from unlearn.losses import sample_losses
 from unlearn.models import load_model
 from unlearn.noise import image_noise
 from unlearn.rankings import read_influence
+from unlearn.reading import read_array, read_json
 from unlearn.runtime import run
 from unlearn.unets import load_unet
 

@@ -13,7 +13,6 @@ from conftest import PARITY
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, newton
-from unlearn.artifacts import read_tensors
 from unlearn.chunks import write_tensor_chunk
 from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
@@ -23,6 +22,7 @@ from unlearn.hashes import digest
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, newton_step, unlearn
+from unlearn.reading import read_tensors
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"
 KV = 8  # parameters of the miniature UNet's cross-attention K and V

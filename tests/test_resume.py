@@ -14,9 +14,10 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, artifacts
-from unlearn.artifacts import STALE, own_part, read_npz, remove_stale_parts, whole_file, write_array, write_json, write_tensors
+from unlearn import UserError, reading
+from unlearn.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
 from unlearn.hashes import hash_file
+from unlearn.reading import read_npz
 
 PROGRAM = Path(__file__).parent / "kill_and_resume.py"
 
@@ -109,7 +110,7 @@ def test_arrays_of_another_kind_or_a_damaged_archive_are_told_not_used(content, 
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "MOST_ARRAYS", 1 << 20)
+    monkeypatch.setattr(reading, "MOST_ARRAYS", 1 << 20)
     np.savez_compressed(tmp_path / "a.npz", ids=np.zeros(1 << 20))
     with pytest.raises(UserError, match="would unfold to more than it may"):
         read_npz(tmp_path / "a.npz", {"ids": ("f", 1)}, "")

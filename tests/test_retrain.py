@@ -14,9 +14,10 @@ from conftest import PARITY
 from test_bad_input import files, refused
 
 from unlearn import runtime
-from unlearn.artifacts import read_tensors, write_json
+from unlearn.artifacts import write_json
 from unlearn.commands import generate, retrain
 from unlearn.datasets import open_training_set
+from unlearn.reading import read_tensors
 from unlearn.records import write_record
 
 TINY = PARITY / "fixture/sd-tiny"

@@ -11,12 +11,13 @@ import torch
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, losses, sweeps
-from unlearn.artifacts import read_json, read_tensors, write_bytes
+from unlearn.artifacts import write_bytes
 from unlearn.commands import index as index_command
 from unlearn.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
 from unlearn.derivatives import gradient_dots, probe_signs, second_order_dots, text_gradients
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, select_parameters
+from unlearn.reading import read_json, read_tensors
 from unlearn.records import record_path, write_record
 from unlearn.shortlist import choose_images, estimate_recall
 from unlearn.sweeps import Sweep

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .artifacts import MOST_TEXT, read_json, read_text, resolve_inside
+from .reading import MOST_TEXT, read_json, read_text, resolve_inside
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from .artifacts import read_tensors, write_tensors
+from .artifacts import write_tensors
 from .curvature import DiagonalFisher, check_fisher, squared_gradient_sums
 from .datasets import TrainingSet
 from .generation import generate_latents, initial_noise
 from .inputs import check_fisher_record, find_fisher, prepare_training_set
 from .models import Model, load_model, select_parameters
 from .noise import timestep_grid
+from .reading import read_tensors
 from .text_attention import share_texts
 from .unets import load_unet
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from . import UserError
-from .artifacts import read_tensors, resolve_inside
 from .hashes import digest, hash_tensors
 from .models import Model, replaced_weights
+from .reading import read_tensors, resolve_inside
 from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"

@@ -7,8 +7,8 @@ import numpy as np
 
 from . import UserError
 from .annotations import READERS, label_images
-from .artifacts import check_text, read_array, read_json, resolve_inside
 from .hashes import digest
+from .reading import check_text, read_array, read_json, resolve_inside
 from .records import record_path
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.

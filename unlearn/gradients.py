@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .artifacts import read_array, whole_file
+from .artifacts import whole_file
 from .chunks import read_array_chunk, remove_folders, write_array_chunk
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
 from .losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
+from .reading import read_array
 from .records import keep_complete, record_path, write_record
 from .runtime import progress
 from .sharing import Share, do_once

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from . import UserError
-from .artifacts import read_array, read_tensors, read_text, write_bytes, write_tensors
+from .artifacts import write_bytes, write_tensors
 from .chunks import read_chunk
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
 from .hashes import digest, hash_file
 from .losses import chunk_noise, noise_identity, rows_of, score_rows
+from .reading import read_array, read_tensors, read_text
 from .records import check_record, keep_complete, record_path, write_record
 from .runtime import progress
 from .sharing import do_once, forget_claim

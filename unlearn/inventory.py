@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from . import UserError
-from .artifacts import read_json
 from .claims import EXPIRY, is_dead, read_claim
 from .examination import NOTE, OK, PROBLEM, Finding, try_out
+from .reading import read_json
 from .records import check_content, is_complete
 from .results import write_command
 from .runtime import progress

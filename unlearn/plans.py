@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json
 from .rankings import read_influence
+from .reading import read_json
 from .records import record_path
 from .training import random_members
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import UserError
-from .artifacts import read_array
+from .reading import read_array
 from .tasks import find_file
 
 AXES = {"latents": "[n, C, h, w]", "embeddings": "[n, tokens, features]"}

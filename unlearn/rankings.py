@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json, read_npz
 from .hashes import digest, hash_file
 from .metrics import exemplar_ranks, is_tied
+from .reading import read_json, read_npz
 from .records import check_record, record_path
 
 KINDS = {"ids": ("U", 1), "influence": ("f", 1), "is_exemplar": ("b", 1), "rank": ("iu", 1)}  # of dtype, and axes

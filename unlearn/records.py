@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from . import UserError, __version__
-from .artifacts import read_json, write_json
+from .artifacts import write_json
 from .hashes import hash_file
+from .reading import read_json
 
 FORMAT_VERSION = 1
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json
 from .hashes import digest, hash_file
 from .influence import rank_images
 from .queries import AXES, open_stored
+from .reading import read_json
 from .records import FORMAT_VERSION
 from .scores import RANDOM
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from .artifacts import read_array
 from .datasets import TrainingSet
 from .derivatives import second_order_dots
 from .losses import loss_sums
 from .meters import metered
 from .noise import timestep_grid
+from .reading import read_array
 from .runtime import log
 from .sweeps import Sweep
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .artifacts import read_json, read_npz, whole_file
+from .artifacts import whole_file
 from .hashes import digest
 from .influence import rank_images
 from .rankings import read_influence
+from .reading import read_json, read_npz
 from .records import check_record, keep_complete, record_path, write_record
 
 OURS, RANDOM = "ours", "random"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from . import UserError
-from .artifacts import read_array, read_tensors
 from .derivatives import PROBES, gradient_dots, second_order_dots
 from .hashes import hash_file
 from .influence import best_view, loss_changes
 from .losses import chunk_noise, loss_identity, rows_of, score_rows
 from .models import changed_weights
+from .reading import read_array, read_tensors
 from .records import check_record, record_path
 from .results import loss_command
 from .shortlist import choose_images, estimate_recall

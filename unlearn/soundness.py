@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from . import UserError
-from .artifacts import read_json
+from .reading import read_json
 from .runtime import is_out_of_memory
 
 MODULES = (None, "diffusers", "transformers", "stable_diffusion")  # the last is the safety checker's, which is not loaded

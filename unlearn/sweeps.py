@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError, noise
-from .artifacts import read_array, write_array
+from .artifacts import write_array
 from .chunks import read_array_chunk, remove_folders, write_array_chunk
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
+from .reading import read_array
 from .records import check_record, is_complete, keep_complete, record_path, write_record
 from .runtime import progress, run_ahead, run_within_memory
 from .sharing import Share, do_once

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .artifacts import check_text, read_json, resolve_inside
+from .reading import check_text, read_json, resolve_inside
 
 FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
           "train_prompt": str, "category": (str, type(None))}

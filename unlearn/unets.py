@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from . import UserError
-from .artifacts import read_json, read_tensors
+from .reading import read_json, read_tensors
 
 UNET_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "model.bin")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import read_tensors, whole_file
+from ..artifacts import whole_file
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_tokens
@@ -36,6 +36,7 @@ from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
 from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
+from ..reading import read_tensors
 from ..records import keep_complete, record_path, write_record
 from ..runtime import log
 from ..tasks import load_tasks

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..artifacts import MOST_TEXT, check_text, read_json, read_text, resolve_inside, whole_file, write_array, write_json
+from ..artifacts import whole_file, write_array, write_json
 from ..encoders import encode_prompts
 from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
 from ..inputs import add_flags, resolve
 from ..models import load_model
 from ..noise import SCHEME, known_answer
+from ..reading import MOST_TEXT, check_text, read_json, read_text, resolve_inside
 from ..records import keep_complete, record_path, write_record
 from ..runtime import log, progress
 

@@ -9,13 +9,13 @@ Killed and run again, the same command goes on.
 import argparse
 from pathlib import Path
 
-from ..artifacts import read_tensors
 from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_customization, customized
 from ..index import build_index
 from ..inputs import add_flags, check_fisher_record, check_training_files, find_fisher, prepare_training_set, resolve
 from ..models import load_model, select_parameters
 from ..noise import timestep_grid
+from ..reading import read_tensors
 from ..runtime import log
 from ..scoring import AUTOCAST
 from ..sweeps import Sweep

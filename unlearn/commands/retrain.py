@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import read_json, read_tensors, write_json, write_tensors
+from ..artifacts import write_json, write_tensors
 from ..baselines import feature_encoder
 from ..generation import check_steps, make_pictures
 from ..hashes import digest
@@ -28,6 +28,7 @@ from ..inputs import add_flags, check_pictures, check_result_dir, check_training
 from ..measures import compare_pictures, join_sets, load_pictures, query_losses, sampling_of, write_pictures
 from ..models import load_model, replaced_weights
 from ..plans import PLANS, make_plans, make_stacks
+from ..reading import read_json, read_tensors
 from ..records import FORMAT_VERSION, circumstances, compare_identity, keep_complete, record_path, write_record
 from ..retrained import query_digests
 from ..runtime import log, process_share, progress

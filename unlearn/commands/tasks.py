@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from .. import UserError
 from ..annotations import read_lines
-from ..artifacts import MOST_TEXT, read_array, read_json, resolve_inside, write_json
+from ..artifacts import write_json
+from ..reading import MOST_TEXT, read_array, read_json, resolve_inside
 from ..tasks import strip_dataset
 
 # The models of the paper's queries: entries of json/TEST_CASE.json.
