@@ -32,6 +32,7 @@ def make_training_set(num_images, latent_shape, embedding, path, seed=0):
 def measure_sweep(bench, training_set, grid, measure, batch_size):
     """Seconds, microseconds a sample and peak memory of one sweep."""
     folder = bench.folder / "scaling"
+    folder.mkdir(exist_ok=True)
     with metered(bench.world.model.device) as costs:
         Sweep(training_set, grid, batch_size).run(bench.world.model, folder, f"{len(training_set)} images x {len(grid)}", measure)
     for chunk in folder.iterdir():
