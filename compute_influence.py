@@ -18,39 +18,16 @@ from unlearn.curvature import DiagonalFisher, check_fisher
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.index import Index
-from unlearn.inputs import (
-    add_flags,
-    check_fisher_record,
-    check_pictures,
-    check_result_dir,
-    check_training_files,
-    encode_exemplars,
-    encode_query,
-    find_fisher,
-    prepare_training_set,
-    print_plan,
-    resolve,
-)
+from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
+                            encode_query, find_fisher, prepare_training_set, print_plan, resolve)
 from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import relative_change
 from unlearn.queries import read_stored
 from unlearn.reading import read_tensors
 from unlearn.records import keep_complete
 from unlearn.runtime import part_of, process_share, run
-from unlearn.scoring import (
-    AUDIT,
-    AUTOCAST,
-    MANY,
-    SCORINGS,
-    SHORTLIST,
-    check_scoring,
-    load_losses,
-    make_sweep,
-    own_losses,
-    score_queries,
-    score_shortlists,
-    scoring_settings,
-)
+from unlearn.scoring import (AUDIT, AUTOCAST, MANY, SCORINGS, SHORTLIST, check_scoring, load_losses, make_sweep, own_losses,
+                             score_queries, score_shortlists, scoring_settings)
 from unlearn.sharing import do_once, forget_claim
 from unlearn.tasks import group_by_model, load_tasks
 from unlearn.unlearning import unlearn_queries, unlearning_settings

@@ -13,16 +13,8 @@ import argparse
 from pathlib import Path
 
 from unlearn.customization import check_customization, check_tokens, customized
-from unlearn.inputs import (
-    add_flags,
-    check_pictures,
-    check_result_dir,
-    check_training_files,
-    encode_exemplars,
-    prepare_training_set,
-    print_plan,
-    resolve,
-)
+from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
+                            print_plan, resolve)
 from unlearn.losses import loss_identity
 from unlearn.models import load_model
 from unlearn.noise import timestep_grid

@@ -19,11 +19,12 @@ import torch
 
 torch.set_num_threads(1)  # before any work: a fork does not survive the threads of its parent
 
-from unlearn.datasets import open_training_set, read_settings
+from unlearn.datasets import open_training_set
 from unlearn.encoding import encode_training_set
 from unlearn.losses import loss_identity
 from unlearn.models import load_model
 from unlearn.noise import timestep_grid
+from unlearn.settings import read_settings
 from unlearn.sweeps import Sweep, cache_losses
 
 

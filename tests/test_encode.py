@@ -15,13 +15,14 @@ from test_bad_input import files, refused
 from unlearn import UserError, encoding
 from unlearn.annotations import pair_images, read_coco
 from unlearn.commands import encode
-from unlearn.datasets import list_images, open_training_set, read_settings
+from unlearn.datasets import list_images, open_training_set
 from unlearn.encoders import encode_images, encode_prompts, load_image
 from unlearn.hashes import digest, digest_rows, hash_file
 from unlearn.inputs import find_fisher, prepare_training_set, resolve
 from unlearn.models import load_model
 from unlearn.reading import read_json
 from unlearn.records import record_path
+from unlearn.settings import read_settings
 
 LATENTS, EMBEDDINGS, CAPTIONS = "coco17_train_latents.npy", "coco17_train_text_embeddings.npy", "annotations/captions_train2017.json"
 

@@ -13,16 +13,8 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, metrics
-from unlearn.baselines import (
-    cosine_scores,
-    encode_blocks,
-    feature_encoder,
-    latent_blocks,
-    latent_encoder,
-    normalise,
-    pixel_encoder,
-    score_queries,
-)
+from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, normalise, pixel_encoder,
+                               score_queries)
 from unlearn.commands.evaluate import group_queries, kind_of, main
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image

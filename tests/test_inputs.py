@@ -21,10 +21,11 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, encoding, inputs
 from unlearn import results as results_module
-from unlearn.datasets import open_training_set, read_settings
+from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
 from unlearn.records import record_path
+from unlearn.settings import read_settings
 
 
 def parse(script, root, *given):

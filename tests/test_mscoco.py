@@ -24,13 +24,14 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError
 from unlearn.commands import encode, evaluate, fisher, retrain, tasks
-from unlearn.datasets import open_training_set, read_settings
+from unlearn.datasets import open_training_set
 from unlearn.losses import sample_losses
 from unlearn.models import load_model
 from unlearn.noise import image_noise
 from unlearn.rankings import read_influence
 from unlearn.reading import read_array, read_json
 from unlearn.runtime import run
+from unlearn.settings import read_settings
 from unlearn.unets import load_unet
 
 SCRIPT = Path(__file__).parent.parent / "data/download_mscoco.sh"

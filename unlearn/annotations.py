@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .reading import MOST_TEXT, read_json, read_text, resolve_inside
+from .reading import MOST_TEXT, check_text, read_json, read_text, resolve_inside
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
@@ -96,7 +96,8 @@ def read_entries(path):
     entries, seen = READERS[Path(path).suffix](path) if Path(path).exists() else [], set()
     for name, _ in entries:
         plain = PurePosixPath(name)
-        if plain.is_absolute() or ".." in plain.parts or "\0" in name or not plain.parts or len(name) > 1000 or len(max(plain.parts, key=len).encode(errors="replace")) > 255:
+        check_text(f"{path}", name, is_path=True)
+        if plain.is_absolute() or ".." in plain.parts or not plain.parts or len(name) > 1000:
             raise UserError(f"{path}: expected names of files below the folder of images, found {name!a:.80}")
         if plain in seen:
             raise UserError(f"{path}: {name} stands there twice")
@@ -118,6 +119,9 @@ def label_images(folder, path):
 def match_files(folder, path, entries):
     """Raises UserError where annotated images are not in the folder, or images in it are not annotated."""
     found = {Path(where, file).relative_to(folder).as_posix() for where, _, files in os.walk(folder) for file in files}
+    for name, _ in entries:
+        if name not in found or os.path.islink(Path(folder) / name):  # through a link
+            resolve_inside(folder, name, f"{path}")
     missing = [name for name, _ in entries if name not in found and not (Path(folder) / name).is_file()]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(entries)} captions without images: not in {folder}, first {missing[0]}")
@@ -155,6 +159,4 @@ def pair_images(folder, path, num_captions=0):
     if not entries:
         raise UserError(f"{path}: {'lists no image' if Path(path).exists() else 'no such file'}")
     match_files(folder, path, entries)
-    for name, _ in entries:
-        resolve_inside(folder, name, f"{path}")
     return [Path(folder) / name for name, _ in entries], choose_captions(path, entries, num_captions)

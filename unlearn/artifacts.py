@@ -100,8 +100,7 @@ def write_bytes(path, *parts):
 
 def write_json(path, value):
     """Writes a JSON file, indented."""
-    with whole_file(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_array(path, array):

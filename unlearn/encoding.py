@@ -14,11 +14,12 @@ import numpy as np
 from . import UserError
 from .annotations import READERS, pair_images
 from .artifacts import whole_file
-from .datasets import array_paths, check_pixels, read_identity, read_settings
+from .datasets import array_paths, check_pixels, read_identity
 from .encoders import encode_images, encode_prompts, load_image
 from .hashes import digest, digest_rows, hash_file, hash_tensors
 from .records import is_complete, record_path, write_record
 from .runtime import progress
+from .settings import read_settings
 from .sharing import do_once, forget_claim
 
 THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead

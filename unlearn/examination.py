@@ -19,12 +19,13 @@ from packaging.specifiers import SpecifierSet
 
 from . import UserError, noise
 from .customization import check_tokens
-from .datasets import array_paths, open_arrays, read_settings
+from .datasets import array_paths, open_arrays
 from .encoding import check_given, has_given_arrays, list_pairs
 from .inputs import check_pictures, find_fisher
 from .models import PARTS
 from .records import check_content, record_path
 from .runtime import choose_device
+from .settings import read_settings
 from .tasks import group_by_model, load_tasks
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

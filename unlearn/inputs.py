@@ -6,22 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .datasets import (
-    TrainingSet,
-    array_paths,
-    check_finite,
-    check_number,
-    choose_subset_size,
-    open_arrays,
-    open_training_set,
-    read_settings,
-)
+from .datasets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
 from .encoders import encode_images, encode_prompts, load_image
 from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
 from .hashes import digest, hash_file
 from .queries import check_stored, read_stored
 from .records import check_record, record_path
 from .runtime import choose_device, set_precision
+from .settings import check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "dataroot": (str, "data root (default data/abc)"),
@@ -85,11 +77,11 @@ def check_result_dir(result_dir):
 
 def check_training_files(args):
     """Checks the training set as far as that goes without a model. Raises UserError where files are missing, their
-    numbers disagree or the subset is larger than the data."""
+    numbers disagree or the subset is larger than the data; else returns how many images a run uses."""
     given = has_given_arrays(args.dataroot)
     available = len(open_arrays(args.dataroot)[1] if given else list_pairs(args.dataroot)[0])
     check_given(args.dataroot)
-    choose_subset_size(available, args.laion_subset_size, read_settings(args.dataroot)["largest_subset"])
+    return choose_subset_size(available, args.laion_subset_size, read_settings(args.dataroot)["largest_subset"])
 
 
 def prepare_training_set(model, args, settings):

@@ -9,13 +9,13 @@ import numpy as np
 
 from . import UserError
 from .artifacts import whole_file
-from .datasets import read_settings
 from .encoders import load_image
 from .figures import TILE, draw_influence
 from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
 from .records import record_path, write_record
 from .runtime import log
+from .settings import read_settings
 
 
 def loss_command(args):

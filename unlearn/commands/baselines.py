@@ -21,17 +21,8 @@ from ..customization import check_tokens
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest, hash_file
 from ..influence import rank_images
-from ..inputs import (
-    add_flags,
-    check_fisher_record,
-    check_pictures,
-    check_result_dir,
-    check_training_files,
-    encode_query,
-    find_fisher,
-    prepare_training_set,
-    resolve,
-)
+from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher,
+                      prepare_training_set, resolve)
 from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
 from ..models import SELECTIONS, load_model, select_parameters

@@ -10,21 +10,11 @@ has to be put right.
 import argparse
 import sys
 
-from ..datasets import choose_subset_size, open_arrays, read_settings
-from ..encoding import has_given_arrays, list_pairs
-from ..examination import (
-    OK,
-    PROBLEM,
-    examine_data,
-    examine_device,
-    examine_disk,
-    examine_environment,
-    examine_memory,
-    examine_tasks,
-    try_out,
-)
-from ..inputs import add_flags
+from ..examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory, examine_tasks,
+                           try_out)
+from ..inputs import add_flags, check_training_files
 from ..inventory import examine_results
+from ..settings import read_settings
 
 
 def parse_arguments(argv):
@@ -39,12 +29,6 @@ def parse_arguments(argv):
     return args
 
 
-def count_images(args, settings):
-    """How many training images a run would use."""
-    available = len(open_arrays(args.dataroot)[1] if has_given_arrays(args.dataroot) else list_pairs(args.dataroot)[0])
-    return choose_subset_size(available, args.laion_subset_size, settings["largest_subset"])
-
-
 def main(argv=None):
     """Examines one thing after the other, and prints."""
     args = parse_arguments(argv)
@@ -56,7 +40,7 @@ def main(argv=None):
         "memory": examine_memory(args.sd_version or (settings or {}).get("pipeline")),
         "disk": examine_disk({"results": args.result_dir, **({"data root": args.dataroot} if readable else {})}),
         "data root": data, "tasks": tasks,
-        "results": examine_results(args, groups, settings, try_out(count_images, args, settings)[0] if readable else None)}
+        "results": examine_results(args, groups, settings, try_out(check_training_files, args)[0] if readable else None)}
     for name, findings in sections.items():
         for number, finding in enumerate(findings):
             print(f"{name if number == 0 else '':<12} {finding.status:<8} {finding.text}")
