@@ -130,12 +130,19 @@ def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", ren
                 run_fork(main, arguments, printed, *((rank, num_processes) if num_processes > 0 else (0, 1)), renames)
             children.append(child)
         if seconds is not None:
-            time.sleep(seconds)
+            wait_for_end(children[0], seconds)
             with contextlib.suppress(ProcessLookupError):
                 kill(children[0], how)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         printed.seek(0)
         return statuses, printed.read()
+
+
+def wait_for_end(child, seconds):
+    """Waits until a child has ended, which is not asked for its status yet, or for so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(min(0.005, max(0, end - time.monotonic())))
 
 
 def run_fork(main, arguments, printed, rank, num_processes, renames):
@@ -193,13 +200,17 @@ def reset(folder, start):
 
 
 def random_kills(main, make_arguments, start, expected, folder, duration, kills, seed, num_processes, hows):
-    """Kills one run again and again, at times drawn over the duration of an uninterrupted one; a run that finishes is
-    compared, and the next starts from nothing. Returns (finished runs, differences)."""
+    """Kills one run again and again, at times drawn over the duration of an uninterrupted one, the shortest that was seen: the
+    machine may have been busy with other work. A run that finishes is compared, and the next starts from nothing. Returns
+    (finished runs, differences)."""
     moments, killed, finished, found = random.Random(seed), 0, 0, []
     reset(folder, start)
     while killed < kills:
+        clock = time.monotonic()
         statuses, _ = run_children(main, make_arguments(folder), num_processes, moments.uniform(0, duration), hows[killed % len(hows)])
         killed += statuses[0] != 0
+        if statuses[0] == 0:
+            duration = min(duration, time.monotonic() - clock)
         if 0 in statuses:
             finished, found = finished + 1, found + differences(expected, contents(folder))
             reset(folder, start)
