@@ -18,7 +18,7 @@ from unlearn.meters import anonymous_bytes, count_flops, hand_back_memory, measu
 from unlearn.models import changed_weights, select_parameters
 from unlearn.noise import batch_noise
 from unlearn.procedures import PROCEDURES, channels_last
-from unlearn.published import published_losses, published_step, stock_attention
+from unlearn.published import published_losses, published_step, stock_layers
 from unlearn.scaling import make_training_set
 
 TINY = {"unet": {"sample_size": 4, "block_out_channels": (16, 32), "cross_attention_dim": 12, "layers_per_block": 1,
@@ -81,7 +81,7 @@ def test_the_published_loop_is_what_diffusers_gives_for_noise_drawn_a_batch():
     model, images, grid = seeded_model(TINY, "cpu", 0), seeded_training_set("tiny", TINY, 5, 0), [0, 500]
     unet = UNet2DConditionModel(**TINY["unet"]).eval()
     unet.load_state_dict(model.denoiser.state_dict())
-    with stock_attention(model.denoiser):
+    with stock_layers(model.denoiser):
         losses = published_losses(model.denoiser, model.alpha_bars, images, grid, batch_size=6)
     rows = [(view, image) for view in range(2) for image in range(5)]
     for index in range(4):
@@ -105,7 +105,7 @@ def test_the_published_step_and_another_memory_format_leave_the_model_as_it_was(
     processors = dict(model.denoiser.attn_processors)
     parameters = select_parameters(model.denoiser, SELECTION)
     fisher = {name: torch.ones_like(value) for name, value in parameters.items()}
-    with stock_attention(model.denoiser), channels_last(model.denoiser):
+    with stock_layers(model.denoiser), channels_last(model.denoiser):
         published_step(model.denoiser, parameters, model.alpha_bars, torch.tensor(images.latents[0, 0]),
                        torch.tensor(images.embeddings[0, 0]), fisher, 1.0, 3, 2)
     assert all(torch.equal(value, before[name]) and value.is_contiguous() for name, value in model.denoiser.state_dict().items())

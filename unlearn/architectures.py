@@ -19,6 +19,7 @@ from .generation import generate_latents, initial_noise
 from .inputs import check_fisher_record, find_fisher, prepare_training_set
 from .models import Model, load_model, select_parameters
 from .noise import timestep_grid
+from .passes import replace_feed_forward
 from .reading import read_tensors
 from .text_attention import share_texts
 from .unets import load_unet
@@ -120,6 +121,7 @@ def seeded_model(configuration, device, seed):
         unet = UNet2DConditionModel(**configuration["unet"])
     unet.eval().requires_grad_(False).to(device)
     share_texts(unet)
+    replace_feed_forward(unet)
     scheduler = DDPMScheduler(**configuration["scheduler"])
     return Model(SimpleNamespace(unet=unet, scheduler=scheduler), f"seeded {seed}", scheduler.alphas_cumprod.float().to(device))
 

@@ -1,10 +1,14 @@
 """Losses of images under a model, on a fixed grid of timesteps with noise that belongs to the image."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from . import noise
 from .datasets import check_pixels
+from .passes import remembered, sharing_prefix
+from .text_attention import project_text
 
 CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 
@@ -56,10 +60,26 @@ def chunk_noise(training_set, rows, grid, noise_seed, pool):
     return np.stack(list(pool.map(draw, rows)))
 
 
-def loss_sums(model, latents, noise, timesteps, embeddings):
+def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
     """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
     with torch.no_grad():
-        return sample_losses(model, latents, noise, timesteps, embeddings).reshape(len(embeddings), -1).sum(dim=1)
+        return sample_losses(model, latents, noise, timesteps, embeddings, keys_values).reshape(len(embeddings), -1).sum(dim=1)
+
+
+@contextmanager
+def changed_losses(denoiser, changes):
+    """Yields a measure for `score_rows`: each text's `loss_sums` under each of several weight changes of K and V, [texts, changes]
+    float64. changes: [{parameter name: tensor}, ...]; the denoiser itself is not changed."""
+    parameters = dict(denoiser.named_parameters())
+    weights = [{name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()} for change in changes]
+
+    def measure(model, latents, noise, timesteps, embeddings):
+        with torch.no_grad(), remembered():
+            return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text(denoiser, embeddings, changed))
+                                for changed in weights], dim=1)
+
+    with sharing_prefix(denoiser):
+        yield measure
 
 
 def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss_sums):

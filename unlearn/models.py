@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import UserError
 from .hashes import digest, hash_tensors
+from .passes import replace_feed_forward
 from .runtime import is_out_of_memory
 from .soundness import check_classes, check_passes, check_sizes
 from .text_attention import project_text, share_texts
@@ -136,6 +137,7 @@ def load_model(name, device, unet=None, trained=True):
             raise UserError(f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}")
         part.eval().requires_grad_(False)
     share_texts(pipeline.unet)
+    replace_feed_forward(pipeline.unet)
     weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)

@@ -10,12 +10,12 @@ from .benchmark import count_sample_flops, precision_set, run_sweep, score_diffe
 from .derivatives import gradient_dots, second_order_dots
 from .index import Index, build_index
 from .influence import best_view, loss_changes
-from .losses import CHUNK_IMAGES, loss_sums, rows_of
+from .losses import CHUNK_IMAGES, changed_losses, loss_sums, rows_of
 from .meters import metered
 from .models import changed_weights
-from .published import batch_losses, default_flags, published_losses, published_step, stock_attention
+from .published import batch_losses, default_flags, published_losses, published_step, stock_layers
 from .runtime import progress
-from .scoring import AUDIT, AUTOCAST
+from .scoring import AUDIT, AUTOCAST, TOGETHER
 from .shortlist import choose_images
 from .sweeps import Sweep
 
@@ -51,13 +51,29 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None, warm_up_
     return result(bench, scores, costs, flops, precision, warm_up_seconds=warm_up["seconds"], is_variant=variant is not None)
 
 
+def score_together(bench):
+    """Differences of the losses of several queries that one sweep gives."""
+    batch_size, together = bench.args.batch_size, range(min(len(bench.changes), max(TOGETHER, bench.args.num_exact)))
+    before, _ = run_sweep(bench, loss_sums, batch_size, "before")
+    scores, all_costs = {}, []
+    for size in bench.factors:
+        with changed_losses(bench.denoiser, [bench.change(query, size) for query in together]) as measure:
+            flops = count_sample_flops(bench, measure)
+            warm_up_sweep(bench, measure, batch_size)
+            after, costs = run_sweep(bench, measure, batch_size, "exact together")
+        scores[size] = np.array([best_view(loss_changes(before, after[:, query])) for query in range(bench.args.num_exact)])
+        all_costs.append(costs)
+    return result(bench, scores, all_costs, flops, "fp32", queries_a_sweep=len(together))
+
+
 reference = cache(score_exactly)  # float32 with TensorFloat-32 off: what every fidelity is measured against
 
 
 @contextmanager
 def compiled(unet):
-    """The UNet, compiled; as it was at the end."""
-    unet.forward = torch.compile(unet.forward)
+    """The UNet, compiled, once for each size of a pass: with sizes left open, guards alone took a quarter of an hour. As it was at
+    the end."""
+    unet.forward = torch.compile(unet.forward, dynamic=False)
     try:
         yield
     finally:
@@ -156,7 +172,7 @@ def score_as_published(bench):
 
     step = partial(published_step, bench.denoiser, world.parameters, alpha_bars, *world.query(0), fisher, world.rate or 1.0,
                    args.unlearn_batch_size)
-    with default_flags(), stock_attention(bench.denoiser):
+    with default_flags(), stock_layers(bench.denoiser):
         flops = count_sample_flops(bench, measure)
         step(1)
         with metered(device) as unlearning:
@@ -172,6 +188,7 @@ def score_as_published(bench):
 PROCEDURES = {
     "published": score_as_published,
     "exact-fp32": reference,
+    "exact-together": score_together,
     "exact-tf32": partial(score_exactly, precision="tf32"),
     "exact-bf16": partial(score_exactly, precision="bf16", autocast=torch.bfloat16),
     "exact-compiled": partial(score_exactly, variant=compiled, warm_up_images=CHUNK_IMAGES + 1),

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .models import replaced_weights
 from .noise import batch_noise
+from .passes import BlockedFeedForward, replace_feed_forward
 from .runtime import set_precision, tune_allocator
 
 
@@ -28,14 +30,16 @@ def default_flags():
 
 
 @contextmanager
-def stock_attention(unet):
-    """The UNet with the attention processors that diffusers gives it; its own come back at the end."""
+def stock_layers(unet):
+    """The UNet with the attention processors and feed-forward layers that diffusers gives it; its own come back at the end."""
     own = dict(unet.attn_processors)
     unet.set_attn_processor(AttnProcessor2_0())
+    replace_feed_forward(unet, BlockedFeedForward, FeedForward)
     try:
         yield
     finally:
         unet.set_attn_processor(own)
+        replace_feed_forward(unet)
 
 
 def batch_losses(unet, alpha_bars, latents, noise, timesteps, embeddings):

@@ -14,16 +14,17 @@ from . import UserError
 from .derivatives import PROBES, gradient_dots, second_order_dots
 from .hashes import hash_file
 from .influence import best_view, loss_changes
-from .losses import chunk_noise, loss_identity, rows_of, score_rows
+from .losses import changed_losses, chunk_noise, loss_identity, rows_of, score_rows
 from .models import changed_weights
 from .reading import read_array, read_tensors
 from .records import check_record, record_path
 from .results import loss_command
 from .shortlist import choose_images, estimate_recall
-from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses
+from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses, columns_left
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # precision -> dtype of the denoiser's products in a derivative
 MANY = 64  # queries whose weight changes are in memory at once, where one sweep or one pass over an index serves them all
+TOGETHER = 5  # queries whose losses one sweep gives: enough to share what is the same for all, few enough to show results soon
 SHORTLIST, AUDIT, RECALL_OF = 400, 100, 100
 
 
@@ -43,6 +44,13 @@ def check_scoring(args):
         raise UserError(f"{'--index' if args.index else f'--scoring {args.scoring}'}: takes the derivative through keys and values; "
                         f"give --weight_selection cross-attn-kv, found {args.weight_selection}, or --scoring exact")
     args.shortlist, args.audit = args.shortlist or SHORTLIST, AUDIT if args.audit is None else args.audit
+
+
+def queries_at_once(args):
+    """How many queries of a model one sweep, or one pass over an index, serves."""
+    if args.index or args.scoring == "gradient":
+        return MANY
+    return TOGETHER if args.scoring == "exact" and args.weight_selection == "cross-attn-kv" else 1
 
 
 def scoring_settings(args):
@@ -66,12 +74,20 @@ def load_losses(custom, path, images, grid, args):
 
 
 def score_exact(custom, changes, images, name, before, grid, args):
-    """L(z, unlearned) - L(z, theta0) of one query: [[2n]] float64. Source: [AbU] Eq. 6."""
+    """L(z, unlearned) - L(z, theta0) of each query: [queries][2n] float64. Source: [AbU] Eq. 6."""
     sweep, identity = make_sweep(custom, images, grid, args)
-    with changed_weights(custom.denoiser, read_tensors(changes[0])):
-        after = cache_losses(sweep, custom, changes[0].parent / f"{name}_loss.npy", {**identity, "weight_change": hash_file(changes[0])},
-                             args.overwrite)
-    return [loss_changes(before, after)]
+    paths = [change.parent / f"{name}_loss.npy" for change in changes]
+    identities = [{**identity, "weight_change": hash_file(change)} for change in changes]
+    if args.weight_selection == "cross-attn-kv":
+        left = columns_left(paths, identities, args.overwrite)
+        changes, some_paths, some_identities = ([values[number] for number in left] for values in (changes, paths, identities))
+        with changed_losses(custom.denoiser, [read_tensors(change) for change in changes]) as measure:
+            cache_columns(sweep, custom, some_paths, some_identities, measure, args.overwrite)
+    else:
+        for change, path, own in zip(changes, paths, identities):
+            with changed_weights(custom.denoiser, read_tensors(change)):
+                cache_losses(sweep, custom, path, own, args.overwrite)
+    return [loss_changes(before, read_array(path, "losses", mmap=False)) for path in paths]
 
 
 def score_midpoint(custom, changes, images, name, before, grid, args):
@@ -100,8 +116,7 @@ SCORINGS = {"exact": score_exact, "midpoint": score_midpoint, "gradient": score_
 def score_queries(custom, changes, image_sets, before, grid, args):
     """Loss changes of every candidate for each of some queries: [{name of the image set: [2n]}, ...].
 
-    changes: paths of their weight changes, one of them, or with gradient scoring up to MANY; before: {name: losses [2n]}, of
-    exact scoring alone.
+    changes: paths of the weight changes of at most `queries_at_once`; before: {name: losses [2n]}, of exact scoring alone.
     Everything is kept beside the weight changes: killed and run again it goes on.
     """
     columns = {name: SCORINGS[args.scoring](custom, changes, images, name, before.get(name), grid, args)

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from .reading import read_array
 from .records import check_record, is_complete, keep_complete, record_path, write_record
 from .runtime import progress, run_ahead, run_within_memory
 from .sharing import Share, do_once
+
+REMEDY = "give --overwrite to replace it, or another --result_dir"
 
 
 def split_rows(rows, size):
@@ -114,6 +117,24 @@ def cache_losses(sweep, model, path, identity, overwrite=False):
     return cache_columns(sweep, model, [Path(path)], [identity], lambda *samples: loss_sums(*samples)[:, None], overwrite)[0]
 
 
+def chunk_folder(paths, identities):
+    """Where the chunks of a sweep into these files stand until all are done."""
+    return paths[0].parent / f".{paths[0].stem}-{digest(identities)[:16]}"
+
+
+def columns_left(paths, identities, overwrite=False):
+    """Numbers of the files that `cache_columns` still has to make: those that were begun together, if their chunks are there, or else
+    those that are not complete; or all, if each is. Raises UserError where one was made with other settings and may not be overwritten."""
+    kept = {number for number in range(len(paths)) if keep_complete(paths[number], identities[number], overwrite, REMEDY)}
+    left = set(range(len(paths))) - kept
+    for count in range(len(kept) + 1):
+        for more in combinations(kept, count):
+            some = sorted(left.union(more))
+            if some and chunk_folder([paths[number] for number in some], [identities[number] for number in some]).is_dir():
+                return some
+    return sorted(left or kept)
+
+
 def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
     """Runs one sweep of a measure [texts, columns] into a file (.npy float32 [views * N]) and its record for every column,
     or keeps what is there under the same identity. Returns the columns.
@@ -121,15 +142,15 @@ def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
     Chunks stand beside the first file, in a folder that the identities name, until all are done. Raises UserError where a
     file was made with other settings and may not be overwritten.
     """
-    folder, remedy = paths[0].parent / f".{paths[0].stem}-{digest(identities)[:16]}", "give --overwrite to replace it, or another --result_dir"
+    folder = chunk_folder(paths, identities)
     begun = folder.is_dir()  # asked first: another process removes it last
     for path, identity in zip(paths, identities):
         # What stands alone without a record is not ours; beside this sweep's own chunks it is, killed before the record.
         if path.exists() and not is_complete(path) and not begun and not folder.is_dir() and not overwrite:
-            check_record(path, identity, remedy)
+            check_record(path, identity, REMEDY)
 
     def keep():
-        return [keep_complete(path, identity, overwrite, remedy) for path, identity in zip(paths, identities)]
+        return [keep_complete(path, identity, overwrite, REMEDY) for path, identity in zip(paths, identities)]
 
     def write():
         for path, identity, column, kept in zip(paths, identities, columns.T, keep()):

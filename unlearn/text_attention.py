@@ -6,7 +6,7 @@ positions: the weights' own gradient is that, contracted once with the text.
 """
 
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from . import UserError
 
@@ -48,6 +48,10 @@ def text_layers(denoiser):
     return {name: module for name, module in denoiser.named_modules() if name.endswith(".attn2")}
 
 
-def project_text(denoiser, embeddings):
-    """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}. embeddings: [texts, tokens, features]."""
-    return {name: (layer.to_k(embeddings), layer.to_v(embeddings)) for name, layer in text_layers(denoiser).items()}
+def project_text(denoiser, embeddings, weights=None):
+    """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}. embeddings: [texts, tokens, features];
+    weights: {parameter name: [inner, features]}, others than the denoiser's own."""
+    if weights is None:
+        return {name: (layer.to_k(embeddings), layer.to_v(embeddings)) for name, layer in text_layers(denoiser).items()}
+    return {name: tuple(linear(embeddings, weights[f"{name}.{projection}.weight"]) for projection in ("to_k", "to_v"))
+            for name in text_layers(denoiser)}
