@@ -26,8 +26,8 @@ from unlearn.queries import read_stored
 from unlearn.reading import read_tensors
 from unlearn.records import keep_complete
 from unlearn.runtime import part_of, process_share, run
-from unlearn.scoring import (AUDIT, AUTOCAST, SCORINGS, SHORTLIST, check_scoring, load_losses, make_sweep, own_losses,
-                             queries_at_once, score_queries, score_shortlists, scoring_settings)
+from unlearn.scoring import (AUDIT, AUTOCAST, MANY, SCORINGS, SHORTLIST, TOGETHER, check_scoring, load_losses, make_sweep, own_losses,
+                             score_queries, score_shortlists, scoring_settings)
 from unlearn.sharing import do_once, forget_claim
 from unlearn.tasks import group_by_model, load_tasks
 from unlearn.unlearning import unlearn_queries, unlearning_settings
@@ -133,19 +133,19 @@ def attribute_queries(custom, tasks, image_sets, before, index, fisher, grid, ar
     queries = [encode_query(custom, task, args, settings) for task in tasks]
     unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args)
     # Scoring only ever loads the changes: a second process or a restart never scores under slightly different ones.
-    size = queries_at_once(args)
+    size = len(tasks) if index or args.scoring == "gradient" else 1
     for start in range(0, len(tasks), size):
-        some = slice(start, start + size)
+        some, later = slice(start, start + size), paths[start + size:start + TOGETHER]
         if index:
             scored = score_shortlists(custom, paths[some], image_sets, before, index, grid, args)
         else:
-            scored = [(changes, {}) for changes in score_queries(custom, paths[some], image_sets, before, grid, args)]
+            scored = [(changes, {}) for changes in score_queries(custom, paths[some], image_sets, before, grid, args, later)]
         for task, query, path, (changes, found) in zip(tasks[some], queries[some], paths[some], scored):
             save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args)
 
 
 def main(argv=None):
-    """Checks, loads, then unlearns, scores and saves query by query."""
+    """Checks, loads, then unlearns, scores and saves, a few queries at a time."""
     args, settings = parse_arguments(argv)
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))
     tasks = part_of([task for group in groups.values() for task in group], args.shard)
@@ -179,7 +179,8 @@ def main(argv=None):
     for model_path, group in groups.items():  # every model's inputs are checked before the first query, which takes hours
         with customized(model, group[0].model_dir(args.dataroot)) as custom:
             inputs[model_path] = load_model_inputs(custom, group, training_set, fisher, grid, args, settings)
-    size = max(queries_at_once(args), process_share()[1])  # each process unlearns some, all score each
+    # Each process unlearns some, all score each.
+    size = MANY if args.index or args.scoring == "gradient" else max(process_share()[1], TOGETHER if args.scoring == "exact" else 1)
     for model_path, group in groups.items():
         with customized(model, group[0].model_dir(args.dataroot)) as custom:
             for start in range(0, len(group), size):

@@ -11,12 +11,13 @@ from diffusers.models.attention import FeedForward
 
 import compute_influence
 import compute_training_loss
-from unlearn import passes, scoring, sweeps
+from unlearn import UserError, losses, passes, sweeps
+from unlearn.claims import create_claim
 from unlearn.hashes import hash_file
 from unlearn.losses import changed_losses, loss_sums
 from unlearn.models import changed_weights, select_parameters
 from unlearn.passes import BlockedFeedForward, modules_before_text, sharing_prefix
-from unlearn.sweeps import Sweep, cache_columns, chunk_folder, columns_left
+from unlearn.sweeps import Sweep, cache_columns, chunk_folder
 
 GRID = [0, 250, 500, 750]
 
@@ -32,8 +33,8 @@ def changes(model):
 @pytest.mark.parametrize("batch_size", [3, 40])
 def test_queries_scored_together_get_each_ones_losses_to_the_bit(model, training_set, changes, tmp_path, batch_size):
     images = training_set.first(12)
-    with changed_losses(model.denoiser, changes) as measure:
-        together = Sweep(images, GRID, batch_size).run(model, tmp_path, "", measure)
+    with changed_losses(model.denoiser, changes) as measure_of:
+        together = Sweep(images, GRID, batch_size).run(model, tmp_path, "", measure_of(range(3)))
     for number, change in enumerate(changes):
         (tmp_path / str(number)).mkdir()
         with changed_weights(model.denoiser, change):
@@ -57,8 +58,8 @@ def test_what_precedes_the_first_cross_attention_runs_once_for_all_queries(model
     inside = {"resnet": block.resnets[0].conv1, "self-attention": block.attentions[0].transformer_blocks[0].attn1.to_q,
               "cross-attention": block.attentions[0].transformer_blocks[0].attn2.to_q}
     before = {name: module.forward for name, module in model.denoiser.named_modules()}
-    with counted(inside) as counts, changed_losses(model.denoiser, changes) as measure:
-        Sweep(training_set.first(2), GRID, 16).run(model, tmp_path, "", measure)
+    with counted(inside) as counts, changed_losses(model.denoiser, changes) as measure_of:
+        Sweep(training_set.first(2), GRID, 16).run(model, tmp_path, "", measure_of([2, 0, 1]))
     assert counts == {"resnet": 1, "self-attention": 1, "cross-attention": 3}
     assert before == {name: module.forward for name, module in model.denoiser.named_modules()}, "the denoiser is not as it was"
     assert len(list(modules_before_text(model.denoiser))) == 3
@@ -96,50 +97,90 @@ def test_a_feed_forward_layer_in_blocks_gives_what_diffusers_does(monkeypatch):
 
 
 @pytest.fixture
-def columns(model, training_set, changes, tmp_path):
-    """Sweeps of the losses of three queries into files: (paths, identities, cache), where cache(numbers) makes some of them."""
+def queries(model, training_set, changes, tmp_path, monkeypatch):
+    """(paths, cache) of the losses under three changes, where cache(number, later) makes one file, and chunks of those later: three."""
+    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (20,))
     paths = [folder_of(tmp_path, number) / "laion_loss.npy" for number in range(3)]
-    identities = [{"query": number} for number in range(3)]
 
-    def cache(numbers):
-        with changed_losses(model.denoiser, [changes[number] for number in numbers]) as measure:
-            return cache_columns(Sweep(training_set.first(40), [500], 64), model, [paths[number] for number in numbers],
-                                 [identities[number] for number in numbers], measure)
+    def cache(number, later=()):
+        with changed_losses(model.denoiser, changes) as measure_of:
+            return cache_columns(Sweep(training_set, [500], 64), model, [paths[number]], [{"query": number}], measure_of([number]),
+                                 companions=[(paths[other], {"query": other}) for other in later],
+                                 measure_with=lambda numbers: measure_of([number, *(later[place] for place in numbers)]))[0]
 
-    return paths, identities, cache
-
-
-def test_queries_that_were_scored_before_are_not_scored_again(columns):
-    paths, identities, cache = columns
-    cache([1])
-    assert columns_left(paths, identities) == [0, 2]
-    cache([0, 2])
-    assert columns_left(paths, identities) == [0, 1, 2], "all are complete: nothing is left, and all are read"
+    return paths, cache
 
 
-@pytest.mark.parametrize("together", [[0, 1, 2], [1, 2]])
-def test_queries_begun_together_are_finished_together_after_a_kill_between_their_files(columns, together, monkeypatch):
-    paths, identities, cache = columns
-    others = [number for number in range(3) if number not in together]
-    if others:
-        cache(others)
-    write_record, written = sweeps.write_record, []
+@contextmanager
+def counted_chunks(monkeypatch):
+    """Yields a list that grows by one with every chunk that is computed."""
+    chunks, score_rows = [], sweeps.score_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "score_rows", lambda *given: (chunks.append(1), score_rows(*given))[1])
+        yield chunks
 
-    def killed(path, *given):
-        if written:
+
+def test_a_query_whose_chunks_came_along_with_anothers_costs_no_pass_and_differs_in_no_bit(queries, monkeypatch):
+    paths, cache = queries
+    alone = [cache(number) for number in range(3)]
+    for path in paths:
+        path.unlink()
+    with counted_chunks(monkeypatch) as chunks:
+        np.testing.assert_array_equal(cache(0, [1, 2]), alone[0])
+        assert len(chunks) == 3
+        for number in 1, 2:
+            np.testing.assert_array_equal(cache(number), alone[number])
+        assert len(chunks) == 3
+    assert not list(paths[0].parent.parent.rglob(".*")), "chunks were left"
+
+
+def test_what_came_along_before_a_kill_is_kept_for_any_other_company(queries, monkeypatch):
+    paths, cache = queries
+    write, written = sweeps.write_array_chunk, []
+
+    def killed(path, values):
+        if len(written) == 4:  # a chunk of each of three queries, and one of the first query's second
             raise KeyboardInterrupt
         written.append(path)
-        return write_record(path, *given)
+        write(path, values)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sweeps, "write_record", killed)
-        cache(together)
-    left = columns_left(paths, identities)
-    assert left == together and chunk_folder([paths[number] for number in left], [identities[number] for number in left]).is_dir()
-    with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "score_rows", lambda *given: pytest.fail("a chunk was computed again"))
-        cache(left)
+        patch.setattr(sweeps, "write_array_chunk", killed)
+        cache(0, [1, 2])
+    with counted_chunks(monkeypatch) as chunks:
+        cache(2, [1])
+        assert len(chunks) == 2
+        cache(0)
+        assert len(chunks) == 3
+        cache(1)
+        assert len(chunks) == 3
     assert not list(paths[0].parent.parent.rglob(".*")), "chunks were left"
+
+
+def test_nothing_comes_along_for_what_is_complete_or_is_not_ours(queries):
+    paths, cache = queries
+    cache(1)
+    paths[2].write_bytes(b"another program's")
+    kept = paths[1].stat().st_mtime_ns
+    cache(0, [1, 2])
+    assert paths[1].stat().st_mtime_ns == kept and not list(paths[0].parent.parent.rglob(".*"))
+    with pytest.raises(UserError, match="has no record"):
+        cache(2)
+    assert paths[2].read_bytes() == b"another program's"
+
+
+def test_what_another_process_is_at_does_not_come_along(queries, monkeypatch):
+    paths, cache = queries
+    folder = chunk_folder([paths[1]], [{"query": 1}])
+    folder.mkdir()
+    claim = folder / "000000-of-000003.claim"
+    assert create_claim(claim)  # this process is alive, and holds it
+    cache(0, [1])
+    assert sorted(path.name for path in folder.iterdir()) == [claim.name, "000001-of-000003.npy", "000002-of-000003.npy"]
+    claim.unlink()
+    with counted_chunks(monkeypatch) as chunks:
+        cache(1)
+    assert len(chunks) == 1
 
 
 def test_exact_scores_of_two_queries_together_are_those_of_each_alone(flags, tmp_path, monkeypatch):
@@ -148,7 +189,7 @@ def test_exact_scores_of_two_queries_together_are_those_of_each_alone(flags, tmp
     compute_training_loss.main([*flags, "--laion_subset_size", "20", "--time_samples", "2"])
     found = []
     for together in 1, 5:
-        monkeypatch.setattr(scoring, "TOGETHER", together)
+        monkeypatch.setattr(compute_influence, "TOGETHER", together)
         shutil.rmtree(tmp_path / "results/influence", ignore_errors=True)
         compute_influence.main([*flags, *more])
         found.append({path.relative_to(tmp_path).as_posix(): hash_file(path) for path in (tmp_path / "results/influence").rglob("*_loss.npy")})

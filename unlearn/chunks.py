@@ -39,6 +39,12 @@ def read_chunk(path):
     return content[:-SEAL_BYTES]
 
 
+def make_folder(folder):
+    """Makes a folder for chunks, unless it is there: or was a moment ago, when another process was done with it and removed it."""
+    with suppress(FileExistsError):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def remove_folder(folder):
     """Removes a folder of chunks at a stroke, so that who looks for a chunk in it finds all of them or no folder."""
     aside = own_part(folder)

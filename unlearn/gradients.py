@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .artifacts import whole_file
-from .chunks import read_array_chunk, remove_folders, write_array_chunk
+from .chunks import make_folder, read_array_chunk, remove_folders, write_array_chunk
 from .datasets import check_pixels
 from .generation import generate_latents
 from .hashes import digest
@@ -98,7 +98,7 @@ def cache_reduced(path, identity, training_set, compute, overwrite):
         return keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir")
 
     while not keep():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if keep():  # asked again: whoever was done in between has removed the folder for good
             break
         fill_chunks(folder, chunks, compute, path.parent.name)

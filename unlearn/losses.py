@@ -68,18 +68,21 @@ def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
 
 @contextmanager
 def changed_losses(denoiser, changes):
-    """Yields a measure for `score_rows`: each text's `loss_sums` under each of several weight changes of K and V, [texts, changes]
-    float64. changes: [{parameter name: tensor}, ...]; the denoiser itself is not changed."""
+    """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under some of several weight changes of K
+    and V, [texts, numbers] float64. changes: [{parameter name: tensor}, ...]; the denoiser itself is not changed."""
     parameters = dict(denoiser.named_parameters())
     weights = [{name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()} for change in changes]
 
-    def measure(model, latents, noise, timesteps, embeddings):
-        with torch.no_grad(), remembered():
-            return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text(denoiser, embeddings, changed))
-                                for changed in weights], dim=1)
+    def measure_of(numbers):
+        def measure(model, latents, noise, timesteps, embeddings):
+            with torch.no_grad(), remembered():
+                return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text(denoiser, embeddings, weights[number]))
+                                    for number in numbers], dim=1)
+
+        return measure
 
     with sharing_prefix(denoiser):
-        yield measure
+        yield measure_of
 
 
 def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss_sums):

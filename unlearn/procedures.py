@@ -57,7 +57,8 @@ def score_together(bench):
     before, _ = run_sweep(bench, loss_sums, batch_size, "before")
     scores, all_costs = {}, []
     for size in bench.factors:
-        with changed_losses(bench.denoiser, [bench.change(query, size) for query in together]) as measure:
+        with changed_losses(bench.denoiser, [bench.change(query, size) for query in together]) as measure_of:
+            measure = measure_of(together)
             flops = count_sample_flops(bench, measure)
             warm_up_sweep(bench, measure, batch_size)
             after, costs = run_sweep(bench, measure, batch_size, "exact together")

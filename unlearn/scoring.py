@@ -20,11 +20,11 @@ from .reading import read_array, read_tensors
 from .records import check_record, record_path
 from .results import loss_command
 from .shortlist import choose_images, estimate_recall
-from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses, columns_left
+from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # precision -> dtype of the denoiser's products in a derivative
 MANY = 64  # queries whose weight changes are in memory at once, where one sweep or one pass over an index serves them all
-TOGETHER = 5  # queries whose losses one sweep gives: enough to share what is the same for all, few enough to show results soon
+TOGETHER = 5  # queries whose losses one pass gives: enough to share what is the same for all, few enough to show results soon
 SHORTLIST, AUDIT, RECALL_OF = 400, 100, 100
 
 
@@ -44,13 +44,6 @@ def check_scoring(args):
         raise UserError(f"{'--index' if args.index else f'--scoring {args.scoring}'}: takes the derivative through keys and values; "
                         f"give --weight_selection cross-attn-kv, found {args.weight_selection}, or --scoring exact")
     args.shortlist, args.audit = args.shortlist or SHORTLIST, AUDIT if args.audit is None else args.audit
-
-
-def queries_at_once(args):
-    """How many queries of a model one sweep, or one pass over an index, serves."""
-    if args.index or args.scoring == "gradient":
-        return MANY
-    return TOGETHER if args.scoring == "exact" and args.weight_selection == "cross-attn-kv" else 1
 
 
 def scoring_settings(args):
@@ -73,30 +66,27 @@ def load_losses(custom, path, images, grid, args):
     return read_array(path, "losses", mmap=False)
 
 
-def score_exact(custom, changes, images, name, before, grid, args):
-    """L(z, unlearned) - L(z, theta0) of each query: [queries][2n] float64. Source: [AbU] Eq. 6."""
+def score_exact(custom, changes, images, name, before, grid, args, later):
+    """L(z, unlearned) - L(z, theta0) of one query: [[2n]] float64. Source: [AbU] Eq. 6."""
     sweep, identity = make_sweep(custom, images, grid, args)
-    paths = [change.parent / f"{name}_loss.npy" for change in changes]
-    identities = [{**identity, "weight_change": hash_file(change)} for change in changes]
+    files = [(change.parent / f"{name}_loss.npy", {**identity, "weight_change": hash_file(change)}) for change in (*changes, *later)]
     if args.weight_selection == "cross-attn-kv":
-        left = columns_left(paths, identities, args.overwrite)
-        changes, some_paths, some_identities = ([values[number] for number in left] for values in (changes, paths, identities))
-        with changed_losses(custom.denoiser, [read_tensors(change) for change in changes]) as measure:
-            cache_columns(sweep, custom, some_paths, some_identities, measure, args.overwrite)
+        with changed_losses(custom.denoiser, [read_tensors(change) for change in (*changes, *later)]) as measure_of:
+            [after] = cache_columns(sweep, custom, [files[0][0]], [files[0][1]], measure_of([0]), args.overwrite, files[1:],
+                                    lambda numbers: measure_of([0, *(1 + number for number in numbers)]))
     else:
-        for change, path, own in zip(changes, paths, identities):
-            with changed_weights(custom.denoiser, read_tensors(change)):
-                cache_losses(sweep, custom, path, own, args.overwrite)
-    return [loss_changes(before, read_array(path, "losses", mmap=False)) for path in paths]
+        with changed_weights(custom.denoiser, read_tensors(changes[0])):
+            after = cache_losses(sweep, custom, *files[0], args.overwrite)
+    return [loss_changes(before, after)]
 
 
-def score_midpoint(custom, changes, images, name, before, grid, args):
+def score_midpoint(custom, changes, images, name, before, grid, args, later):
     """The derivative along the change of one query, where the weights have gone half of it: [[2n]] float32."""
     with changed_weights(custom.denoiser, {name: delta / 2 for name, delta in read_tensors(changes[0]).items()}):
         return score_derivatives(custom, changes, images, name, grid, args, gradient_dots, {"scoring": "midpoint"})
 
 
-def score_gradients(custom, changes, images, name, before, grid, args):
+def score_gradients(custom, changes, images, name, before, grid, args, later):
     """First and second order of the loss change of each query at the original weights: [queries][2n] float32."""
     return score_derivatives(custom, changes, images, name, grid, args, second_order_dots, {"scoring": "gradient", "probes": PROBES})
 
@@ -113,13 +103,14 @@ def score_derivatives(custom, changes, images, name, grid, args, measure_of, sch
 SCORINGS = {"exact": score_exact, "midpoint": score_midpoint, "gradient": score_gradients}
 
 
-def score_queries(custom, changes, image_sets, before, grid, args):
+def score_queries(custom, changes, image_sets, before, grid, args, later=()):
     """Loss changes of every candidate for each of some queries: [{name of the image set: [2n]}, ...].
 
-    changes: paths of the weight changes of at most `queries_at_once`; before: {name: losses [2n]}, of exact scoring alone.
+    changes: paths of their weight changes, one of them, or with gradient scoring up to MANY; before: {name: losses [2n]} and
+    later: paths of the changes of a few queries that come next, of exact scoring alone: it prepares them in the same passes.
     Everything is kept beside the weight changes: killed and run again it goes on.
     """
-    columns = {name: SCORINGS[args.scoring](custom, changes, images, name, before.get(name), grid, args)
+    columns = {name: SCORINGS[args.scoring](custom, changes, images, name, before.get(name), grid, args, later)
                for name, images in image_sets.items()}
     return [{name: column[query] for name, column in columns.items()} for query in range(len(changes))]
 

@@ -81,6 +81,11 @@ class Share:
             self.fresh.rotate(self.chance.randrange(len(self.fresh) or 1))
         return False
 
+    def take(self, item):
+        """Whether an item that is asked for out of turn is now this process's to do."""
+        with self.lock:
+            return self.claim(item)
+
     def is_abandoned(self, path):
         """Whether a claim's owner is dead, or its heart has stood still for too long since this process first saw it so."""
         found = read_claim(path)

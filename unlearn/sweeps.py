@@ -1,15 +1,14 @@
 """Sweeps over a whole training set, in chunks that are kept until the last is done, and their results in files."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import combinations
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError, noise
 from .artifacts import write_array
-from .chunks import read_array_chunk, remove_folders, write_array_chunk
+from .chunks import make_folder, read_array_chunk, remove_folder, remove_folders, write_array_chunk
 from .hashes import digest
 from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
 from .reading import read_array
@@ -64,11 +63,16 @@ class Sweep:
         self.pass_size = min(self.pass_size, size)
         return values
 
-    def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values):
+    def fill(self, model, folder, description, measure=loss_sums, pack=lambda values: values, companions=(), measure_with=None):
         """Writes every chunk of a measure (see `score_rows`), `pack`ed, into `folder`, which is there and belongs to this very sweep;
         those that are there are not computed again, those that other processes are at are theirs. Returns the paths of all,
-        in the order of `self.chunks`, when they are there: or when the folder is not, for another process was done with it."""
+        in the order of `self.chunks`, when they are there: or when the folder is not, for another process was done with it.
+
+        companions: (number, folder) of like sweeps to come, whose chunks cost less in one pass with these: of each chunk, they get
+        theirs too where nobody else is at it. measure_with(numbers): the measure that gives the own column and those of these
+        companions, [texts, 1 + numbers]."""
         paths = [folder / f"{number:06d}-of-{len(self.chunks):06d}.npy" for number in range(len(self.chunks))]
+        names = {number: path.stem for number, path in enumerate(paths)}
         counted = {number for number, path in enumerate(paths) if path.exists()}
         num_samples = [len(rows) * len(self.grid) * self.training_set.embeddings.shape[1] for rows in self.chunks]
         done = sum(num_samples[number] for number in counted)
@@ -87,20 +91,26 @@ class Sweep:
                 return self.draw(self.chunks[number], model.device, pool)
 
             def score(number, noises):
-                values = pack(self.score(model, self.chunks[number], noises, measure))
-                with suppress(FileNotFoundError):  # the folder is gone: another process is done with all of them
-                    write_array_chunk(paths[number], values)
+                along = [companion for companion, other in others.items() if other.take(number)]
+                values = self.score(model, self.chunks[number], noises, measure_with(along) if along else measure)
+                parts = np.split(values, 1 + len(along), axis=1) if along else [values]
+                for owner, part in zip([share, *(others[companion] for companion in along)], parts):
+                    with suppress(FileNotFoundError):  # the folder is gone: another process is done with all of them
+                        write_array_chunk(owner.folder / paths[number].name, pack(part))
+                    owner.release(number)
                 count(number)
-                share.release(number)
 
-            with Share(folder, {number: path.stem for number, path in enumerate(paths)}, is_done) as share:
+            with ExitStack() as stack:
+                share = stack.enter_context(Share(folder, names, is_done))
+                others = {companion: stack.enter_context(Share(other, names, lambda number, other=other: (other / paths[number].name).exists()))
+                          for companion, other in companions}
                 run_ahead(share, draw, score, model.device)
         return paths
 
-    def run(self, model, folder, description, measure=loss_sums):
+    def run(self, model, folder, description, measure=loss_sums, companions=(), measure_with=None):
         """Losses [views * N] float32: all images as is, then all mirrored; or of another measure [views * N, ...]. None where
-        another process was done with them and has removed them."""
-        paths = self.fill(model, folder, description, measure)
+        another process was done with them and has removed them. companions, measure_with: as of `fill`."""
+        paths = self.fill(model, folder, description, measure, companions=companions, measure_with=measure_with)
         values = None
         for rows, path in zip(self.chunks, paths):
             try:
@@ -122,25 +132,26 @@ def chunk_folder(paths, identities):
     return paths[0].parent / f".{paths[0].stem}-{digest(identities)[:16]}"
 
 
-def columns_left(paths, identities, overwrite=False):
-    """Numbers of the files that `cache_columns` still has to make: those that were begun together, if their chunks are there, or else
-    those that are not complete; or all, if each is. Raises UserError where one was made with other settings and may not be overwritten."""
-    kept = {number for number in range(len(paths)) if keep_complete(paths[number], identities[number], overwrite, REMEDY)}
-    left = set(range(len(paths))) - kept
-    for count in range(len(kept) + 1):
-        for more in combinations(kept, count):
-            some = sorted(left.union(more))
-            if some and chunk_folder([paths[number] for number in some], [identities[number] for number in some]).is_dir():
-                return some
-    return sorted(left or kept)
+def open_folders(companions, overwrite):
+    """(number, folder), which is there, for the chunks of each of those files, (path, identity), that is not complete yet."""
+    for number, (path, identity) in enumerate(companions):
+        folder = chunk_folder([path], [identity])
+        if keep_complete(path, identity, overwrite, REMEDY) or path.exists() and not folder.is_dir() and not overwrite:
+            continue  # done, or not ours, which is said when it is its turn
+        make_folder(folder)
+        if keep_complete(path, identity, overwrite, REMEDY):  # asked again: whoever was done in between has removed the folder for good
+            remove_folder(folder)
+        else:
+            yield number, folder
 
 
-def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
+def cache_columns(sweep, model, paths, identities, measure, overwrite=False, companions=(), measure_with=None):
     """Runs one sweep of a measure [texts, columns] into a file (.npy float32 [views * N]) and its record for every column,
     or keeps what is there under the same identity. Returns the columns.
 
-    Chunks stand beside the first file, in a folder that the identities name, until all are done. Raises UserError where a
-    file was made with other settings and may not be overwritten.
+    Chunks stand beside the first file, in a folder that the identities name, until all are done. companions: (path, identity) of
+    files of one column each that are to be made next, for which chunks are made along with these; measure_with: as of `Sweep.fill`.
+    Raises UserError where a file was made with other settings and may not be overwritten.
     """
     folder = chunk_folder(paths, identities)
     begun = folder.is_dir()  # asked first: another process removes it last
@@ -163,10 +174,11 @@ def cache_columns(sweep, model, paths, identities, measure, overwrite=False):
             write_record(path, identity, model.device, write_array(path, column))
 
     while not all(keep()):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if all(keep()):  # asked again: whoever was done in between has removed the folder for good
             break
-        columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure)
+        columns = sweep.run(model, folder, f"{paths[0].parent.name}/{paths[0].stem}", measure, list(open_folders(companions, overwrite)),
+                            measure_with)
         if columns is not None:
             do_once(folder, "result", lambda: all(keep()), write)
     remove_folders(paths[0])

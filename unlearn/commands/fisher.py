@@ -15,7 +15,7 @@ import torch
 
 from .. import UserError, noise
 from ..artifacts import write_tensors
-from ..chunks import read_tensor_chunk, remove_folders, write_tensor_chunk
+from ..chunks import make_folder, read_tensor_chunk, remove_folders, write_tensor_chunk
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
 from ..inputs import add_flags, check_training_files, prepare_training_set, resolve
@@ -141,7 +141,7 @@ def main(argv=None):
     if keep():
         log.info(f"{args.output}: is there already")
     while not keep():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if keep():  # asked again: whoever was done in between has removed the folder for good
             break
         for parameter in parameters.values():
