@@ -41,8 +41,11 @@ def read_chunk(path):
 
 def make_folder(folder):
     """Makes a folder for chunks, unless it is there: or was a moment ago, when another process was done with it and removed it."""
-    with suppress(FileExistsError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(folder):  # a file, or a link to nowhere
+            raise
 
 
 def remove_folder(folder):

@@ -8,7 +8,7 @@ import torch
 from . import noise
 from .datasets import check_pixels
 from .passes import remembered, sharing_prefix
-from .text_attention import project_text
+from .text_attention import project_text_changed
 
 CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 
@@ -70,14 +70,11 @@ def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
 def changed_losses(denoiser, changes):
     """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under some of several weight changes of K
     and V, [texts, numbers] float64. changes: [{parameter name: tensor}, ...]; the denoiser itself is not changed."""
-    parameters = dict(denoiser.named_parameters())
-    weights = [{name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()} for change in changes]
-
     def measure_of(numbers):
         def measure(model, latents, noise, timesteps, embeddings):
             with torch.no_grad(), remembered():
-                return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text(denoiser, embeddings, weights[number]))
-                                    for number in numbers], dim=1)
+                return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text_changed(
+                    denoiser, embeddings, changes[number])) for number in numbers], dim=1)
 
         return measure
 

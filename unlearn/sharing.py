@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import UserError
 from .artifacts import own_part
+from .chunks import make_folder
 from .claims import EXPIRY, HEART, create_claim, is_dead, read_claim
 from .runtime import log
 
@@ -84,7 +85,7 @@ class Share:
     def take(self, item):
         """Whether an item that is asked for out of turn is now this process's to do."""
         with self.lock:
-            return self.claim(item)
+            return self.claim(item, again=True)
 
     def is_abandoned(self, path):
         """Whether a claim's owner is dead, or its heart has stood still for too long since this process first saw it so."""
@@ -146,7 +147,7 @@ def forget_claim(folder, name):
 def do_once(folder, name, is_done, work):
     """`work()` in one process, where it `is_done()` by none yet; the others wait for it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with Share(folder, {name: name}, lambda item: is_done()) as share:
         for item in share:
             work()

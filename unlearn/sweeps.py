@@ -133,16 +133,18 @@ def chunk_folder(paths, identities):
 
 
 def open_folders(companions, overwrite):
-    """(number, folder), which is there, for the chunks of each of those files, (path, identity), that is not complete yet."""
+    """(number, folder), which is there, for the chunks of each of those files, (path, identity), that is not complete yet. What is
+    wrong with one is said when it is its turn."""
     for number, (path, identity) in enumerate(companions):
         folder = chunk_folder([path], [identity])
-        if keep_complete(path, identity, overwrite, REMEDY) or path.exists() and not folder.is_dir() and not overwrite:
-            continue  # done, or not ours, which is said when it is its turn
-        make_folder(folder)
-        if keep_complete(path, identity, overwrite, REMEDY):  # asked again: whoever was done in between has removed the folder for good
-            remove_folder(folder)
-        else:
-            yield number, folder
+        with suppress(UserError, OSError):
+            if keep_complete(path, identity, overwrite, REMEDY) or path.exists() and not folder.is_dir() and not overwrite:
+                continue  # done, or not ours
+            make_folder(folder)
+            if keep_complete(path, identity, overwrite, REMEDY):  # asked again: whoever was done in between has removed the folder for good
+                remove_folder(folder)
+            else:
+                yield number, folder
 
 
 def cache_columns(sweep, model, paths, identities, measure, overwrite=False, companions=(), measure_with=None):

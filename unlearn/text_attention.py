@@ -48,10 +48,13 @@ def text_layers(denoiser):
     return {name: module for name, module in denoiser.named_modules() if name.endswith(".attn2")}
 
 
-def project_text(denoiser, embeddings, weights=None):
-    """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}. embeddings: [texts, tokens, features];
-    weights: {parameter name: [inner, features]}, others than the denoiser's own."""
-    if weights is None:
-        return {name: (layer.to_k(embeddings), layer.to_v(embeddings)) for name, layer in text_layers(denoiser).items()}
-    return {name: tuple(linear(embeddings, weights[f"{name}.{projection}.weight"]) for projection in ("to_k", "to_v"))
-            for name in text_layers(denoiser)}
+def project_text(denoiser, embeddings):
+    """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}. embeddings: [texts, tokens, features]."""
+    return {name: (layer.to_k(embeddings), layer.to_v(embeddings)) for name, layer in text_layers(denoiser).items()}
+
+
+def project_text_changed(denoiser, embeddings, change):
+    """Keys and values of texts as `project_text` would give them under a weight change {parameter name: [inner, features]}."""
+    return {layer: tuple(linear(embeddings, weight + change[name].to(weight)) for name, weight in (
+        (f"{layer}.{projection}.weight", module.get_submodule(projection).weight) for projection in ("to_k", "to_v")))
+        for layer, module in text_layers(denoiser).items()}
