@@ -36,9 +36,11 @@ def warm_up_sweep(bench, measure, batch_size, num_images=WARM_UP_IMAGES):
     return run_sweep(bench, measure, batch_size, "warm-up", images=min(num_images, len(bench.world.training_set)))[1]
 
 
-def score_exactly(bench, precision="fp32", autocast=None, variant=None, warm_up_images=WARM_UP_IMAGES):
+def score_exactly(bench, precision="fp32", autocast=None, variant=None):
     """Differences of the losses. variant: a context that makes another UNet of the UNet for a while."""
     device = bench.world.model.device
+    # A variant meets every size of a pass in its warm-up: those of a whole chunk and those of the last.
+    warm_up_images = CHUNK_IMAGES + len(bench.world.training_set) % CHUNK_IMAGES if variant else WARM_UP_IMAGES
 
     def measure(*samples):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -52,7 +54,7 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None, warm_up_
 
 
 def score_together(bench):
-    """Differences of the losses of several queries that one sweep gives."""
+    """Differences of the losses of several queries that one sweep gives: as many as scoring takes together, or all exact ones."""
     batch_size, together = bench.args.batch_size, range(min(len(bench.changes), max(TOGETHER, bench.args.num_exact)))
     before, _ = run_sweep(bench, loss_sums, batch_size, "before")
     scores, all_costs = {}, []
@@ -192,7 +194,7 @@ PROCEDURES = {
     "exact-together": score_together,
     "exact-tf32": partial(score_exactly, precision="tf32"),
     "exact-bf16": partial(score_exactly, precision="bf16", autocast=torch.bfloat16),
-    "exact-compiled": partial(score_exactly, variant=compiled, warm_up_images=CHUNK_IMAGES + 1),
+    "exact-compiled": partial(score_exactly, variant=compiled),
     "exact-channels-last": partial(score_exactly, variant=channels_last),
     "midpoint-fp32": score_midpoints,
     "midpoint-bf16": partial(score_midpoints, precision="bf16"),
