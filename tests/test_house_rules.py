@@ -18,7 +18,7 @@ LEVELS = {  # a module imports lower levels only, and at levels 2 and 3 siblings
     "datamodels": 2, "scores": 2, "retrained": 2, "removal": 2, "tables": 2,
     "projection": 2, "gradients": 2, "sweeps": 2, "derivatives": 2, "compression": 2, "index": 2, "shortlist": 2, "meters": 2, "published": 2,
     "figures": 3, "results": 3, "plans": 3, "plots": 3, "goldstandard": 3, "methods": 3, "scoring": 3,
-    "unlearning": 3.5, "examination": 3, "inventory": 3, "architectures": 3, "benchmark": 3, "procedures": 3, "scaling": 3, "draws": 3,
+    "unlearning": 3.5, "retraining": 3, "examination": 3, "inventory": 3, "architectures": 3, "benchmark": 3, "procedures": 3, "scaling": 3, "draws": 3,
 }
 COMMANDS, MAIN = 4, 5
 MAY_PARSE = {"inputs", *SCRIPTS}

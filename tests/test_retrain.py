@@ -13,7 +13,7 @@ import pytest
 from conftest import PARITY
 from test_bad_input import files, refused
 
-from unlearn import runtime
+from unlearn import retraining, runtime
 from unlearn.artifacts import write_json
 from unlearn.commands import generate, retrain
 from unlearn.datasets import open_training_set
@@ -127,8 +127,8 @@ def test_finished_models_are_neither_trained_nor_measured_again(world, place, tm
     flags = ["subsets", *place, *QUICK, "--task_json", str(world / "tasks.json"), "--count", "1"]
     retrain.main(flags)
     before = files(tmp_path)
-    monkeypatch.setattr(retrain, "train", lambda *arguments: pytest.fail("was trained again"))
-    monkeypatch.setattr(retrain, "query_losses", lambda *arguments: pytest.fail("was measured again"))
+    monkeypatch.setattr(retraining, "train", lambda *arguments: pytest.fail("was trained again"))
+    monkeypatch.setattr(retraining, "query_losses", lambda *arguments: pytest.fail("was measured again"))
     retrain.main(flags)
     assert files(tmp_path) == before
 

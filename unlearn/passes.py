@@ -32,7 +32,7 @@ def replace_feed_forward(denoiser, old=FeedForward, new=BlockedFeedForward):
 
 
 def modules_before_text(denoiser):
-    """The dear ones of the modules that run, once a pass, before the first cross-attention does."""
+    """The costly ones of the modules that run, once a pass, before the first cross-attention does."""
     block = denoiser.down_blocks[0]
     yield denoiser.conv_in
     yield from block.resnets[:1]
