@@ -164,7 +164,7 @@ def main(argv=None):
     for group in groups.values():
         check_customization(model, group[0].model_dir(args.dataroot))
     for task in tasks:
-        read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
+        read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
     parameters = select_parameters(model.denoiser, args.weight_selection)
     check_fisher_record(fisher_path, model)
     diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))

@@ -66,7 +66,7 @@ def main(argv=None):
     for group in groups.values():
         check_customization(model, group[0].model_dir(args.dataroot))
     for task in tasks:
-        read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
+        read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         return print_plan(args, groups, training_set, grid, len(groups), args.batch_size)

@@ -50,8 +50,8 @@ def main():
     args = parser.parse_args()
     settings = read_settings(args.dataroot)
     model = load_model(settings["pipeline"], "cpu", settings["unet"])
-    encode_training_set(model, args.dataroot, settings["resolution"], settings["vae_batch_size"])
-    images = open_training_set(args.dataroot, settings["name"], model.latent_shape(settings["resolution"]), model.embedding_shape)
+    encode_training_set(model, args.dataroot, model.resolution(settings), settings["vae_batch_size"])
+    images = open_training_set(args.dataroot, settings["name"], model.latent_shape(model.resolution(settings)), model.embedding_shape)
     grid, ratios = timestep_grid(settings["time_samples"], len(model.alpha_bars)), []
     identity = loss_identity(model, images, grid, 0, "fp32")
     for number in range(args.rounds):

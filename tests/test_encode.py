@@ -20,6 +20,7 @@ from unlearn.encoders import encode_images, encode_prompts, load_image
 from unlearn.hashes import digest, digest_rows, hash_file
 from unlearn.inputs import find_fisher, prepare_training_set, resolve
 from unlearn.models import load_model
+from unlearn.pictures import hash_picture
 from unlearn.reading import read_json
 from unlearn.records import record_path
 from unlearn.settings import read_settings
@@ -351,7 +352,7 @@ def test_the_identity_of_a_root_without_dataset_json_is_what_it_always_was(root,
     paths, captions = encoding.list_pairs(root)
     lines, names = (root / "laion_subset/captions.txt").read_text().splitlines(), sorted((root / "laion_subset/images").iterdir())
     tokens = model.pipeline.tokenizer(lines, padding="max_length", truncation=True, max_length=77).input_ids
-    identity = encoding.encoding_identity(model, root, paths, captions, 512)
+    identity = encoding.encoding_identity(model, root, paths, captions, 512, [hash_picture(path) for path in paths])
     assert (identity["tokens"], identity["captions"]) == (digest(tokens), digest(lines))
     assert identity["images"] == digest([[path.name, hash_file(path)] for path in names])
     assert identity.keys() == {"scaling", "tokens", "images", "captions", "resolution", "vae", "text_encoder"}

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from . import UserError
 from .datasets import check_pixels
-from .encoders import encode_images, load_image, transform_image
+from .encoders import encode_images, transform_image
+from .pictures import load_image
 
 BLOCK_IMAGES = 64  # candidates in memory at once; part of no result
 LARGEST_PIXELS = 64  # pixels are compared at this resolution at the most

@@ -1,39 +1,10 @@
 """Images to latents, prompts to embeddings."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 
-from . import UserError
-
-LARGEST_IMAGE = 200_000_000  # pixels; a picture that unfolds to more is refused (decompression bomb)
-Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow warns above this and refuses above twice as many
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # not all of Pillow's: EPS would be run by Ghostscript
-LARGEST_ASPECT = 200  # a longer strip would unfold when its shorter side is resized
-
-
-def load_image(path):
-    """Reads an image as RGB. Raises UserError where it is missing, truncated or no image."""
-    if isinstance(path, (str, Path)) and os.path.lexists(path) and not os.path.isfile(path):
-        raise UserError(f"image {path}: a folder, pipe, device or broken link, not a file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > LARGEST_ASPECT * min(image.size):
-                raise UserError(f"image {path}: {image.width} x {image.height} pixels; at most {LARGEST_ASPECT} times as long as wide")
-            if image.mode.startswith("I;16"):  # Pillow would show all above 255 of 65,535 as white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"image {path}: no such file") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"image {path}: more than {LARGEST_IMAGE:,} pixels (a decompression bomb?)") from None
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"image {path}: cannot be read, it may be truncated ({error})") from None
+from .pictures import load_image
 
 
 def transform_image(image, resolution, mirrored=False):

@@ -15,10 +15,11 @@ from . import UserError
 from .annotations import READERS, pair_images
 from .artifacts import whole_file
 from .datasets import array_paths, check_pixels, read_identity
-from .encoders import encode_images, encode_prompts, load_image
+from .encoders import encode_images, encode_prompts
 from .hashes import digest, digest_rows, hash_file, hash_tensors
+from .pictures import inspect_picture, list_notes, read_picture
 from .records import is_complete, record_path, write_record
-from .runtime import progress
+from .runtime import progress, say
 from .settings import read_settings
 from .sharing import do_once, forget_claim
 
@@ -36,14 +37,14 @@ def map_files(function, paths, description):
 
 
 def find_unreadable(paths):
-    """Why images cannot be read, {path: reason}: each is decoded once."""
-    def reason(path):
+    """Why images cannot be read, {path: reason}, and those that are transparent, [path, ...]: each is decoded once."""
+    def look(path):
         try:
-            load_image(path)
+            return None, read_picture(path)[1]
         except UserError as error:
-            return str(error)
-    reasons = zip(paths, map_files(reason, paths, "checking images"))
-    return {path: reason for path, reason in reasons if reason}
+            return str(error), False
+    found = list(zip(paths, map_files(look, paths, "checking images")))
+    return {path: reason for path, (reason, _) in found if reason}, [path for path, (_, is_transparent) in found if is_transparent]
 
 
 def list_pairs(dataroot, num_captions=0):
@@ -76,14 +77,13 @@ def check_given(dataroot):
                             f"images: python -m unlearn encode --dataroot {dataroot} --overwrite")
 
 
-def encoding_identity(model, dataroot, paths, captions, resolution):
-    """Identity of latents and embeddings that are made from images and captions."""
+def encoding_identity(model, dataroot, paths, captions, resolution, hashes):
+    """Identity of latents and embeddings that are made from images (hashes: `hash_picture` of each) and captions."""
     parts = {"vae": model.pipeline.vae.state_dict(), "text_encoder": model.pipeline.text_encoder.state_dict()}
     vae, settings, lines = model.pipeline.vae.config, read_settings(dataroot), [line for few in captions for line in few]
     tokens = (row for start in range(0, len(lines), AHEAD)
               for row in model.pipeline.tokenizer(lines[start:start + AHEAD], padding="max_length", truncation=True,
                                                   max_length=model.embedding_shape[0]).input_ids)
-    hashes = map_files(hash_file, paths, "hashing images")
     folder, annotated = Path(dataroot) / settings["images"], Path(settings["captions"]).suffix in READERS
     return {"scaling": [vae.scaling_factor, vae.get("shift_factor")], "tokens": digest_rows(tokens),
             "images": digest([[path.relative_to(folder).as_posix(), content] for path, content in zip(paths, hashes)]),
@@ -170,12 +170,14 @@ def encoding_plan(model, dataroot, captions, resolution):
 
 def choose_readable(dataroot, paths, skip_corrupt):
     """Rows of the images that can be read. Raises UserError where some cannot and are not to be left out."""
-    unreadable = find_unreadable(paths)
+    unreadable, transparent = find_unreadable(paths)
     if unreadable and (not skip_corrupt or len(unreadable) == len(paths)):
         names = ", ".join(path.name for path in list(unreadable)[1:4])
         raise UserError(f"{len(unreadable)} of {len(paths)} images cannot be read: {next(iter(unreadable.values()))}"
                         + (f"; next {names}" if names else "")
                         + f"; replace them, or leave them out: python -m unlearn encode --dataroot {dataroot} --skip_corrupt")
+    for note in list_notes("training images", len(paths), transparent=[path.name for path in transparent]):
+        say(note)
     return [row for row, path in enumerate(paths) if path not in unreadable]
 
 
@@ -193,7 +195,10 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
     paths, captions = list_pairs(dataroot, num_captions)
     if not overwrite:
         check_given(dataroot)
-    identity = encoding_identity(model, dataroot, paths, captions, resolution)
+    pictures = list(map_files(inspect_picture, paths, "hashing images"))
+    for note in list_notes("training images", len(paths), [path.name for path, picture in zip(paths, pictures) if picture.is_cropped]):
+        say(note)
+    identity = encoding_identity(model, dataroot, paths, captions, resolution, [picture.content for picture in pictures])
     if is_encoded(dataroot, identity):
         forget_claim(dataroot, "laion_latents")
         return False

@@ -21,8 +21,9 @@ from . import UserError, noise
 from .customization import check_tokens
 from .datasets import array_paths, open_arrays
 from .encoding import check_given, has_given_arrays, list_pairs
-from .inputs import check_pictures, find_fisher
-from .models import PARTS
+from .inputs import examine_pictures, find_fisher
+from .models import PARTS, trained_resolution
+from .reading import read_json
 from .records import check_content, record_path
 from .runtime import choose_device
 from .settings import read_settings
@@ -139,6 +140,22 @@ def examine_pipeline(name, unet):
         Finding(NOTE, f"pipeline {name}: not in the hub's cache; it is downloaded at first use", f"where nodes have no network: hf download {name}")
 
 
+def examine_resolution(name, settings):
+    """Whether pictures are brought to the size that the model was trained on, as far as its configuration is there to be read."""
+    def read_config(part):
+        folder = settings["unet"] if part == "unet" and settings["unet"] else Path(name) / part if Path(name).is_dir() else None
+        path = Path(folder) / "config.json" if folder else try_to_load_from_cache(name, f"{part}/config.json")
+        return read_json(path, part) if isinstance(path, (str, Path)) else {}
+
+    configs, problem = try_out(lambda: [read_config(part) for part in ("unet", "vae")])
+    if problem or not all(isinstance(config, dict) and config for config in configs):
+        return []  # `examine_pipeline` has told
+    own, used = trained_resolution(*configs), settings["resolution"]
+    if used and own and used != own:
+        return [Finding(NOTE, f"pictures are brought to {used} x {used} pixels, as dataset.json says; the model was trained on {own} x {own}")]
+    return [] if own or used else [Finding(PROBLEM, "the UNet's config.json has no sample_size", "give `resolution` in dataset.json")]
+
+
 def examine_fisher(args):
     """The Fisher that compute_influence.py would take."""
     path, problem = try_out(find_fisher, args)
@@ -168,7 +185,8 @@ def examine_data(args):
     if problem:
         return [problem], False
     pipeline = args.sd_version or settings["pipeline"]
-    return [examine_training_set(args.dataroot), examine_pipeline(pipeline, settings["unet"]), examine_fisher(args)], True
+    return [examine_training_set(args.dataroot), examine_pipeline(pipeline, settings["unet"]),
+            *examine_resolution(pipeline, settings), examine_fisher(args)], True
 
 
 def examine_tasks(args):
@@ -178,5 +196,7 @@ def examine_tasks(args):
     if problem:
         return [problem], {}
     checks = [try_out(check_tokens, group[0].model_dir(args.dataroot), group)[1] for group in groups.values()]
-    problems = [*filter(None, checks), *filter(None, [try_out(check_pictures, group, args.dataroot)[1] for group in groups.values()])]
-    return [Finding(OK, f"{args.task_json}: {len(tasks)} queries of {len(groups)} models"), *problems], groups
+    pictures = [try_out(examine_pictures, group, args.dataroot) for group in groups.values()]
+    findings = [*filter(None, checks), *(problem for _, problem in pictures if problem),
+                *(Finding(NOTE, note) for notes, _ in pictures for note in notes or [])]
+    return [Finding(OK, f"{args.task_json}: {len(tasks)} queries of {len(groups)} models"), *findings], groups

@@ -7,12 +7,13 @@ import numpy as np
 
 from . import UserError
 from .datasets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
-from .encoders import encode_images, encode_prompts, load_image
+from .encoders import encode_images, encode_prompts
 from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
-from .hashes import digest, hash_file
+from .hashes import digest
+from .pictures import hash_picture, is_cropped, list_notes, read_picture
 from .queries import check_stored, read_stored
 from .records import check_record, record_path
-from .runtime import choose_device, set_precision
+from .runtime import choose_device, say, set_precision
 from .settings import check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
@@ -87,7 +88,8 @@ def check_training_files(args):
 def prepare_training_set(model, args, settings):
     """The training set of a data root, encoded first where that was not done yet. Only with --dry_run, which encodes
     nothing, may its latents and embeddings be mere zeros of the right shape."""
-    latent_shape, subset_size = model.latent_shape(settings["resolution"]), getattr(args, "laion_subset_size", None)
+    say_resolution(model, settings)
+    latent_shape, subset_size = model.latent_shape(model.resolution(settings)), getattr(args, "laion_subset_size", None)
     if getattr(args, "dry_run", False) and not all(path.exists() for path in array_paths(args.dataroot)):
         paths, captions = list_pairs(args.dataroot)
         return TrainingSet(settings["name"], [path.name for path in paths], [first for first, *_ in captions], paths,
@@ -96,7 +98,7 @@ def prepare_training_set(model, args, settings):
                            ).first(choose_subset_size(len(paths), subset_size, settings["largest_subset"]))
     if not getattr(args, "dry_run", False):
         set_precision("fp32")  # these arrays serve runs of either precision
-        encode_training_set(model, args.dataroot, settings["resolution"], getattr(args, "vae_batch_size", settings["vae_batch_size"]))
+        encode_training_set(model, args.dataroot, model.resolution(settings), getattr(args, "vae_batch_size", settings["vae_batch_size"]))
         set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     training_set = open_training_set(args.dataroot, settings["name"], latent_shape, model.embedding_shape, subset_size)
     check_finite(args.dataroot, training_set)
@@ -105,13 +107,13 @@ def prepare_training_set(model, args, settings):
 
 def encode_exemplars(model, task, args, settings):
     """The exemplars of a customized model (whose tokens the model has) as a TrainingSet."""
-    latents = [encode_images(model.pipeline, task.exemplar_paths, settings["resolution"], mirrored, args.vae_batch_size).numpy()
+    latents = [encode_images(model.pipeline, task.exemplar_paths, model.resolution(settings), mirrored, args.vae_batch_size).numpy()
                for mirrored in (False, True)]
     prompts = [task.train_prompt] * len(task.exemplar_paths)
     ids = [path.relative_to(Path(args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
     return TrainingSet(settings["name"], ids, prompts, [Path(args.dataroot) / id for id in ids], np.stack(latents),
                        encode_prompts(model.pipeline, prompts).numpy()[:, None],
-                       digest(prompts, [hash_file(path) for path in task.exemplar_paths]))
+                       digest(prompts, [hash_picture(path) for path in task.exemplar_paths]))
 
 
 def encode_query(model, task, args, settings):
@@ -119,13 +121,13 @@ def encode_query(model, task, args, settings):
     else encoded from picture and prompt. `--compat abu` leaves the encoded latent of a customized model's query unscaled;
     the published program's other queries, [AbU] on MSCOCO, are stored scaled."""
     path = Path(args.dataroot) / task.synth_image_path
-    stored = read_stored(task, args.dataroot, model.latent_shape(settings["resolution"]), model.embedding_shape)
-    latents = stored["latents"][None] if "latents" in stored else encode_images(model.pipeline, [path], settings["resolution"]).numpy()
+    stored = read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
+    latents = stored["latents"][None] if "latents" in stored else encode_images(model.pipeline, [path], model.resolution(settings)).numpy()
     if getattr(args, "compat", None) and task.model_path and not stored:
         latents = latents / model.pipeline.vae.config.scaling_factor
     embeddings = stored["embeddings"][None] if "embeddings" in stored else encode_prompts(model.pipeline, [task.prompt]).numpy()
     return TrainingSet(settings["name"], [task.synth_image_path], [task.prompt], [path], latents[None], embeddings[:, None],
-                       digest(task.prompt, hash_file(path), *(row.tobytes().hex() for row in stored.values())))
+                       digest(task.prompt, hash_picture(path), *(row.tobytes().hex() for row in stored.values())))
 
 
 def find_fisher(args):
@@ -147,12 +149,35 @@ def check_fisher_record(path, model):
         check_record(path, model.identity, "make one for this model: python -m unlearn fisher")
 
 
-def check_pictures(tasks, dataroot):
-    """Reads every query and exemplar once. Raises UserError, naming the file, where one is truncated or no image, or where
-    stored arrays cannot hold a query."""
+def examine_pictures(tasks, dataroot):
+    """Reads every query and exemplar once: lines on those that are transparent or cropped. Raises UserError, naming the file, where
+    one is truncated or no image, or where stored arrays cannot hold a query."""
     check_stored(tasks, dataroot)
-    for path in {Path(dataroot) / task.synth_image_path for task in tasks} | {path for task in tasks for path in task.exemplar_paths}:
-        load_image(path)
+    kinds = {"queries": {task.synth_image_path: Path(dataroot) / task.synth_image_path for task in tasks},
+             "exemplars": {path.name: path for task in tasks for path in task.exemplar_paths}}
+    stored, notes = {task.synth_image_path for task in tasks if task.latents is not None}, []
+    for kind, paths in kinds.items():
+        cropped, transparent = [], []
+        for name, path in paths.items():
+            image, is_transparent = read_picture(path)
+            if name not in stored:  # such a query's latent is not made of its picture
+                cropped += [name] * is_cropped(image.size)
+                transparent += [name] * is_transparent
+        notes += list_notes(kind, len(paths), cropped, transparent, most=10)
+    return notes
+
+
+def check_pictures(tasks, dataroot):
+    """Tells of `examine_pictures`' lines, and raises what it raises."""
+    for note in examine_pictures(tasks, dataroot):
+        say(note)
+
+
+def say_resolution(model, settings):
+    """Tells where a data root brings pictures to another size than the model was trained on."""
+    used, own = model.resolution(settings), model.own_resolution
+    if own not in (None, used):
+        say(f"pictures are brought to {used} x {used} pixels, as dataset.json says; the model was trained on {own} x {own}")
 
 
 def print_plan(args, groups, training_set, grid, num_sweeps, batch_size, num_draws=0, change_bytes=0):

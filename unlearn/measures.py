@@ -9,10 +9,10 @@ import torch
 from . import UserError
 from .artifacts import whole_file
 from .baselines import normalise
-from .encoders import load_image
 from .generation import NUM_INFERENCE_STEPS, save_picture
 from .hashes import digest
 from .losses import chunk_noise, score_rows
+from .pictures import load_image
 
 
 def join_sets(sets):

@@ -4,7 +4,7 @@ Scores are a list with one array a query, [exemplars + N] float: its exemplars, 
 training set. Higher is more influential.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,7 @@ class Run:
     grid: list[int]  # of timesteps
     folder: Path  # RESULT_DIR/baselines
     fisher: DiagonalFisher | None = None
+    readings: dict = field(default_factory=dict)  # of pictures that are not read plainly, by id
 
 
 def random_scores(run):

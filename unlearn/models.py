@@ -16,6 +16,7 @@ from . import UserError
 from .hashes import digest, hash_tensors
 from .passes import replace_feed_forward
 from .runtime import is_out_of_memory
+from .settings import LARGEST_NUMBERS
 from .soundness import check_classes, check_passes, check_sizes
 from .text_attention import project_text, share_texts
 from .unets import load_unet
@@ -64,6 +65,19 @@ class Model:
         return {"weights": self.weights_hash, "prediction_type": self.prediction_type,
                 "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS])}
 
+    @property
+    def own_resolution(self):
+        """Pixels of a side of the pictures that it was trained on, None where its configuration does not say."""
+        return trained_resolution(self.denoiser.config, self.pipeline.vae.config)
+
+    def resolution(self, settings):
+        """Pixels of a side of the square that pictures are brought to: the data root's, else the model's own. Raises UserError
+        where neither says."""
+        if not (resolution := settings["resolution"] or self.own_resolution):
+            raise UserError(f"resolution: the UNet's config.json does not say it (sample_size is {self.denoiser.config.get('sample_size')!r:.40}); "
+                            "give `resolution` in the data root's dataset.json")
+        return resolution
+
     def latent_shape(self, resolution):
         """(C, h, w) of the latents of a square image of `resolution` pixels."""
         size = resolution // self.pipeline.vae_scale_factor
@@ -90,6 +104,16 @@ class Model:
         samples a text; keys_values: theirs (`text_attention.project_text`), where they are known."""
         keys_values = project_text(self.denoiser, embeddings) if keys_values is None else keys_values
         return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings, cross_attention_kwargs={"keys_values": keys_values}).sample
+
+
+def trained_resolution(unet, vae):
+    """Pixels of a side by the configurations of UNet and VAE, as diffusers' pipelines take it; None where they do not say."""
+    size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
+    size = size[0] if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size) else size
+    if not isinstance(size, int) or isinstance(size, bool) or not isinstance(blocks, (list, tuple)):
+        return None
+    resolution = size * 2 ** (len(blocks) - 1)
+    return resolution if 0 < resolution <= LARGEST_NUMBERS["resolution"] else None
 
 
 def load_model(name, device, unet=None, trained=True):

@@ -9,10 +9,10 @@ import numpy as np
 
 from . import UserError
 from .artifacts import whole_file
-from .encoders import load_image
 from .figures import TILE, draw_influence
 from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
+from .pictures import load_image
 from .records import record_path, write_record
 from .runtime import log
 from .settings import read_settings

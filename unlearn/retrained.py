@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .hashes import digest, hash_file
+from .hashes import digest
 from .influence import rank_images
+from .pictures import hash_picture
 from .queries import AXES, open_stored
 from .reading import read_json
 from .records import FORMAT_VERSION
@@ -126,7 +127,7 @@ def query_digests(tasks, dataroot):
     """What a query is, by its name: a digest of prompt, picture, seed and stored rows, so that a model's measures tell of which
     they are."""
     stored = lambda task: [open_stored(task, dataroot, field)[task.row].tobytes().hex() for field in AXES if getattr(task, field) is not None]
-    return {task.result_name: digest(task.prompt, hash_file(Path(dataroot) / task.synth_image_path), task.seed, stored(task)) for task in tasks}
+    return {task.result_name: digest(task.prompt, hash_picture(Path(dataroot) / task.synth_image_path), task.seed, stored(task)) for task in tasks}
 
 
 def shared_fields(identity, queries):

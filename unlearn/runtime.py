@@ -140,6 +140,12 @@ def run_ahead(items, prepare, work, device):
         torch.set_num_threads(num_threads)
 
 
+def say(text):
+    """Logs what one line is enough for, however many processes a launcher started."""
+    if process_share()[0] == 0:
+        log.info(text)
+
+
 def progress(total, description, unit, done=0):
     """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines elsewhere (SLURM)."""
     if sys.stderr.isatty():

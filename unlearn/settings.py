@@ -6,8 +6,8 @@ from . import UserError
 from .annotations import READERS
 from .reading import check_text, read_json, resolve_inside
 
-# [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.
-PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 512, "num_train": 400_000_000,
+# [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both. resolution 0: the model's own.
+PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 0, "num_train": 400_000_000,
              "time_samples": 10, "batch_size": 200, "vae_batch_size": 20, "damping": 0.0, "unlearn_lr": 0.1,
              "unlearn_steps": 100, "unlearn_batch_size": 16, "unlearn_grad_accum_steps": 10, "top_k": 10,
              # A model trained from scratch: its UNet's folder ("" = the pipeline's own), and the recipe, [AbU] on MSCOCO.

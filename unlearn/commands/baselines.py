@@ -18,8 +18,9 @@ from ..artifacts import whole_file
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_tokens
+from ..encoding import has_given_arrays, map_files
 from ..generation import NUM_INFERENCE_STEPS, check_steps
-from ..hashes import digest, hash_file
+from ..hashes import digest
 from ..influence import rank_images
 from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher,
                       prepare_training_set, resolve)
@@ -27,6 +28,7 @@ from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
 from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
+from ..pictures import hash_picture, read_header
 from ..reading import read_tensors
 from ..records import keep_complete, record_path, write_record
 from ..runtime import log
@@ -106,8 +108,18 @@ def method_identity(run, method, feature_model):
         own.update(noise_identity(None, run.model.device))
     if feature_model:
         own["features"] = feature_model
+    if run.readings and (feature_model or method in OF_PICTURES):
+        own["readings"] = digest(run.readings)
     return {**run.model.identity, "method": method, "settings": {name: getattr(run.args, name) for name in names}, **own,
             "candidates": [run.training_set.identity]}
+
+
+def list_readings(dataroot, training_set):
+    """How pictures that are not plain are read, {id: reading}, of a data root whose arrays, and so its identity, tell nothing of them."""
+    if not has_given_arrays(dataroot):
+        return {}
+    readings = map_files(lambda path: read_header(path)[0], training_set.paths, "looking at images")
+    return {id: reading for id, reading in zip(training_set.ids, readings) if reading}
 
 
 def list_results(run, method, feature_model):
@@ -117,7 +129,7 @@ def list_results(run, method, feature_model):
         if method == "journeytrak":  # its trajectory starts where the query's own did
             identity["query_seed"] = task.seed
         if task.exemplar_paths:
-            identity["exemplars"] = digest([hash_file(path) for path in task.exemplar_paths])
+            identity["exemplars"] = digest([hash_picture(path) for path in task.exemplar_paths])
         yield run.folder / method / task.result_name / "influence.npz", identity
 
 
@@ -171,7 +183,8 @@ def main(argv=None):
     if of_pictures and training_set.paths[0] is None:
         raise UserError(f"--methods {' '.join(of_pictures)}: need the training images' pictures, and {args.dataroot} has none")
     queries = [encode_query(model, task, args, settings) for task in tasks]
-    run = Run(model, training_set, tasks, queries, args, settings["resolution"], grid, Path(args.result_dir) / "baselines", fisher)
+    run = Run(model, training_set, tasks, queries, args, model.resolution(settings), grid, Path(args.result_dir) / "baselines", fisher,
+              list_readings(args.dataroot, training_set) if of_pictures else {})
     for method in dict.fromkeys(args.methods):
         score_tasks(run, method, METHODS[method])
     for (method, encode), name in zip(encoders.items(), args.features):

@@ -13,7 +13,7 @@ import argparse
 
 from ..datasets import array_paths
 from ..encoding import check_given, encode_training_set, encoding_plan, has_given_arrays, list_pairs
-from ..inputs import add_flags, resolve
+from ..inputs import add_flags, resolve, say_resolution
 from ..models import load_model
 from ..runtime import log, set_precision
 
@@ -39,12 +39,13 @@ def main(argv=None):
     if not args.overwrite:
         check_given(args.dataroot)
     model = load_model(args.sd_version, args.device, args.unet, trained=False)  # only the VAE and the text encoder are used
+    say_resolution(model, settings)
     if args.dry_run:
         print(f"{len(captions)} images with {len(captions[0])} captions each")
-        for path, size in encoding_plan(model, args.dataroot, captions, settings["resolution"]).items():
+        for path, size in encoding_plan(model, args.dataroot, captions, model.resolution(settings)).items():
             print(f"{path}: {size / 1e9:.2f} GB")
         return None
     set_precision("fp32")
-    made = encode_training_set(model, args.dataroot, settings["resolution"], args.vae_batch_size, args.num_captions,
+    made = encode_training_set(model, args.dataroot, model.resolution(settings), args.vae_batch_size, args.num_captions,
                                args.skip_corrupt, args.overwrite)
     return log.info(f"{' and '.join(map(str, array_paths(args.dataroot)))}: {'made' if made else 'are there already'}")

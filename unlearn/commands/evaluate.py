@@ -57,8 +57,8 @@ def measure_baselines(tasks, args, settings, methods, rankings):
     model = load_model(args.sd_version, args.device, args.unet)
     training_set = prepare_training_set(model, args, settings)
     check_candidates(rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}")
-    encoders = {"pixel": pixel_encoder(settings["resolution"]),
-                "vae": latent_encoder(model.pipeline, settings["resolution"], args.vae_batch_size), **features}
+    encoders = {"pixel": pixel_encoder(model.resolution(settings)),
+                "vae": latent_encoder(model.pipeline, model.resolution(settings), args.vae_batch_size), **features}
     if training_set.paths[0] is None:
         print(f"The pixel baseline is left out: {args.dataroot} has no pictures of its training images (laion_subset/images).\n")
         del encoders["pixel"]

@@ -16,7 +16,7 @@ from ..artifacts import whole_file, write_array, write_json
 from ..encoders import encode_prompts
 from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
-from ..inputs import add_flags, resolve
+from ..inputs import add_flags, resolve, say_resolution
 from ..models import load_model
 from ..noise import SCHEME, known_answer
 from ..reading import MOST_TEXT, check_text, read_json, read_text, resolve_inside
@@ -73,9 +73,10 @@ def main(argv=None):
     relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
     model = load_model(args.sd_version, args.device, args.unet)
     check_steps(model, args.num_inference_steps)
+    say_resolution(model, settings)
     seeds = [args.seed + row for row in range(len(prompts))]
     identity = {**model.identity, "prompts": digest(prompts), "first_seed": args.seed, "num_inference_steps": args.num_inference_steps,
-                "guidance_scale": args.guidance_scale, "resolution": settings["resolution"], "dataset": settings["name"],
+                "guidance_scale": args.guidance_scale, "resolution": model.resolution(settings), "dataset": settings["name"],
                 "noise": SCHEME, "known_answer": known_answer(), "precision": args.precision}
     path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative, args)
     is_complete = keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --name")
@@ -89,7 +90,7 @@ def main(argv=None):
     embeddings = np.concatenate([encode_prompts(model.pipeline, prompts[row:row + args.batch_size]).numpy()
                                  for row in range(0, len(prompts), args.batch_size)])
     with progress(len(prompts), "generating", "pictures") as bar:
-        latents, pictures = make_pictures(model, settings["name"], embeddings, seeds, model.latent_shape(settings["resolution"]),
+        latents, pictures = make_pictures(model, settings["name"], embeddings, seeds, model.latent_shape(model.resolution(settings)),
                                           args.num_inference_steps, args.guidance_scale, args.batch_size, bar.update)
     for row, pixels in enumerate(pictures):
         with whole_file(folder / f"{row:05d}.png") as file:

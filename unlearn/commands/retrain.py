@@ -116,7 +116,7 @@ def main(argv=None):
     queries = join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
     pictures = None
     if tasks and not args.no_pictures:
-        pictures = load_pictures(args.dataroot, [task.synth_image_path for task in tasks], settings["resolution"])
+        pictures = load_pictures(args.dataroot, [task.synth_image_path for task in tasks], model.resolution(settings))
     # Stacks are runs of all plans, done or not, so that a stack which was killed while it was written is the same again.
     for stack in make_stacks(plans, args.stack)[index::num_processes]:
         cost = {}
