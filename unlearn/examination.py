@@ -142,14 +142,17 @@ def examine_pipeline(name, unet):
 
 def examine_resolution(name, settings):
     """Whether pictures are brought to the size that the model was trained on, as far as its configuration is there to be read."""
-    def read_config(part):
-        folder = settings["unet"] if part == "unet" and settings["unet"] else Path(name) / part if Path(name).is_dir() else None
-        path = Path(folder) / "config.json" if folder else try_to_load_from_cache(name, f"{part}/config.json")
-        return read_json(path, part) if isinstance(path, (str, Path)) else {}
+    def find_config(part):
+        if part == "unet" and settings["unet"]:
+            return Path(settings["unet"]) / "config.json"
+        return Path(name) / part / "config.json" if Path(name).is_dir() else try_to_load_from_cache(name, f"{part}/config.json")
 
-    configs, problem = try_out(lambda: [read_config(part) for part in ("unet", "vae")])
-    if problem or not all(isinstance(config, dict) and config for config in configs):
-        return []  # `examine_pipeline` has told
+    try:
+        configs = [read_json(find_config(part), part) for part in ("unet", "vae")]
+    except (UserError, ValueError, TypeError):  # `examine_pipeline` tells of what is not there
+        return []
+    if not all(isinstance(config, dict) for config in configs):
+        return []
     own, used = trained_resolution(*configs), settings["resolution"]
     if used and own and used != own:
         return [Finding(NOTE, f"pictures are brought to {used} x {used} pixels, as dataset.json says; the model was trained on {own} x {own}")]
