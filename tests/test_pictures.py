@@ -286,14 +286,14 @@ def test_transparent_and_cropped_training_images_are_counted_when_they_are_encod
         Image.new("RGB", (60, 40)).save(images / name)
     with caplog.at_level("INFO", "unlearn"):
         encode_training_set(emoji, own, 32, 8)
-    assert "1 of 8 training images (1.png) are transparent: shown on white" in caplog.text
-    assert "4 of 8 training images (2.png, 3.png, 5.png, ...) lose a third or more to the square crop of their centre" in caplog.text
+    assert "1 of 8 training images (1.png): transparent, so shown on white" in caplog.text
+    assert "4 of 8 training images (2.png, 3.png, 5.png, ...): a third or more is cut off" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO", "unlearn"):
         encode_training_set(emoji, own, 32, 8)
         monkeypatch.setenv("RANK", "1")
         encode_training_set(emoji, own, 32, 8)
-    assert len(caplog.records) == 1 and "lose a third" in caplog.text, "once a run, of however many processes"
+    assert len(caplog.records) == 1 and "a third or more" in caplog.text, "once a run, of however many processes"
 
 
 def test_cropped_and_transparent_queries_and_exemplars_are_told_by_name(root, caplog):
@@ -305,8 +305,8 @@ def test_cropped_and_transparent_queries_and_exemplars_are_told_by_name(root, ca
     Image.new("RGBA", (40, 40)).save(tasks[0].exemplar_paths[0], "PNG")
     with caplog.at_level("INFO", "unlearn"):
         check_pictures(tasks, root)
-    assert f"1 of 2 queries ({tasks[0].synth_image_path}) lose a third or more" in caplog.text
-    assert f"exemplars ({tasks[0].exemplar_paths[0].name}) are transparent" in caplog.text and len(caplog.records) == 2
+    assert f"1 of 2 queries ({tasks[0].synth_image_path}): a third or more is cut off" in caplog.text
+    assert f"exemplars ({tasks[0].exemplar_paths[0].name}): transparent, so" in caplog.text and len(caplog.records) == 2
 
 
 @pytest.mark.parametrize("size, expected", [((3, 2), True), ((40, 60), True), ((640, 427), False), ((640, 480), False), ((2, 1), True), ((1, 1), False)])

@@ -186,6 +186,10 @@ def list_notes(kind, total, cropped=(), transparent=(), most=3):
     def count(names):
         return f"{len(names)} of {total} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
 
-    notes = [f"{count(transparent)} are transparent: shown on white"] if transparent else []
-    return notes + [f"{count(cropped)} lose a third or more to the square crop of their centre; where what counts is at an edge, crop "
-                    "them yourself"] * bool(cropped)
+    notes = []
+    if transparent:
+        notes.append(f"{count(transparent)}: transparent, so shown on white")
+    if cropped:
+        notes.append(f"{count(cropped)}: a third or more is cut off, because only the square in the centre is used; where what counts is at "
+                     "an edge, crop it yourself")
+    return notes

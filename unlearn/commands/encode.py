@@ -5,9 +5,9 @@
 
 Its dataset.json says where images and captions are (`images`, `captions`: captions.txt, a line an image in the order of
 their names; metadata.jsonl; COCO's caption annotations, *.json) and where the arrays go (`latents` [2N, C, h, w], as is
-and mirrored; `embeddings` [N, tokens, features] or [N, captions, tokens, features]). Pictures that
-are transparent (they are shown on white) or lose a third or more to the square crop are counted. Killed and run again, the
-same command goes on where it was. The scripts do the same at first use.
+and mirrored; `embeddings` [N, tokens, features] or [N, captions, tokens, features]). Pictures that are
+transparent (they are shown on white), or of which the square crop cuts off a third or more, are counted. Killed and run
+again, the same command goes on where it was. The scripts do the same at first use.
 """
 
 import argparse
