@@ -340,14 +340,16 @@ def test_the_published_layout_keeps_512_and_a_model_that_does_not_say_is_named(m
 
 
 @pytest.mark.parametrize("resolution, told", [(None, False), (32, False), (64, True)])
-def test_another_resolution_than_the_models_own_is_told_by_encode_and_doctor(resolution, told, own, emoji, monkeypatch, caplog, capsys):
+def test_another_resolution_than_the_models_own_is_told_by_encode_scripts_and_doctor(resolution, told, own, emoji, monkeypatch, caplog, capsys):
     settings = {"pipeline": str(ROOT / "data/emoji/pipeline"), **({"resolution": resolution} if resolution else {})}
     (own / "dataset.json").write_text(json.dumps(settings))
     monkeypatch.setattr(encode, "load_model", lambda *args, **kwargs: emoji)
     text = "pictures are brought to 64 x 64 pixels, as dataset.json says; the model was trained on 32 x 32"
     with caplog.at_level("INFO", "unlearn"):
         encode.main(["--dataroot", str(own), "--device", "cpu", "--dry_run"])
-    assert [record.getMessage() for record in caplog.records] == [text] * told
+        args = SimpleNamespace(dataroot=str(own), sd_version=None, device="cpu", dry_run=True)
+        prepare_training_set(emoji, args, resolve(args))
+    assert [record.getMessage() for record in caplog.records] == [text] * 2 * told, "once in each of the two runs"
     findings = examination.examine_resolution(settings["pipeline"], read_settings(own))
     assert findings == [examination.Finding(examination.NOTE, text)] * told
 
