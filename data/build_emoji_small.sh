@@ -5,18 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tasks/environment.sh
 export OMP_NUM_THREADS=1
-python - <<'EOF_PYTHON'
-import shutil
-from pathlib import Path
-
-source, target = Path("data/emoji/laion_subset"), Path("data/emoji_small/laion_subset")
-captions, pictures = (source / "captions.txt").read_text().splitlines()[::4], sorted((source / "images").iterdir())[::4]
-shutil.rmtree(target, ignore_errors=True)
-(target / "images").mkdir(parents=True)
-(target / "captions.txt").write_text("\n".join(captions) + "\n")
-for number, picture in enumerate(pictures):
-    shutil.copy(picture, target / f"images/{number:06d}{picture.suffix}")
-EOF_PYTHON
+python -m data.emoji_builder.small
 python -m unlearn retrain full --dataroot data/emoji_small --result_dir results/emoji_small
 cp results/emoji_small/retrain/full-seed0/model.* data/emoji_small/unet/
 make="python -m unlearn generate --dataroot data/emoji_small --overwrite"

@@ -38,95 +38,13 @@ check_disk() {
 }
 
 refuse_escapes() { # LISTING ARCHIVE: refuses members that would be written, or would point, outside the target, or fill the disk
-    "$python" - "$@" "$seven" "$root" <<'EOF_PYTHON'
-import re, shutil, subprocess, sys
-
-listing, archive, seven, root = sys.argv[1:]
-
-def refuse(member, reason):
-    sys.exit(f"error: {archive}: refused, nothing was extracted: member {member!r} {reason}")
-
-def leaves(path):
-    return re.match(r"[\\/]|[A-Za-z]:", path) or ".." in re.split(r"[\\/]", path)
-
-def link_target(fields):
-    command = [seven, "e", "-so", "-spd", "-p-", "--", archive, fields["Path"]]
-    content = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout
-    return fields.get("Symbolic Link") or content.decode(errors="replace")
-
-text = open(listing, encoding="utf-8", errors="surrogateescape", newline="\n").read()
-header, rule, members = text.partition("\n----------\n")
-if not rule:
-    sys.exit(f"error: {archive}: refused, nothing was extracted: {seven} lists no members")
-size, free = 0, shutil.disk_usage(root).free
-for block in filter(None, members.strip("\n").split("\n\n")):
-    lines = [line.partition(" =") for line in block.strip("\n").split("\n")]
-    fields = {name: value.strip(" ") for name, _, value in lines}
-    if lines[0][0] != "Path" or len(fields) != len(lines) or not all(mark for _, mark, _ in lines):
-        refuse(lines[0][2], "has a name of more than one line")
-    if leaves(fields["Path"]):
-        refuse(fields["Path"], "would leave the target")
-    if fields.get("Hard Link"):
-        refuse(fields["Path"], "is a hard link")
-    if "l" in fields.get("Attributes", "").lower() and int(fields.get("Size") or 0) > 4096:
-        refuse(fields["Path"], "is a link whose target is no path")
-    if "l" in fields.get("Attributes", "").lower() and leaves(target := link_target(fields) or ".."):
-        refuse(fields["Path"], f"is a link that points out of its folder, to {target!r}")
-    size += int(fields.get("Size") or 0)
-    if size > free:
-        refuse(fields["Path"], f"and those before it would take {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
-EOF_PYTHON
+    "$python" "$repository/data/download/refuse_escapes.py" "$@" "$seven" "$root"
 }
 
 # place SOURCE TARGET [STEM WRAPPER...]: moves a file or folder by renaming; what stands there already must be the same.
 # For the content of an archive: STEM is the archive's name, WRAPPERs are the folders on the way to it.
 place() {
-    "$python" - "$root" "$@" <<'EOF_PYTHON'
-import filecmp, os, sys
-from pathlib import Path
-
-root, source, target = map(Path, sys.argv[1:4])
-stem, wrappers = "".join(sys.argv[4:5]), {"dataset", "data", "abc", *sys.argv[5:]}
-
-def same(source, target):
-    if source.is_symlink() or target.is_symlink():
-        return source.is_symlink() and target.is_symlink() and os.readlink(source) == os.readlink(target)
-    return source.is_file() and target.is_file() and filecmp.cmp(source, target, shallow=False)
-
-def merge(source, target):
-    if not os.path.lexists(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
-    elif source.is_dir() and not source.is_symlink() and target.is_dir():
-        for child in sorted(source.iterdir()):
-            merge(child, target / child.name)
-        source.rmdir()
-    elif same(source, target):
-        source.unlink()
-    else:
-        sys.exit(f"error: {target}: is there and is not the benchmark's; move it away and run the same command again")
-
-def inner_folder(folder):
-    """The one folder inside that only repeats a name of the way to it, as synth_test in synth_test/imagenet/..."""
-    children = list(folder.iterdir())
-    wrapped = len(children) == 1 and children[0].name in wrappers and children[0].is_dir()
-    return children[0] if wrapped and not children[0].is_symlink() else None
-
-def names_a_folder(stem):
-    """Whether an archive's own name is a folder of the layout (images.7z, imagenet.7z)."""
-    lists = [*root.glob("json/test_*.json"), *root.glob(".download/*/json/test_*.json")]
-    return stem in ("images", "sample") or any(f"/{stem}/" in path.read_text() for path in lists)
-
-if stem:
-    while inner := inner_folder(source):
-        source = inner
-    if stem not in wrappers and names_a_folder(stem) and not (source / stem).exists():
-        target = target / stem
-try:
-    merge(source, target)
-except OSError as error:
-    sys.exit(f"error: {error.filename2 or error.filename or target}: cannot be written ({error.strerror})")
-EOF_PYTHON
+    "$python" "$repository/data/download/place.py" "$root" "$@"
 }
 
 damaged() { # NAME: says why an archive could not be extracted; removes its volumes where they are to blame
