@@ -24,8 +24,8 @@ QUERIES = [f"queries/{number:05d}" for number in range(NUM_QUERIES)]
 class World:
     """A data root, influence files and retrained models in which query q's loss falls by effect[q, i] where image i is kept."""
 
-    def __init__(self, folder, num_images=NUM_IMAGES, queries=QUERIES, noise=0.0, offset=0.0):
-        self.folder, self.queries, self.noise, self.offset = folder, queries, noise, offset
+    def __init__(self, folder, num_images=NUM_IMAGES, queries=QUERIES, noise=0.0):
+        self.folder, self.queries, self.noise, self.shift = folder, queries, noise, 0.0  # shift: of the losses, by another seed
         self.generator = np.random.default_rng(0)
         self.effect = self.generator.exponential(1e-3, (len(queries), num_images))
         entries = [{"synth_image_path": f"synth/{query}.png", "prompt": "a thing", "seed": 0} for query in queries]
@@ -57,8 +57,7 @@ class World:
 
     def save_model(self, name, kind, kept, seed=0, removed=None, **identity):
         loss = 0.2 - self.effect @ kept + self.effect.sum(axis=1) + self.noise * self.generator.normal(size=len(self.queries))
-        if kind != "full" or seed:
-            loss += self.offset
+        loss += self.shift * seed
         members = base64.b64encode(np.packbits(kept).tobytes()).decode()
         identity = {"format_version": 1, "recipe": "recipe", "training_set": TRAINING_SET, "num_images": len(kept), "seed": seed,
                     "members": members, "queries": self.digests, "timesteps": 200, "noise_seed": 0, "num_inference_steps": 50, **identity}
@@ -314,22 +313,76 @@ def test_a_task_file_of_fewer_queries_leaves_the_models_of_the_others_out_and_sa
 
 
 def test_pictures_that_were_not_made_leave_their_cells_empty(world, capsys):
-    for path in world.retrained.glob("*.json"):
-        world.edit(path.name, lambda record: record.update(mse={}, similarity={}))
+    for path in world.retrained.glob("*-*.json"):
+        if path.stem != "full-seed0":
+            world.edit(path.name, lambda record: record.update(mse={}, similarity={}))
     main(world.flags())
-    assert {(row["mse"], row["similarity_error"]) for row in world.table("leave_k_out")} == {("", "")}
+    assert {(row["mse"], row["similarity_error"]) for row in world.table("leave_k_out")[1:]} == {("", "")}
     assert "nan" not in capsys.readouterr().out
 
 
-def test_models_of_several_seeds_for_one_removal_count_as_their_mean(world):
-    world.save_model("without-ours-again", "without", json_members(world, "without-ours-00001-k4.json"), seed=3,
-                     removed={"method": "ours", "query": QUERIES[1], "k": 4})
-    world.edit("without-ours-again.json", lambda record: record["losses"].update({QUERIES[1]: 9.0}))
-    before = json.loads((world.retrained / "without-ours-00001-k4.json").read_text())["losses"][QUERIES[1]]
+def test_each_seeds_models_are_compared_with_the_full_model_of_their_seed_alone(world, capsys):
+    """Models of seed 3 explain every query worse by 0.05, whatever was removed: nothing of it enters a difference."""
     main(world.flags())
+    before = world.table("leave_k_out")
+    world.shift = 0.05 / 3
+    world.save_model("full-seed3", "full", np.ones(NUM_IMAGES, bool), seed=3)
+    for row in range(2):
+        world.save_model(f"without-ours-again{row}", "without", json_members(world, f"without-ours-0000{row}-k4.json"), seed=3,
+                         removed={"method": "ours", "query": QUERIES[row], "k": 4})
+        world.save_model(f"random-k4-00{row}-seed3", "without", json_members(world, f"random-k4-00{row}.json"), seed=3,
+                         removed={"method": "random", "query": None, "k": 4})
+    main(world.flags())
+    rows, paired = world.table("leave_k_out"), world.table("leave_k_out_paired")
+    assert rows[2:6] == before[2:6] and find(rows, method="ours", k="4")["models"] == "5"
+    other = find(rows, method="ours, seed 3")
+    changes = np.sort(world.effect, axis=1)[:2, -4:].sum(axis=1)
+    assert float(other["dL"]) == pytest.approx(changes.mean()) and (other["mse"], other["queries"], other["models"]) == ("", "2", "2")
+    chance = np.mean([world.effect[:2, ~json_members(world, f"random-k4-00{number}.json")].sum(axis=1) for number in range(2)], axis=0)
+    assert float(find(paired, baseline="random, seed 3")["dL"]) == pytest.approx((changes - chance).mean())
+    assert float(find(rows, method="full, other seeds")["dL"]) == pytest.approx(0.025)
+    assert {row["method"] for row in world.table("retention")} >= {"ours, seed 3", "random, seed 3"}
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_the_lds_is_of_the_subsets_of_one_seed(world, capsys):
+    main(world.flags())
+    before = world.table("lds")
+    world.shift = 0.05
+    for number in range(11):
+        world.save_model(f"half-{number:03d}-seed1", "subset", np.random.default_rng([7, number]).permutation(NUM_IMAGES) < 20, seed=1)
+    main(world.flags())
+    assert world.table("lds") == before
+    assert "The LDS is of the 12 models on 20 random images with seed 0; the 11 on subsets of another size" in capsys.readouterr().out
+
+
+def test_the_reference_is_the_model_that_makes_the_queries_again_not_the_lowest_seed(world):
+    main(world.flags())
+    tables = read_tables(world.folder / "out")
+    for path in world.retrained.iterdir():  # the queries' model and its family get seed 5
+        if path.stem != "full-seed1":
+            edit(path.name, "seed", 5)(world)
+    world.edit("full-seed1.json", lambda record: record.update(mse=dict.fromkeys(QUERIES, 0.01)))
+    main(world.flags())
+    assert float(find(world.table("leave_k_out"), method="full, seed 5")["mse"]) == pytest.approx(0)
+    assert world.table("equivalent") and (world.folder / "out/equivalent.csv").read_bytes() == tables["equivalent.csv"]
+
+
+def test_queries_that_cannot_be_made_again_are_compared_with_the_model_that_explains_them_best_and_it_says_so(world, tmp_path, capsys):
+    entries = json.loads((tmp_path / "tasks.json").read_text())
+    for entry in entries:
+        del entry["seed"]
+    write_json(tmp_path / "tasks.json", entries)
+    world.digests = query_digests(load_tasks(tmp_path / "tasks.json", tmp_path / "root"), tmp_path / "root")
+    for path in world.retrained.iterdir():
+        world.edit(path.name, lambda record: (record["identity"].update(queries=world.digests), record.update(mse=None, similarity=None)))
+    world.edit("full-seed0.json", lambda record: record.update(losses={query: value + 0.01 for query, value in record["losses"].items()}))
+    for path in [*world.retrained.glob("without-*"), *world.retrained.glob("random-*")]:
+        edit(path.name, "seed", 1)(world)
+    main(world.flags())
+    assert "queries without a seed, which no model can make again: full-seed1, the full model that explains" in capsys.readouterr().out
     changes = np.sort(world.effect, axis=1)[:, -4:].sum(axis=1)
-    changes[1] += (9.0 - before) / 2
-    assert float(find(world.table("leave_k_out"), method="ours")["dL"]) == pytest.approx(changes.mean())
+    assert float(find(world.table("leave_k_out"), method="ours", k="4")["dL"]) == pytest.approx(changes.mean())
 
 
 def json_members(world, name):
@@ -413,7 +466,17 @@ BAD_WORLDS = [
     (lambda world: world.save_influence("ours", -world.effect),
      "without-ours-00000-k4.json: was trained without other images than the first 4 of ours for queries/00000: the scores were made"),
     (lambda world: [path.unlink() for path in world.retrained.glob("half-0[01]*") if path.name > "half-000.json"],
-     "retrained: the LDS needs at least 3 models on random subsets of one size, found 1; make more"),
+     "retrained: the LDS needs at least 3 models on random subsets of one size and seed, found 1; make more"),
+    (lambda world: [edit(path.name, "seed", 1)(world) for path in list(world.retrained.glob("half-0*"))[2:]] and
+     [(world.retrained / f"half-{number:03d}.json").unlink() for number in range(10)], "of one size and seed, found [12]; make more"),
+    (remove("full-seed0.json"), "without-ours-00000-k4.json: there is no full model of its seed 0 to compare it with .12 such models.; train it: "
+     "python -m unlearn retrain full --seeds 0 --task_json .*tasks.json --dataroot .*root --output .*retrained$"),
+    (edit("without-pixel-00002-k4.json", "seed", 2), "without-pixel-00002-k4.json: there is no full model of its seed 2 to compare it with .1 such "
+     "models.; train it: python -m unlearn retrain full --seeds 2 "),
+    (lambda world: [world.edit(f"full-seed{seed}.json", lambda record: record["mse"].update({QUERIES[1]: 0.01 + seed})) for seed in (0, 1)],
+     "full-seed0.json: is not the model that made the queries, .* an MSE of up to 1.0e-02 .*Train the one that did.* --seeds 2 "),
+    (lambda world: [world.edit(f"full-seed{seed}.json", lambda record: record.update(mse=None)) for seed in (0, 1)],
+     "full-seed[01].json: does not say what it makes of the queries' prompts and seeds, .*measure it with pictures: python -m unlearn retrain"),
     (lambda world: world.save_influence("ours", world.effect, training_set="other"), "pixel: scores the training set set, ours sc"),
     (lambda world: [world.save_influence(method, world.effect, training_set="other") for method in ("ours", "pixel")],
      "--result_dir .*: ours scores training set other of 41 images, the models of --retrained were trained on set of 41"),

@@ -1,6 +1,8 @@
 """Evaluation against retrained models: which measures, which tables, which CSV files."""
 
 import io
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from .artifacts import whole_file
 from .datamodels import bootstrap_scores, interval, predict, spearman
 from .figures import draw_grid
 from .plots import draw_plots
-from .removal import (MEASURES, asked_queries, equivalent_rows, find_reference, floor_rows, group_models, measure_removals,
-                      paired_rows, random_changes, removal_rows, retention_rows)
+from .removal import (MEASURES, asked_queries, equivalent_rows, find_maker, find_references, floor_rows, group_models,
+                      measure_removals, other_full_rows, paired_rows, random_changes, random_deviations, removal_rows,
+                      retention_rows)
 from .results import load_picture, write_csv
 from .retrained import check_queries, check_removed_images, query_digests, read_retrained
 from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
@@ -38,10 +41,23 @@ def check_training_set(scores, models, source):
 
 
 def largest_group(models):
-    """Models on random subsets of one size, the one of which there are most (the larger subset of equally many): the sum of the
-    scores of larger subsets says little else than how large they are."""
-    groups = [group for (_, k), group in sorted(group_models(models, "subset").items(), key=lambda item: item[0][1])]
-    return max(groups, key=len, default=[])
+    """Models on random subsets of one size and of one seed, those of which there are most (the larger subset, the lower seed of
+    equally many): the sum of the scores of larger subsets says little else than how large they are, and a seed shifts a query's
+    loss by more than most images do."""
+    groups = {}
+    for model in models:
+        if model.kind == "subset":
+            groups.setdefault((model.num_removed, model.seed), []).append(model)
+    return max((groups[key] for key in sorted(groups)), key=len, default=[])
+
+
+def left_out_line(models):
+    """Which models on random subsets the LDS leaves out, or None."""
+    used, subsets = largest_group(models), [model for model in models if model.kind == "subset"]
+    if len(used) in (0, len(subsets)):
+        return None
+    return (f"The LDS is of the {len(used)} models on {int(used[0].kept.sum())} random images with seed {used[0].seed}; the "
+            f"{len(subsets) - len(used)} on subsets of another size or with another seed are left out: ranks count among alike models only.")
 
 
 def measure_lds(values, models, queries):
@@ -51,8 +67,8 @@ def measure_lds(values, models, queries):
     if not subsets:
         return [], {}
     if len(subsets) < FEWEST_SUBSETS:
-        raise UserError(f"{subsets[0].path.parent}: the LDS needs at least {FEWEST_SUBSETS} models on random subsets of one size, "
-                        f"found {len(subsets)}; make more: python -m unlearn retrain subsets")
+        raise UserError(f"{subsets[0].path.parent}: the LDS needs at least {FEWEST_SUBSETS} models on random subsets of one size "
+                        f"and seed, found {len(subsets)}; make more: python -m unlearn retrain subsets")
     kept, losses = np.array([model.kept for model in subsets]), np.array([model.losses for model in subsets]).T
     predictions = {method: predict(array, kept) for method, array in values.items()}
     by_query = {method: spearman(array, -losses) for method, array in predictions.items()}
@@ -75,19 +91,53 @@ def deviation_line(models):
     return line + (f" and by {deviation(full):.2e} over the seeds of {len(full)} full models." if len(full) > 1 else ".")
 
 
-def evaluate_removals(models, queries):
-    """Rows by the name of their CSV file, the curve of random removal, and its notices: what is there is measured."""
-    reference = find_reference(models)
-    if reference is None:
-        return {}, None, ["No full model yet: leave-K-out, retention and equivalent numbers need the one that made the queries."]
+def full_command(args, models, seeds):
+    """The command that trains and measures full models beside those that are there."""
+    first = models[0].identity
+    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "output": args.retrained, "loss_time_samples": first["timesteps"],
+             "noise_seed": first["noise_seed"], "features": first.get("features")}
+    defaults = {"loss_time_samples": 200, "noise_seed": 0, "features": None}
+    return shlex.join(["python", "-m", "unlearn", "retrain", "full", "--seeds", *map(str, seeds),
+                       *(part for flag, value in flags.items() if value != defaults.get(flag, "") for part in (f"--{flag}", str(value)))])
+
+
+def other_seed(row, seed):
+    """A row of a method whose models are of another seed than the queries' model, by a name that says so."""
+    return f"{row[0]}, seed {seed}", *row[1:]
+
+
+def evaluate_seed(models, reference, maker, queries):
+    """Rows by the name of their CSV file and the curve of random removal, of the models of one seed. Pictures of another seed's
+    models are no measure: without any removal they are others than the queries."""
+    is_maker = reference is maker
+    if not is_maker:
+        models = [replace(model, mse=np.full(len(queries), np.nan), similarity=np.full(len(queries), np.nan)) for model in models]
     values, counts = measure_removals(models, reference, queries)
     own = {key: value for key, value in values.items() if key[0] != RANDOM}
-    asked, curve = asked_queries(own, len(queries)), random_changes(models, reference)
-    rows = {"leave_k_out": floor_rows(models, reference, asked) + removal_rows(values, counts),
-            "leave_k_out_paired": paired_rows(values), "retention": retention_rows(models, reference, queries),
-            "equivalent": equivalent_rows(values, curve)}
-    notices = [] if own else ["No models without the top K of a method yet: leave-K-out shows the noise only."]
+    curve = random_changes(models, reference)
+    rows = {"leave_k_out": removal_rows(values, counts), "leave_k_out_paired": paired_rows(values),
+            "retention": retention_rows(models, reference, queries), "equivalent": equivalent_rows(values, curve, random_deviations(models))}
+    if not is_maker:
+        rows = {name: [other_seed(row, reference.seed) for row in of_kind] for name, of_kind in rows.items()}
+    return rows, (asked_queries(own, len(queries)), curve), bool(own)
+
+
+def evaluate_removals(models, references, maker, queries):
+    """Rows by the name of their CSV file, the curve of random removal, and its notices: what is there is measured, each seed's
+    models against their own full model. references: {seed: model}, maker: the one of them that made the queries, or None."""
+    if maker is None:
+        return {}, None, ["No full model yet: leave-K-out, retention and equivalent numbers need the one that made the queries."]
+    seeds = sorted(references, key=lambda seed: (seed != maker.seed, seed))
+    parts = [evaluate_seed([model for model in models if model.seed == seed], references[seed], maker, queries) for seed in seeds]
+    rows = {name: [row for part, _, _ in parts for row in part[name]] for name in parts[0][0]}
+    asked, curve = parts[0][1]
+    rows["leave_k_out"] = floor_rows(models, maker, asked) + rows["leave_k_out"]
+    rows["retention"] += other_full_rows(models, maker, queries)
+    notices = [] if any(own for _, _, own in parts) else ["No models without the top K of a method yet: leave-K-out shows the noise only."]
     unasked = sum(model.query is not None and model.query not in queries for model in models)
+    if rows["equivalent"] and any(random_deviations([model for model in models if model.seed == seed]) is None for seed in seeds):
+        notices.append("No number of random images was removed by two models: the intervals of equivalent numbers leave out how such models "
+                       "deviate. Train more: python -m unlearn retrain random --count 8")
     if unasked:
         notices.append(f"{unasked} models were trained without images of queries that are not in this task file; left out.")
     if len({row[2] for row in rows["leave_k_out"] if row[1]}) > 1:
@@ -95,20 +145,21 @@ def evaluate_removals(models, queries):
     return rows, (asked, curve), notices
 
 
-def print_tables(rows, lds, models, most, notices):
+def print_tables(rows, lds, models, notices):
     """All tables that have rows, in Markdown."""
     kinds = {kind: sum(model.kind == kind for model in models) for kind in ("full", "subset", "without")}
     print(f"{kinds['full']} full models, {kinds['subset']} on random subsets, {kinds['without']} without chosen or random images\n")
     tables = {
         "Linear datamodeling score: rank correlation of summed scores with retrained losses (bootstrap over queries and models)":
             [*lds_table(lds), "", deviation_line(models)] if lds else [],
-        "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries":
+        "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries, each with a "
+        "model of its own; random and full: over queries under the same models, whose own deviation is not in it":
             removal_table(rows["leave_k_out"]) if rows.get("leave_k_out") else [],
         "Leave-K-out, paired by query": paired_table(rows["leave_k_out_paired"]) if rows.get("leave_k_out_paired") else [],
         "Retention: change of the query that images were removed for, and of all others; mean ± standard error over models":
             retention_table(rows["retention"]) if rows.get("retention") else [],
-        "Equivalent number of random images: how many must be removed for the same dL (interval from drawing queries anew)":
-            equivalent_table(rows["equivalent"], most) if rows.get("equivalent") else [],
+        "Equivalent number of random images: how many must be removed for the same dL (interval from drawing queries and models anew)":
+            equivalent_table(rows["equivalent"]) if rows.get("equivalent") else [],
     }
     for title, lines in tables.items():
         if lines:
@@ -165,12 +216,18 @@ def evaluate_retrained(args, tasks):
         values[RANDOM] = random_scores(queries, models[0].identity["num_images"])
     lds, by_query = measure_lds(values, models, queries)
     shown = [model for model in models if not args.methods or model.method in (None, *args.methods, RANDOM)]
-    rows, curve, notices = evaluate_removals(shown, queries)
+    command, can_be_made_again = lambda seeds: full_command(args, models, seeds), all(task.seed is not None for task in tasks)
+    references = find_references(shown, command)
+    maker = find_maker(references, command, can_be_made_again) if references else None
+    rows, curve, notices = evaluate_removals(shown, references, maker, queries)
+    if maker and not can_be_made_again:
+        notices.append(f"The task file has queries without a seed, which no model can make again: {maker.path.stem}, the full model that "
+                       "explains them best, is taken for the one that made them, unchecked.")
     if not lds:
         notices.insert(0, "No models on random subsets yet: no LDS.")
-    most = int(curve[1][0].max(initial=0)) if curve else 0
-    print_tables(rows, lds, shown, most, notices)
-    rows["lds"], rows["equivalent"] = lds, [(*row, most) for row in rows.get("equivalent", [])]
+    notices += filter(None, [left_out_line(models)])
+    print_tables(rows, lds, shown, notices)
+    rows["lds"] = lds
     rows["lds_queries"] = [(query, method, float(array[row])) for row, query in enumerate(queries)
                            for method, array in by_query.items()]
     if not args.scores:
@@ -178,4 +235,4 @@ def evaluate_retrained(args, tasks):
             write_scores(Path(args.output) / "scores", each, queries)
     write_tables(rows, args.output)
     draw_plots(rows, curve, args.output)
-    draw_made_again(args, tasks, shown, queries)
+    draw_made_again(args, tasks, [model for model in shown if maker and model.seed == maker.seed], queries)

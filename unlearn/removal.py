@@ -1,22 +1,50 @@
 """What removing images did: leave-K-out, the same for random images, retention, and the equivalent number of random images.
 
-Arrays of measures are float64 [3, queries] in the order of MEASURES, NaN for queries that were not measured.
+Arrays of measures are float64 [3, queries] in the order of MEASURES, NaN for queries that were not measured. Models are those of
+one seed, and their reference is the full model of that seed: a picture carries the fingerprint of its own model.
 """
 
 import numpy as np
 
+from . import UserError
 from .datamodels import equivalent_number, interval
 from .metrics import compare_paired, mean_and_error
 from .scores import OURS, RANDOM
 
 MEASURES = ("dL", "mse", "similarity")
-EQUIVALENT_DRAWS = 1000  # of queries, for the interval of an equivalent number
+EQUIVALENT_DRAWS = 1000  # of queries and models, for the interval of an equivalent number
+SAME_PICTURE = 1e-4  # largest MSE of a query that is made again by its own model: a hundredth of the range. Others' are 1e-3 and more
 NOTHING = float("nan"), float("nan")
 
 
-def find_reference(models):
-    """The full model that made the queries: the one of the lowest seed; None where there is no full model."""
-    return min((model for model in models if model.kind == "full"), key=lambda model: model.seed, default=None)
+def find_references(models, command):
+    """The full model of each seed: {seed: model}. Raises UserError, with the command (of the seeds) that trains it, where a model
+    without chosen or random images has none of its seed."""
+    references = {model.seed: model for model in models if model.kind == "full"}
+    orphans = [model for model in models if model.kind == "without" and model.seed not in references]
+    if orphans:
+        seeds = sorted({model.seed for model in orphans})
+        raise UserError(f"{orphans[0].path}: there is no full model of its seed {orphans[0].seed} to compare it with ({len(orphans)} such "
+                        f"models); train it: {command(seeds)}")
+    return references
+
+
+def find_maker(references, command, can_be_made_again):
+    """The full model that made the queries, the one that makes them again. Where pictures cannot be made again, for want of the
+    queries' seeds, the one that explains them best. Raises UserError where none of {seed: model} does."""
+    if not can_be_made_again:
+        return min(references.values(), key=lambda model: model.losses.mean())
+    for model in references.values():
+        if (model.mse <= SAME_PICTURE).all():
+            return model
+    best = min(references.values(), key=lambda model: np.nan_to_num(model.mse, nan=np.inf).max())
+    if np.isnan(best.mse).any():
+        raise UserError(f"{best.path}: does not say what it makes of the queries' prompts and seeds, so that nothing tells whether it made "
+                        f"the queries; measure it with pictures: {command([best.seed])}")
+    untried = min(set(range(len(references) + 1)) - references.keys())
+    raise UserError(f"{best.path}: is not the model that made the queries, as it would make them again: of their prompts and seeds it makes "
+                    f"pictures with an MSE of up to {best.mse.max():.1e} (no other full model comes nearer; expected {SAME_PICTURE:g} or less). "
+                    f"Train the one that did, with its seed, 0 unless you chose another: {command([untried])}")
 
 
 def measure(model, reference):
@@ -105,13 +133,15 @@ def paired_rows(values):
 
 def retention_rows(models, reference, queries):
     """Rows (method, K, models, own |dL|, others' |dL| and its standard error over models, own MSE, others' MSE and its standard
-    error): what a removal did to the query it was for, and to all others. Removals without a query have others only; so have
-    the full models of other seeds."""
+    error): what a removal did to the query it was for, and to all others. Removals without a query have others only."""
     groups = group_models([model for model in models if model.query is None or model.query in queries], "without")
-    others = [model for model in models if model.kind == "full" and model.seed != reference.seed]
-    if others:
-        groups["full, other seeds", 0] = others
     return [(method, k, len(group), *retention(group, reference, queries)) for (method, k), group in groups.items()]
+
+
+def other_full_rows(models, maker, queries):
+    """The row like `retention_rows` of the full models of other seeds than the one that made the queries, where there are any."""
+    others = [model for model in models if model.kind == "full" and model.seed != maker.seed]
+    return [("full, other seeds", 0, len(others), *retention(others, maker, queries))] if others else []
 
 
 def retention(models, reference, queries):
@@ -128,28 +158,67 @@ def retention(models, reference, queries):
             for number in (summarise_measures(own[None, :, column])[0], *summarise_measures(rest[None, :, column]))]
 
 
-def random_changes(models, reference):
-    """Loss changes by number of randomly removed images, the random halves among them: (numbers [n], changes [n, queries],
-    models [n])."""
+def random_groups(models):
+    """Models without random images, the random subsets among them, by the number of these images, rising."""
     groups = {k: group for (method, k), group in group_models(models, "without").items() if method == RANDOM}
     for (_, k), group in group_models(models, "subset").items():
         groups[k] = groups.get(k, []) + group
-    counts = sorted(groups)
-    changes = [np.mean([model.losses - reference.losses for model in groups[k]], axis=0) for k in counts]
-    return np.array(counts), np.array(changes), np.array([len(groups[k]) for k in counts])
+    return dict(sorted(groups.items()))
 
 
-def equivalent_rows(values, curve, seed=0):
-    """Rows (method, K, queries, mean dL, equivalent number, low, high) of each method and K: how many random images must be
-    removed for the same loss change of the same queries; the interval from drawing queries anew. Infinity: more than were
-    tried. Source: [AbU] Fig. 12."""
+def random_changes(models, reference):
+    """Loss changes by number of randomly removed images: (numbers [n], changes [n, queries], models [n])."""
+    groups = random_groups(models)
+    changes = [np.mean([model.losses - reference.losses for model in group], axis=0) for group in groups.values()]
+    return np.array(list(groups)), np.array(changes), np.array([len(group) for group in groups.values()])
+
+
+def shared_variance(losses):
+    """By how much models shift all queries alike, as a variance: the mean covariance of two queries over the models.
+    losses: [models, queries]."""
+    covariance, count = np.atleast_2d(np.cov(losses.T)), losses.shape[1]
+    return (covariance.sum() - np.trace(covariance)) / max(count * (count - 1), 1)
+
+
+def random_deviations(models):
+    """Standard deviation of each of `random_changes` that other random images of the same numbers would bring to all queries alike,
+    [numbers]; what they bring to single queries is seen where queries are drawn. Samples of K of N images vary by K (N - K): so
+    numbers with several models tell of the others too. None where no number has two."""
+    groups = random_groups(models)
+    sizes = {k: k * (len(group[0].kept) - k) for k, group in groups.items()}
+    found = [(len(group) - 1, shared_variance(np.array([model.losses for model in group])) / sizes[k])
+             for k, group in groups.items() if len(group) > 1]
+    if not found:
+        return None
+    weights, variances = np.array(found).T
+    variance = max(float(np.average(variances, weights=weights)), 0.0)
+    return np.sqrt([variance * sizes[k] / len(group) for k, group in groups.items()])
+
+
+def equivalent_rows(values, curve, deviations, seed=0):
+    """Rows (method, K, queries, mean dL, equivalent number, low, high, most tried) of each method and K: how many random images
+    must be removed for the same loss change of the same queries. Infinity: more than were tried. The interval is from drawing
+    queries, and with each the model without its images, and the shifts of the models without random images; NaN for a single
+    query. deviations: of `random_deviations`, or None: those models' are not in it then. Source: [AbU] Fig. 12."""
     (counts, changes, weights), rows = curve, []
     for (method, k), each in values.items():
         if method == RANDOM or not len(counts):
             continue
         asked = np.flatnonzero(np.isfinite(each[0]))
-        generator = np.random.Generator(np.random.Philox(seed))
-        draws = [asked, *asked[generator.integers(len(asked), size=(EQUIVALENT_DRAWS, len(asked)))]]
-        numbers = [equivalent_number(counts, changes[:, drawn].mean(axis=1), weights, each[0, drawn].mean()) for drawn in draws]
-        rows.append((method, k, len(asked), float(each[0, asked].mean()), numbers[0], *interval(numbers[1:])))
+        means = np.append(changes[:, asked].mean(axis=1), each[0, asked].mean())
+        number = equivalent_number(counts, means[:-1], weights, means[-1])
+        bounds = interval(draw_equivalents(np.vstack([changes, each[0]])[:, asked], counts, weights, deviations, seed)) if len(asked) > 1 else NOTHING
+        rows.append((method, k, len(asked), float(means[-1]), number, *bounds, int(counts.max())))
     return rows
+
+
+def draw_equivalents(changes, counts, weights, deviations, seed):
+    """Equivalent numbers of EQUIVALENT_DRAWS draws. changes: [numbers + 1, queries], the last of the method; deviations: of
+    `random_deviations`. A bootstrap of a few queries is too narrow: its draws are widened as Student's distribution is."""
+    generator, count = np.random.Generator(np.random.Philox(seed)), changes.shape[1]
+    drawn = changes[:, generator.integers(count, size=(EQUIVALENT_DRAWS, count))].mean(axis=2).T
+    widening = np.sqrt(count / generator.chisquare(count - 1, (EQUIVALENT_DRAWS, 1)))
+    drawn = changes.mean(axis=1) + widening * (drawn - changes.mean(axis=1))
+    if deviations is not None:
+        drawn[:, :-1] += deviations * generator.normal(size=(EQUIVALENT_DRAWS, len(counts)))
+    return [equivalent_number(counts, row[:-1], weights, row[-1]) for row in drawn]

@@ -59,8 +59,9 @@ def format_number(number, most):
     return f"{number:,.0f}" if np.isfinite(number) else f">= {most:,}"
 
 
-def equivalent_table(rows, most):
+def equivalent_table(rows):
     """Markdown lines of the equivalent numbers of random images; `>= most` where no number that was tried does as much."""
     cells = [[method, f"{k:,}", format_measure(change, np.nan, UNITS["dL"]), format_number(number, most),
-              f"{format_number(low, most)} to {format_number(high, most)}"] for method, k, _, change, number, low, high in rows]
+              "" if low != low else f"{format_number(low, most)} to {format_number(high, most)}"]
+             for method, k, _, change, number, low, high, most in rows]
     return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)
