@@ -137,7 +137,7 @@ def attribute_queries(custom, tasks, image_sets, before, index, fisher, grid, ar
     for start in range(0, len(tasks), size):
         some, later = slice(start, start + size), paths[start + size:start + TOGETHER]
         if index:
-            scored = score_shortlists(custom, paths[some], image_sets, before, index, grid, args)
+            scored = score_shortlists(custom, [task.result_name for task in tasks[some]], paths[some], image_sets, before, index, grid, args)
         else:
             scored = [(changes, {}) for changes in score_queries(custom, paths[some], image_sets, before, grid, args, later)]
         for task, query, path, (changes, found) in zip(tasks[some], queries[some], paths[some], scored):

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, losses, sweeps
+from unlearn import UserError, losses, shortlist, sweeps
 from unlearn.artifacts import write_bytes
 from unlearn.commands import index as index_command
 from unlearn.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
@@ -19,7 +20,9 @@ from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, select_parameters
 from unlearn.reading import read_json, read_tensors
 from unlearn.records import record_path, write_record
-from unlearn.shortlist import choose_images, estimate_recall
+from unlearn.results import describe_recall
+from unlearn.scoring import audit_seed
+from unlearn.shortlist import choose_images, estimate_recall, split_outsiders
 from unlearn.sweeps import Sweep
 
 GRID = [0, 250, 500, 750]
@@ -171,21 +174,68 @@ def test_a_stored_view_takes_at_most_16_kb_and_keeps_the_largest_entries():
     assert len(compression.tensors["strong.kept"]) == 100 * 90
 
 
-def test_the_audit_finds_what_a_shortlist_misses():
-    """Estimates with noise: the estimated number of missed images is near the true one, on average."""
-    generator, guessed, true = np.random.default_rng(0), [], []
-    for seed in range(40):
-        exact = generator.standard_normal(2000)
-        estimates = exact + 0.5 * generator.standard_normal(2000)
-        shortlist, audit = choose_images(estimates, 200, 100, seed)
-        assert len(np.intersect1d(shortlist, audit)) == 0 and len(shortlist) == 200 and len(audit) == 100
-        guessed.append(estimate_recall(estimates, exact, shortlist, audit, 100)[0])
-        true.append(np.isin(np.argsort(-exact)[:100], shortlist).mean())
-    assert abs(np.mean(guessed) - np.mean(true)) < 0.05 and 0.5 < np.mean(true) < 0.95
+ERRORS = {  # estimates of 2,000 normal scores, or scores of such estimates: (scores, estimates)
+    "alike": lambda first, second: (first, first + 0.5 * second),
+    "alike about the estimate": lambda first, second: (first + 0.5 * second, first),
+    "growing with the estimate": lambda first, second: (first + 0.3 * np.exp(0.7 * first) * second, first),
+    "growing with the score": lambda first, second: (np.exp(first), np.exp(first) * (1 + 0.25 * second)),
+}
 
 
-def test_a_shortlist_of_everything_misses_nothing():
-    assert estimate_recall(np.arange(5.0), np.arange(5.0), np.arange(5), np.arange(0), 3) == (1.0, 0.0)
+@pytest.mark.parametrize("errors", ERRORS)
+def test_the_audit_tells_what_a_shortlist_misses_and_rather_too_much(errors, monkeypatch):
+    """Over 30 worlds the share that it says is at most the true one and near it, and its lower bound holds."""
+    monkeypatch.setattr(shortlist, "DRAWS", 60)
+    said, low, true = [], [], []
+    for seed in range(30):
+        exact, estimates = ERRORS[errors](*np.random.default_rng(seed).standard_normal((2, 2000)))
+        best, audit = choose_images(estimates, 200, 100, seed)
+        assert len(np.intersect1d(best, audit)) == 0 and len(best) == 200 and len(set(audit.tolist())) == 100
+        share, bound = estimate_recall(estimates, exact, best, audit, 100, seed)
+        said.append(share), low.append(bound), true.append(np.isin(np.argsort(-exact)[:100], best).mean())
+    assert -0.06 < np.mean(said) - np.mean(true) < 0.01 and 0.5 < np.mean(true) < 0.97
+    assert np.mean(np.array(low) <= true) >= 0.85
+
+
+def test_no_more_is_missed_than_the_best_there_are():
+    """A shortlist that holds 49 of the best 100, by estimates that say little: never more than 100 are missed."""
+    exact, noise = np.random.default_rng(0).standard_normal((2, 2000))
+    estimates = exact + 2 * noise
+    best, audit = choose_images(estimates, 400, 100, 0)
+    share, low = estimate_recall(estimates, exact, best, audit, 100)
+    true = np.isin(np.argsort(-exact)[:100], best).mean()
+    assert 0 <= low <= share <= 1 and abs(share - true) < 0.2 and true < 0.7
+
+
+def test_an_audit_of_all_others_gives_the_true_share():
+    exact, noise = np.random.default_rng(0).standard_normal((2, 60))
+    estimates = exact + noise
+    for num_audited in (40, 100):
+        best, audit = choose_images(estimates, 20, num_audited, 0)
+        assert len(audit) == 40
+        true = np.isin(np.argsort(-exact)[:10], best).mean()
+        assert estimate_recall(estimates, exact, best, audit, 10) == (true, true)
+
+
+@pytest.mark.parametrize("count, num_audited", [(7, 0), (30, 5), (101, 100), (300, 100), (100_000, 100), (5000, 37)])
+def test_an_audit_takes_more_near_the_cut_and_as_many_as_asked(count, num_audited):
+    bounds, numbers = split_outsiders(count, num_audited)
+    sizes = np.diff(bounds)
+    assert bounds[0] == 0 and bounds[-1] == count and numbers.sum() == num_audited and (sizes >= numbers).all()
+    assert num_audited < 30 or count < 3 * num_audited or sizes[0] < sizes[-1] / 4
+
+
+def test_each_query_audits_images_of_its_own():
+    estimates, args = np.arange(1000.0), SimpleNamespace(seed=0)
+    audits = [choose_images(estimates, 100, 50, audit_seed(args, query))[1].tolist() for query in ("one", "two", "one")]
+    assert audits[0] == audits[2] != audits[1]
+    assert audit_seed(SimpleNamespace(seed=1), "one") != audit_seed(args, "one")
+
+
+def test_a_shortlist_of_everything_misses_nothing_and_a_small_audit_tells_nothing():
+    assert estimate_recall(np.arange(5.0), np.arange(5.0), np.arange(5), np.arange(0), 3) == (1.0, 1.0)
+    assert np.isnan(estimate_recall(np.arange(50.0), np.arange(50.0), np.arange(40, 50), np.arange(9), 3)).all()
+    assert describe_recall(np.nan, np.nan, 3, 9) == "An audit of 9 others does not tell how many of the best 3 the shortlist misses: give --audit 100."
 
 
 @pytest.fixture
@@ -272,12 +322,15 @@ def test_a_shortlist_is_scored_exactly_and_the_others_are_estimated(prepared, tm
     build(flags, tmp_path / "index")
     exact = rerun(flags, results)
     capsys.readouterr()
-    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "10", "--audit", "5")
+    found = rerun(flags, results, "--index", str(tmp_path / "index"), "--shortlist", "10", "--audit", "12")
     assert "the shortlist holds about" in capsys.readouterr().out
+    audits = set()
     for query, arrays in found.items():
+        audits.add(tuple(np.flatnonzero(arrays["rescored"])))
         num_exemplars = int(arrays["is_exemplar"].sum())
-        assert arrays["rescored"].sum() == num_exemplars + 15 and arrays["rescored"][arrays["is_exemplar"]].all()
+        assert arrays["rescored"].sum() == num_exemplars + 22 and arrays["rescored"][arrays["is_exemplar"]].all()
         np.testing.assert_allclose(arrays["influence"][arrays["rescored"]], exact[query]["influence"][arrays["rescored"]], rtol=1e-4, atol=1e-7)
+        assert arrays["expected_missed"] == pytest.approx(10 * (1 - arrays["recall"])) and 0 <= arrays["recall_low"] <= arrays["recall"] <= 1
         rest = ~arrays["rescored"]
         assert np.corrcoef(arrays["influence"][rest], exact[query]["influence"][rest])[0, 1] > 0.5
 

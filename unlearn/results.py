@@ -88,6 +88,14 @@ def list_candidates(image_sets, influence, ranking):
             for rank, index in enumerate(ranking)]
 
 
+def describe_recall(recall, recall_low, recall_k, num_audited):
+    """What an audit says of a shortlist, in a sentence."""
+    if np.isnan(recall):
+        return f"An audit of {num_audited} others does not tell how many of the best {recall_k} the shortlist misses: give --audit 100."
+    return (f"Of the best {recall_k} training images the shortlist holds about {recall:.0%}, and hardly less than {recall_low:.0%} "
+            f"(from {num_audited} others, drawn at random; images unlike all of these may be missed besides).")
+
+
 def save(folder, task, image_sets, changes, args, shown, identity):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
@@ -120,6 +128,5 @@ def save(folder, task, image_sets, changes, args, shown, identity):
           f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
           f"Picture: {folder / 'visualization.jpg'}")
     if "expected_missed" in shown:
-        print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. Of the best "
-              f"{shown['recall_k']} training images the shortlist holds about {shown['recall']:.1%} (it misses {shown['expected_missed']:.2g}; "
-              f"from {shown['num_audited']} others, at random)")
+        print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. "
+              f"{describe_recall(**{name: shown[name] for name in ('recall', 'recall_low', 'recall_k', 'num_audited')})}")

@@ -12,7 +12,7 @@ import torch
 
 from . import UserError
 from .derivatives import PROBES, gradient_dots, second_order_dots
-from .hashes import hash_file
+from .hashes import digest, hash_file
 from .influence import best_view, loss_changes
 from .losses import changed_losses, chunk_noise, loss_identity, rows_of, score_rows
 from .models import changed_weights
@@ -26,6 +26,7 @@ AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # precision -> 
 MANY = 64  # queries whose weight changes are in memory at once, where one sweep or one pass over an index serves them all
 TOGETHER = 5  # queries whose losses one pass gives: enough to share what is the same for all, few enough to show results soon
 SHORTLIST, AUDIT, RECALL_OF = 400, 100, 100
+AUDITED = "groups by estimate, each query its own"  # which images an audit takes: in records
 
 
 def check_scoring(args):
@@ -48,7 +49,7 @@ def check_scoring(args):
 
 def scoring_settings(args):
     """Identity of how queries were scored, the same for all that may be compared."""
-    return {"scoring": args.scoring, **({"shortlist": args.shortlist, "audit": args.audit} if args.index else {})}
+    return {"scoring": args.scoring, **({"shortlist": args.shortlist, "audit": args.audit, "audited": AUDITED} if args.index else {})}
 
 
 def make_sweep(custom, images, grid, args):
@@ -115,13 +116,19 @@ def score_queries(custom, changes, image_sets, before, grid, args, later=()):
     return [{name: column[query] for name, column in columns.items()} for query in range(len(changes))]
 
 
-def score_shortlists(custom, changes, image_sets, before, index, grid, args):
+def audit_seed(args, query):
+    """The seed of a query's audit: each query has its own, or all would audit the same ranks of their estimates."""
+    return int(digest(args.seed, "audit", query), 16)
+
+
+def score_shortlists(custom, names, changes, image_sets, before, index, grid, args):
     """Loss changes of every candidate for each of some queries, as `score_queries` gives them, and what is known of them: the
-    index's estimate for most, scored for its best `args.shortlist` images, `args.audit` others and the exemplars."""
+    index's estimate for most, scored for its best `args.shortlist` images, `args.audit` others and the exemplars. names: of the
+    queries."""
     scored = []
-    for change, estimates in zip(changes, index.estimate([read_tensors(change) for change in changes])):
+    for query, change, estimates in zip(names, changes, index.estimate([read_tensors(change) for change in changes])):
         images, best = image_sets["laion"], best_view(estimates)
-        shortlist, audit = choose_images(best, args.shortlist, args.audit, args.seed)
+        shortlist, audit = choose_images(best, args.shortlist, args.audit, audit_seed(args, query))
         kept = np.sort(np.concatenate([shortlist, audit]))
         rows = rows_of(kept, len(images), images.latents.shape[0])
         names = {name: "laion_shortlist" if name == "laion" else name for name in image_sets}
@@ -130,12 +137,13 @@ def score_shortlists(custom, changes, image_sets, before, index, grid, args):
         [found] = score_queries(custom, [change], sets, losses, grid, args)
         mixed = estimates.astype(np.float64)
         mixed[rows] = found["laion_shortlist"]
-        recall, missed = estimate_recall(best, best_view(mixed), shortlist, audit, min(RECALL_OF, len(shortlist)))
+        k = min(RECALL_OF, len(shortlist))
+        recall, low = estimate_recall(best, best_view(mixed), shortlist, audit, k, audit_seed(args, query))
         rescored = {name: np.isin(np.arange(len(images)), kept) if name == "laion" else np.full(len(images), True)
                     for name, images in image_sets.items()}
         scored.append(({**found, "laion": mixed}, {
-            "rescored": np.concatenate(list(rescored.values())), "recall": recall, "expected_missed": missed,
-            "recall_k": min(RECALL_OF, len(shortlist)), "num_audited": len(audit)}))
+            "rescored": np.concatenate(list(rescored.values())), "recall": recall, "recall_low": low,
+            "expected_missed": k * (1 - recall), "recall_k": k, "num_audited": len(audit)}))
     return scored
 
 
