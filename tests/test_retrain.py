@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,20 @@ def bad(world, tmp_path, *flags, kind="without"):
 def test_what_cannot_be_trained_is_refused_and_nothing_written(world, tmp_path, capsys, kind, flags, said):
     assert said in refused(capsys, retrain.main, bad(world, tmp_path, *flags, kind=kind))
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("kind, seed, flags", [("random", 0, []), ("random", 1, []), ("without", 2, ["--influence", "INFLUENCE"])])
+def test_models_of_a_seed_without_a_full_model_are_refused_with_the_command_that_trains_it(world, tmp_path, capsys, monkeypatch, kind, seed, flags):
+    """The command of the refusal, pasted, makes the refused one pass its checks."""
+    flags = [*(str(world / "results/influence") if flag == "INFLUENCE" else flag for flag in flags), "--top_k", "3", "--seeds", str(seed)]
+    said = refused(capsys, retrain.main, bad(world, tmp_path, *flags, kind=kind))
+    assert f"{tmp_path}/results/retrained has no full model of seed {seed} to compare models of that seed with; train it first: " in said
+    assert not files(tmp_path)
+    command = shlex.split(said.strip().partition("train it first: ")[2])
+    assert command[:4] == ["python", "-m", "unlearn", "retrain"]
+    retrain.main([*command[4:], *QUICK, "--no_pictures", "--device", "cpu"])
+    retrain.main([*bad(world, tmp_path, *flags, kind=kind), *QUICK, "--no_pictures", "--dry_run"])
+    assert sorted(path.name for path in (tmp_path / "results/retrained").iterdir()) == [f"full-seed{seed}.json"]
 
 
 def test_an_influence_file_of_another_training_set_is_refused(world, tmp_path, capsys):

@@ -12,6 +12,7 @@ launch` every process trains its share of the models.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -45,7 +46,8 @@ def parse_arguments(argv):
     parser.add_argument("--task_json", nargs="+", default=[], help="task files whose queries are measured under each model")
     parser.add_argument("--result_dir", default="results", help="where weights are written (default results)")
     parser.add_argument("--output", help="folder of the measures (default RESULT_DIR/retrained)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of initial weights and batches (default 0; several: full only)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of initial weights and batches (default 0; several: full only). "
+                        "Losses are compared within a seed: first train its full model; pictures with the seed that made the queries alone")
     parser.add_argument("--count", type=int, default=1, help="subsets, random: how many models (of each K)")
     parser.add_argument("--first", type=int, default=0, help="subsets, random: number of the first one (default 0)")
     parser.add_argument("--fraction", type=float, default=0.5, help="subsets: images kept (default 0.5)")
@@ -90,6 +92,19 @@ def check_flags(args, tasks):
             raise UserError(f"{task.synth_image_path}: has no seed in its task file, so that it cannot be made again; give --no_pictures")
 
 
+def check_full_model(plans, args):
+    """Raises UserError where models without some images would be trained that no full model of their seed is there to compare with."""
+    seeds = {plan.seed for plan in plans if plan.kind == "without"}
+    for seed in sorted(seeds):
+        if args.task_json and not any(path.exists() for path in (args.output / f"full-seed{seed}.json",
+                                                                 Path(args.result_dir) / f"retrain/full-seed{seed}/model.safetensors")):
+            flags = {"task_json": args.task_json, "dataroot": [args.dataroot], "result_dir": [args.result_dir], "output": [str(args.output)]}
+            command = ["python", "-m", "unlearn", "retrain", "full", "--seeds", str(seed),
+                       *(part for flag, values in flags.items() for part in (f"--{flag}", *values))]
+            raise UserError(f"retrain {args.kind}: {args.output} has no full model of seed {seed} to compare models of that seed with; train it "
+                            f"first: {shlex.join(command)}")
+
+
 def main(argv=None):
     """Checks, plans, then trains and measures stack by stack."""
     args, settings = parse_arguments(argv)
@@ -106,6 +121,7 @@ def main(argv=None):
     training_set = prepare_training_set(model, args, settings)
     index, num_processes = process_share()
     plans = make_plans(args.kind, args, training_set, tasks)
+    check_full_model(plans, args)
     measures = {plan.name: (args.output / f"{plan.name}.json", measure_identity(model, training_set, plan, tasks, args)) for plan in plans}
     unmeasured = [plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args)]
     untrained = [plan for plan in unmeasured if not keep_complete(weights_path(args, plan), model_identity(model, training_set, plan, args),
