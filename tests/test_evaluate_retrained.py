@@ -345,6 +345,15 @@ def test_each_seeds_models_are_compared_with_the_full_model_of_their_seed_alone(
     assert "nan" not in capsys.readouterr().out
 
 
+def test_an_interval_without_the_random_models_deviation_says_so(world, capsys):
+    main(world.flags())
+    assert "leave out how such models deviate" not in capsys.readouterr().out
+    for path in {*world.retrained.glob("half-*"), *world.retrained.glob("random-*-00[12].json")}:
+        path.unlink()
+    main(world.flags())
+    assert "No number of random images was removed by two models: the intervals of equivalent numbers leave out how" in capsys.readouterr().out
+
+
 def test_the_lds_is_of_the_subsets_of_one_seed(world, capsys):
     main(world.flags())
     before = world.table("lds")

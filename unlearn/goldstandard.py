@@ -135,7 +135,8 @@ def evaluate_removals(models, references, maker, queries):
     rows["retention"] += other_full_rows(models, maker, queries)
     notices = [] if any(own for _, _, own in parts) else ["No models without the top K of a method yet: leave-K-out shows the noise only."]
     unasked = sum(model.query is not None and model.query not in queries for model in models)
-    if rows["equivalent"] and any(random_deviations([model for model in models if model.seed == seed]) is None for seed in seeds):
+    if any(part["equivalent"] and random_deviations([model for model in models if model.seed == seed]) is None
+           for seed, (part, _, _) in zip(seeds, parts)):
         notices.append("No number of random images was removed by two models: the intervals of equivalent numbers leave out how such models "
                        "deviate. Train more: python -m unlearn retrain random --count 8")
     if unasked:
