@@ -21,6 +21,8 @@ trap 'kill $(jobs -p) 2>/dev/null' EXIT
     python -m unlearn retrain full --seeds 0 1 2 $root $tasks
     influence="results/emoji_small/influence results/emoji_small/baselines/dtrak results/emoji_small/baselines/text"
     python -m unlearn retrain without --top_k 3 12 --num_queries 5 --influence $influence $root $tasks
+    # Committed besides, K = 3: queries 6, 8, ... 24 without the top of ours and dtrak, and these and 0 to 4 of similarity. Where two
+    # methods rank the same three images first, one trained model stands in both files.
     python -m unlearn retrain random --top_k 3 12 36 90 $root $tasks
 } &
 background=$!
