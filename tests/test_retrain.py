@@ -14,7 +14,7 @@ import pytest
 from conftest import PARITY
 from test_bad_input import files, refused
 
-from unlearn import retraining, runtime
+from unlearn import retraining
 from unlearn.artifacts import write_json
 from unlearn.commands import generate, retrain
 from unlearn.datasets import open_training_set
@@ -294,12 +294,3 @@ def test_two_processes_train_different_models(world, place, tmp_path, monkeypatc
         retrain.main(["subsets", *place, "--count", "3"])
         names = sorted(path.name for path in (tmp_path / "results/retrain").iterdir())
         assert names == [["full-seed0", "half-000", "half-002"], ["full-seed0", "half-000", "half-001", "half-002"]][index]
-
-
-def test_a_process_is_alone_unless_a_launcher_says_otherwise(monkeypatch):
-    for name in "RANK", "WORLD_SIZE":
-        monkeypatch.delenv(name, raising=False)
-    assert runtime.process_share() == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert runtime.process_share() == (2, 4)

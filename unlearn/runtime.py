@@ -29,7 +29,8 @@ def choose_device(name=None):
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        name = "cuda" if torch.cuda.device_count() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        # More processes than devices share them, and one device is each's own wherever SLURM shows a task no other.
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -41,10 +42,35 @@ def choose_device(name=None):
     return device
 
 
+def read_number(variable):
+    """The whole number in an environment variable, None where it is not set: or empty, as `VARIABLE=` leaves it. Raises UserError
+    where it is something else."""
+    if not (text := os.environ.get(variable, "").strip()):
+        return None
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise UserError(f"the environment variable {variable}: expected a whole number, as launchers set it, found {text!a:.40}; unset {variable}")
+    return int(text)
+
+
+def local_rank():
+    """The number of this process among those of its machine: the launcher's, else that of a task that srun started."""
+    return next((rank for rank in map(read_number, ("LOCAL_RANK", "SLURM_LOCALID")) if rank is not None), 0)
+
+
 def process_share():
-    """(index, number) of this process among those that `accelerate launch` or torchrun started, by the variables that both
-    set; (0, 1) without them. No process group is made: nobody waits for another, dead or alive."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(index, number) of this process among those that `accelerate launch`, torchrun or srun started, by the variables that these
+    set; (0, 1) without them. No process group is made: nobody waits for another, dead or alive. Raises UserError where they are
+    no such numbers."""
+    names = ("RANK", "WORLD_SIZE")
+    if None in [read_number(name) for name in names]:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if read_number("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+        # Task 0 is alone in a batch script and in a shell of `srun --pty` or `salloc`, however many tasks the job may start.
+        if not read_number("SLURM_PROCID") and (names[1] == "SLURM_NTASKS" or os.environ.get("SLURM_PTY_PORT")):
+            return 0, 1
+    index, number = read_number(names[0]), read_number(names[1]) or 1
+    if index >= number:
+        raise UserError(f"the environment variable {names[0]}: expected at most {number - 1}, as {names[1]} is {number}, found {index}")
+    return index, number
 
 
 def part_of(items, shard):
@@ -66,7 +92,7 @@ def part_of(items, shard):
 def set_precision(precision):
     """fp32: TensorFloat-32 off in matrix products and convolutions. tf32 and bf16 (which is autocast's to use): on in both. On
     CUDA, deterministic kernels in each."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -184,12 +210,13 @@ class LineProgress:
 def run(main, argv=None):
     """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2, a signal that schedulers
     send before they kill with one line and status 75, "try again"."""
-    index, number = process_share()
-    who = f"[{index + 1}/{number}] " if number > 1 else ""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    STOP.install()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
+        index, number = (0, 1) if asks_for_help else process_share()
+        who = f"[{index + 1}/{number}] " if number > 1 else ""
+        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        STOP.install()
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         main(argv)
     except UserError as error:
         sys.exit(end_with(error))
