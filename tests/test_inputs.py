@@ -193,7 +193,7 @@ def test_a_nan_made_by_the_encoder_leaves_no_file(root, model, monkeypatch):
         (root / name).unlink()
     before = files(root)
     monkeypatch.setattr(encoding, "encode_images", lambda pipeline, paths, *how: torch.full((len(paths), *model.latent_shape(512)), float("nan")))
-    with pytest.raises(UserError, match="latents of the training set, made from its images and captions: has NaN"):
+    with pytest.raises(UserError, match="the pipeline made NaN or infinite entries of the latents of the training set"):
         encode_training_set(model, root, 512, 20)
     assert files(root) == before
 

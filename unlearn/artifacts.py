@@ -61,6 +61,22 @@ def open_plain(path, flags):
     return descriptor
 
 
+def check_writable(folder, remedy):
+    """Raises UserError, ending with `remedy`, where nothing can be written in a folder, or in what there is of its path. It is tried,
+    before anything expensive: of a file system that is mounted read-only no permission tells."""
+    folder = Path(folder).absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    part = own_part(folder / "writable")
+    try:
+        os.close(open_plain(part, os.O_CREAT | os.O_WRONLY))
+        part.unlink()
+    except OSError as error:
+        if error.errno not in (*NOT_WRITABLE, errno.EPERM):
+            raise
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
+
+
 @contextmanager
 def whole_file(path, key=None, parents=True):
     """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename. With a `key` the .part

@@ -9,6 +9,7 @@ moment are kept, as multiples of its root, in int8 with one float32 scale. In th
 import numpy as np
 import torch
 
+from . import UserError
 from .derivatives import text_gradients
 
 BYTES_A_VIEW = 16 * 1024
@@ -89,7 +90,9 @@ def row_type(size):
 
 
 def pack(entries):
-    """Kept entries [rows, size] as stored: [rows] of `row_type`."""
+    """Kept entries [rows, size] as stored: [rows] of `row_type`. Raises UserError where one is not finite."""
+    if not np.isfinite(entries).all():
+        raise UserError("gradients of training images are NaN or infinite; the model is broken")
     packed = np.zeros(len(entries), row_type(entries.shape[1]))
     packed["scale"] = np.abs(entries).max(axis=1) / LEVELS
     packed["levels"] = np.rint(entries / np.maximum(packed["scale"], np.finfo(np.float32).tiny)[:, None])

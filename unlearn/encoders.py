@@ -46,4 +46,9 @@ def encode_prompts(pipeline, prompts):
     hidden state of the text encoder."""
     tokens = pipeline.tokenizer(list(prompts), padding="max_length", truncation=True,
                                 max_length=pipeline.tokenizer.model_max_length, return_tensors="pt").input_ids
+    known = len(pipeline.text_encoder.get_input_embeddings().weight)
+    for prompt, row in zip(prompts, tokens) if int(tokens.max()) >= known else ():
+        if int(row.max()) >= known:
+            token = pipeline.tokenizer.convert_ids_to_tokens(int(row.max()))
+            raise UserError(f"prompt {prompt!a:.80}: the tokenizer knows {token!s:.40}, the text encoder has no embedding of it")
     return pipeline.text_encoder(tokens.to(pipeline.text_encoder.device)).last_hidden_state.float().cpu()

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shlex
 import shutil
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,13 @@ import numpy as np
 
 from . import UserError
 from .annotations import READERS, pair_images
-from .artifacts import whole_file
-from .datasets import array_paths, check_pixels, read_identity
+from .artifacts import check_writable, whole_file
+from .datasets import array_paths, read_identity
 from .encoders import encode_images, encode_prompts
-from .hashes import digest, digest_rows, hash_file, hash_tensors
+from .hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from .pictures import inspect_picture, list_notes, read_picture
-from .records import is_complete, record_path, write_record
+from .reading import read_array
+from .records import check_content, is_complete, record_path, write_record
 from .runtime import progress, say
 from .settings import read_settings
 from .sharing import do_once, forget_claim
@@ -79,7 +81,7 @@ def check_given(dataroot):
 
 def encoding_identity(model, dataroot, paths, captions, resolution, hashes):
     """Identity of latents and embeddings that are made from images (hashes: `hash_picture` of each) and captions."""
-    parts = {"vae": model.pipeline.vae.state_dict(), "text_encoder": model.pipeline.text_encoder.state_dict()}
+    parts = {"vae": named_weights(model.pipeline.vae), "text_encoder": named_weights(model.pipeline.text_encoder)}
     vae, settings, lines = model.pipeline.vae.config, read_settings(dataroot), [line for few in captions for line in few]
     tokens = (row for start in range(0, len(lines), AHEAD)
               for row in model.pipeline.tokenizer(lines[start:start + AHEAD], padding="max_length", truncation=True,
@@ -104,15 +106,40 @@ def count_rows(file, start, row_bytes):
     return next((max(0, number - 1) for number in range(size) if not is_whole()), size)
 
 
-def write_rows(path, shape, starts, encode, identity, description):
+def is_made(path, identity, shape, thorough=False):
+    """Whether an array of this shape, made under this identity, is there; with `thorough`, whether its bytes are also those that its
+    record says. One that cannot be opened, or has another shape, is not: it is made again."""
+    if not is_complete(path) or not read_identity(path).items() >= identity.items():
+        return False
+    try:
+        if thorough:
+            check_content(path, "")
+        return read_array(path).shape == tuple(shape)
+    except UserError:
+        return False
+
+
+def check_rows(path, rows, shape, description):
+    """Raises UserError where a batch of rows is not of this shape, or has NaN or infinite entries: of no such model is any kept."""
+    if rows.shape != shape:
+        raise UserError(f"{path}: the pipeline made {list(rows.shape)} of the {description}, expected {list(shape)}; its parts do not fit each other")
+    if not np.isfinite(rows).all():
+        raise UserError(f"{path}: the pipeline made NaN or infinite entries of the {description}; it is damaged: download it again, or give "
+                        "another --sd_version")
+
+
+def write_rows(path, shape, starts, encode, identity, description, thorough=False):
     """Writes a float32 array batch by batch, so that memory does not grow with it, and its record. Ended early, the same call
-    goes on with the batch it was at. starts: the first row of each batch; encode(number): the rows of a batch."""
-    if is_complete(path) and read_identity(path).items() >= identity.items():
+    goes on with the batch it was at. starts: the first row of each batch; encode(number): the rows of a batch. Raises UserError
+    where these are not of the array's shape or not finite."""
+    if is_made(path, identity, shape):
         return
     path.unlink(missing_ok=True)  # from here to the end a record may stand without its array, never an array without its record
-    header, row_bytes = io.BytesIO(), 4 * math.prod(shape[1:])
+    header, row_bytes, ends = io.BytesIO(), 4 * math.prod(shape[1:]), [*starts[1:], shape[0]]
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with whole_file(path, digest(identity)[:16]) as file:
+        if file.read(header.tell()) != header.getvalue():  # rows of another shape, or none yet
+            file.truncate(0)
         done = count_rows(file, header.tell(), row_bytes)
         first = bisect_right(starts, done) - 1 if done < shape[0] else len(starts)
         file.seek(0)
@@ -120,9 +147,11 @@ def write_rows(path, shape, starts, encode, identity, description):
         with progress(shape[0], description, "rows", starts[first] if first < len(starts) else shape[0]) as bar:
             for number in range(first, len(starts)):
                 rows = np.ascontiguousarray(encode(number), np.float32)
-                if not np.isfinite(rows).all():
+                try:
+                    check_rows(path, rows, (ends[number] - starts[number], *shape[1:]), description)
+                except UserError:
                     Path(file.name).unlink(missing_ok=True)  # the model is broken: its other rows are worth nothing either
-                check_pixels(f"{description}, made from its images and captions", rows)
+                    raise
                 file.seek(header.tell() + starts[number] * row_bytes)
                 file.write(rows.tobytes())
                 bar.update(len(rows))
@@ -131,26 +160,32 @@ def write_rows(path, shape, starts, encode, identity, description):
             write_record(path, identity, content=hash_file(file.name))
 
 
-def write_latents(model, path, paths, resolution, batch_size, identity):
+def array_shapes(model, dataroot, num_images, num_captions, resolution):
+    """Shapes of latents (all images as is, then all mirrored) and embeddings of images with so many captions each, {path: shape}."""
+    latents_path, embeddings_path = array_paths(dataroot)
+    several = (num_captions,) if num_captions > 1 else ()
+    return {latents_path: (2 * num_images, *model.latent_shape(resolution)), embeddings_path: (num_images, *several, *model.embedding_shape)}
+
+
+def write_latents(model, path, shape, paths, resolution, batch_size, identity, thorough=False):
     """Writes latents [2N, C, h, w]: all images as is, then all mirrored."""
     batches = [(view, start) for view in (0, 1) for start in range(0, len(paths), batch_size)]
 
     def encode(number):
         view, start = batches[number]
         return encode_images(model.pipeline, paths[start:start + batch_size], resolution, bool(view), batch_size)
-    write_rows(path, (2 * len(paths), *model.latent_shape(resolution)), [view * len(paths) + start for view, start in batches], encode,
-               identity, "latents of the training set")
+    write_rows(path, shape, [view * len(paths) + start for view, start in batches], encode, identity, "latents of the training set", thorough)
 
 
-def write_embeddings(model, path, captions, batch_size, identity):
+def write_embeddings(model, path, shape, captions, batch_size, identity, thorough=False):
     """Writes embeddings [N, tokens, features], or [N, captions, tokens, features] where images have several."""
-    starts, several = range(0, len(captions), batch_size), (len(captions[0]),) if len(captions[0]) > 1 else ()
+    starts = range(0, len(captions), batch_size)
 
     def encode(number):
         few = captions[starts[number]:starts[number] + batch_size]
         embeddings = encode_prompts(model.pipeline, [line for lines in few for line in lines])
-        return embeddings.reshape(len(few), *several, *model.embedding_shape)
-    write_rows(path, (len(captions), *several, *model.embedding_shape), starts, encode, identity, "embeddings of the captions")
+        return embeddings.reshape(len(few), *shape[1:-2], *embeddings.shape[1:])
+    write_rows(path, shape, starts, encode, identity, "embeddings of the captions", thorough)
 
 
 def check_disk(dataroot, sizes):
@@ -163,9 +198,8 @@ def check_disk(dataroot, sizes):
 
 def encoding_plan(model, dataroot, captions, resolution):
     """Bytes of latents and embeddings of images with these captions, {path: bytes}."""
-    latents_path, embeddings_path = array_paths(dataroot)
-    return {latents_path: 8 * len(captions) * math.prod(model.latent_shape(resolution)),
-            embeddings_path: 4 * len(captions) * len(captions[0]) * math.prod(model.embedding_shape)}
+    shapes = array_shapes(model, dataroot, len(captions), len(captions[0]), resolution)
+    return {path: 4 * math.prod(shape) for path, shape in shapes.items()}
 
 
 def choose_readable(dataroot, paths, skip_corrupt):
@@ -181,15 +215,39 @@ def choose_readable(dataroot, paths, skip_corrupt):
     return [row for row, path in enumerate(paths) if path not in unreadable]
 
 
-def is_encoded(dataroot, identity):
-    """Whether latents and embeddings are there, made under this identity."""
-    return all(is_complete(path) and read_identity(path).items() >= identity.items() for path in array_paths(dataroot))
+def is_encoded(identity, shapes, thorough=False):
+    """Whether latents and embeddings of these shapes, {path: shape}, are there (`is_made`)."""
+    return all(is_made(path, identity, shape, how) for how in sorted({False, thorough}) for path, shape in shapes.items())
+
+
+def own_root(dataroot):
+    """Commands that make a data root of one's own of one that cannot be written. Images and models become links; what tasks name is
+    copied, because their paths may not lead out of a data root."""
+    root, settings = Path(dataroot).absolute(), read_settings(dataroot)
+    values = [settings[key] for key in ("images", "captions", "pipeline", "unet", "fisher") if settings[key]]
+    places = [path.absolute() for value in values for path in (Path(dataroot) / value, Path(value)) if path.exists()]
+    arrays = [path.relative_to(dataroot) for path in array_paths(dataroot)]
+    large = {path.relative_to(root).parts[0] for path in places if path.is_relative_to(root)} - {path.parts[0] for path in arrays}
+    made_anew = {str(name) for path in arrays for name in (path, record_path(path))}
+    names = sorted(path.name for path in root.iterdir() if path.name not in made_anew and path.suffix not in (".part", ".claim"))
+    own, how = shlex.quote(f"{root.name}_own"), {"ln -s": [], "cp -rL": []}
+    for name in names:
+        how["ln -s" if name in large or name.startswith("sd_fisher") else "cp -rL"].append(shlex.quote(str(root / name)))
+    return " && ".join([f"mkdir {own}", *(f"{command} {' '.join(files)} {own}/" for command, files in how.items() if files)])
+
+
+def check_root_writable(dataroot, what, folders):
+    """Raises UserError, with the commands that help, where folders of a data root, in which `what` is to be made, cannot be written."""
+    for folder in dict.fromkeys(folders):
+        check_writable(folder, f"{what} are to be made there: make a data root of your own beside it ({own_root(dataroot)}) and give that "
+                       "as --dataroot")
 
 
 def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0, skip_corrupt=False, overwrite=False):
     """Makes latents and embeddings of a data root from its images and captions where it has none (the emoji world commits
-    pictures, not latents), or has those of another model or of other pictures; those that came with it stay, unless
-    `overwrite`. Returns whether there was anything to do."""
+    pictures, not latents), or has those of another model or of other pictures, or what cannot be opened; those that came with it
+    stay, and what is whole is not made again, unless `overwrite`: then every byte is compared with its record. Returns whether there
+    was anything to do."""
     if has_given_arrays(dataroot) and not overwrite:
         return False
     paths, captions = list_pairs(dataroot, num_captions)
@@ -199,20 +257,23 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
     for note in list_notes("training images", len(paths), [path.name for path, picture in zip(paths, pictures) if picture.is_cropped]):
         say(note)
     identity = encoding_identity(model, dataroot, paths, captions, resolution, [picture.content for picture in pictures])
-    if is_encoded(dataroot, identity):
+    latents_path, embeddings_path = array_paths(dataroot)
+    recorded = read_identity(latents_path).get("left_out", []) if record_path(latents_path).exists() else []
+    if is_encoded(identity, array_shapes(model, dataroot, len(paths) - len(recorded), len(captions[0]), resolution), overwrite):
         forget_claim(dataroot, "laion_latents")
         return False
+    check_root_writable(dataroot, "latents and embeddings", [Path(dataroot), *(path.parent for path in array_paths(dataroot))])
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     rows = choose_readable(dataroot, paths, skip_corrupt)
     if len(rows) < len(paths):
         folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
         identity["left_out"] = [path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept]
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
-    latents_path, embeddings_path = array_paths(dataroot)
+    shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
 
     def write():
-        write_latents(model, latents_path, paths, resolution, batch_size, identity)
-        write_embeddings(model, embeddings_path, captions, batch_size, identity)
+        write_latents(model, latents_path, shapes[latents_path], paths, resolution, batch_size, identity, overwrite)
+        write_embeddings(model, embeddings_path, shapes[embeddings_path], captions, batch_size, identity, overwrite)
 
-    do_once(dataroot, "laion_latents", lambda: is_encoded(dataroot, identity), write)  # one process; others of a launch wait
+    do_once(dataroot, "laion_latents", lambda: is_encoded(identity, shapes, overwrite), write)  # one process; others of a launch wait
     return True

@@ -19,10 +19,22 @@ def make_scheduler(model, num_steps):
 
 
 def check_steps(model, num_steps):
-    """Raises UserError where a model cannot sample in so many steps."""
+    """Raises UserError where a model cannot sample in so many steps, or in none."""
     count = len(model.alpha_bars)
     if not 1 <= num_steps <= count or int(make_scheduler(model, num_steps).timesteps.max()) >= count:
         raise UserError(f"--num_inference_steps {num_steps}: expected 1 to fewer than {count}")
+    if model.prediction_type == "epsilon" and not make_scheduler(model, num_steps).alphas_cumprod.all():
+        raise UserError("the model's last timestep is noise alone (rescale_betas_zero_snr), and it predicts the noise (epsilon): no picture "
+                        "follows from that. If it was trained to predict v, as models with such a schedule are, write \"prediction_type\": "
+                        "\"v_prediction\" into its scheduler_config.json")
+
+
+def check_finite(what, values):
+    """Raises UserError where pictures' latents, or pixels, [n, ...], are not finite: nothing is to be saved of them."""
+    broken = ~torch.isfinite(values).flatten(1).all(dim=1)
+    if broken.any():
+        raise UserError(f"{int(broken.sum())} of {len(values)} pictures have NaN or infinite {what}: the model, its schedule or the guidance "
+                        "is broken, and nothing of them is saved")
 
 
 def initial_noise(dataset_id, seeds, shape):
@@ -36,7 +48,7 @@ def generate_latents(model, embeddings, start, num_steps=NUM_INFERENCE_STEPS, gu
 
     embeddings: [n, tokens, features] and start: [n, C, h, w] (`initial_noise`), on that device; empty: embedding
     [tokens, features] of the empty prompt, for guidance_scale other than 1; callback(latents, timestep) sees each noisy
-    latent before its step.
+    latent before its step. Raises UserError where one is not finite.
     """
     scheduler, latents = make_scheduler(model, num_steps), start.clone()
     for timestep in scheduler.timesteps:
@@ -48,15 +60,18 @@ def generate_latents(model, embeddings, start, num_steps=NUM_INFERENCE_STEPS, gu
             unconditional = model.predict(latents, timesteps, empty.expand_as(embeddings))
             prediction = unconditional + guidance_scale * (prediction - unconditional)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
+    check_finite("latents", latents)
     return latents
 
 
 @torch.no_grad()
 def decode_latents(pipeline, latents):
-    """Pixels [n, H, W, 3] uint8 of scaled latents."""
+    """Pixels [n, H, W, 3] uint8 of scaled latents. Raises UserError where one is not finite."""
     config = pipeline.vae.config
     unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-    pixels = pipeline.vae.decode(unscaled).sample.float().clamp(-1, 1)
+    pixels = pipeline.vae.decode(unscaled).sample.float()
+    check_finite("pixels", pixels)
+    pixels = pixels.clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

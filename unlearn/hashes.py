@@ -52,3 +52,10 @@ def hash_tensors(tensors):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         state.update(tensor.flatten().view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def named_weights(module):
+    """A module's weights by name. Transformers before 5.6 puts `text_model.` before every name of a CLIP text encoder: without it a
+    model has the same hash under any version."""
+    weights, prefix = module.state_dict(), "text_model."
+    return {name.removeprefix(prefix) if all(other.startswith(prefix) for other in weights) else name: value for name, value in weights.items()}

@@ -1,7 +1,6 @@
 """Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are selected, and how
 weights are changed and restored."""
 
-import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +12,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
-from .hashes import digest, hash_tensors
+from .hashes import digest, hash_tensors, named_weights
 from .passes import replace_feed_forward
 from .runtime import is_out_of_memory
 from .settings import LARGEST_NUMBERS
-from .soundness import check_classes, check_passes, check_sizes
+from .soundness import PARTS, check_classes, check_fit, check_passes, check_pipeline, parts_of
 from .text_attention import project_text, share_texts
-from .unets import load_unet
+from .unets import check_unet_folder, load_unet
 
 SELECTIONS = {  # of a UNet's parameters, by name
     "cross-attn-kv": r"\.attn2\.to_[kv]\.",
@@ -32,7 +31,6 @@ TARGETS = {  # prediction type -> what the denoiser is trained to predict, from 
     "sample": lambda alpha_bar, latents, noise: latents,
     "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
 }
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -120,18 +118,18 @@ def load_model(name, device, unet=None, trained=True):
     """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the UNet and schedule of
     the folder `unet` instead of its own where one is given (`load_unet`). Raises UserError where it cannot be loaded or is
     of a family or prediction type that is not known."""
-    parts = load_unet(unet, trained) if unet else {}
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    if unet:
+        check_unet_folder(unet)
     if Path(name).exists():
-        for part in ("model_index.json", *(part for part in PARTS if part not in parts)):
-            if not (Path(name) / part).exists():
-                raise UserError(f"--sd_version {name}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")
-        check_classes(name)
-        check_sizes(name)
+        check_pipeline(name, unet)
+    parts = load_unet(unet, trained) if unet else {}
     try:
+        if not Path(name).exists():  # before gigabytes are downloaded
+            check_classes(name, DiffusionPipeline.load_config(name), unet)
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, **parts).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
             raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
@@ -144,15 +142,7 @@ def load_model(name, device, unet=None, trained=True):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--sd_version {name}: cannot be loaded ({reason:.200})") from None
-    if not isinstance(kind := pipeline.scheduler.config.get("prediction_type", "epsilon"), str) or kind not in TARGETS:
-        raise UserError(f"--sd_version {name}: unknown prediction type {kind!s:.80}; expected one of {', '.join(TARGETS)}")
-    scaling = pipeline.vae.config.get("scaling_factor")
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
-        raise UserError(f"--sd_version {name}: its VAE's scaling_factor: expected a number, found {scaling!r:.80}")
-    tokens, most = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings
-    if not isinstance(tokens, int) or not 2 < tokens <= most:
-        raise UserError(f"--sd_version {name}: its tokenizer's model_max_length: expected 3 to {most}, as its text encoder has positions, "
-                        f"found {tokens!s:.40}")
+    check_fit(name, parts_of(pipeline), unet)
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
     for label, part in parts.items():
         # Diffusers leaves what a file lacks without values.
@@ -162,7 +152,7 @@ def load_model(name, device, unet=None, trained=True):
         part.eval().requires_grad_(False)
     share_texts(pipeline.unet)
     replace_feed_forward(pipeline.unet)
-    weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()})
+    weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in named_weights(part).items()})
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     model = Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))

@@ -41,6 +41,7 @@ def read_stored(task, dataroot, latent_shape, embedding_shape):
             if row.shape != tuple(shape):
                 raise UserError(f"{item}: expected shape {list(shape)} for this model, found {list(row.shape)}")
             if not np.isfinite(row).all():
-                raise UserError(f"{item}: has NaN or infinite entries; make the query again")
+                raise UserError(f"{item}: has NaN or infinite entries, so that the picture that belongs to it is broken too; make the query "
+                                "again: python -m unlearn generate does not save such a one")
             rows[field] = row
     return rows

@@ -104,6 +104,9 @@ def save(folder, task, image_sets, changes, args, shown, identity):
     in influence.npz beside the scores.
     """
     influence = np.concatenate([best_view(changes[name]) for name in image_sets])
+    if not np.isfinite([*influence, shown["query_loss_before"], shown["query_loss_after"], shown["relative_weight_change"]]).all():
+        raise UserError(f"{folder}: a score, or a loss of the query itself, is NaN or infinite; the weights have diverged (try a smaller "
+                        "--unlearn_lr or a larger --damping)")
     ranking = rank_images(influence)
     candidates = list_candidates(image_sets, influence, ranking)
     path = folder / "influence.npz"

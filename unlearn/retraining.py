@@ -78,6 +78,9 @@ def measure(model, weights, queries, pictures, tasks, plan, encode, args):
             paths = write_pictures(weights_path(args, plan).parent, [task.result_name for task in tasks], made)
             features = [encode(files)[0] for files in (queries.paths, paths)] if encode else [queries.latents[0], latents]
             values["mse"], values["similarity"] = compare_pictures(pictures, made, *features)
+    for kind, array in values.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{plan.name}: {kind} of {int((~np.isfinite(array)).sum())} queries are NaN or infinite; the model or a feature is broken")
     names = [task.result_name for task in tasks]
     return {kind: {name: float(f"{value:.9g}") for name, value in zip(names, array)} for kind, array in values.items()}
 

@@ -140,8 +140,10 @@ class Share:
 
 
 def forget_claim(folder, name):
-    """Removes the claim of work that is known to be done: of one who was killed before it could."""
-    (Path(folder) / f"{name}.claim").unlink(missing_ok=True)
+    """Removes the claim of work that is known to be done: of one who was killed before it could. Where that may not be, as on a
+    read-only file system, it does no harm."""
+    with suppress(OSError):
+        (Path(folder) / f"{name}.claim").unlink()
 
 
 def do_once(folder, name, is_done, work):

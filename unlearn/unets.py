@@ -28,14 +28,19 @@ def read_config(path):
     return config
 
 
+def check_unet_folder(folder):
+    """Raises UserError where a folder has no configuration of a UNet that was trained from scratch, or none of its schedule."""
+    for file in ("config.json", "scheduler_config.json"):
+        if not (Path(folder) / file).is_file():
+            raise UserError(f"unet {folder}: expected a folder with config.json, scheduler_config.json and weights, found no {file}")
+
+
 def load_unet(folder, trained=True):
     """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet` (config.json and weights,
     `diffusion_pytorch_model.safetensors` or the published `model.bin`; random ones, seeded, where it is not to be
     `trained` yet) and `scheduler` (scheduler_config.json). Raises UserError where one is missing or does not fit."""
     folder = Path(folder)
-    for file in ("config.json", "scheduler_config.json"):
-        if not (folder / file).is_file():
-            raise UserError(f"unet {folder}: expected a folder with config.json, scheduler_config.json and weights, found no {file}")
+    check_unet_folder(folder)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -26,7 +26,7 @@ def parse_arguments(argv):
     add_flags(parser, "dataroot", "sd_version", "vae_batch_size", "device", "dry_run")
     parser.add_argument("--num_captions", type=int, help="the first n captions of each image (default five of COCO's, else all)")
     parser.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be read; the record names them")
-    parser.add_argument("--overwrite", action="store_true", help="replace latents and embeddings that came with the data root")
+    parser.add_argument("--overwrite", action="store_true", help="replace latents and embeddings that came with the data root, or whose bytes are not what their records say")
     args = parser.parse_args(argv)
     return args, resolve(args)
 

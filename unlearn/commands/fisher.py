@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .. import UserError, noise
-from ..artifacts import write_tensors
+from ..artifacts import check_writable, write_tensors
 from ..chunks import make_folder, read_tensor_chunk, remove_folders, write_tensor_chunk
 from ..curvature import check_fisher, squared_gradient_sums
 from ..hashes import digest
@@ -141,6 +141,7 @@ def main(argv=None):
     if keep():
         log.info(f"{args.output}: is there already")
     while not keep():
+        check_writable(folder.parent, "give another --output, and that to compute_influence.py as --fisher_path")
         make_folder(folder)
         if keep():  # asked again: whoever was done in between has removed the folder for good
             break

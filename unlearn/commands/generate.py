@@ -13,13 +13,15 @@ import numpy as np
 
 from .. import UserError
 from ..artifacts import whole_file, write_array, write_json
+from ..datasets import check_pixels
 from ..encoders import encode_prompts
+from ..encoding import check_root_writable
 from ..generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..hashes import digest
 from ..inputs import add_flags, resolve, say_resolution
 from ..models import load_model
 from ..noise import SCHEME, known_answer
-from ..reading import MOST_TEXT, check_text, read_json, read_text, resolve_inside
+from ..reading import MOST_TEXT, check_text, read_array, read_json, read_text, resolve_inside
 from ..records import keep_complete, record_path, write_record
 from ..runtime import log, progress
 
@@ -83,15 +85,17 @@ def main(argv=None):
     if not args.overwrite and Path(args.task_json).exists() and read_json(args.task_json, "--task_json") != entries:
         raise UserError(f"--task_json {args.task_json}: holds other tasks; give --overwrite to replace it, or another name")
     files = [folder / "embeddings.npy", *(folder / Path(entry["synth_image_path"]).name for entry in entries)]
-    if is_complete and all(map(Path.exists, files)):
+    if is_complete and all(map(Path.exists, files)) and all(np.isfinite(read_array(stored, "queries")).all() for stored in (path, files[0])):
         write_json(args.task_json, entries)
         return log.info(f"{folder}: is there already")
-    record_path(path).unlink(missing_ok=True)
+    check_root_writable(args.dataroot, "queries", [folder])
     embeddings = np.concatenate([encode_prompts(model.pipeline, prompts[row:row + args.batch_size]).numpy()
                                  for row in range(0, len(prompts), args.batch_size)])
+    check_pixels("embeddings of the prompts", embeddings)
     with progress(len(prompts), "generating", "pictures") as bar:
         latents, pictures = make_pictures(model, settings["name"], embeddings, seeds, model.latent_shape(model.resolution(settings)),
                                           args.num_inference_steps, args.guidance_scale, args.batch_size, bar.update)
+    record_path(path).unlink(missing_ok=True)
     for row, pixels in enumerate(pictures):
         with whole_file(folder / f"{row:05d}.png") as file:
             save_picture(file, pixels)

@@ -117,7 +117,9 @@ def main(argv=None):
     encode = feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
     model = load_model(args.sd_version, args.device, args.unet, trained=False)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
-    check_steps(model, sampling_of(tasks)[0])
+    num_steps = sampling_of(tasks)[0]
+    if tasks and not args.no_pictures:
+        check_steps(model, num_steps)
     training_set = prepare_training_set(model, args, settings)
     index, num_processes = process_share()
     plans = make_plans(args.kind, args, training_set, tasks)
