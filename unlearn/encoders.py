@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import UserError
 from .pictures import load_image
 
 

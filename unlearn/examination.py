@@ -22,12 +22,14 @@ from .customization import check_tokens
 from .datasets import array_paths, open_arrays
 from .encoding import check_given, has_given_arrays, list_pairs
 from .inputs import examine_pictures, find_fisher
-from .models import PARTS, trained_resolution
+from .models import trained_resolution
 from .reading import read_json
 from .records import check_content, record_path
 from .runtime import choose_device
 from .settings import read_settings
+from .soundness import PARTS, check_pipeline, read_parts
 from .tasks import group_by_model, load_tasks
+from .unets import check_unet_folder
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -110,8 +112,9 @@ def examine_memory(pipeline):
     return [Finding(OK, text)]
 
 
-def examine_disk(folders):
-    """Free space where a run writes, {what: folder}, and whether it may write there."""
+def examine_disk(folders, remedies=None, only_read=()):
+    """Free space where a run writes, {what: folder}, and whether it may write there. remedies: {what: what to do where it may not},
+    if not to give another folder; only_read: what of these nothing is to be written in."""
     findings = []
     for item, folder in folders.items():
         place = Path(folder).absolute()
@@ -119,25 +122,38 @@ def examine_disk(folders):
             place = place.parent
         free = shutil.disk_usage(place).free
         text = f"{item} {folder}: {free / 1e9:.1f} GB free"
-        if not os.access(place, os.W_OK | os.X_OK):
-            findings.append(Finding(PROBLEM, f"{text}, but no permission to write in {place}", "give another folder"))
+        if not os.access(place, os.W_OK | os.X_OK) and item in only_read:
+            findings.append(Finding(OK, f"{item} {folder}: cannot be written, and nothing has to be"))
+        elif not os.access(place, os.W_OK | os.X_OK):
+            findings.append(Finding(PROBLEM, f"{text}, but no permission to write in {place}", (remedies or {}).get(item, "give another folder")))
         else:
             findings.append(Finding(OK, text) if free > LITTLE_DISK else Finding(NOTE, text, "make room: a run that fills the disk stops"))
     return findings
 
 
-def examine_pipeline(name, unet):
-    """Whether the pipeline is there: a folder, or a hub name whose files are in the cache. unet: the data root's own, or ""."""
+def pipeline_folder(name):
+    """Where the files of a pipeline stand on this machine, a folder or the hub's cache; None where they do not. Raises ValueError where
+    it is neither a folder nor a name on the hub."""
     if Path(name).is_dir():
-        missing = [part for part in ("model_index.json", *PARTS) if not (Path(name) / part).exists() and (part != "unet" or not unet)]
-        return Finding(PROBLEM, f"pipeline {name}: without {', '.join(missing)}", "give --sd_version a folder in diffusers' format") if missing else \
-            Finding(OK, f"pipeline {name}")
+        return Path(name)
+    cached = try_to_load_from_cache(name, "model_index.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def examine_pipeline(name, unet):
+    """Whether the pipeline is there: a folder, or a hub name whose files are in the cache; and whether its parts, by their
+    configurations, are of a known kind and fit each other. unet: the data root's own, or ""."""
     try:
-        cached = isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+        folder = pipeline_folder(name)
     except ValueError:
         return Finding(PROBLEM, f"pipeline {name}: neither a folder nor a name on the hub", "give --sd_version one of them")
-    return Finding(OK, f"pipeline {name}, in the hub's cache") if cached else \
-        Finding(NOTE, f"pipeline {name}: not in the hub's cache; it is downloaded at first use", f"where nodes have no network: hf download {name}")
+    if folder is None:
+        return Finding(NOTE, f"pipeline {name}: not in the hub's cache; it is downloaded at first use", f"where nodes have no network: hf download {name}")
+    where = f"pipeline {name}" + ("" if Path(name).is_dir() else ", in the hub's cache")
+    # Of the cache only some of the files may be there: they are looked at when the model is loaded.
+    if not Path(name).is_dir() and not all((folder / part).exists() for part in ("model_index.json", *PARTS)):
+        return Finding(OK, where)
+    return (unet and try_out(check_unet_folder, unet)[1]) or try_out(check_pipeline, folder, unet)[1] or Finding(OK, where)
 
 
 def examine_resolution(name, settings):
@@ -167,29 +183,50 @@ def examine_fisher(args):
     return try_out(check_content, path, "make it anew: python -m unlearn fisher --overwrite")[1] or Finding(OK, f"Fisher {path}")
 
 
-def examine_training_set(dataroot):
-    """Images, captions, latents and embeddings of a data root."""
-    given, paths = has_given_arrays(dataroot), array_paths(dataroot)
+def check_shapes(dataroot, parts, resolution):
+    """Raises UserError where latents and embeddings cannot be opened, or have other shapes than a model of these Parts (None: not known)
+    makes."""
+    latents, embeddings = open_arrays(dataroot)[:2]
+    blocks = parts.vae.get("block_out_channels") if parts and parts.classes["vae"] == "AutoencoderKL" else None
+    if not isinstance(blocks, (list, tuple)) or parts.tokens is None:
+        return
+    size = resolution // 2 ** (len(blocks) - 1)
+    shapes = (parts.vae["latent_channels"], size, size), (parts.tokens, parts.text_encoder["hidden_size"])
+    for path, array, shape in zip(array_paths(dataroot), (latents, embeddings), shapes):
+        if array.shape[array.ndim - len(shape):] != shape:
+            raise UserError(f"{path}: expected rows {list(shape)} of this model, found {list(array.shape)}")
+
+
+def examine_training_set(dataroot, parts, resolution):
+    """Images, captions, latents and embeddings of a data root, and whether these are such as a model of these Parts (None: not known)
+    makes."""
+    given = has_given_arrays(dataroot)
+    pairs, problem = (None, None) if given else try_out(list_pairs, dataroot)
+    if problem := problem or try_out(check_given, dataroot)[1]:
+        return problem
+    made = all(path.exists() and record_path(path).exists() for path in array_paths(dataroot))
+    _, problem = try_out(check_shapes, dataroot, parts, resolution) if given or made else (None, None)
     if given:
-        found, problem = try_out(open_arrays, dataroot)
-        return problem or Finding(OK, f"{len(found[1])} training images, latents and embeddings given")
-    pairs, problem = try_out(list_pairs, dataroot)
-    problem = problem or try_out(check_given, dataroot)[1]
-    made = all(path.exists() and record_path(path).exists() for path in paths)
-    return problem or Finding(OK if made else NOTE, f"{len(pairs[0])} training images, {'encoded' if made else 'to be encoded at first use'}",
-                              "" if made else f"ahead of time, by one process: python -m unlearn encode --dataroot {dataroot}")
+        return problem or Finding(OK, f"{len(open_arrays(dataroot)[1])} training images, latents and embeddings given")
+    if made and not problem:
+        return Finding(OK, f"{len(pairs[0])} training images, encoded")
+    return Finding(NOTE, f"{len(pairs[0])} training images, to be encoded {f'anew at the next use: {problem.text}' if problem else 'at first use'}",
+                   f"ahead of time, by one process: python -m unlearn encode --dataroot {dataroot}")
 
 
 def examine_data(args):
-    """A data root: (its findings, whether it can be read at all)."""
+    """A data root: (its findings, that of the training set first, whether it can be read at all)."""
     settings, problem = try_out(read_settings, args.dataroot)
     if not Path(args.dataroot).is_dir():
         problem = Finding(PROBLEM, f"--dataroot {args.dataroot}: no such folder", "see the README on downloading the data")
     if problem:
         return [problem], False
-    pipeline = args.sd_version or settings["pipeline"]
-    return [examine_training_set(args.dataroot), examine_pipeline(pipeline, settings["unet"]),
-            *examine_resolution(pipeline, settings), examine_fisher(args)], True
+    pipeline, unet = args.sd_version or settings["pipeline"], settings["unet"]
+    found = examine_pipeline(pipeline, unet)
+    parts = read_parts(pipeline, unet) if found.status == OK and Path(pipeline).is_dir() else None
+    resolution = settings["resolution"] or (parts and trained_resolution(parts.unet, parts.vae))
+    return [examine_training_set(args.dataroot, parts if resolution else None, resolution), found, *examine_resolution(pipeline, settings),
+            examine_fisher(args)], True
 
 
 def examine_tasks(args):

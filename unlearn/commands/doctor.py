@@ -10,6 +10,7 @@ has to be put right.
 import argparse
 import sys
 
+from ..encoding import own_root
 from ..examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory, examine_tasks,
                            try_out)
 from ..inputs import add_flags, check_training_files
@@ -38,7 +39,8 @@ def main(argv=None):
     sections = {
         "environment": examine_environment(), "device": examine_device(args.device),
         "memory": examine_memory(args.sd_version or (settings or {}).get("pipeline")),
-        "disk": examine_disk({"results": args.result_dir, **({"data root": args.dataroot} if readable else {})}),
+        "disk": examine_disk({"results": args.result_dir, **({"data root": args.dataroot} if readable else {})},
+                             {"data root": own_root(args.dataroot)} if readable else {}, {"data root"} if readable and data[0].status == OK else ()),
         "data root": data, "tasks": tasks,
         "results": examine_results(args, groups, settings, try_out(check_training_files, args)[0] if readable else None)}
     for name, findings in sections.items():
