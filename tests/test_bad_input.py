@@ -21,7 +21,7 @@ from PIL import Image
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, inputs, models, runtime, sweeps
+from unlearn import UserError, encoders, examination, inputs, models, runtime, soundness, sweeps
 from unlearn.artifacts import whole_file, write_array, write_json, write_tensors
 from unlearn.records import write_record
 
@@ -650,6 +650,117 @@ def test_a_damaged_pipeline_is_refused_not_made_up(fault, tmp_path, task_flags, 
         runtime.run(compute_training_loss.main, [*task_flags, "--sd_version", str(folder)])
     line = capsys.readouterr().err.splitlines()[-1]  # the libraries may have warned above it
     assert end.value.code == 2 and line.startswith(f"error: --sd_version {folder}: ") and said in line
+
+
+def configure(part, **values):
+    """Changes a part's configuration in a pipeline's folder; a value of ... removes the key."""
+    def edit(folder):
+        [path] = (folder / part).glob("*config.json") if part != "tokenizer" else [folder / "tokenizer/tokenizer_config.json"]
+        config = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return edit
+
+
+def replace_part(part, library, name, config=None):
+    """Names another class in a pipeline's index, with another configuration where one is given."""
+    def edit(folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, part: [library, name]}))
+        if config is not None:
+            (folder / part).mkdir(exist_ok=True)
+            (folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")).write_text(json.dumps(config))
+    return edit
+
+
+def shrink_vocabulary(folder):
+    configure("text_encoder", vocab_size=50)(folder)
+
+
+MISFITS = {  # what a pipeline has -> (how, what is said)
+    "inpainting UNet": (configure("unet", in_channels=9), ["its UNet takes 9 channels and gives 4, its VAE's latents have 4 (probably an inpainting UNet)"]),
+    "UNet that edits": (configure("unet", in_channels=8), ["takes 8 channels and gives 4", "InstructPix2Pix or of a latent upscaler"]),
+    "upscaler": (configure("unet", in_channels=7), ["takes 7 channels", "probably an upscaler's UNet"]),
+    "depth": (configure("unet", in_channels=5), ["takes 5 channels", "probably a depth-to-image UNet"]),
+    "learned sigma": (configure("unet", out_channels=8), ["takes 4 channels and gives 8", "learned sigma"]),
+    "VAE of more channels": (configure("vae", latent_channels=16), ["its VAE's latents have 16", "UNet and VAE of different models"]),
+    "channels that are defaults": (configure("unet", in_channels=..., out_channels=16), ["takes 4 channels and gives 16"]),
+    "VAE of grey pictures": (configure("vae", in_channels=1), ["its VAE takes 1 channels and gives 3; expected 3"]),
+    "text of another width": (configure("unet", cross_attention_dim=768), ["its UNet attends to texts of 768 features, its text encoder's have 32"]),
+    "text of several widths": (configure("unet", cross_attention_dim=[32, 64, 32, 32]), ["attends to texts of [32, 64, 32, 32] features"]),
+    "tokenizer of another model": (shrink_vocabulary, ["its tokenizer numbers 90 tokens, its text encoder has 50"]),
+    "tokenizer that is too long": (configure("tokenizer", model_max_length=99), ["model_max_length: expected 3 to 77", "found 99"]),
+    "SDXL UNet": (configure("unet", addition_embed_type="text_time"), ["addition_embed_type is text_time", "Stable Diffusion XL"]),
+    "UNet with classes": (configure("unet", num_class_embeds=1000), ["num_class_embeds is 1000", "supported are Stable Diffusion 1 and 2"]),
+    "UNet that projects its text": (configure("unet", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), ["encoder_hid_dim is 32"]),
+    "flow matching": (replace_part("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000}),
+                      ["its scheduler, FlowMatchEulerDiscreteScheduler, has no alphas_cumprod, because it matches flows", "DDPMScheduler"]),
+    "scheduler of sigmas": (replace_part("scheduler", "diffusers", "EDMEulerScheduler", {}), ["its scheduler, EDMEulerScheduler, has no alphas_cumprod"]),
+    "scheduler that is unknown": (replace_part("scheduler", "diffusers", "NoScheduler"), ["its scheduler cannot be made of its configuration"]),
+    "betas of another number": (replace_part("scheduler", "diffusers", "DDPMScheduler", {"trained_betas": [0.1] * 10, "num_train_timesteps": 1000}),
+                                ["has 10 noise levels (trained_betas) for 1000 timesteps"]),
+    "betas that are none": (replace_part("scheduler", "diffusers", "DDPMScheduler", {"beta_start": 2, "beta_end": 3}), ["not all between 0 and 1"]),
+    "unknown prediction": (configure("scheduler", prediction_type="x0"), ["unknown prediction type x0; expected one of epsilon, sample, v_prediction"]),
+    "tiny VAE": (replace_part("vae", "diffusers", "AutoencoderTiny"), ["its vae is of the class AutoencoderTiny; supported: AutoencoderKL"]),
+    "VQ": (replace_part("vae", "diffusers", "VQModel"), ["its vae is of the class VQModel"]),
+    "VAE without a scale": (configure("vae", scaling_factor=0), ["its VAE's scaling_factor: expected a number, found 0"]),
+    "UNet without text": (replace_part("unet", "diffusers", "UNet2DModel"), ["its unet is of the class UNet2DModel; supported: UNet2DConditionModel"]),
+    "T5": (replace_part("text_encoder", "transformers", "T5EncoderModel", {"model_type": "t5", "d_model": 32, "vocab_size": 90}),
+           ["its text encoder, T5EncoderModel, has no max_position_embeddings", "CLIPTextModel"]),
+    "text encoder that is unknown": (replace_part("text_encoder", "transformers", "NoModel"), ["its text_encoder cannot be made of its configuration"]),
+    "SDXL": (replace_part("text_encoder_2", "transformers", "CLIPTextModelWithProjection"), ["a second text encoder, as Stable Diffusion XL has"]),
+    "FLUX": (replace_part("transformer", "diffusers", "FluxTransformer2DModel"), ["a transformer instead of a UNet", "FluxTransformer2DModel"])}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_parts_that_do_not_fit_are_told_by_their_configurations_before_anything_is_loaded_and_by_doctor(misfit, tmp_path, monkeypatch):
+    edit, words = MISFITS[misfit]
+    folder = shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path / "pipeline")
+    edit(folder)
+    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(UserError) as error:
+        models.load_model(str(folder), "cpu")
+    assert str(error.value).startswith(f"--sd_version {folder}: ") and all(word in str(error.value) for word in words), error.value
+    found = examination.examine_pipeline(str(folder), "")
+    assert (found.status, found.text) == (examination.PROBLEM, str(error.value))
+
+
+@pytest.mark.parametrize("values, words", [({"in_channels": 9}, "takes 9 channels and gives 4"), ({"cross_attention_dim": 16}, "attends to texts of 16 features")])
+def test_the_unet_of_a_data_root_is_compared_with_the_pipeline_that_it_goes_into(values, words, tmp_path, monkeypatch):
+    own = tmp_path / "unet"
+    own.mkdir()
+    for source, name in ("unet/config.json", "config.json"), ("scheduler/scheduler_config.json", "scheduler_config.json"):
+        (own / name).write_bytes((PARITY / "fixture/sd-tiny" / source).read_bytes())
+    assert examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).status == examination.OK
+    (own / "config.json").write_text(json.dumps({**json.loads((own / "config.json").read_text()), **values}))
+    monkeypatch.setattr(models, "load_unet", None)
+    with pytest.raises(UserError, match=f"the UNet of {own} {words}"):
+        models.load_model(str(PARITY / "fixture/sd-tiny"), "cpu", str(own))
+    assert words in examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).text
+    (own / "scheduler_config.json").unlink()
+    assert "found no scheduler_config.json" in examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).text
+
+
+def test_a_pipeline_that_is_loaded_from_elsewhere_is_compared_by_what_was_loaded(model):
+    parts = soundness.parts_of(model.pipeline)
+    soundness.check_fit("hub/name", parts)
+    read = soundness.read_parts(PARITY / "fixture/sd-tiny")
+    assert (read.classes, read.tokens, read.vocabulary) == (parts.classes, parts.tokens, parts.vocabulary)
+    assert all(parts.unet[key] == value for key, value in read.unet.items() if key in ("in_channels", "out_channels", "cross_attention_dim"))
+    with pytest.raises(UserError, match="takes 9 channels"):
+        soundness.check_fit("hub/name", parts._replace(unet={**parts.unet, "in_channels": 9}))
+
+
+def test_a_part_that_gives_another_shape_than_its_configuration_says_is_refused(model, monkeypatch):
+    monkeypatch.setattr(type(model.pipeline), "vae_scale_factor", 2 * model.pipeline.vae_scale_factor, raising=False)
+    monkeypatch.setattr(model.pipeline, "vae_scale_factor", 2 * model.pipeline.vae_scale_factor)
+    with pytest.raises(UserError, match="its vae cannot be used: it gives .1, 4, 16, 16. where .1, 4, 8, 8. is expected"):
+        soundness.check_passes(model, "mine")
+
+
+def test_a_token_that_the_text_encoder_does_not_have_is_named(model, monkeypatch):
+    monkeypatch.setattr(model.pipeline.text_encoder.get_input_embeddings(), "weight", torch.nn.Parameter(torch.zeros(3, 32)))
+    with pytest.raises(UserError, match="prompt 'a cat': the tokenizer knows .*, the text encoder has no embedding of it"):
+        encoders.encode_prompts(model.pipeline, ["a cat"])
 
 
 @pytest.mark.parametrize("script", ["compute_training_loss.py", "compute_influence.py"])

@@ -1,8 +1,10 @@
 """`python -m unlearn encode`: images and captions become latents and embeddings, row by row, whatever interrupts it."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from coco_miniature import NUM_IMAGES, build_miniature
 from PIL import Image
 from test_bad_input import files, refused
 
-from unlearn import UserError, encoding
+from unlearn import UserError, encoding, examination
 from unlearn.annotations import pair_images, read_coco
 from unlearn.commands import encode
 from unlearn.datasets import list_images, open_training_set
@@ -402,3 +404,114 @@ def test_sixteen_bits_of_grey_are_not_cut_off_to_white(tmp_path):
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey.png")
     assert (np.asarray(load_image(tmp_path / "grey.png"))[..., 0] == ramp).all()
+
+
+def poison(root, name, shape):
+    """What an earlier version left of a model whose parts do not fit: a file that ends before its header says, under a complete record."""
+    path = root / name
+    content = path.read_bytes()
+    header = np.lib.format.magic(1, 0)
+    np.save(path, np.zeros(shape, np.float32))
+    whole = path.read_bytes()
+    assert whole.startswith(header)
+    path.write_bytes(whole[:len(content)])
+
+
+@pytest.mark.parametrize("break_it", [lambda root: poison(root, LATENTS, (2 * NUM_IMAGES, 9, 4, 4)),
+                                      lambda root: np.save(root / LATENTS, np.zeros((2 * NUM_IMAGES, 8, 4, 4), np.float32)),
+                                      lambda root: np.save(root / EMBEDDINGS, np.zeros((NUM_IMAGES, 5, 77, 16), np.float32)),
+                                      lambda root: np.save(root / EMBEDDINGS, np.zeros((NUM_IMAGES - 1, 5, 77, 32), np.float32)),
+                                      lambda root: (root / LATENTS).write_bytes(b"")],
+                         ids=["ends early", "other channels", "other features", "other number", "empty"])
+def test_an_array_that_cannot_be_opened_or_has_another_shape_is_told_by_doctor_and_made_again(break_it, encoded, tmp_path, model, monkeypatch):
+    root = shutil.copytree(encoded, tmp_path / "mscoco", symlinks=True)
+    break_it(root)
+    [finding, *_], _ = examination.examine_data(SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None))
+    assert finding.status == examination.NOTE and "to be encoded anew at the next use" in finding.text and "unlearn encode" in finding.remedy
+    run(monkeypatch, model, root)
+    assert made(root) == made(encoded) and not list(root.glob("*.part"))
+    [finding, *_], _ = examination.examine_data(SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None))
+    assert finding == (examination.OK, "24 training images, encoded", "")
+
+
+def test_overwrite_makes_anew_what_is_not_what_its_record_says_and_nothing_else(encoded, tmp_path, model, monkeypatch):
+    root = shutil.copytree(encoded, tmp_path / "mscoco", symlinks=True)
+    content = bytearray((root / LATENTS).read_bytes())
+    content[-1] ^= 1
+    (root / LATENTS).write_bytes(content)
+    monkeypatch.setattr(encoding, "encode_prompts", None)
+    run(monkeypatch, model, root, "--overwrite")
+    assert made(root) == made(encoded)
+    monkeypatch.setattr(encoding, "encode_images", None)
+    run(monkeypatch, model, root, "--overwrite")
+
+
+def test_rows_of_another_shape_are_never_written(coco, model, monkeypatch):
+    monkeypatch.setattr(encoding, "encode_images", lambda pipeline, paths, *how: np.ones((len(paths), 8, 4, 4), np.float32))
+    before = files(coco)
+    with pytest.raises(UserError, match=r"the pipeline made \[5, 8, 4, 4\] of the latents of the training set, expected \[5, 4, 4, 4\]"):
+        run(monkeypatch, model, coco)
+    assert files(coco) == before
+
+
+def test_what_was_begun_with_rows_of_another_shape_is_begun_anew(encoded, coco, model, monkeypatch):
+    real, paths = encoding.encode_images, []
+    monkeypatch.setattr(encoding, "encode_images", lambda pipeline, some, *how: paths.append(some) or real(pipeline, some, *how))
+    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, coco)
+    monkeypatch.undo()
+    [part] = coco.glob(f"{LATENTS}.*.part")
+    with part.open("wb") as file:
+        np.save(file, np.ones((2 * NUM_IMAGES, 9, 4, 4), np.float32))
+    run(monkeypatch, model, coco)
+    assert made(coco) == made(encoded)
+
+
+def forbid_writing(monkeypatch, folder):
+    """A read-only file system below a folder: every call that would change it fails, and says so when it is asked."""
+    folder = os.path.realpath(folder)
+    below = lambda path: isinstance(path, (str, os.PathLike)) and os.path.realpath(os.path.dirname(os.path.abspath(path))).startswith(folder)
+
+    def refuse(function, which):
+        def call(*args, **how):
+            if any(below(path) for path in args[:2]) and which(args):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(args[0]))
+            return function(*args, **how)
+        return call
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    monkeypatch.setattr(os, "open", refuse(os.open, lambda args: args[1] & writing))
+    for name in "mkdir", "unlink", "rename", "replace", "link", "symlink", "rmdir", "utime":
+        monkeypatch.setattr(os, name, refuse(getattr(os, name), lambda args: True))
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, how, **more: not (how & os.W_OK and below(os.path.join(path, "x"))) and may(path, how, **more))
+
+
+def test_an_encoded_root_that_cannot_be_written_is_used_as_it_is_and_no_problem_for_doctor(encoded, model, monkeypatch, tmp_path):
+    before = files(encoded)
+    forbid_writing(monkeypatch, encoded)
+    args = SimpleNamespace(dataroot=str(encoded), sd_version=None, device="cpu", fisher_path=None)
+    assert len(prepare_training_set(model, args, resolve(args))) == NUM_IMAGES and files(encoded) == before
+    [finding, *_], _ = examination.examine_data(args)
+    assert finding.status == examination.OK
+    [disk] = examination.examine_disk({"data root": args.dataroot}, {}, {"data root"})
+    assert (disk.status, disk.text) == (examination.OK, f"data root {encoded}: cannot be written, and nothing has to be")
+
+
+def test_a_root_that_cannot_be_written_comes_with_commands_that_make_ones_own(coco, encoded, model, monkeypatch, tmp_path):
+    (coco / LATENTS).write_bytes((encoded / LATENTS).read_bytes())  # another model's, say
+    record_path(coco / LATENTS).write_text(json.dumps({"identity": {}}))
+    before = files(coco)
+    with monkeypatch.context() as patch:
+        forbid_writing(patch, coco)
+        patch.setattr(encoding, "find_unreadable", None)  # told before the pictures are decoded
+        with pytest.raises(UserError, match="latents and embeddings are to be made there: make a data root of your own") as error:
+            run(patch, model, coco)
+        [disk] = examination.examine_disk({"data root": coco}, {"data root": encoding.own_root(coco)})
+    assert disk.status == examination.PROBLEM and f"({disk.remedy})" in str(error.value) and files(coco) == before
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    subprocess.run(disk.remedy, shell=True, check=True, cwd=elsewhere)
+    run(monkeypatch, model, elsewhere / "mscoco_own")
+    assert made(elsewhere / "mscoco_own") == made(encoded)
+    assert (elsewhere / "mscoco_own/train2017").is_symlink() and not (elsewhere / "mscoco_own/sample").is_symlink()

@@ -131,8 +131,8 @@ def check_rows(path, rows, shape, description):
 def write_rows(path, shape, starts, encode, identity, description, thorough=False):
     """Writes a float32 array batch by batch, so that memory does not grow with it, and its record. Ended early, the same call
     goes on with the batch it was at. starts: the first row of each batch; encode(number): the rows of a batch. Raises UserError
-    where these are not of the array's shape or not finite."""
-    if is_made(path, identity, shape):
+    where these are not of the array's shape or not finite. thorough: as of `is_made`."""
+    if is_made(path, identity, shape, thorough):
         return
     path.unlink(missing_ok=True)  # from here to the end a record may stand without its array, never an array without its record
     header, row_bytes, ends = io.BytesIO(), 4 * math.prod(shape[1:]), [*starts[1:], shape[0]]
@@ -221,19 +221,32 @@ def is_encoded(identity, shapes, thorough=False):
 
 
 def own_root(dataroot):
-    """Commands that make a data root of one's own of one that cannot be written. Images and models become links; what tasks name is
-    copied, because their paths may not lead out of a data root."""
+    """Commands that make a data root of one's own of one that cannot be written. Its pictures, pipeline and Fisher become links; what
+    tasks and dataset.json name is copied, because those paths may not lead out of a data root; latents and embeddings are left out."""
     root, settings = Path(dataroot).absolute(), read_settings(dataroot)
-    values = [settings[key] for key in ("images", "captions", "pipeline", "unet", "fisher") if settings[key]]
-    places = [path.absolute() for value in values for path in (Path(dataroot) / value, Path(value)) if path.exists()]
-    arrays = [path.relative_to(dataroot) for path in array_paths(dataroot)]
-    large = {path.relative_to(root).parts[0] for path in places if path.is_relative_to(root)} - {path.parts[0] for path in arrays}
-    made_anew = {str(name) for path in arrays for name in (path, record_path(path))}
-    names = sorted(path.name for path in root.iterdir() if path.name not in made_anew and path.suffix not in (".part", ".claim"))
-    own, how = shlex.quote(f"{root.name}_own"), {"ln -s": [], "cp -rL": []}
-    for name in names:
-        how["ln -s" if name in large or name.startswith("sd_fisher") else "cp -rL"].append(shlex.quote(str(root / name)))
-    return " && ".join([f"mkdir {own}", *(f"{command} {' '.join(files)} {own}/" for command, files in how.items() if files)])
+    linked = {path.absolute() for key in ("images", "pipeline", "unet") if settings[key]
+              for path in (Path(dataroot) / settings[key], Path(settings[key]))} | set(root.glob("sd_fisher.*"))
+    if (root / settings["captions"]).is_relative_to(root / settings["images"]):
+        linked.discard(root / settings["images"])
+    left_out = {path.absolute() for array in array_paths(dataroot) for path in (array, record_path(array))}
+    commands = []
+
+    def visit(folder, own):
+        found = {"ln -s": [], "cp -rL": []}
+        commands.append(f"mkdir {shlex.quote(own)}")
+        for path in sorted(folder.iterdir()):
+            if path in linked:
+                found["ln -s"].append(path)
+            elif any(other.is_relative_to(path) and other != path for other in linked | left_out) and path.is_dir():
+                later.append((path, f"{own}/{path.name}"))
+            elif path not in left_out and path.suffix not in (".part", ".claim"):
+                found["cp -rL"].append(path)
+        commands.extend(f"{how} {' '.join(shlex.quote(str(path)) for path in paths)} {shlex.quote(own)}/" for how, paths in found.items() if paths)
+
+    later = [(root, f"{root.name}_own")]
+    while later:
+        visit(*later.pop(0))
+    return " && ".join(commands)
 
 
 def check_root_writable(dataroot, what, folders):
