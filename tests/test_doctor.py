@@ -126,6 +126,21 @@ def test_a_fault_is_found_and_comes_with_what_to_do(name, folder, capsys):
     assert all(word in text for word in words), text
 
 
+def test_given_latents_of_another_model_are_told_by_its_configurations(folder, capsys):
+    latents = np.load(folder / "abc/laion_latents.npy")
+    np.save(folder / "abc/laion_latents.npy", np.zeros((len(latents), 8, *latents.shape[2:]), np.float32))
+    status, text = examine(folder, capsys)
+    assert status == 1 and f"laion_latents.npy: expected rows {list(latents.shape[1:])} of this model, found [{len(latents)}, 8," in text
+
+
+def test_parts_of_a_pipeline_that_do_not_fit_are_a_problem(folder, capsys):
+    pipeline = shutil.copytree(PARITY / "fixture/sd-tiny", folder / "pipeline")
+    config = json.loads((pipeline / "unet/config.json").read_text())
+    (pipeline / "unet/config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    status, text = examine(folder, capsys, "--sd_version", str(pipeline))
+    assert status == 1 and "its UNet takes 9 channels and gives 4" in text and "probably an inpainting UNet" in text
+
+
 def test_losses_cached_with_other_settings_are_told_before_they_are_refused(folder, capsys):
     (folder / "abc/dataset.json").write_text('{"time_samples": 5}')
     status, text = examine(folder, capsys)
@@ -135,6 +150,7 @@ def test_losses_cached_with_other_settings_are_told_before_they_are_refused(fold
 
 @pytest.mark.parametrize("module, name, value, words", [
     (examination, "version", lambda name: "0.1", ["torch: expected >=2.6, found 0.1", "python -m pip install 'torch>=2.6'"]),
+    (examination, "version", lambda name: "5.5.4" if name == "transformers" else "99", ["transformers: expected >=5.6, found 5.5.4"]),
     (noise, "known_answer", lambda: "0", ["NumPy draws other noise than caches were made with"]),
     (examination.os, "access", lambda *args: False, ["no permission to write in"]),
     (examination, "memory_limit", lambda: 1000, ["may need 0.0 GB", "SLURM: --mem"]),

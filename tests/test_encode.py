@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from coco_miniature import NUM_IMAGES, build_miniature
 from PIL import Image
 from test_bad_input import files, refused
@@ -19,7 +20,7 @@ from unlearn.annotations import pair_images, read_coco
 from unlearn.commands import encode
 from unlearn.datasets import list_images, open_training_set
 from unlearn.encoders import encode_images, encode_prompts, load_image
-from unlearn.hashes import digest, digest_rows, hash_file
+from unlearn.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from unlearn.inputs import find_fisher, prepare_training_set, resolve
 from unlearn.models import load_model
 from unlearn.pictures import hash_picture
@@ -358,6 +359,15 @@ def test_the_identity_of_a_root_without_dataset_json_is_what_it_always_was(root,
     assert (identity["tokens"], identity["captions"]) == (digest(tokens), digest(lines))
     assert identity["images"] == digest([[path.name, hash_file(path)] for path in names])
     assert identity.keys() == {"scaling", "tokens", "images", "captions", "resolution", "vae", "text_encoder"}
+
+
+def test_hashes_do_not_depend_on_how_a_version_of_transformers_names_the_text_encoder(model):
+    text_encoder = model.pipeline.text_encoder
+    weights = named_weights(text_encoder)
+    older = SimpleNamespace(state_dict=lambda: {f"text_model.{name}": value for name, value in weights.items()})
+    assert weights.keys() == text_encoder.state_dict().keys() and hash_tensors(named_weights(older)) == hash_tensors(weights)
+    mixed = SimpleNamespace(state_dict=lambda: {"text_model.a": torch.ones(1), "text_projection": torch.ones(1)})
+    assert named_weights(mixed).keys() == {"text_model.a", "text_projection"}
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[1, 2], [3]], ["a", "ß"]])

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import PARITY
+from diffusers import AutoencoderKL
 from test_bad_input import files, refused
 
-from unlearn import retraining
+from unlearn import generation, retraining
 from unlearn.artifacts import write_json
 from unlearn.commands import generate, retrain
 from unlearn.datasets import open_training_set
-from unlearn.reading import read_tensors
-from unlearn.records import write_record
+from unlearn.hashes import hash_file
+from unlearn.reading import read_json, read_tensors
+from unlearn.records import record_path, write_record
 
 TINY = PARITY / "fixture/sd-tiny"
 RECIPE = {"train_epochs": 1, "train_lr": 1e-3, "train_batch_size": 20, "train_schedule": "linear"}
@@ -89,6 +92,58 @@ def test_generate_keeps_what_is_there_and_refuses_other_settings(world, capsys):
     generate.main([*make, "2"])
     said = refused(capsys, generate.main, [*make, "3"])
     assert "num_inference_steps is 2, expected 3" in said and "--overwrite" in said and files(world / "root/synth") == before
+
+
+def schedule(world, folder, **values):
+    """A copy of the root whose schedule has these values, and flags that generate there."""
+    root = Path(shutil.copytree(world / "root", folder / "root", ignore=shutil.ignore_patterns("synth")))
+    config = json.loads((root / "unet/scheduler_config.json").read_text())
+    write_json(root / "unet/scheduler_config.json", {**config, **values})
+    return root, ["--prompts", str(world / "prompts.txt"), "--task_json", str(folder / "t.json"), "--dataroot", str(root), "--device", "cpu",
+                  "--num_inference_steps", "2"]
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_noise_alone_and_a_model_that_predicts_it_are_refused_before_anything_is_written(spacing, world, tmp_path, capsys):
+    root, make = schedule(world, tmp_path, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    assert "rescale_betas_zero_snr" in (said := refused(capsys, generate.main, make)) and "v_prediction" in said
+    assert not (root / "synth").exists() and not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_schedule_that_ends_in_noise_alone_is_fine_where_the_sample_is_predicted(prediction, world, tmp_path):
+    root, make = schedule(world, tmp_path, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction)
+    generate.main(make)
+    assert np.isfinite(np.load(root / "synth/queries/latents.npy")).all()
+
+
+@pytest.mark.parametrize("where", ["latents", "pixels"])
+def test_a_picture_that_is_not_finite_is_never_saved(where, world, tmp_path, capsys, monkeypatch):
+    root, make = schedule(world, tmp_path)
+    if where == "latents":
+        monkeypatch.setattr(generation, "initial_noise", lambda dataset_id, seeds, shape: np.full((len(seeds), *shape), np.nan, np.float32))
+    else:
+        decode = AutoencoderKL.decode
+        monkeypatch.setattr(AutoencoderKL, "decode", lambda self, latents: SimpleNamespace(sample=decode(self, latents).sample * np.inf))
+    assert f"2 of 2 pictures have NaN or infinite {where}" in refused(capsys, generate.main, make)[-300:]
+    assert not (root / "synth").exists() and not (tmp_path / "t.json").exists()
+
+
+def test_stored_queries_that_are_not_finite_are_made_again_by_the_command_that_is_advised(world, tmp_path):
+    root, make = schedule(world, tmp_path)
+    generate.main(make)
+    path = root / "synth/queries/latents.npy"
+    expected, record = np.load(path), read_json(record_path(path))
+    np.save(path, np.full_like(expected, np.nan))  # as an earlier version saved them, with a record
+    write_json(record_path(path), {**record, "content": hash_file(path)})
+    generate.main(make)
+    np.testing.assert_array_equal(np.load(path), expected)
+
+
+def test_measures_that_are_not_finite_are_never_saved(world, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retraining, "query_losses", lambda *how: np.array([0.1, np.nan]))
+    said = refused(capsys, retrain.main, ["full", *place, *QUICK, "--task_json", str(world / "tasks.json"), "--no_pictures"])
+    assert "full-seed0: losses of 1 queries are NaN or infinite" in said and not (tmp_path / "results/retrained").exists()
 
 
 def test_the_model_that_made_the_queries_makes_them_again(world, place, tmp_path):
