@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
 from transformers.utils import logging as transformers_logging
 
 from . import UserError
 from .hashes import digest, hash_tensors, named_weights
 from .passes import replace_feed_forward
+from .reading import read_json
 from .runtime import is_out_of_memory
 from .settings import LARGEST_NUMBERS
 from .soundness import PARTS, check_classes, check_fit, check_passes, check_pipeline, parts_of
@@ -129,7 +131,7 @@ def load_model(name, device, unet=None, trained=True):
     parts = load_unet(unet, trained) if unet else {}
     try:
         if not Path(name).exists():  # before gigabytes are downloaded
-            check_classes(name, DiffusionPipeline.load_config(name), unet)
+            check_classes(name, read_json(hf_hub_download(name, "model_index.json"), "--sd_version"), unet)
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, **parts).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
             raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
