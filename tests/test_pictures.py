@@ -292,6 +292,7 @@ def test_transparent_and_cropped_training_images_are_counted_when_they_are_encod
     with caplog.at_level("INFO", "unlearn"):
         encode_training_set(emoji, own, 32, 8)
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         encode_training_set(emoji, own, 32, 8)
     assert len(caplog.records) == 1 and "a third or more" in caplog.text, "once a run, of however many processes"
 
