@@ -170,7 +170,7 @@ class Evil:
 WEIGHTS = "models/tiny/blob/pytorch_custom_diffusion_weights.pt"
 FAULTS = {  # what the user did -> (how, what the error says: item, expected, found)
     "task file that is not JSON": (write_task_file(b'[{"prompt": }]'), ["--task_json", "tasks.json: not valid JSON", "line 1 column 13"]),
-    "task file that is not text": (write_task_file(b"\xff\xfe\x00["), ["--task_json", "tasks.json: not UTF-8 text"]),
+    "task file that is not text": (write_task_file(b"\xff\xfe\x00["), ["--task_json", "tasks.json: UTF-16 text; save it as UTF-8"]),
     "task file with a number of thousands of digits": (write_task_file(b"[" + b"9" * 5000 + b"]"), ["--task_json", "tasks.json: not valid JSON"]),
     "task file nested too deep": (write_task_file(b"[" * 100_000), ["--task_json", "tasks.json: not valid JSON"]),
     "task file with an object": (write_task_file(b"{}"), ["--task_json", "expected a list", "found dict"]),

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["compute_training_loss", "compute_influence"]
 LEVELS = {  # a module imports lower levels only, and at levels 2 and 3 siblings, without cycles
-    "unlearn": -2, "hashes": -1,
+    "unlearn": -2, "hashes": -1, "printing": -1,
     "stopping": -0.5, "pictures": 0, "artifacts": 0, "reading": 0, "noise": 0, "runtime": 0,
     "annotations": 0.5, "unets": 0.5, "text_attention": 0.5, "passes": 0.5, "soundness": 0.5,  # datasets read the first, models the others
     "chunks": 0.5, "settings": 0.6, "records": 0.5, "claims": 0.5, "sharing": 0.6, "tasks": 1, "datasets": 1, "models": 1, "encoders": 1, "customization": 1.5,

@@ -4,6 +4,7 @@ import sys
 
 from . import UserError
 from .commands import baselines, benchmark, doctor, encode, evaluate, fisher, generate, index, retrain, tasks
+from .printing import make_streams_safe
 from .runtime import end_with, run
 
 COMMANDS = {"baselines": baselines, "benchmark": benchmark, "doctor": doctor, "encode": encode,
@@ -12,6 +13,7 @@ COMMANDS = {"baselines": baselines, "benchmark": benchmark, "doctor": doctor, "e
 
 def main():
     """Hands the arguments to the command that the first one names."""
+    make_streams_safe()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: python -m unlearn COMMAND [--help]\n")

@@ -115,8 +115,8 @@ def write_bytes(path, *parts):
 
 
 def write_json(path, value):
-    """Writes a JSON file, indented."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes a JSON file, indented. Halves of characters, as names of files that are not UTF-8 hold, stand as JSON's escapes."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def write_array(path, array):

@@ -2,13 +2,15 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .printing import printable
+
 TILE, GAP, CAPTION_HEIGHT = 192, 22, 52
 EXEMPLAR_RED, INK, PAPER = (220, 30, 40), (30, 30, 30), "white"
 
 
 def wrap_text(draw, text, font, width, lines):
     """`text` in at most `lines` lines that fit `width` pixels; the last ends in an ellipsis where text is left over."""
-    rows, words = [], text[:500].split()  # more than fits any tile
+    rows, words = [], [printable(word) for word in text[:500].split()]  # more than fits any tile
     while words and len(rows) < lines:
         row = words.pop(0)
         while words and draw.textlength(f"{row} {words[0]}", font) <= width:

@@ -12,6 +12,7 @@ from .artifacts import whole_file
 from .datamodels import bootstrap_scores, interval, predict, spearman
 from .figures import draw_grid
 from .plots import draw_plots
+from .printing import show
 from .removal import (MEASURES, asked_queries, equivalent_rows, find_maker, find_references, floor_rows, group_models,
                       measure_removals, other_full_rows, paired_rows, random_changes, random_deviations, removal_rows,
                       retention_rows)
@@ -164,9 +165,9 @@ def print_tables(rows, lds, models, notices):
     }
     for title, lines in tables.items():
         if lines:
-            print(title, "", *lines, "", sep="\n")
+            show(title, "", *lines, "")
     for notice in notices:
-        print(notice)
+        show(notice)
 
 
 def write_tables(rows, output):

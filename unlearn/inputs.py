@@ -11,7 +11,9 @@ from .encoders import encode_images, encode_prompts
 from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
 from .hashes import digest
 from .pictures import hash_picture, is_cropped, list_notes, read_picture
+from .printing import show
 from .queries import check_stored, read_stored
+from .reading import check_name
 from .records import check_record, record_path
 from .runtime import choose_device, say, set_precision
 from .settings import check_number, read_settings
@@ -45,6 +47,13 @@ def add_flags(parser, *names):
             parser.add_argument(f"--{name}", type=kind, help=text, choices=CHOICES.get(name))
 
 
+def check_names(args):
+    """Raises UserError where a flag names something that is not UTF-8."""
+    for flag, value in vars(args).items():
+        if isinstance(value, str):
+            check_name(f"--{flag}", value)
+
+
 def resolve(args, flag_of=None):
     """Fills the flags left at None in place: from the data root's dataset.json, else as published. Sets precision and
     device. `flag_of` maps a flag to a setting of another name. Raises UserError for values out of range."""
@@ -54,6 +63,7 @@ def resolve(args, flag_of=None):
         raise UserError(f"--dataroot {dataroot or repr(dataroot)}: no such folder; see the README on downloading the data")
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
     args.unet = settings["unet"]  # of the data root, whichever pipeline (a mirror, a local copy) the other parts come from
+    check_names(args)
     for flag, value in vars(args).items():
         setting = flag_of.get(flag, flag)
         if value is None and setting in settings:
@@ -185,7 +195,7 @@ def print_plan(args, groups, training_set, grid, num_sweeps, batch_size, num_dra
     num_sweeps: how often the training set is scored; num_draws: samples of unlearning, over all queries;
     change_bytes: size of a query's weight change."""
     for flag, value in {**vars(args), "laion_subset_size": len(training_set)}.items():
-        print(f"{flag:<26} {'none' if value == '' else value}")
+        show(f"{flag:<26} {'none' if value == '' else value}")
     num_rows = training_set.latents.shape[0] * len(training_set)
     num_samples = num_rows * training_set.embeddings.shape[1] * len(grid)
     sample_bytes = 4 * (3 * training_set.latents[0, 0].size + training_set.embeddings[0, 0].size)

@@ -1,8 +1,10 @@
 """Inputs read without trust: no code runs, nothing is waited for, memory is bounded, and every fault is a UserError."""
 
+import codecs
 import json
 import os
 import pickle
+import re
 import stat
 import zipfile
 from pathlib import Path
@@ -16,6 +18,8 @@ from . import UserError
 
 MOST_TEXT, MOST_JSON = 128 << 20, 16 << 20  # bytes; the captions of COCO have 92 MB. A JSON file takes 27 times as many in memory
 MOST_ARRAYS = 4 << 30  # bytes that a compressed file of arrays may unfold to
+OTHER_TEXTS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before the two that they begin like
+               codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 LONGEST_NAME = 200  # bytes of one part of a path; file systems take 255
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool}
 
@@ -33,30 +37,63 @@ def check_text(item, text, is_path=False):
         raise UserError(f"{item}: expected a path of names of at most {LONGEST_NAME} bytes, found {text!a:.80}")
 
 
+def check_name(item, name):
+    """Raises UserError where a name that a system gave, of a file or folder, is not UTF-8: no text file can hold it, and safetensors
+    and torch open no such path."""
+    try:
+        os.fspath(name).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{item}: the name {os.fspath(name)!a:.200} is not UTF-8; rename it") from None
+
+
 def resolve_inside(root, path, item):
     """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it leaves `root`."""
     root = Path(os.path.realpath(root))  # not Path.resolve: at a link to itself it raises, or not, by Python's version
-    resolved = Path(os.path.realpath(root / path))
+    resolved, plain = Path(os.path.realpath(root / path)), Path(os.path.normpath(root / path))
     if not resolved.is_relative_to(root):
-        raise UserError(f"{item}: expected a path inside {root}, found {path}")
+        link = f", a link to {resolved}: put what it leads to in its place" if plain.is_relative_to(root) else ""
+        raise UserError(f"{item}: expected a path inside {root}, found {path}{link}")
     return resolved
 
 
+def list_visible(folder, pattern="*"):
+    """Paths of a folder's files and folders that match, in the order of their names, [] where it is missing; but for hidden ones,
+    which systems put there for themselves (.DS_Store, ._000003.png, .ipynb_checkpoints)."""
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+def decode_text(content):
+    """Text of a file's bytes, as every reader here sees it: without byte order marks (at its start, and at a line's, where files
+    were joined), and with line feeds alone: a carriage return ends a line too. Raises ValueError where it is not UTF-8."""
+    if kind := next((kind for mark, kind in OTHER_TEXTS.items() if content.startswith(mark)), None):
+        raise ValueError(f"{kind} text; save it as UTF-8")
+    if b"\0" in content:
+        raise ValueError("not UTF-8 text (it holds NUL, as UTF-16 does); save it as UTF-8")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error}); save it as UTF-8") from None
+    return re.sub("^\ufeff+", "", text.replace("\r\n", "\n").replace("\r", "\n"), flags=re.MULTILINE)
+
+
 def read_text(path, item="file", most=MOST_TEXT):
-    """The text of a file. Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or has more than `most` bytes."""
+    """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or has more
+    than `most` bytes."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{item} {path}: cannot be read (a folder, pipe or device)")
         if status.st_size > most:
             raise UserError(f"{item} {path}: expected a text file of at most {most >> 20} MB, found {status.st_size >> 20} MB")
-        return Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{item} {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{item} {path}: not UTF-8 text ({error})") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    try:
+        return decode_text(content)
+    except ValueError as error:
+        raise UserError(f"{item} {path}: {error}") from None
 
 
 def read_json(path, item="file", most=MOST_JSON):

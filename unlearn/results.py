@@ -4,6 +4,7 @@ import csv
 import io
 import pickle
 import shlex
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from .figures import TILE, draw_influence
 from .influence import best_view, rank_images
 from .inputs import OWN_DEFAULTS
 from .pictures import load_image
+from .printing import printable, show
 from .records import record_path, write_record
 from .runtime import log
 from .settings import read_settings
@@ -62,21 +64,21 @@ def missing_losses(path, args):
 
 
 def write_csv(path, header, rows):
-    """Writes a CSV file."""
+    """Writes a CSV file; text in it is `printable`, so that a row is a line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header, *rows])
+    writer.writerows([[printable(cell) if isinstance(cell, (str, Path)) else cell for cell in row] for row in [header, *rows]])
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
 
 
 def print_table(title, header, rows):
     """Prints rows under a header, columns aligned; numbers to the right."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{title}")
+    show("", title)
     for row in [header, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def list_candidates(image_sets, influence, ranking):
@@ -129,7 +131,7 @@ def save(folder, task, image_sets, changes, args, shown, identity):
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
     print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "
           f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
-          f"Picture: {folder / 'visualization.jpg'}")
+          f"Picture: {printable(folder / 'visualization.jpg')}")
     if "expected_missed" in shown:
         print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. "
               f"{describe_recall(**{name: shown[name] for name in ('recall', 'recall_low', 'recall_k', 'num_audited')})}")

@@ -13,7 +13,7 @@ from .hashes import digest
 from .influence import rank_images
 from .pictures import hash_picture
 from .queries import AXES, open_stored
-from .reading import read_json
+from .reading import list_visible, read_json
 from .records import FORMAT_VERSION
 from .scores import RANDOM
 
@@ -156,7 +156,7 @@ def read_retrained(folder, queries):
     seed and members. Raises UserError for an empty folder, unknown files and models that cannot be compared."""
     if not Path(folder).is_dir():
         raise UserError(f"--retrained {folder}: no such folder; make it: python -m unlearn retrain")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix != ".part")  # of a run that goes on
+    paths = [path for path in list_visible(folder) if path.suffix != ".part"]  # of a run that goes on
     for path in paths:
         if not NAMES.fullmatch(path.name) or not path.is_file():
             raise UserError(f"{path}: no file of a retrained model (full-*, half-*, without-*, random-*.json); move it out of there")

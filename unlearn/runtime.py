@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import UserError
+from .printing import LineFormatter, make_streams_safe, printable
 from .stopping import STOP, Stopped, finishing
 
 log = logging.getLogger("unlearn")
@@ -174,6 +175,7 @@ def say(text):
 
 def progress(total, description, unit, done=0):
     """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines elsewhere (SLURM)."""
+    description = printable(description)
     if sys.stderr.isatty():
         return tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
     return LineProgress(total, description, unit, done)
@@ -210,11 +212,14 @@ class LineProgress:
 def run(main, argv=None):
     """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2, a signal that schedulers
     send before they kill with one line and status 75, "try again"."""
+    make_streams_safe()
     try:
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
         index, number = (0, 1) if asks_for_help else process_share()
         who = f"[{index + 1}/{number}] " if number > 1 else ""
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LineFormatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         STOP.install()
         logging.getLogger("httpx").setLevel(logging.WARNING)
         main(argv)
@@ -246,5 +251,5 @@ def is_out_of_memory(error):
 
 def end_with(message):
     """Prints a user's error as one line; returns the exit status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     return 2

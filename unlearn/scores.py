@@ -11,7 +11,7 @@ from .artifacts import whole_file
 from .hashes import digest
 from .influence import rank_images
 from .rankings import read_influence
-from .reading import read_json, read_npz
+from .reading import check_text, list_visible, read_json, read_npz
 from .records import check_record, keep_complete, record_path, write_record
 
 OURS, RANDOM = "ours", "random"
@@ -56,6 +56,8 @@ def random_scores(queries, count):
 def find_methods(folders, asked, item):
     """Methods in the order asked for, else all that are there, ours first. Raises UserError where one is missing or none is
     there."""
+    for method in folders:
+        check_text(f"{item}: the name of a method", method)
     found = sorted(folders, key=lambda method: (method != OURS, method))
     for method in asked or []:
         if method not in folders and method != RANDOM:
@@ -95,7 +97,7 @@ def read_result_dir(args, queries):
     """All methods' scores from the influence files below RESULT_DIR."""
     baselines = Path(args.result_dir) / "baselines"
     flags = f"--task_json {args.task_json} --dataroot {args.dataroot} --result_dir {args.result_dir}"
-    folders = {path.name: path for path in sorted(baselines.glob("*")) if path.is_dir()}
+    folders = {path.name: path for path in list_visible(baselines) if path.is_dir()}
     if OURS in folders:
         raise UserError(f"{folders[OURS]}: a baseline cannot be called {OURS}")
     if (Path(args.result_dir) / "influence").is_dir():
@@ -147,7 +149,7 @@ def read_methods(args, queries):
     """Scores by method, from --scores or from the influence files, RANDOM always among them unless --methods leaves it out.
     Raises UserError where methods scored different training images."""
     if args.scores:
-        folders = {path.stem: path for path in Path(args.scores).glob("*.npz")}
+        folders = {path.stem: path for path in list_visible(args.scores, "*.npz")}
         scores = {method: read_scores(args.scores, method, queries)
                   for method in find_methods(folders, args.methods, f"--scores {args.scores}") if method in folders}
     else:

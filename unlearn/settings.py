@@ -1,10 +1,11 @@
 """What a data root says of itself (`dataset.json`), over what is published."""
 
+import os
 from pathlib import Path, PurePosixPath
 
 from . import UserError
 from .annotations import READERS
-from .reading import check_text, read_json, resolve_inside
+from .reading import check_name, check_text, read_json, resolve_inside
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both. resolution 0: the model's own.
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 0, "num_train": 400_000_000,
@@ -51,6 +52,7 @@ def check_files(item, settings):
 def read_settings(dataroot):
     """Settings of a data root: those of its `dataset.json` over the published ones of AbC.
     `pipeline` and `unet` may be folders of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
+    check_name("--dataroot", os.path.realpath(dataroot))
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
     if not path.exists():
         return settings

@@ -1,8 +1,10 @@
 """Whether a pipeline from others may be loaded, whether its parts fit each other, and whether it can be used: before anything is
 built or scored."""
 
+import codecs
 import inspect
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ import torch
 import transformers
 
 from . import UserError
-from .reading import read_json
+from .reading import list_visible, read_json
 from .runtime import is_out_of_memory
 
 MODULES = (None, "diffusers", "transformers", "stable_diffusion")  # the last is the safety checker's, which is not loaded
@@ -24,6 +26,15 @@ CLASSES = {"unet": ("UNet2DConditionModel",),  # that can be used; a VAE must gi
 OTHER_FAMILIES = {"transformer": "a transformer instead of a UNet, as Stable Diffusion 3, FLUX and PixArt have",
                   "text_encoder_2": "a second text encoder, as Stable Diffusion XL has"}
 MORE_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")  # of a UNet
+
+
+def check_marks(folder):
+    """Raises UserError where a JSON file of a pipeline begins with a byte order mark, which the libraries that read it do not drop."""
+    for path in [Path(folder) / "model_index.json", *list_visible(folder, "*/*.json")]:
+        with open(path, "rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                raise UserError(f"--sd_version {folder}: {path} begins with a byte order mark, which diffusers does not read; remove it: "
+                                f"sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(str(path))}")
 
 
 class Parts(NamedTuple):
@@ -84,7 +95,7 @@ def check_sizes(folder, parts=("unet", "vae", "text_encoder", "scheduler")):
             raise UserError(f"--sd_version {folder}: {path.parent.name}/{path.name}: {key}: found {str(value):.20}, which is no size of such a model")
 
     for part in parts:
-        for path in sorted((Path(folder) / part).glob("*config.json")):
+        for path in list_visible(Path(folder) / part, "*config.json"):
             visit(path, part, read_json(path, "--sd_version"))
 
 
@@ -214,7 +225,9 @@ def check_schedule(parts, refuse):
 def check_pipeline(folder, unet=""):
     """Raises UserError where the configurations of a pipeline's folder tell that it may not be loaded, or cannot be used. No model
     is loaded. unet: the folder of a UNet that is used instead of its own, or ""."""
-    check_classes(folder, read_index(folder), unet)
+    index = read_index(folder)
+    check_marks(folder)
+    check_classes(folder, index, unet)
     for part in (*PARTS, "scheduler"):
         if not (Path(folder) / part).exists() and not (unet and part in ("unet", "scheduler")):
             raise UserError(f"--sd_version {folder}: a folder without {part} is no Stable Diffusion pipeline in diffusers' format")

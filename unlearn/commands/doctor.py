@@ -13,8 +13,9 @@ import sys
 from ..encoding import own_root
 from ..examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory, examine_tasks,
                            try_out)
-from ..inputs import add_flags, check_training_files
+from ..inputs import add_flags, check_names, check_training_files
 from ..inventory import examine_results
+from ..printing import show
 from ..settings import read_settings
 
 
@@ -27,6 +28,7 @@ def parse_arguments(argv):
     parser.add_argument("--fisher_path", help="Fisher (default sd_fisher.* of the data root)")
     args = parser.parse_args(argv)
     args.dataroot = args.dataroot or "data/abc"
+    check_names(args)
     return args
 
 
@@ -45,9 +47,9 @@ def main(argv=None):
         "results": examine_results(args, groups, settings, try_out(check_training_files, args)[0] if readable else None)}
     for name, findings in sections.items():
         for number, finding in enumerate(findings):
-            print(f"{name if number == 0 else '':<12} {finding.status:<8} {finding.text}")
+            show(f"{name if number == 0 else '':<12} {finding.status:<8} {finding.text}")
             if finding.remedy:
-                print(f"{'':<12} {'':<8} -> {finding.remedy}")
+                show(f"{'':<12} {'':<8} -> {finding.remedy}")
     everything = [finding.status for findings in sections.values() for finding in findings]
     problems, notes = everything.count(PROBLEM), len(everything) - everything.count(PROBLEM) - everything.count(OK)
     print(f"\nproblems: {problems}, notes: {notes}" if problems or notes else "\nall is well")

@@ -27,6 +27,7 @@ from ..inputs import add_flags, check_pictures, check_training_files, prepare_tr
 from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
                        query_metrics, summarise, summary_table)
 from ..models import load_model
+from ..printing import show
 from ..rankings import EFFECTS, check_candidates, read_ranking
 from ..results import write_csv
 from ..runtime import progress
@@ -123,10 +124,10 @@ def report(tasks, rankings, values, ties, output):
     print(f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, {spread(counts)} of them "
           "exemplars.\nMean ± standard error over queries, taken as independent.\n")
     for group, title in name_groups(groups).items():
-        print(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "", sep="\n")
+        show(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "")
     for group, title in name_groups(kinds).items():
-        print(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "", sep="\n")
-    print("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "", sep="\n")
+        show(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "")
+    show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
     for method, count in ties.items():
         if count:
             print(f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour.")
