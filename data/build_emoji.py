@@ -21,6 +21,8 @@ from emoji_builder import autoencoder, base, customize, families
 from emoji_builder.glyphs import read_emoji_names, render_emoji, save_small_png
 from PIL import Image, ImageDraw, ImageFont
 
+from unlearn.annotations import list_folder, read_lines
+
 HOME = Path(__file__).parent / "emoji"
 BUILD = HOME / ".build"
 CONTACT_SHEET_PROMPTS = (
@@ -45,7 +47,7 @@ def write_images(font, emoji_test):
         chosen = np.random.default_rng(number).choice(len(base_set), NUM_STYLE_EXEMPLARS, replace=False)
         write_exemplars(f"style/{style}", [treat(base_set[index][1]) for index in chosen])
     # Last: where it stands, this stage is complete.
-    (HOME / "laion_subset/captions.txt").write_text("".join(f"{emoji.caption}\n" for emoji, _ in base_set))
+    (HOME / "laion_subset/captions.txt").write_text("".join(f"{emoji.caption}\n" for emoji, _ in base_set), encoding="utf-8")
 
 
 def write_exemplars(name, images):
@@ -71,8 +73,8 @@ def encode_views(vae, pixels):
 
 def build_pipeline():
     """Trains and saves the base pipeline, half precision, or loads it. Returns (pipeline, latents, captions)."""
-    pixels = read_pixels(sorted((HOME / "laion_subset/images").iterdir()))
-    captions = (HOME / "laion_subset/captions.txt").read_text().splitlines()
+    pixels = read_pixels(list_folder(HOME / "laion_subset/images"))
+    captions = read_lines(HOME / "laion_subset/captions.txt")
     folder = HOME / "pipeline"
     if not (folder / "model_index.json").exists():
         vae = autoencoder.train_autoencoder(pixels, BUILD / "vae.pt")
@@ -82,7 +84,7 @@ def build_pipeline():
         pipeline.save_pretrained(BUILD / "pipeline", safe_serialization=True)
         # transformers loads a model in the type that its configuration names, diffusers in float32: they must agree.
         config = BUILD / "pipeline/text_encoder/config.json"
-        write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
+        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
         (BUILD / "pipeline").rename(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder).to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -118,7 +120,7 @@ def build_customized(pipeline, latents, captions, seed, kind, name, prompt):
     if (folder / "<new1>.bin").exists():
         return
     own = copy.deepcopy(pipeline)
-    exemplars = encode_views(own.vae, read_pixels(sorted((HOME / "exemplar" / kind / name).iterdir())))
+    exemplars = encode_views(own.vae, read_pixels(list_folder(HOME / "exemplar" / kind / name)))
     weights, tokens = customize.train_customized(own, exemplars, prompt, latents, captions, seed, f"{kind} {name}")
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "pytorch_custom_diffusion_weights.pt")
@@ -149,7 +151,7 @@ def write_tasks():
         test_case = f"test_{kind}" if use == "reported" else f"test_tuning_{kind}"
         entries = cases.setdefault(test_case, [])
         synth = [f"synth/{kind}/prompts/{name}/samples/{number:05d}.png" for number in range(len(prompts))]
-        exemplars = sorted((HOME / "exemplar" / kind / name).iterdir())
+        exemplars = list_folder(HOME / "exemplar" / kind / name)
         entries.append({"exemplar": [f"dataset/exemplar/{kind}/{name}/{path.name}" for path in exemplars],
                         "synth": {"prompts": [f"dataset/{path}" for path in synth]}, "class_id": name, "category": category})
         all_prompts.update(zip(synth, prompts))
@@ -167,7 +169,7 @@ def write_tasks():
 
 def write_json(path, value):
     """Writes a JSON file, indented."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def main():

@@ -121,7 +121,10 @@ def test_published_samples_become_tasks_of_the_base_model_with_their_rows(root, 
 
 @pytest.mark.parametrize("change, said", [
     (lambda root: (root / "sample/1.png").unlink(), "sample/1.png: no such file, but sample_caption.txt has 2 lines"),
-    (lambda root: (root / "sample_caption.txt").write_text("a\n\n"), "sample_caption.txt: line 2 is empty"),
+    (lambda root: (root / "sample_caption.txt").write_text("\nb\n"), "sample_caption.txt: line 1 is empty"),
+    (lambda root: (root / "sample_caption.txt").write_text("a\n\n"), "expected 1 rows, as sample_caption.txt has lines, found [2, "),
+    (lambda root: [(root / "sample_caption.txt").write_text("a\n\n"), (root / "coco17_sample_latents.npy").unlink()],
+     "sample/1.png: has no caption, sample_caption.txt has 1 lines"),
     (lambda root: (root / "sample_caption.txt").write_text(""), "expected a caption a line, found an empty file"),
     (lambda root: np.save(root / "coco17_sample_latents.npy", np.zeros((3, 4, 4, 4))),
      "expected 2 rows, as sample_caption.txt has lines, found [3, "),

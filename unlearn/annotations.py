@@ -2,25 +2,65 @@
 
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .reading import MOST_TEXT, check_text, read_json, read_text, resolve_inside
+from .printing import shorten
+from .reading import MOST_TEXT, check_name, check_text, list_visible, read_json, read_text, resolve_inside
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # encoders.FORMATS
+UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".ppm", ".pgm", ".dng", ".cr2", ".nef", ".arw"}
+PAIRS_SHOWN = 3
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 
 
+def check_pictures(folder, names):
+    """Raises UserError where files' names, relative to their folder, are not UTF-8, or are of pictures that are not read."""
+    for name in names:
+        check_name(f"{folder}", name)
+    if unread := [name for name in names if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]:
+        raise UserError(f"{folder}: {len(unread)} pictures of a kind that is not read, first {unread[0]}; make them PNG or JPEG, or move "
+                        "them out of there")
+
+
 def list_folder(folder):
-    """Paths of a folder's images in the order of their names, [] where it is missing."""
-    folder = Path(folder)
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    """Paths of a folder's images in the order of their names as text, [] where it is missing. Raises UserError: `check_pictures`."""
+    paths = [path for path in list_visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES]
+    check_pictures(folder, [path.name for path in paths])
+    return paths
+
+
+def natural_order(path):
+    """Key by which people's programs list files: numbers by their value, capitals beside small letters."""
+    return [("0", int(part)) if part.isascii() and part.isdecimal() else (part, 0) for part in re.findall("[0-9]+|.", path.name.casefold(), re.DOTALL)]
+
+
+def check_order(path, paths, lines):
+    """Raises UserError where images that are told by their place alone stand in one order as text and in another by the numbers
+    in their names: line n (without `lines`, row n of the arrays) would be that of one image or of another."""
+    natural = sorted(paths, key=natural_order)
+    if natural == paths:
+        return
+    first = next(place for place, pair in enumerate(zip(paths, natural)) if pair[0] != pair[1])
+    kind, ends = ("line", [f": {shorten(line, 30)}" for line in lines]) if lines else ("row", [""] * len(paths))
+    as_text, by_number = (", ".join(image.name + end for image, end in list(zip(order, ends))[first:first + PAIRS_SHOWN])
+                          for order in (paths, natural))
+    name, number = natural[first].name, re.search("[0-9]+", natural[first].stem)
+    renamed = name.replace(number[0], number[0].zfill(6), 1) if number else None
+    entry = json.dumps({"file_name": name, "text": shorten(lines[first], 30) if lines else "..."}, ensure_ascii=False)
+    raise UserError(f"{path}: which {kind} is whose? From {kind} {first + 1} the names' order as text gives {as_text}; their order by number "
+                    f"gives {by_number}. " + (f"Rename the images with leading zeros ({name} to {renamed}), or name" if renamed else "Name")
+                    + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as {entry}, and that file as "
+                    "`captions` in dataset.json")
 
 
 def read_lines(path):
-    """Lines of a UTF-8 text file, [] where it is missing."""
-    text = read_text(path) if Path(path).exists() else ""
-    return text.removesuffix("\n").split("\n") if text else []  # captions from the web hold other line separators
+    """Lines of a UTF-8 text file, [] where it is missing. Blank lines at its end are none."""
+    lines = read_text(path).split("\n") if Path(path).exists() else []  # captions from the web hold other line separators
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def read_metadata(path):
@@ -109,24 +149,35 @@ def label_images(folder, path):
     """What is known of the rows of arrays that are there already: file names, paths and one caption each, every list [] where
     that is missing."""
     if Path(path).suffix not in READERS:
-        paths = list_folder(folder)
-        return [found.name for found in paths], paths, read_lines(path)
+        paths, lines = list_folder(folder), read_lines(path)
+        if len(lines) in (0, len(paths)):  # else open_arrays tells
+            check_order(path, paths, lines)
+        return [found.name for found in paths], paths, lines
     entries = read_entries(path)
-    paths = [Path(folder) / name for name, _ in entries] if Path(folder).is_dir() and any(Path(folder).iterdir()) else []
+    paths = [Path(folder) / name for name, _ in entries] if list_visible(folder) else []
     return [name for name, _ in entries], paths, [captions[0] if captions else "" for _, captions in entries]
+
+
+def walk_visible(folder):
+    """Paths of all files below a folder but for hidden ones and those of hidden folders."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        yield from (Path(where, name) for name in files if not name.startswith("."))
 
 
 def match_files(folder, path, entries):
     """Raises UserError where annotated images are not in the folder, or images in it are not annotated."""
-    found = {Path(where, file).relative_to(folder).as_posix() for where, _, files in os.walk(folder) for file in files}
+    found = {path.relative_to(folder).as_posix() for path in walk_visible(folder)}
     for name, _ in entries:
         if name not in found or os.path.islink(Path(folder) / name):  # through a link
             resolve_inside(folder, name, f"{path}")
     missing = [name for name, _ in entries if name not in found and not (Path(folder) / name).is_file()]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(entries)} captions without images: not in {folder}, first {missing[0]}")
-    images = {name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES}
-    if extra := sorted(images - {name for name, _ in entries}):
+    images = {name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES}
+    extra = sorted(images - {name for name, _ in entries})
+    check_pictures(folder, extra)
+    if extra:
         raise UserError(f"{folder}: {len(extra)} of {len(images)} images without captions in {Path(path).name}, first {extra[0]}")
 
 
@@ -151,7 +202,9 @@ def pair_images(folder, path, num_captions=0):
     if Path(path).suffix not in READERS:
         paths, lines = list_folder(folder), read_lines(path)
         if not paths or len(paths) != len(lines):
-            raise UserError(f"{path}: expected a line for each image of {folder}, found {len(paths)} images, {len(lines)} lines")
+            raise UserError(f"{path}: expected a line for each image of {folder}, found {len(paths)} images, {len(lines)} lines (blank ones "
+                            "at its end and hidden files do not count)")
+        check_order(path, paths, lines)
         if num_captions > 1:
             raise UserError(f"--num_captions {num_captions}: {path} has one caption an image")
         return paths, [[line] for line in lines]

@@ -53,3 +53,8 @@ def encode_prompts(pipeline, prompts):
             token = pipeline.tokenizer.convert_ids_to_tokens(int(row.max()))
             raise UserError(f"prompt {prompt!a:.80}: the tokenizer knows {token!s:.40}, the text encoder has no embedding of it")
     return pipeline.text_encoder(tokens.to(pipeline.text_encoder.device)).last_hidden_state.float().cpu()
+
+
+def count_tokens(tokenizer, prompts):
+    """How many tokens each prompt has before it is cut, those of its beginning and end among them."""
+    return [len(tokens) for tokens in tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids]

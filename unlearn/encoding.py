@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .annotations import READERS, pair_images
+from .annotations import PAIRS_SHOWN, READERS, pair_images
 from .artifacts import check_writable, whole_file
 from .datasets import array_paths, read_identity
-from .encoders import encode_images, encode_prompts
+from .encoders import count_tokens, encode_images, encode_prompts
 from .hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from .pictures import inspect_picture, list_notes, read_picture
+from .printing import shorten
 from .reading import read_array
 from .records import check_content, is_complete, record_path, write_record
-from .runtime import progress, say
+from .runtime import log, progress, say
 from .settings import read_settings
 from .sharing import do_once, forget_claim
 
@@ -63,6 +64,21 @@ def list_pairs(dataroot, num_captions=0):
             raise
         raise UserError(f"{dataroot}: has no {latents_path.name} and {embeddings_path.name}, nor {settings['images']} with "
                         f"{settings['captions']} to make them from: {error}") from None
+
+
+def tell_pairs(paths, captions):
+    """Says which captions the first images have, for people to see that they are theirs."""
+    for path, lines in list(zip(paths, captions))[:PAIRS_SHOWN]:
+        say(f'{path.name} -> "{shorten(lines[0])}"' + (f" and {len(lines) - 1} more" if lines[1:] else ""))
+
+
+def tell_odd_captions(model, captions):
+    """Says how many captions are empty, and of how many the text encoder does not see the end."""
+    lines, tokenizer, limit = [line for few in captions for line in few], model.pipeline.tokenizer, model.embedding_shape[0]
+    if empty := sum(not line.strip() for line in lines):
+        log.warning(f"{empty} of {len(lines)} captions are empty")
+    if cut := sum(count > limit for start in range(0, len(lines), AHEAD) for count in count_tokens(tokenizer, lines[start:start + AHEAD])):
+        log.warning(f"{cut} of {len(lines)} captions are longer than the {limit} tokens of the model's tokenizer; their ends are cut off")
 
 
 def has_given_arrays(dataroot):
@@ -277,6 +293,7 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
         return False
     check_root_writable(dataroot, "latents and embeddings", [Path(dataroot), *(path.parent for path in array_paths(dataroot))])
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
+    tell_pairs(paths, captions)
     rows = choose_readable(dataroot, paths, skip_corrupt)
     if len(rows) < len(paths):
         folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
@@ -285,6 +302,7 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
     shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
 
     def write():
+        tell_odd_captions(model, captions)
         write_latents(model, latents_path, shapes[latents_path], paths, resolution, batch_size, identity, overwrite)
         write_embeddings(model, embeddings_path, shapes[embeddings_path], captions, batch_size, identity, overwrite)
 

@@ -67,7 +67,7 @@ if len(latents) != 2 * len(embeddings):
     fail(
         f"{root}: expected twice as many latents as text embeddings, found {len(latents)} and {len(embeddings)}"
     )
-num_images = sum(entry.is_file() for entry in os.scandir(root / "laion_subset/images"))
+num_images = sum(entry.is_file() and not entry.name.startswith(".") for entry in os.scandir(root / "laion_subset/images"))
 num_captions = sum(1 for _ in open(root / "laion_subset/captions.txt", "rb"))
 if num_images != num_captions:
     fail(

@@ -150,6 +150,8 @@ def make_sample_tasks(dataroot):
         if not resolve_inside(dataroot, path, SAMPLE_CAPTIONS).is_file():
             raise UserError(f"{dataroot / path}: no such file, but {SAMPLE_CAPTIONS} has {len(prompts)} lines")
         tasks.append({"synth_image_path": path, "prompt": prompt.strip(), **stored, **({"row": row} if stored else {})})
+    if (extra := dataroot / f"sample/{len(prompts)}.png").exists():
+        raise UserError(f"{extra}: has no caption, {SAMPLE_CAPTIONS} has {len(prompts)} lines")
     return tasks
 
 
