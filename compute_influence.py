@@ -158,11 +158,11 @@ def main(argv=None):
         check_leftovers(args, tasks)
     check_pictures(tasks, args.dataroot)
     for group in groups.values():
-        check_tokens(group[0].model_dir(args.dataroot), group)
+        check_tokens(group[0].model_dir(args.dataroot), group, args.sd_version)
     model = load_model(args.sd_version, args.device, args.unet)
     grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
     for group in groups.values():
-        check_customization(model, group[0].model_dir(args.dataroot))
+        check_customization(model, group[0].model_dir(args.dataroot), group)
     for task in tasks:
         read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
     parameters = select_parameters(model.denoiser, args.weight_selection)

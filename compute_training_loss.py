@@ -60,11 +60,11 @@ def main(argv=None):
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
     for group in groups.values():
-        check_tokens(group[0].model_dir(args.dataroot), group)
+        check_tokens(group[0].model_dir(args.dataroot), group, args.sd_version)
     model = load_model(args.sd_version, args.device, args.unet)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     for group in groups.values():
-        check_customization(model, group[0].model_dir(args.dataroot))
+        check_customization(model, group[0].model_dir(args.dataroot), group)
     for task in tasks:
         read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
     training_set = prepare_training_set(model, args, settings)

@@ -9,7 +9,7 @@ from . import UserError
 from .printing import shorten
 from .reading import MOST_TEXT, check_name, check_text, list_visible, read_json, read_text, resolve_inside
 
-IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # encoders.FORMATS
+IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # pictures.FORMATS
 UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".ppm", ".pgm", ".dng", ".cr2", ".nef", ".arw"}
 PAIRS_SHOWN = 3
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO

@@ -1,15 +1,19 @@
 """Customized models: a base model's K and V replaced, and new tokens, checked before they are used."""
 
+import copy
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from . import UserError
+from .encoders import count_tokens
 from .hashes import digest, hash_tensors
 from .models import Model, replaced_weights
-from .reading import read_tensors, resolve_inside
+from .reading import list_visible, read_tensors, resolve_inside
+from .runtime import log
 from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
@@ -21,7 +25,7 @@ def read_customization(model_dir):
     or some are not finite."""
     weights = read_tensors(resolve_inside(model_dir, CUSTOMIZED_WEIGHTS, f"{model_dir}"), "customized weights")
     tokens = {}
-    for path in sorted(Path(model_dir).glob("*.bin")):
+    for path in list_visible(model_dir, "*.bin"):
         tokens.update(read_tensors(resolve_inside(model_dir, path.name, f"{model_dir}"), "token embedding"))
     if odd := [token for token in tokens if not TOKEN.fullmatch(token)]:  # a word of the vocabulary would change other models
         raise UserError(f"{model_dir}: {odd[0]!a:.80}: expected new tokens such as <new1>")
@@ -33,23 +37,87 @@ def read_customization(model_dir):
     return weights, tokens
 
 
-def check_tokens(model_dir, tasks):
-    """Raises UserError where a prompt of a model's tasks names a token, like <new1>, that the model (None: the base model)
-    does not bring."""
-    prompts = [prompt for task in tasks for prompt in (task.train_prompt, task.prompt) if prompt is not None]
-    missing = set(re.findall(r"<new\d+>", " ".join(prompts))) - (read_customization(model_dir)[1].keys() if model_dir else set())
-    if missing and not model_dir:
-        task = next(task for task in tasks if min(missing) in task.prompt)
-        raise UserError(f"{task.synth_image_path}: the base model has no token {min(missing)}, which its prompt uses; give the "
-                        "task the test_case, test_case_ind, model_path and train_prompt of the customized model that has it")
-    if missing:
-        raise UserError(f"{model_dir}: no embedding (*.bin) of {min(missing)}, which its prompts use; download the model again")
+def prompts_of(tasks, encoded=False):
+    """Prompts of tasks by what uses them, {name: prompt}; with `encoded` those alone that a text encoder will read."""
+    prompts = {f"{task.model_path}: train_prompt": task.train_prompt for task in tasks if task.train_prompt is not None}
+    return prompts | {task.synth_image_path: task.prompt for task in tasks if not (encoded and task.embeddings)}
 
 
-def check_customization(model, model_dir):
-    """A customized model's weights and tokens (`read_customization`), none for None, the base model. Raises UserError where
-    one does not fit the model."""
+def open_tokenizer(pipeline):
+    """The tokenizer of a pipeline whose files are on this machine; None where they are not, or are damaged (`load_model` tells)."""
+    try:
+        return AutoTokenizer.from_pretrained(pipeline, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
+    except Exception:  # what the library raises for a damaged file has no common type
+        return None
+
+
+def with_tokens(tokenizer, tokens):
+    """A copy of a tokenizer that knows these tokens too."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_tokens(list(tokens))
+    return copied
+
+
+def find_strange(tokenizer, prompts):
+    """The first word in <> that is no token of a tokenizer's own, and whose prompt it is, (name, word); None where there is none."""
+    for name, prompt in prompts.items():
+        for word in TOKEN.findall(prompt):
+            if len(numbers := tokenizer(word, add_special_tokens=False).input_ids) != 1 or numbers[0] == tokenizer.unk_token_id:
+                return name, word
+    return None
+
+
+def check_words(model_dir, tokens, tokenizer, prompts):
+    """Raises UserError where a prompt has a word like <new1> that its model's tokenizer (`with_tokens` of its own) does not know."""
+    if not (strange := find_strange(tokenizer, prompts)):
+        return
+    name, word = strange
     if model_dir is None:
+        raise UserError(f"{name}: the base model has no token {word}, which its prompt uses; give the task the test_case, "
+                        "test_case_ind, model_path and train_prompt of the customized model that has it")
+    raise UserError(f"{model_dir}: no embedding (*.bin) of {word}, which its prompts use (it has {', '.join(sorted(tokens)) or 'none'}); "
+                    "correct the prompt, or download the model again")
+
+
+def check_tokens(model_dir, tasks, pipeline):
+    """`check_words` of a model's tasks (None: the base model) as far as that goes without a model."""
+    prompts, tokens = prompts_of(tasks), read_customization(model_dir)[1] if model_dir else {}
+    if any(word not in tokens for prompt in prompts.values() for word in TOKEN.findall(prompt)) and (tokenizer := open_tokenizer(pipeline)):
+        check_words(model_dir, tokens, with_tokens(tokenizer, tokens), prompts)
+
+
+def check_lengths(tokenizer, prompts):
+    """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where a token like <new1> is cut off."""
+    if not prompts:
+        return
+    limit, cut = tokenizer.model_max_length, []
+    for name, count in zip(prompts, count_tokens(tokenizer, prompts.values())):
+        if count <= limit:
+            continue
+        cut.append(f"{name} ({count})")
+        whole, read = (tokenizer(prompts[name], truncation=truncation, max_length=limit, verbose=False).input_ids for truncation in (False, True))
+        for word in TOKEN.findall(prompts[name]):
+            [number] = tokenizer(word, add_special_tokens=False).input_ids
+            if whole.count(number) > read.count(number):
+                raise UserError(f"{name}: {word} would be cut off: its prompt has {count} tokens, the model reads the first {limit}; shorten the "
+                                f"prompt, or put {word} first: {prompts[name]:.200}")
+    if cut:
+        log.warning(f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their ends are cut off: {', '.join(cut[:3])}"
+                    + (f" and {len(cut) - 3} more" if cut[3:] else ""))
+
+
+def check_prompts(model, model_dir, tokens, tasks):
+    """What there is to say of a model's prompts when its tokenizer is loaded: `check_words` and `check_lengths`."""
+    tokenizer = with_tokens(model.pipeline.tokenizer, tokens) if tasks else None
+    check_words(model_dir, tokens, tokenizer, prompts_of(tasks))
+    check_lengths(tokenizer, prompts_of(tasks, encoded=True))
+
+
+def check_customization(model, model_dir, tasks=()):
+    """A customized model's weights and tokens (`read_customization`), none for None, the base model. Raises UserError where
+    one does not fit the model, or the tokens do not fit the prompts of its tasks (`check_prompts`)."""
+    if model_dir is None:
+        check_prompts(model, None, {}, tasks)
         return {}, {}
     weights, tokens = read_customization(model_dir)
     check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, dict(model.denoiser.named_parameters()), "weight")
@@ -57,6 +125,7 @@ def check_customization(model, model_dir):
     for token, vector in tokens.items():
         if vector.shape != (features,):
             raise UserError(f"{model_dir}: token {token}: expected {features} numbers, found {list(vector.shape)}")
+    check_prompts(model, model_dir, tokens, tasks)
     return weights, tokens
 
 

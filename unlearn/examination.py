@@ -235,7 +235,8 @@ def examine_tasks(args):
     groups, problem = (None, problem) if problem else try_out(group_by_model, tasks)
     if problem:
         return [problem], {}
-    checks = [try_out(check_tokens, group[0].model_dir(args.dataroot), group)[1] for group in groups.values()]
+    pipeline = args.sd_version or read_settings(args.dataroot)["pipeline"]
+    checks = [try_out(check_tokens, group[0].model_dir(args.dataroot), group, pipeline)[1] for group in groups.values()]
     pictures = [try_out(examine_pictures, group, args.dataroot) for group in groups.values()]
     findings = [*filter(None, checks), *(problem for _, problem in pictures if problem),
                 *(Finding(NOTE, note) for notes, _ in pictures for note in notes or [])]

@@ -17,7 +17,7 @@ from .. import UserError
 from ..artifacts import whole_file
 from ..baselines import feature_encoder
 from ..curvature import DiagonalFisher, check_fisher
-from ..customization import check_tokens
+from ..customization import check_customization, check_tokens
 from ..encoding import has_given_arrays, map_files
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest
@@ -156,6 +156,11 @@ def score_tasks(run, method, score, feature_model=None):
     log.info(f"{method}: {len(results)} queries in {run.folder / method}")
 
 
+def of_base_model(tasks):
+    """Those tasks whose pictures the base model made."""
+    return [task for task in tasks if task.model_path is None]
+
+
 def check_run(args):
     """The checks that need no model: (tasks, method names of the feature models)."""
     tasks, feature_names = load_tasks(args.task_json, args.dataroot), name_features(args.features)
@@ -165,7 +170,7 @@ def check_run(args):
     if "influence" in args.methods:
         find_fisher(args)
     check_pictures(tasks, args.dataroot)
-    check_tokens(None, [task for task in tasks if task.model_path is None])
+    check_tokens(None, of_base_model(tasks), args.sd_version)
     return tasks, feature_names
 
 
@@ -175,6 +180,7 @@ def main(argv=None):
     tasks, feature_names = check_run(args)
     encoders = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(feature_names, args.features)}
     model = load_model(args.sd_version, args.device, args.unet)
+    check_customization(model, None, of_base_model(tasks))
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     check_steps(model, args.num_inference_steps)
     fisher = load_fisher(args, model) if "influence" in args.methods else None

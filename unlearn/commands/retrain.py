@@ -19,6 +19,7 @@ import torch
 
 from .. import UserError, noise
 from ..baselines import feature_encoder
+from ..customization import check_customization, check_tokens
 from ..generation import check_steps
 from ..inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
 from ..measures import join_sets, load_pictures, sampling_of
@@ -114,8 +115,10 @@ def main(argv=None):
         check_result_dir(folder)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
+    check_tokens(None, tasks, args.sd_version)
     encode = feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
     model = load_model(args.sd_version, args.device, args.unet, trained=False)
+    check_customization(model, None, tasks)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
     num_steps = sampling_of(tasks)[0]
     if tasks and not args.no_pictures:
