@@ -19,7 +19,7 @@ from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.index import Index
 from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
-                            encode_query, find_fisher, prepare_training_set, print_plan, resolve)
+                            encode_query, find_fisher, prepare_training_set, print_plan, resolve, step_size)
 from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import relative_change
 from unlearn.queries import read_stored
@@ -28,9 +28,10 @@ from unlearn.records import keep_complete
 from unlearn.runtime import part_of, process_share, run
 from unlearn.scoring import (AUDIT, AUTOCAST, MANY, SCORINGS, SHORTLIST, TOGETHER, check_scoring, load_losses, make_sweep, own_losses,
                              score_queries, score_shortlists, scoring_settings)
+from unlearn.settings import AUTO_CHANGE
 from unlearn.sharing import do_once, forget_claim
 from unlearn.tasks import group_by_model, load_tasks
-from unlearn.unlearning import unlearn_queries, unlearning_settings
+from unlearn.unlearning import check_step, read_step, unlearn_queries, unlearning_settings
 
 
 def parse_arguments(argv):
@@ -48,10 +49,13 @@ def parse_arguments(argv):
     parser.add_argument("--audit", type=int, help=f"with --index: how many others, at random, to tell what it misses (default {AUDIT})")
     parser.add_argument("--fisher_path", help="diagonal Fisher (default sd_fisher.* of the data root)")
     parser.add_argument("--weight_selection", choices=SELECTIONS, default="cross-attn-kv", help="weights that are unlearned")
-    parser.add_argument("--damping", type=float, help="added to the Fisher, as a multiple of each parameter's mean entry")
-    parser.add_argument("--num_train", type=int, help="N of the Newton update: images the model was trained on")
-    parser.add_argument("--unlearn_lr", type=float, help="alpha of the Newton update")
-    parser.add_argument("--unlearn_steps", type=int, help="Newton steps")
+    parser.add_argument("--damping", type=float, help="added to the Fisher, as a multiple of each parameter's mean entry (default "
+                        "dataset.json's, of AbC 0, else 0.1)")
+    parser.add_argument("--num_train", type=int, help="N of the Newton update: images the model was trained on (default dataset.json's, "
+                        "of AbC 400,000,000, else all training images of the data root)")
+    parser.add_argument("--unlearn_lr", type=step_size, help="alpha of the Newton update, or auto: one step, scaled so that the selected "
+                        f"weights move by {100 * AUTO_CHANGE:g} %%, in relative norm (default dataset.json's, of AbC 0.1, else auto)")
+    parser.add_argument("--unlearn_steps", type=int, help="Newton steps (default dataset.json's, of AbC 100, else 1)")
     parser.add_argument("--unlearn_batch_size", type=int, help="noise draws of a Newton step: this number times the next")
     parser.add_argument("--unlearn_grad_accum_steps", type=int, help="... times this one; only --compat abu tells the two apart")
     parser.add_argument("--loss_batch_size", type=int, help="noisy samples in one pass of scoring or unlearning; memory only")
@@ -61,6 +65,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     settings = resolve(args, {"loss_batch_size": "batch_size", "loss_time_samples": "time_samples"})
     check_scoring(args)
+    check_step(args)
     return args, settings
 
 
@@ -114,10 +119,10 @@ def save_result(custom, task, query, image_sets, changes, before, grid, path, fo
                 "candidates": [images.identity for images in image_sets.values()]}
 
     def save():
-        query_losses = own_losses(custom, query, change, grid, args)
+        query_losses, (alpha, rate) = own_losses(custom, query, change, grid, args), read_step(path, args)
         results.save(path.parent, task, image_sets, changes, args, {
             "query_loss_before": query_losses[0], "query_loss_after": query_losses[1],
-            "relative_weight_change": relative_change(change, parameters), **found}, identity)
+            "relative_weight_change": relative_change(change, parameters), "alpha": alpha, "alpha_over_N": rate, **found}, identity)
 
     # One process alone writes it anew, and prints it: with another --top_k there is another table.
     if process_share()[1] == 1:

@@ -25,7 +25,7 @@ from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
 from unlearn.records import record_path
-from unlearn.settings import read_settings
+from unlearn.settings import ABC_TEST_CASES, is_published_root, read_settings
 
 
 def parse(script, root, *given):
@@ -45,10 +45,73 @@ def write_settings(root, **settings):
 def test_a_flag_goes_before_the_data_root_and_the_data_root_before_the_published_value(flag, setting, published, root):
     assert getattr(parse(compute_influence, root), flag) == published
     own, given = ("own", "given") if flag == "sd_version" else (3, 5)
-    write_settings(root, **{setting: own})
+    write_settings(root, **{"unlearn_lr": 0.5, setting: own})  # several steps need one
     assert getattr(parse(compute_influence, root), flag) == own
     assert getattr(parse(compute_influence, root, f"--{flag}", str(given)), flag) == given
     assert getattr(parse(compute_influence, root, f"--{flag}", str(published)), flag) == published  # the default, given explicitly
+
+
+PUBLISHED_STEP, CHOSEN_STEP = (400_000_000, 0.1, 100, 0.0), (60, "auto", 1, 0.1)
+
+
+def step_of(root, *given):
+    """N, alpha, number of steps and damping."""
+    args = parse(compute_influence, root, *given)
+    return args.num_train, args.unlearn_lr, args.unlearn_steps, args.damping
+
+
+@pytest.mark.parametrize("name", ABC_TEST_CASES)
+def test_the_published_step_belongs_to_abc_by_any_of_its_four_test_cases(name, root):
+    (root / "json/test_artchive.json").rename(root / "json" / f"{name}.json")
+    assert is_published_root(root) and step_of(root) == PUBLISHED_STEP
+
+
+def own_captions(root):
+    shutil.rmtree(root / "json")
+
+
+def own_customized_models(root):
+    (root / "json/test_artchive.json").unlink()
+
+
+def own_dataset(root):
+    write_settings(root, name="mine")
+
+
+def without_arrays(root):
+    own_captions(root)
+    for name in "laion_latents.npy", "laion_text_embeddings.npy":
+        (root / name).unlink()
+
+
+@pytest.mark.parametrize("make_own", [own_captions, own_customized_models, own_dataset, without_arrays])
+def test_on_a_data_root_of_ones_own_n_is_the_number_of_its_images_and_the_step_is_chosen(make_own, root):
+    make_own(root)
+    assert not is_published_root(root) and step_of(root) == CHOSEN_STEP
+    assert step_of(root, "--laion_subset_size", "3") == CHOSEN_STEP  # the model was trained on all of them
+    assert step_of(root, "--unlearn_lr", "0.5", "--num_train", "7", "--damping", "0") == (7, 0.5, 1, 0.0)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"unlearn_lr": 0.01}, (60, 0.01, 100, 0.0)), ({"unlearn_lr": "auto"}, CHOSEN_STEP), ({"damping": 0.3}, (60, "auto", 1, 0.3)),
+    ({"unlearn_lr": 0.1, "num_train": 9}, (9, 0.1, 100, 0.0))])
+def test_a_step_that_dataset_json_gives_is_taken_as_it_is(settings, expected, root):
+    write_settings(root, **settings)
+    assert step_of(root) == expected
+
+
+@pytest.mark.parametrize("world, expected", [("emoji", (1448, 0.001, 1, 0.1)), ("emoji_small", (362, 0.001, 1, 0.1)),
+                                             ("mscoco_config", (118_287, 0.01, 1, 0.0))])
+def test_the_committed_data_roots_keep_their_steps(world, expected):
+    assert step_of(Path(__file__).parent.parent / "data" / world) == expected
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--unlearn_lr", "auto"], "--unlearn_lr auto: scales one Newton step, found --unlearn_steps 100; give --unlearn_steps 1"),
+    (["--unlearn_lr", "auto", "--unlearn_steps", "0"], "found --unlearn_steps 0"), (["--unlearn_lr", "nan"], "--unlearn_lr nan: expected a non-negative number")])
+def test_a_step_that_cannot_be_chosen_is_refused(given, said, root):
+    with pytest.raises(UserError, match=said):
+        parse(compute_influence, root, *given)
 
 
 def test_the_published_defaults_hold_where_nothing_is_given(root):
@@ -93,7 +156,8 @@ def test_a_pipeline_of_the_data_root_is_a_path_below_it(root):
 @pytest.mark.parametrize("settings, said", [
     ({"damping": True}, "damping: expected float, found True"), ({"num_train": 1.5}, "num_train: expected int, found 1.5"),
     ({"resolution": 0}, "resolution 0: expected a positive whole number"), ({"unlearn_lr": -1}, "unlearn_lr -1: expected a non-negative whole number"),
-    ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"), ({"name": None}, "name: expected str, found None")])
+    ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"), ({"unlearn_lr": "Auto"}, "unlearn_lr: expected float, found 'Auto'"),
+    ({"name": None}, "name: expected str, found None")])
 def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
     write_settings(root, **settings)
     with pytest.raises(UserError, match="dataset.json") as error:

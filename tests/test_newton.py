@@ -21,7 +21,7 @@ from unlearn.gradients import tracked
 from unlearn.hashes import digest
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
-from unlearn.newton import CompatDraws, QueryDraws, newton_step, unlearn
+from unlearn.newton import CompatDraws, QueryDraws, newton_step, relative_change, unlearn
 from unlearn.reading import read_tensors
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"
@@ -62,6 +62,24 @@ def test_newton_steps_grow_geometrically(quadratic):
     for step in range(1, 8):
         newton_step(parameters, gradient(parameters, h, b), DiagonalFisher({"x": h}), 0.1)
         torch.testing.assert_close(parameters["x"].detach() - b, 1.1 ** step * (start - b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e12])
+def test_a_step_that_is_chosen_moves_the_weights_by_four_per_cent_of_their_norm(quadratic, scale):
+    parameters, h, b = quadratic
+    start = parameters["x"].detach().clone()
+    rate = newton_step(parameters, gradient(parameters, scale * h, b), DiagonalFisher({"x": h}))
+    torch.testing.assert_close(parameters["x"].detach(), start + rate * scale * (start - b))
+    assert relative_change({"x": parameters["x"].detach() - start}, {"x": start}) == pytest.approx(0.04, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_no_step_is_chosen_along_a_gradient_without_direction(quadratic, value):
+    parameters, h, _ = quadratic
+    start = parameters["x"].detach().clone()
+    with pytest.raises(UserError, match="--unlearn_lr auto: the query's gradient, divided by the Fisher, has the norm"):
+        newton_step(parameters, {"x": torch.full_like(h, value)}, DiagonalFisher({"x": h}))
+    assert torch.equal(parameters["x"].detach(), start)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1, 3.0])
@@ -220,7 +238,8 @@ def threads(number):
 
 # draws in a step, checkpoint draws, draws after which the run is killed, progress of the one that goes on
 KILLS = {"between steps": (6, 12, 24, [12, 6, 6, 6]), "within a step": (15, 4, 23, [19, 4, 4, 3, 4, 4, 4, 3, 4, 4, 4, 3, 4, 4, 4, 3]),
-         "within the first": (15, 8, 15, [8, 7, 8, 7, 8, 7, 8, 7, 8, 7])}
+         "within the first": (15, 8, 15, [8, 7, 8, 7, 8, 7, 8, 7, 8, 7]),
+         "before a step that is chosen": (15, 8, 15, [8, 7])}
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -228,7 +247,7 @@ KILLS = {"between steps": (6, 12, 24, [12, 6, 6, 6]), "within a step": (15, 4, 2
 def test_unlearning_resumed_from_a_checkpoint_equals_uninterrupted_unlearning_bit_for_bit(model, query, tmp_path, monkeypatch, when,
                                                                                           num_threads):
     draws_a_step, checkpoint_draws, killed_after, progress = KILLS[when]
-    settings = {**SETTINGS, "draws_a_step": draws_a_step}
+    settings = {**SETTINGS, "draws_a_step": draws_a_step, **({"rate": None, "steps": 1} if "chosen" in when else {})}
     expected = unlearn(model, *query, **settings)
     assert all(delta.abs().max() > 0 for delta in expected.values())
     monkeypatch.setattr(newton, "CHECKPOINT_DRAWS", checkpoint_draws)
@@ -505,6 +524,24 @@ def test_unlearning_raises_the_querys_own_loss(unlearned):
     influence, change = unlearned("--unlearn_lr", "100", "--unlearn_steps", "2")
     assert influence["query_loss_after"] > influence["query_loss_before"] * 1.001
     assert all(delta.any() for delta in change.values())
+
+
+def test_the_step_that_was_chosen_is_written_wherever_the_result_is(unlearned, tmp_path, capsys):
+    auto = ["--unlearn_lr", "auto", "--unlearn_steps", "1", "--num_train", "60"]
+    influence, change = unlearned(*auto)
+    assert influence["relative_weight_change"] == pytest.approx(0.04, rel=1e-4)
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+    made, shown = (json.loads((folder / f"{name}.json").read_text()) for name in ("weight_change", "influence"))
+    assert (made["identity"]["unlearn_lr"], made["identity"]["target_change"]) == ("auto", 0.04)
+    assert (shown["identity"]["settings"]["unlearn_lr"], shown["identity"]["settings"]["target_change"]) == ("auto", 0.04)
+    rate = made["circumstances"]["alpha_over_N"]
+    assert rate > 0 and influence["alpha_over_N"] == rate and influence["alpha"] == rate * 60 == made["circumstances"]["alpha"]
+    assert shown["circumstances"]["alpha_over_N"] == rate
+    assert f"alpha {rate * 60:.3g}, alpha / N {rate:.3g} (chosen by --unlearn_lr auto)" in capsys.readouterr().out
+    again, same = unlearned(*auto)  # the weight change is kept, and with it its record
+    assert again["alpha_over_N"] == rate and all(torch.equal(same[name], delta) for name, delta in change.items())
+    given, _ = unlearned("--unlearn_lr", repr(rate * 60), "--unlearn_steps", "1", "--num_train", "60", "--overwrite")
+    np.testing.assert_allclose(given["influence"], influence["influence"], rtol=1e-6)
 
 
 def test_a_weight_change_of_the_former_draws_is_refused(unlearned, tmp_path):

@@ -16,11 +16,12 @@ from .artifacts import write_tensors
 from .curvature import DiagonalFisher, check_fisher, squared_gradient_sums
 from .datasets import TrainingSet
 from .generation import generate_latents, initial_noise
-from .inputs import check_fisher_record, find_fisher, prepare_training_set
+from .inputs import check_fisher_record, count_images, find_fisher, prepare_training_set
 from .models import Model, load_model, select_parameters
 from .noise import timestep_grid
 from .passes import replace_feed_forward
 from .reading import read_tensors
+from .settings import AUTO
 from .text_attention import share_texts
 from .unets import load_unet
 
@@ -46,7 +47,7 @@ class World:
     query_latents: np.ndarray  # [queries, C, h, w]
     query_embeddings: np.ndarray  # [queries, tokens, features]
     fisher: DiagonalFisher
-    rate: float | None  # alpha / N of a Newton step; None where none is natural, with seeded weights
+    rate: float | None  # alpha / N of a Newton step; None where it is chosen: of seeded weights and, for auto, of a data root
     load: Callable  # reads UNet and Fisher from their files, as the published program does for every query: the Fisher
 
     @property
@@ -108,7 +109,8 @@ def open_world(args, settings):
     if args.num_images:
         training_set = training_set.first(args.num_images) if args.num_images <= len(training_set) else multiply_images(
             training_set, args.num_images, args.seed)
-    grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"] / settings["num_train"]
+    grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
+    rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
     return World(model, training_set, grid, *queries, DiagonalFisher(diagonal, DAMPING), rate,
                  lambda: load_published(args.sd_version, args.unet, fisher_path, args.device))
 

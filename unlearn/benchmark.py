@@ -49,9 +49,8 @@ def unlearn_query(world, args, number):
     model, name = world.model, f"query {number}"
     latent, embedding = world.query(number)
     draws = QueryDraws(args.seed, world.training_set.name, name, len(model.alpha_bars))
-    # A seeded model's step has no natural size, and every size is scaled.
-    change = unlearn(model, world.parameters, latent, embedding, draws, world.fisher, rate=1.0 if world.rate is None else world.rate,
-                     steps=1, draws_a_step=args.unlearn_batch_size * args.unlearn_grad_accum_steps, pass_size=args.gradient_batch_size)
+    change = unlearn(model, world.parameters, latent, embedding, draws, world.fisher, rate=world.rate, steps=1,
+                     draws_a_step=args.unlearn_batch_size * args.unlearn_grad_accum_steps, pass_size=args.gradient_batch_size)
     return {key: delta.to(model.device) for key, delta in change.items()}
 
 

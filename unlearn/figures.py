@@ -41,15 +41,22 @@ def draw_tile(sheet, left, top, image, text, framed):
     draw.multiline_text((left, top + TILE + 8), wrap_text(draw, text, font, TILE, 3), INK, font, spacing=2)
 
 
-def draw_influence(query, prompt, candidates, columns=5):
-    """The query at the left, its most influential images in rows beside it.
+def draw_influence(query, prompt, candidates, warnings=(), columns=5):
+    """The query at the left, its most influential images in rows beside it, and below them what there is to warn of.
 
-    query: RGB image; candidates: [(RGB image or None, text, is_exemplar), ...], most influential first.
+    query: RGB image; candidates: [(RGB image or None, text, is_exemplar), ...], most influential first; warnings: sentences.
     Returns an RGB image.
     """
     rows = max(1, -(-len(candidates) // columns))
     cell = TILE + GAP, TILE + CAPTION_HEIGHT + GAP
-    sheet = Image.new("RGB", (2 * GAP + (min(columns, len(candidates)) + 1) * cell[0] + 2 * GAP, GAP + rows * cell[1]), PAPER)
+    size = 2 * GAP + (min(columns, len(candidates)) + 1) * cell[0] + 2 * GAP, GAP + rows * cell[1]
+    sheet = Image.new("RGB", size, PAPER)
+    if warnings:
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+        text = "\n".join(wrap_text(draw, f"Warning: {warning}.", font, size[0] - 2 * GAP, 6) for warning in warnings)
+        left, top, _, bottom = draw.multiline_textbbox((GAP, size[1]), text, font, spacing=6)
+        sheet = Image.new("RGB", (size[0], int(bottom) + GAP), PAPER)
+        ImageDraw.Draw(sheet).multiline_text((GAP, size[1]), text, EXEMPLAR_RED, font, spacing=6)
     draw_tile(sheet, GAP, GAP, query, f"query: {prompt}", False)
     for number, (image, text, is_exemplar) in enumerate(candidates):
         row, column = divmod(number, columns)

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+LEAST_CHANGE, MOST_CHANGE = 0.005, 0.15  # of the weights, relative: below, scores drown in rounding; above, the model is another one
+ROUNDING = 1e-5  # of a loss, relative: ten times what float32 and the order of its sums make of it
+
 
 def loss_changes(before, after):
     """Influence of each view: L(z, unlearned) - L(z, theta0), float64 [2n]. Source: [AbU] Eq. 6."""
@@ -17,3 +20,16 @@ def best_view(scores):
 def rank_images(influence):
     """Indices by falling influence; equal ones in their order."""
     return np.argsort(-influence, kind="stable")
+
+
+def find_warnings(moved, before, after):
+    """Why a ranking may mean nothing, a short sentence each. moved: relative change of the weights; before, after: the query's own
+    loss. NaN, where one is not known, warns of nothing."""
+    warnings = []
+    if moved < LEAST_CHANGE:
+        warnings.append(f"the weights moved by {moved:.2g} of their norm, less than {LEAST_CHANGE}: scores may be noise")
+    if moved > MOST_CHANGE:
+        warnings.append(f"the weights moved by {moved:.2g} of their norm, more than {MOST_CHANGE}: the model is another one, and scores mean little")
+    if after - before <= ROUNDING * abs(before):
+        warnings.append(f"the query's own loss did not rise ({before:.5g} to {after:.5g}): it was not unlearned")
+    return warnings

@@ -16,7 +16,7 @@ from .queries import check_stored, read_stored
 from .reading import check_name
 from .records import check_record, record_path
 from .runtime import choose_device, say, set_precision
-from .settings import check_number, read_settings
+from .settings import AUTO, check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "dataroot": (str, "data root (default data/abc)"),
@@ -54,9 +54,19 @@ def check_names(args):
             check_name(f"--{flag}", value)
 
 
+def step_size(text):
+    """The type of --unlearn_lr: a number or auto."""
+    return text if text == AUTO else float(text)
+
+
+def count_images(dataroot):
+    """How many training images a data root has, whether they are encoded or not. Raises UserError where files are missing."""
+    return len(open_arrays(dataroot)[1] if has_given_arrays(dataroot) else list_pairs(dataroot)[0])
+
+
 def resolve(args, flag_of=None):
-    """Fills the flags left at None in place: from the data root's dataset.json, else as published. Sets precision and
-    device. `flag_of` maps a flag to a setting of another name. Raises UserError for values out of range."""
+    """Fills the flags left at None in place: from the data root's dataset.json, else as published, or chosen for a data root that
+    is neither. Sets precision and device. `flag_of` maps a flag to a setting of another name. Raises UserError for values out of range."""
     flag_of = {"sd_version": "pipeline", **(flag_of or {})}
     dataroot = "data/abc" if args.dataroot is None else args.dataroot
     if not dataroot or not Path(dataroot).is_dir():
@@ -70,6 +80,8 @@ def resolve(args, flag_of=None):
             setattr(args, flag, settings[setting])
         else:
             check_number(f"--{flag}", setting, value)
+    if getattr(args, "num_train", 0) is None:  # of the whole root, whatever part of it is ranked: all of it was trained on
+        args.num_train = count_images(dataroot)
     set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     args.device = choose_device(getattr(args, "device", None))
     return settings
@@ -89,8 +101,7 @@ def check_result_dir(result_dir):
 def check_training_files(args):
     """Checks the training set as far as that goes without a model. Raises UserError where files are missing, their
     numbers disagree or the subset is larger than the data; else returns how many images a run uses."""
-    given = has_given_arrays(args.dataroot)
-    available = len(open_arrays(args.dataroot)[1] if given else list_pairs(args.dataroot)[0])
+    available = count_images(args.dataroot)
     check_given(args.dataroot)
     return choose_subset_size(available, args.laion_subset_size, read_settings(args.dataroot)["largest_subset"])
 

@@ -1,5 +1,6 @@
 """Unlearning a synthesized image: Newton steps that raise its loss, along F^-1 grad L. Source: [AbU] Eq. 5."""
 
+import math
 from collections import deque
 from pathlib import Path
 from threading import Lock
@@ -15,6 +16,7 @@ from .hashes import digest
 from .losses import sample_losses
 from .models import replaced_weights
 from .runtime import run_ahead, run_within_memory
+from .settings import AUTO, AUTO_CHANGE
 from .text_attention import text_layers
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
@@ -137,16 +139,31 @@ def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_
     return {name: value / num_draws for name, value in sums.items()}
 
 
-def newton_step(parameters, gradients, fisher, rate):
-    """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N. Source: [AbU] Eq. 5."""
-    for name, direction in fisher.precondition(gradients).items():
+def choose_rate(parameters, directions, change=AUTO_CHANGE):
+    """alpha / N with which a step along F^-1 grad L, {name: tensor}, moves the weights by `change`, relative to their norm:
+    change ||theta|| / ||F^-1 grad L||. Raises UserError where no rate does."""
+    weights, length = total_norm(parameters), total_norm(directions)
+    if not 0 < length < math.inf:
+        raise UserError(f"--unlearn_lr {AUTO}: the query's gradient, divided by the Fisher, has the norm {length:g}: no step along it can be "
+                        "chosen; the model or the Fisher is broken")
+    return change * weights / length
+
+
+def newton_step(parameters, gradients, fisher, rate=None):
+    """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N, by default that of `choose_rate`. Returns it.
+    Source: [AbU] Eq. 5."""
+    directions = fisher.precondition(gradients)
+    rate = choose_rate(parameters, directions) if rate is None else rate
+    for name, direction in directions.items():
         parameters[name].data.add_(direction, alpha=rate)
+    return rate
 
 
 def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps, draws_a_step, pass_size, autocast=None,
-            checkpoint_path=None, identity=None, progress=lambda count: None):
+            checkpoint_path=None, identity=None, progress=lambda count: None, on_step=lambda rate: None):
     """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton steps, each along the mean
-    gradient of `draws_a_step` draws. pass_size: draws in one pass; memory only, but with CompatDraws. autocast: see QueryGradient.
+    gradient of `draws_a_step` draws. rate: alpha / N, None where each step's is chosen; on_step is told it. pass_size: draws in one
+    pass; memory only, but with CompatDraws. autocast: see QueryGradient.
 
     The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so far are written beside
     `checkpoint_path`, under a name that holds the digest of `identity`; a run that was killed goes on from there.
@@ -172,7 +189,7 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
             gradient.add(sums, int(done), count)
             done += count
             if done % draws_a_step == 0:
-                newton_step(parameters, {name: value / draws_a_step for name, value in sums.items()}, fisher, rate)
+                on_step(newton_step(parameters, {name: value / draws_a_step for name, value in sums.items()}, fisher, rate))
                 for value in sums.values():
                     value.zero_()
             progress(count)
@@ -187,6 +204,11 @@ def remove_checkpoints(checkpoint_path):
         path.unlink(missing_ok=True)  # another process may be at it too
 
 
+def total_norm(tensors):
+    """Norm of {name: tensor} taken as one vector."""
+    return sum(float(value.detach().double().square().sum()) for value in tensors.values()) ** 0.5
+
+
 def relative_change(change, parameters):
     """Norm of a weight change relative to the weights'."""
     squares = sum(float(delta.double().square().sum()) for delta in change.values())
@@ -198,4 +220,4 @@ def check_change(query_id, change):
     """Raises UserError where unlearning diverged."""
     for name, delta in change.items():
         if not torch.isfinite(delta).all():
-            raise UserError(f"unlearning {query_id} diverged: {name} is no longer finite; try a smaller --unlearn_lr or a larger --damping")
+            raise UserError(f"unlearning {query_id} diverged: {name} is no longer finite; try a smaller --unlearn_lr (or {AUTO}) or a larger --damping")

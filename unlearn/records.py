@@ -36,10 +36,11 @@ def circumstances(device=None):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def write_record(path, identity, device=None, content=None):
-    """Writes the record of a complete artefact, whose hash `content` is where it is known already."""
+def write_record(path, identity, device=None, content=None, found=None):
+    """Writes the record of a complete artefact, whose hash `content` is where it is known already. found: what else is reported
+    of it, beside the circumstances."""
     write_json(record_path(path), {"identity": {"format_version": FORMAT_VERSION, **identity},
-                                   "circumstances": circumstances(device), "content": content or hash_file(path)})
+                                   "circumstances": {**circumstances(device), **(found or {})}, "content": content or hash_file(path)})
 
 
 def is_complete(path):

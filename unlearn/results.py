@@ -11,13 +11,13 @@ import numpy as np
 from . import UserError
 from .artifacts import whole_file
 from .figures import TILE, draw_influence
-from .influence import best_view, rank_images
+from .influence import best_view, find_warnings, rank_images
 from .inputs import OWN_DEFAULTS
 from .pictures import load_image
 from .printing import printable, show
 from .records import record_path, write_record
 from .runtime import log
-from .settings import read_settings
+from .settings import AUTO, read_settings
 
 
 def loss_command(args):
@@ -98,13 +98,21 @@ def describe_recall(recall, recall_low, recall_k, num_audited):
             f"(from {num_audited} others, drawn at random; images unlike all of these may be missed besides).")
 
 
+def describe_step(shown, args):
+    """A line that says which step was chosen, "" where it was given."""
+    if args.unlearn_lr != AUTO:
+        return ""
+    return f"One Newton step of alpha {shown['alpha']:.3g}, alpha / N {shown['alpha_over_N']:.3g} (chosen by --unlearn_lr {AUTO}).\n"
+
+
 def save(folder, task, image_sets, changes, args, shown, identity):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
 
     changes: of the losses, {"exemplar": [2n], "laion": [2N]}, of the base model's queries without the first; shown: what stands
-    in influence.npz beside the scores.
+    in influence.npz beside the scores. What there is to warn of stands in all of them, in the CSV as a further column.
     """
+    warnings = find_warnings(shown["relative_weight_change"], shown["query_loss_before"], shown["query_loss_after"])
     influence = np.concatenate([best_view(changes[name]) for name in image_sets])
     if not np.isfinite([*influence, shown["query_loss_before"], shown["query_loss_after"], shown["relative_weight_change"]]).all():
         raise UserError(f"{folder}: a score, or a loss of the query itself, is NaN or infinite; the weights have diverged (try a smaller "
@@ -113,25 +121,31 @@ def save(folder, task, image_sets, changes, args, shown, identity):
     candidates = list_candidates(image_sets, influence, ranking)
     path = folder / "influence.npz"
     record_path(path).unlink(missing_ok=True)
-    write_csv(folder / "influence.csv", ["rank", "id", "caption", "score", "exemplar", "path"], candidates)
+    header = ["rank", "id", "caption", "score", "exemplar", "path"]
+    if warnings:  # in every row, so that a part of the table keeps it
+        write_csv(folder / "influence.csv", [*header, "warning"], ([*row, "; ".join(warnings)] for row in candidates))
+    else:
+        write_csv(folder / "influence.csv", header, candidates)
     with whole_file(folder / "influence.pkl") as file:  # for those who read the published program's; never read here
         pickle.dump({"influence": influence, "rank": ranking}, file)
     top = candidates[:args.top_k]
     pictures = [(load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
                 for rank, _, caption, score, exemplar, path in top]
     jpeg = io.BytesIO()  # Pillow's own writing to a file does not say that the disk is full
-    draw_influence(load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures).save(jpeg, "JPEG", quality=92)
+    draw_influence(load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures, warnings).save(jpeg, "JPEG", quality=92)
     with whole_file(folder / "visualization.jpg") as file:
         file.write(jpeg.getvalue())
     with whole_file(path) as file:
         np.savez(file, ids=np.array([id for images in image_sets.values() for id in images.ids]), influence=influence, rank=ranking,
-                 is_exemplar=np.arange(len(influence)) < len(task.exemplar_paths), **shown)
-    write_record(path, identity)
+                 is_exemplar=np.arange(len(influence)) < len(task.exemplar_paths), warnings=np.array(warnings, str), **shown)
+    write_record(path, identity, found={"alpha": shown["alpha"], "alpha_over_N": shown["alpha_over_N"], "warnings": warnings})
     print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
     print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "
           f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
-          f"Picture: {printable(folder / 'visualization.jpg')}")
+          f"{describe_step(shown, args)}Picture: {printable(folder / 'visualization.jpg')}")
+    for warning in warnings:
+        print(f"Warning: {warning}.")
     if "expected_missed" in shown:
         print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. "
               f"{describe_recall(**{name: shown[name] for name in ('recall', 'recall_low', 'recall_k', 'num_audited')})}")

@@ -16,6 +16,12 @@ PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolu
              # Its files, and how many training images are used where no number is asked for. num_captions 0: see choose_captions.
              "latents": "laion_latents.npy", "embeddings": "laion_text_embeddings.npy", "images": "laion_subset/images",
              "captions": "laion_subset/captions.txt", "fisher": "", "num_captions": 0, "largest_subset": 100_000}
+AUTO = "auto"  # unlearn_lr: one Newton step, scaled so that the selected weights move by AUTO_CHANGE, relative to their norm
+AUTO_CHANGE = 0.04
+# Instead of the published ones, of a data root that is not AbC and says no step: N is the number of its training images (None), and
+# damping lifts the small entries of a Fisher of few samples, by which an undamped step would go almost anywhere.
+OWN_ROOT = {"num_train": None, "unlearn_lr": AUTO, "unlearn_steps": 1, "damping": 0.1}
+ABC_TEST_CASES = ("test_artchive", "test_bamfg", "test_observed_imagenet", "test_unobserved_imagenet")
 FILES = {"latents": (".npy",), "embeddings": (".npy",), "captions": (".txt", *READERS), "fisher": (".pt", ".bin", ".safetensors")}
 FOLDERS = {"pipeline": "model_index.json", "unet": "config.json"}  # settings that may name a folder of the data root: what it holds
 MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")
@@ -49,24 +55,34 @@ def check_files(item, settings):
                 raise UserError(f"{item}: {key} {path}: it, or its record {name}, would stand where {other} does")
 
 
+def is_published_root(dataroot):
+    """Whether a data root is the AbC benchmark, to which the published settings belong: it has no dataset.json and at least one of
+    the four published test cases (json/test_artchive.json, ...). MSCOCO's own dataset.json says its settings."""
+    return (not (Path(dataroot) / "dataset.json").exists()
+            and any((Path(dataroot) / "json" / f"{name}.json").is_file() for name in ABC_TEST_CASES))
+
+
 def read_settings(dataroot):
-    """Settings of a data root: those of its `dataset.json` over the published ones of AbC.
+    """Settings of a data root: those of its `dataset.json` over the published ones of AbC, or over OWN_ROOT where it is neither AbC
+    nor says a step (`unlearn_lr`); num_train is None where it is the number of its training images.
     `pipeline` and `unet` may be folders of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
     check_name("--dataroot", os.path.realpath(dataroot))
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
     if not path.exists():
-        return settings
+        return settings if is_published_root(dataroot) else {**settings, **OWN_ROOT}
     own = read_json(path, "data set")
     if not isinstance(own, dict):
         raise UserError(f"data set {path}: expected an object, found {type(own).__name__}")
     for key, value in own.items():
         if key not in PUBLISHED:
             raise UserError(f"data set {path}: unknown key {key}; expected some of {', '.join(PUBLISHED)}")
+        if key == "unlearn_lr" and value == AUTO:
+            continue
         kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}")
         check_number(f"data set {path}: {key}", key, value)
-    settings.update(own)
+    settings.update({**(OWN_ROOT if own.get("unlearn_lr", AUTO) == AUTO else {"num_train": None}), **own})
     check_files(f"data set {path}", settings)
     check_text(f"data set {path}: name", settings["name"])
     for key in FILES:  # links lead to arrays that came from elsewhere, but nothing is written through one

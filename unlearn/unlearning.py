@@ -8,9 +8,10 @@ from . import UserError
 from .artifacts import write_tensors
 from .losses import noise_identity
 from .newton import CompatDraws, QueryDraws, check_change, remove_checkpoints, unlearn
-from .records import keep_complete, record_path, write_record
+from .records import keep_complete, read_record, record_path, write_record
 from .runtime import progress
 from .scoring import AUTOCAST
+from .settings import AUTO, AUTO_CHANGE
 from .sharing import Share
 
 
@@ -18,7 +19,27 @@ def unlearning_settings(args):
     """Identity of how a query is unlearned, the same for all queries that may be compared."""
     names = ("weight_selection", "damping", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size",
              "unlearn_grad_accum_steps", "seed", "precision", "compat")
-    return {**{name: getattr(args, name) for name in names}, **({} if args.compat else {"draws": QueryDraws.scheme})}
+    return {**{name: getattr(args, name) for name in names}, **({"target_change": AUTO_CHANGE} if args.unlearn_lr == AUTO else {}),
+            **({} if args.compat else {"draws": QueryDraws.scheme})}
+
+
+def check_step(args):
+    """Raises UserError where a step that is to be chosen is not the only one."""
+    if args.unlearn_lr == AUTO and args.unlearn_steps != 1:
+        raise UserError(f"--unlearn_lr {AUTO}: scales one Newton step, found --unlearn_steps {args.unlearn_steps}; give --unlearn_steps 1, or "
+                        "a number as --unlearn_lr")
+
+
+def read_step(path, args):
+    """alpha and alpha / N of the weight change at `path`: what was asked for or, by its record, what was chosen."""
+    if args.unlearn_lr != AUTO:
+        return args.unlearn_lr, args.unlearn_lr / args.num_train
+    remedy = "give --overwrite to make it again"
+    found = read_record(path, remedy).get("circumstances")
+    rate = found.get("alpha_over_N") if isinstance(found, dict) else None
+    if not isinstance(rate, float):
+        raise UserError(f"{record_path(path)}: does not say the step that was chosen (alpha_over_N); {remedy}")
+    return rate * args.num_train, rate
 
 
 def change_identity(custom, query, fisher, args):
@@ -37,15 +58,17 @@ def unlearn_query(custom, query, parameters, fisher, path, args):
         draws = CompatDraws(args.seed, len(custom.alpha_bars), custom.device)
     else:
         draws = QueryDraws(args.seed, query.name, query.ids[0], len(custom.alpha_bars))
-    draws_a_step = args.unlearn_batch_size * args.unlearn_grad_accum_steps
+    draws_a_step, rates = args.unlearn_batch_size * args.unlearn_grad_accum_steps, []
     with progress(args.unlearn_steps * draws_a_step, f"unlearning {query.ids[0]}", "draws") as bar:
-        change = unlearn(custom, parameters, latent, embedding, draws, fisher, rate=args.unlearn_lr / args.num_train,
+        change = unlearn(custom, parameters, latent, embedding, draws, fisher, on_step=rates.append,
+                         rate=None if args.unlearn_lr == AUTO else args.unlearn_lr / args.num_train,
                          steps=args.unlearn_steps, draws_a_step=draws_a_step,
                          pass_size=args.unlearn_batch_size if args.compat else args.loss_batch_size, autocast=AUTOCAST[args.precision],
                          checkpoint_path=None if args.compat else path, identity=identity, progress=bar.update)
     check_change(query.ids[0], change)
     record_path(path).unlink(missing_ok=True)
-    write_record(path, identity, custom.device, write_tensors(path, change))
+    step = {"alpha": rates[-1] * args.num_train, "alpha_over_N": rates[-1]} if rates else {}
+    write_record(path, identity, custom.device, write_tensors(path, change), step)
 
 
 def unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args):
