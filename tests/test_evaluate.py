@@ -32,13 +32,13 @@ def make_task(test_case="test_tiny", train_prompt="<new1> blob"):
     return Task("synth/0.png", "a blob", test_case, 0, "models/blob", train_prompt, None, ())
 
 
-def save_influence(result_dir, name, influence, num_training=NUM_TRAINING, rank=None):
+def save_influence(result_dir, name, influence, num_training=NUM_TRAINING, rank=None, **shown):
     """An influence file and its record, as compute_influence.py leaves them."""
     path = Path(result_dir) / "influence" / name / "influence.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     ids = [f"exemplar/tiny/{i}.png" for i in range(NUM_EXEMPLARS)] + [f"laion/{i:06d}" for i in range(num_training)]
     np.savez(path, ids=np.array(ids), influence=influence, is_exemplar=np.arange(len(ids)) < NUM_EXEMPLARS,
-             rank=rank_images(influence) if rank is None else rank)
+             rank=rank_images(influence) if rank is None else rank, **shown)
     write_record(path, {"query": name})
     return path
 
@@ -180,6 +180,15 @@ def test_the_command_measures_ours_chance_and_baselines_and_writes_three_tables(
 def read_csv(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_that_queries_were_hardly_unlearned_or_too_much_is_repeated_in_one_line(arguments, tmp_path, capsys):
+    save_influence(tmp_path, RESULTS[1], influence_with_ranks([1, 4, 7, 20, 65]), relative_weight_change=1e-4, query_loss_before=0.1758,
+                   query_loss_after=0.1758)
+    main(arguments)
+    said = [line for line in capsys.readouterr().out.splitlines() if "Warning" in line]
+    assert said == [f"Warning: 1 of 2 queries may mean little, first synth/{RESULTS[1]}.png: the weights moved by 0.01 %, less "
+                    "than 0.5 %: scores may be noise; the query's own loss did not rise (0.1758 to 0.1758): it was not unlearned."]
 
 
 def test_a_highest_recall_below_1_is_stated_in_the_table():

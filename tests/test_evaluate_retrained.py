@@ -46,13 +46,14 @@ class World:
                 "--result_dir", str(self.folder / "results"), "--retrained", str(self.retrained), "--output",
                 str(self.folder / "out"), *more]
 
-    def save_influence(self, method, scores, training_set=TRAINING_SET, **settings):
+    def save_influence(self, method, scores, training_set=TRAINING_SET, shown=None, **settings):
         below = "influence" if method == "ours" else f"baselines/{method}"
         for query, influence in zip(self.queries, np.asarray(scores, np.float64)):
             path = self.folder / "results" / below / query / "influence.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
             ids = np.array([f"laion/{row:06d}" for row in range(len(influence))])
-            np.savez(path, ids=ids, influence=influence, rank=rank_images(influence), is_exemplar=np.zeros(len(ids), bool))
+            np.savez(path, ids=ids, influence=influence, rank=rank_images(influence), is_exemplar=np.zeros(len(ids), bool),
+                     **(shown or {}))
             write_record(path, {"settings": settings, "candidates": [training_set], "weight_change": query})
 
     def save_model(self, name, kind, kept, seed=0, removed=None, **identity):
@@ -145,6 +146,16 @@ def test_scores_that_are_the_effects_reach_lds_1_and_random_ones_are_always_ther
     assert len(queries) == 15 and {row["query"] for row in queries} == set(QUERIES)
     pixel_queries = [float(row["lds"]) for row in queries if row["method"] == "pixel"]
     assert np.mean(pixel_queries) == pytest.approx(float(pixel["lds"]))
+
+
+def test_that_a_step_was_too_large_is_repeated_from_influence_files_and_from_scores(world, capsys):
+    world.save_influence("ours", world.effect, shown={"relative_weight_change": 7.81, "query_loss_before": 0.1, "query_loss_after": 1.9})
+    said = ("Warning: 5 of 5 queries scored by ours may mean little, first q0: the weights moved by 781 %, more than 15 %: "
+            "the model is another one, and scores mean little.")
+    main(world.flags())
+    assert capsys.readouterr().out.count("Warning") == 1
+    main(world.flags("--scores", str(world.folder / "out/scores")))
+    assert said.replace("q0", QUERIES[0]) in capsys.readouterr().out
 
 
 def test_leave_k_out_means_are_those_of_the_queries_by_hand(world, capsys):

@@ -1,5 +1,6 @@
 """Unlearning is Newton's method: closed forms on a quadratic, gradients and Fisher against brute force, exact restoring."""
 
+import csv
 import dataclasses
 import json
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARITY
+from PIL import Image
 
 import compute_influence
 import compute_training_loss
@@ -17,8 +19,10 @@ from unlearn.chunks import write_tensor_chunk
 from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
 from unlearn.customization import customized
+from unlearn.figures import EXEMPLAR_RED
 from unlearn.gradients import tracked
 from unlearn.hashes import digest
+from unlearn.influence import find_warnings
 from unlearn.losses import sample_losses
 from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
 from unlearn.newton import CompatDraws, QueryDraws, newton_step, relative_change, unlearn
@@ -518,6 +522,47 @@ def test_steps_of_no_size_and_no_steps_change_no_weight_and_no_loss(unlearned, r
     assert len(change) == KV and not any(delta.any() for delta in change.values())
     assert influence["influence"].shape == (7,) and not influence["influence"].any()
     assert influence["query_loss_after"] == influence["query_loss_before"] and influence["relative_weight_change"] == 0
+
+
+@pytest.mark.parametrize("moved, before, after, words", [
+    (0.0049, 1, 2, ["less than 0.5 %"]), (0.151, 1, 2, ["more than 15 %"]), (0.005, 1, 2, []), (0.15, 1, 2, []), (0.04, 1, 1.00002, []),
+    (0.04, 1, 1.000009, ["did not rise"]), (0.04, 1, 0.9, ["did not rise"]), (1e-4, 0.1758, 0.1758, ["less than", "did not rise (0.1758 to 0.1758)"]),
+    (float("nan"),) * 3 + ([],)])
+def test_a_step_too_small_or_too_large_and_a_query_that_was_not_unlearned_are_warned_of(moved, before, after, words):
+    found = find_warnings(moved, before, after)
+    assert len(found) == len(words) and all(map(str.__contains__, found, words))
+
+
+@pytest.mark.parametrize("rate, words", [("1e-9", "less than 0.5 %"), ("1e9", "more than 15 %"), ("auto", None)])
+def test_a_warning_stands_wherever_the_result_does(unlearned, tmp_path, capsys, rate, words):
+    steps = {"1e9": "2"}.get(rate, "1")  # the first one alone may lower the query's own loss
+    influence, _ = unlearned("--unlearn_lr", rate, "--unlearn_steps", steps)
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+    rows = list(csv.DictReader((folder / "influence.csv").open()))
+    record = json.loads((folder / "influence.json").read_text())["circumstances"]["warnings"]
+    screen = capsys.readouterr().out
+    assert influence["warnings"].tolist() == record
+    with Image.open(folder / "visualization.jpg") as picture:
+        red = (np.abs(np.asarray(picture, int)[-60:] - EXEMPLAR_RED).max(axis=2) < 60).sum()  # below the frames
+    if words:
+        assert words in record[0] and all(row["warning"] == "; ".join(record) for row in rows)
+        assert screen.count(f"Warning: {record[0]}.") == 2 and red > 500  # two queries
+    else:
+        assert not record and "warning" not in rows[0] and "Warning" not in screen and red == 0
+
+
+def test_a_folder_of_ones_own_pictures_gets_a_ranking_without_a_flag(root, tmp_path, capsys):
+    """The first thing that anyone tries: pictures, captions and one made picture; what the model is, and nothing else."""
+    (root / "json/test_artchive.json").unlink()
+    task = {"synth_image_path": "synth/tiny/gpt/blob/samples/00000.png", "prompt": "a red blob"}
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    flags = ["--task_json", str(tmp_path / "tasks.json"), "--dataroot", str(root), "--sd_version", SD_TINY, "--device", "cpu",
+             "--result_dir", str(tmp_path / "results"), *(["--laion_subset_size", "4"])]
+    compute_training_loss.main(flags)
+    compute_influence.main(flags)
+    influence = np.load(tmp_path / "results/influence/tiny/gpt/blob/samples/00000/influence.npz")
+    assert influence["relative_weight_change"] == pytest.approx(0.04, rel=1e-3) and not influence["warnings"].size
+    assert influence["query_loss_after"] > influence["query_loss_before"] and "Warning" not in capsys.readouterr().out
 
 
 def test_unlearning_raises_the_querys_own_loss(unlearned):

@@ -13,6 +13,7 @@ from .datamodels import bootstrap_scores, interval, predict, spearman
 from .figures import draw_grid
 from .plots import draw_plots
 from .printing import show
+from .rankings import count_warnings
 from .removal import (MEASURES, asked_queries, equivalent_rows, find_maker, find_references, floor_rows, group_models,
                       measure_removals, other_full_rows, paired_rows, random_changes, random_deviations, removal_rows,
                       retention_rows)
@@ -227,6 +228,8 @@ def evaluate_retrained(args, tasks):
                        "explains them best, is taken for the one that made them, unchecked.")
     if not lds:
         notices.insert(0, "No models on random subsets yet: no LDS.")
+    for method, each in scores.items():
+        notices += count_warnings(each.warnings, f"queries scored by {method}")
     notices += filter(None, [left_out_line(models)])
     print_tables(rows, lds, shown, notices)
     rows["lds"] = lds

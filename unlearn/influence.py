@@ -27,9 +27,9 @@ def find_warnings(moved, before, after):
     loss. NaN, where one is not known, warns of nothing."""
     warnings = []
     if moved < LEAST_CHANGE:
-        warnings.append(f"the weights moved by {moved:.2g} of their norm, less than {LEAST_CHANGE}: scores may be noise")
+        warnings.append(f"the weights moved by {100 * moved:.3g} %, less than {100 * LEAST_CHANGE:g} %: scores may be noise")
     if moved > MOST_CHANGE:
-        warnings.append(f"the weights moved by {moved:.2g} of their norm, more than {MOST_CHANGE}: the model is another one, and scores mean little")
+        warnings.append(f"the weights moved by {100 * moved:.3g} %, more than {100 * MOST_CHANGE:g} %: the model is another one, and scores mean little")
     if after - before <= ROUNDING * abs(before):
         warnings.append(f"the query's own loss did not rise ({before:.5g} to {after:.5g}): it was not unlearned")
     return warnings

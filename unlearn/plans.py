@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .rankings import read_influence
+from .rankings import count_warnings, read_influence, warnings_of
 from .reading import read_json
 from .records import record_path
+from .runtime import log
 from .training import random_members
 
 
@@ -62,7 +63,7 @@ def plan_random(args, training_set, tasks):
 
 def plan_without(args, training_set, tasks):
     """Models without the K most influential images of a query, by each method's influence file."""
-    plans = []
+    plans, warnings = [], {}
     for folder in map(Path, args.influence):
         method = "ours" if folder.name == "influence" and folder.parent.name != "baselines" else folder.name
         for task in tasks[:args.num_queries]:
@@ -72,12 +73,15 @@ def plan_without(args, training_set, tasks):
             if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
                 raise UserError(f"{path}: ranks {len(arrays['ids'])} images of training set {ranked}, this one has {len(training_set)} and "
                                 f"is [{training_set.identity!r}]; give the --dataroot and --laion_subset_size it was made with")
+            warnings[path] = warnings_of(arrays)
             for k in args.top_k:
                 check_count("--top_k", k, len(training_set), "training images")
                 members = np.ones(len(training_set), bool)
                 members[arrays["rank"][:k]] = False
                 name = f"without-{method}-{task.result_name.replace('/', '-')}-k{k}{seed_suffix(args.seeds[0])}"
                 plans.append(Plan(name, "without", args.seeds[0], members, {"method": method, "query": task.result_name, "k": k}))
+    for line in count_warnings(warnings, "rankings"):
+        log.warning(line)
     return plans
 
 

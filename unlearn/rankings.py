@@ -7,6 +7,7 @@ import numpy as np
 
 from . import UserError
 from .hashes import digest, hash_file
+from .influence import find_warnings
 from .metrics import exemplar_ranks, is_tied
 from .reading import read_json, read_npz
 from .records import check_record, record_path
@@ -27,6 +28,7 @@ class Ranking:
     training_ids: str  # digest
     effect: np.ndarray  # see EFFECTS
     settings: dict  # how the query was unlearned
+    warnings: list[str]  # see `influence.find_warnings`
 
     @property
     def num_candidates(self):
@@ -55,6 +57,19 @@ def measure_effect(arrays, is_exemplar):
     return np.array([own[2], own[0], own[1] - own[0], exemplars, np.median(influence[~is_exemplar])])
 
 
+def warnings_of(arrays):
+    """What there is to warn of in an influence file, by its numbers: also where it was written before they were looked at."""
+    moved, before, after = (float(arrays.get(name, np.nan)) for name in ("relative_weight_change", "query_loss_before", "query_loss_after"))
+    return find_warnings(moved, before, after)
+
+
+def count_warnings(warnings, what="queries"):
+    """A line on how many results there is to warn of, in a list, or []. warnings: {name of the result: sentences}."""
+    warned = {name: sentences for name, sentences in warnings.items() if sentences}
+    return [f"Warning: {len(warned)} of {len(warnings)} {what} may mean little, first {name}: {'; '.join(sentences)}."
+            for name, sentences in list(warned.items())[:1]]
+
+
 def check_exemplars(tasks, task_json):
     """Raises UserError where a query has no exemplars, whose ranks the AbC metrics measure."""
     without = [task for task in tasks if task.model_path is None]
@@ -78,7 +93,8 @@ def read_ranking(task, args):
         raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "
                         f"{', '.join(found):.80}; {remedy}")
     return Ranking(path, exemplar_ranks(arrays["rank"], is_exemplar), is_tied(arrays["influence"], is_exemplar),
-                   len(ids) - count, digest(ids[count:]), measure_effect(arrays, is_exemplar), check_provenance(path, task, args, remedy))
+                   len(ids) - count, digest(ids[count:]), measure_effect(arrays, is_exemplar), check_provenance(path, task, args, remedy),
+                   warnings_of(arrays))
 
 
 def check_provenance(path, task, args, remedy):

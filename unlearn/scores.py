@@ -1,7 +1,7 @@
 """Scores of every query over the training set, by method: from influence files, or from one small file a method."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from . import UserError
 from .artifacts import whole_file
 from .hashes import digest
 from .influence import rank_images
-from .rankings import read_influence
+from .rankings import read_influence, warnings_of
 from .reading import check_text, list_visible, read_json, read_npz
 from .records import check_record, keep_complete, record_path, write_record
 
@@ -28,6 +28,7 @@ class MethodScores:
     ids: list[str]
     values: np.ndarray  # [queries, N], float32
     settings: dict  # how they were made
+    warnings: dict = field(default_factory=dict)  # of each query: see `influence.find_warnings`
 
 
 def keep_order(influence):
@@ -68,21 +69,21 @@ def find_methods(folders, asked, item):
 
 
 def read_query(path, remedy):
-    """Scores [N] of one influence file, its ids, and of its record what must be the same for all queries of a method."""
+    """Scores [N] of one influence file, its ids, of its record what must be the same for all queries of a method, and warnings."""
     arrays = read_influence(path, remedy)
     if arrays["is_exemplar"].any():
         raise UserError(f"{path}: ranks exemplars of a customized model; --retrained evaluates queries of models trained from scratch")
     identity = read_json(record_path(path), "record")["identity"]
     if not isinstance(identity.get("candidates"), list) or not identity["candidates"]:
         raise UserError(f"{record_path(path)}: does not say which training set was ranked (candidates); {remedy}")
-    return keep_order(arrays["influence"].astype(np.float64)), arrays["ids"].tolist(), {name: identity.get(name) for name in ALIKE}
+    return keep_order(arrays["influence"].astype(np.float64)), arrays["ids"].tolist(), {name: identity.get(name) for name in ALIKE}, warnings_of(arrays)
 
 
 def read_influences(method, folder, queries, remedy):
     """MethodScores from the influence files of all queries. Raises UserError where one is missing, or they are not alike."""
     paths = [Path(folder) / query / "influence.npz" for query in queries]
     rows = [read_query(path, remedy) for path in paths]
-    for path, (_, ids, identity) in zip(paths, rows):
+    for path, (_, ids, identity, _) in zip(paths, rows):
         for name in ALIKE:
             if identity[name] != rows[0][2][name]:
                 raise UserError(f"{path}: {name} is {identity[name]!r:.200}, {paths[0]} has {rows[0][2][name]!r:.200}; only queries "
@@ -90,7 +91,8 @@ def read_influences(method, folder, queries, remedy):
         if ids != rows[0][1]:
             raise UserError(f"{path}: ranks other training images (by id) than {paths[0]}; {remedy}")
     settings = {name: rows[0][2][name] for name in ALIKE if name not in ("candidates", "method") and rows[0][2][name] is not None}
-    return MethodScores(method, rows[0][2]["candidates"][-1], rows[0][1], np.array([row[0] for row in rows]), settings)
+    return MethodScores(method, rows[0][2]["candidates"][-1], rows[0][1], np.array([row[0] for row in rows]), settings,
+                        dict(zip(queries, (row[3] for row in rows))))
 
 
 def read_result_dir(args, queries):
@@ -124,14 +126,23 @@ def write_scores(folder, scores, queries):
     record_path(path).unlink(missing_ok=True)
     with whole_file(path) as file:
         np.savez_compressed(file, ids=np.array(scores.ids), queries=np.array(queries), scores=scores.values)
-    write_record(path, identity)
+    write_record(path, identity, found={"warnings": scores.warnings} if any(scores.warnings.values()) else None)
+
+
+def read_warnings(record, queries):
+    """The warnings of each query that the record of `write_scores` holds; what is no list of them is none."""
+    found = record.get("circumstances")
+    found = found.get("warnings") if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    return {query: list(map(str, found[query])) if isinstance(found.get(query), list) else [] for query in queries}
 
 
 def read_scores(folder, method, queries):
     """MethodScores of `write_scores`, the rows of these queries. Raises UserError where the file is damaged or lacks one."""
     path, remedy = score_path(folder, method), "make it again: python -m unlearn evaluate --retrained without --scores"
     check_record(path, {"method": method}, remedy)
-    identity = read_json(record_path(path), "record")["identity"]
+    record = read_json(record_path(path), "record")
+    identity = record["identity"]
     arrays = read_npz(path, {"ids": ("U", 1), "queries": ("U", 1), "scores": ("f", 2)}, remedy)
     if len(arrays) < 3:
         raise UserError(f"{path}: not a file of scores (expected ids, queries and scores, found {', '.join(arrays) or 'none'}); {remedy}")
@@ -142,7 +153,7 @@ def read_scores(folder, method, queries):
         if query not in names:
             raise UserError(f"{path}: has no scores of query {query} (it has {len(names)}); {remedy}")
     return MethodScores(method, identity.get("training_set"), ids, values[[names.index(query) for query in queries]],
-                        identity.get("settings", {}))
+                        identity.get("settings", {}), read_warnings(record, queries))
 
 
 def read_methods(args, queries):

@@ -28,7 +28,7 @@ from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks,
                        query_metrics, summarise, summary_table)
 from ..models import load_model
 from ..printing import show
-from ..rankings import EFFECTS, check_candidates, read_ranking
+from ..rankings import EFFECTS, check_candidates, count_warnings, read_ranking
 from ..results import write_csv
 from ..runtime import progress
 from ..tasks import group_by_model, load_tasks
@@ -128,6 +128,7 @@ def report(tasks, rankings, values, ties, output):
     for group, title in name_groups(kinds).items():
         show(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "")
     show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
+    show(*count_warnings({task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}))
     for method, count in ties.items():
         if count:
             print(f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour.")
