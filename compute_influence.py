@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 
 from unlearn import UserError, noise, results
-from unlearn.curvature import DiagonalFisher, check_fisher
+from unlearn.advice import index_command
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.index import Index
-from unlearn.inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_exemplars,
-                            encode_query, find_fisher, prepare_training_set, print_plan, resolve, step_size)
+from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, encode_query,
+                            find_fisher, load_fisher, prepare_training_set, print_plan, resolve, step_size)
 from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import relative_change
 from unlearn.queries import read_stored
@@ -83,7 +83,7 @@ def find_inputs(args, groups):
     """Raises UserError, before a model is loaded, where the losses that this run compares with were never made, or an index."""
     for tasks in groups.values():
         if args.index and not index_folder(args, tasks[0]).is_dir():
-            raise UserError(f"--index {args.index}: has no index of {tasks[0].model_name}; build it: {results.index_command(args)}")
+            raise UserError(f"--index {args.index}: has no index of {tasks[0].model_name}; build it: {index_command(args)}")
         for name in tasks[0].image_sets if args.scoring == "exact" else ():
             path = loss_path(args, tasks[0], name)
             if not path.exists():
@@ -108,7 +108,7 @@ def load_model_inputs(custom, tasks, training_set, fisher, grid, args, settings)
     losses = {name: load_losses(custom, loss_path(args, tasks[0], name), images, grid, args)
               for name, images in image_sets.items() if args.scoring == "exact"}
     sweep = make_sweep(custom, training_set, grid, args)[0]
-    return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, results.index_command(args)) if args.index else None
+    return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, index_command(args)) if args.index else None
 
 
 def save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args):
@@ -171,10 +171,7 @@ def main(argv=None):
     for task in tasks:
         read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
     parameters = select_parameters(model.denoiser, args.weight_selection)
-    check_fisher_record(fisher_path, model)
-    diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
-    check_fisher(fisher_path, diagonal, parameters, args.damping)
-    fisher = DiagonalFisher(diagonal, args.damping)
+    fisher = load_fisher(fisher_path, model, parameters, args.damping, args)
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         draws = args.unlearn_steps * args.unlearn_batch_size * args.unlearn_grad_accum_steps

@@ -12,7 +12,7 @@ LEVELS = {  # a module imports lower levels only, and at levels 2 and 3 siblings
     "unlearn": -2, "hashes": -1, "printing": -1,
     "stopping": -0.5, "pictures": 0, "artifacts": 0, "reading": 0, "noise": 0, "runtime": 0,
     "annotations": 0.5, "unets": 0.5, "text_attention": 0.5, "passes": 0.5, "soundness": 0.5,  # datasets read the first, models the others
-    "chunks": 0.5, "settings": 0.6, "records": 0.5, "claims": 0.5, "sharing": 0.6, "tasks": 1, "datasets": 1, "models": 1, "encoders": 1, "customization": 1.5,
+    "chunks": 0.5, "settings": 0.6, "advice": 0.7, "records": 0.5, "claims": 0.5, "sharing": 0.6, "tasks": 1, "datasets": 1, "models": 1, "encoders": 1, "customization": 1.5,
     "losses": 2, "encoding": 2, "curvature": 2, "newton": 2, "influence": 2, "inputs": 2, "metrics": 2, "baselines": 2, "rankings": 2,
     "queries": 2, "generation": 2, "training": 2, "measures": 2,
     "datamodels": 2, "scores": 2, "retrained": 2, "removal": 2, "tables": 2,

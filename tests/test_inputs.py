@@ -19,8 +19,7 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, fi
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, encoding, inputs
-from unlearn import results as results_module
+from unlearn import UserError, advice, encoding, inputs
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
@@ -240,10 +239,10 @@ def test_overwrite_replaces_losses_made_with_other_settings(one_task, tmp_path, 
 def test_the_command_that_makes_losses_repeats_what_is_no_default(root):
     write_settings(root, time_samples=5)
     args = parse(compute_influence, root, "--result_dir", "my results")
-    assert results_module.loss_command(args) == f"python compute_training_loss.py --task_json tasks.json --dataroot {root} --result_dir 'my results'"
+    assert advice.loss_command(args) == f"python compute_training_loss.py --task_json tasks.json --dataroot {root} --result_dir 'my results'"
     args = parse(compute_influence, root, "--loss_time_samples", "10", "--precision", "tf32", "--laion_subset_size", "9", "--compat", "abu", "--loss_batch_size", "30")
     for part in "--time_samples 10", "--precision tf32", "--laion_subset_size 9", "--compat abu", "--batch_size 30":
-        assert part in results_module.loss_command(args)
+        assert part in advice.loss_command(args)
 
 
 def test_latents_of_the_data_root_are_never_replaced(root, model):

@@ -13,10 +13,10 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from .artifacts import write_tensors
-from .curvature import DiagonalFisher, check_fisher, squared_gradient_sums
+from .curvature import DiagonalFisher, squared_gradient_sums
 from .datasets import TrainingSet
 from .generation import generate_latents, initial_noise
-from .inputs import check_fisher_record, count_images, find_fisher, prepare_training_set
+from .inputs import count_images, find_fisher, load_fisher, prepare_training_set
 from .models import Model, load_model, select_parameters
 from .noise import timestep_grid
 from .passes import replace_feed_forward
@@ -99,10 +99,7 @@ def open_world(args, settings):
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet)
-    check_fisher_record(fisher_path, model)
-    parameters = select_parameters(model.denoiser, SELECTION)
-    diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
-    check_fisher(fisher_path, diagonal, parameters, DAMPING)
+    fisher = load_fisher(fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args)
     training_set = prepare_training_set(model, args, settings)
     training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
     queries = generate_queries(model, training_set, args.num_queries, args.seed)
@@ -111,7 +108,7 @@ def open_world(args, settings):
             training_set, args.num_images, args.seed)
     grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
     rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
-    return World(model, training_set, grid, *queries, DiagonalFisher(diagonal, DAMPING), rate,
+    return World(model, training_set, grid, *queries, fisher, rate,
                  lambda: load_published(args.sd_version, args.unet, fisher_path, args.device))
 
 

@@ -79,20 +79,20 @@ class DiagonalFisher:
         return {name: (gradient.double() / self.denominators[name].to(gradient.device)).float() for name, gradient in gradients.items()}
 
 
-def check_fisher(path, diagonal, parameters, damping):
+def check_fisher(path, diagonal, parameters, damping, remedy="make it again"):
     """Raises UserError where a Fisher lacks selected parameters, has other shapes, negative or non-finite entries, or
-    zero ones that no damping lifts; the message names the parameter."""
+    zero ones that no damping lifts; the message names the parameter and ends with what to do."""
     missing = [name for name in parameters if name not in diagonal]
     if missing:
-        raise UserError(f"--fisher_path {path}: lacks {len(missing)} of the {len(parameters)} selected parameters, first {missing[0]}")
+        raise UserError(f"--fisher_path {path}: lacks {len(missing)} of the {len(parameters)} selected parameters, first {missing[0]}; {remedy}")
     check_shapes(path, diagonal, parameters, "Fisher of")
     for name, entries in diagonal.items():
         if not torch.isfinite(entries).all():
-            raise UserError(f"--fisher_path {path}: {name} has NaN or infinite entries; make it again: python -m unlearn fisher")
+            raise UserError(f"--fisher_path {path}: {name} has NaN or infinite entries; {remedy}")
         if (entries < 0).any():
-            raise UserError(f"--fisher_path {path}: {name} has negative entries; a mean of squares cannot: make it again")
+            raise UserError(f"--fisher_path {path}: {name} has negative entries, which a mean of squares cannot; {remedy}")
         if damping <= 0 and (entries == 0).any():
             raise UserError(f"--fisher_path {path}: {name} has {int((entries == 0).sum())} zero entries, which cannot be "
                             "divided by; give a positive --damping (try 0.1)")
         if damping > 0 and entries.mean() == 0:
-            raise UserError(f"--fisher_path {path}: {name} is zero throughout; no --damping helps")
+            raise UserError(f"--fisher_path {path}: {name} is zero throughout, and no --damping helps; {remedy}")

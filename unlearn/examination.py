@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from . import UserError, noise
+from .advice import encode_command, fisher_command
 from .customization import check_tokens
 from .datasets import array_paths, open_arrays
 from .encoding import check_given, has_given_arrays, list_pairs
@@ -180,7 +181,7 @@ def examine_fisher(args):
     path, problem = try_out(find_fisher, args)
     if problem or not record_path(path).exists() or path.suffix != ".safetensors":
         return problem or Finding(NOTE, f"Fisher {path}: without a record; nothing says for which model it was made")
-    return try_out(check_content, path, "make it anew: python -m unlearn fisher --overwrite")[1] or Finding(OK, f"Fisher {path}")
+    return try_out(check_content, path, f"make it anew: {fisher_command(args, path, overwrite=True)}")[1] or Finding(OK, f"Fisher {path}")
 
 
 def check_shapes(dataroot, parts, resolution):
@@ -197,9 +198,10 @@ def check_shapes(dataroot, parts, resolution):
             raise UserError(f"{path}: expected rows {list(shape)} of this model, found {list(array.shape)}")
 
 
-def examine_training_set(dataroot, parts, resolution):
+def examine_training_set(args, parts, resolution):
     """Images, captions, latents and embeddings of a data root, and whether these are such as a model of these Parts (None: not known)
     makes."""
+    dataroot = args.dataroot
     given = has_given_arrays(dataroot)
     pairs, problem = (None, None) if given else try_out(list_pairs, dataroot)
     if problem := problem or try_out(check_given, dataroot)[1]:
@@ -211,7 +213,7 @@ def examine_training_set(dataroot, parts, resolution):
     if made and not problem:
         return Finding(OK, f"{len(pairs[0])} training images, encoded")
     return Finding(NOTE, f"{len(pairs[0])} training images, to be encoded {f'anew at the next use: {problem.text}' if problem else 'at first use'}",
-                   f"ahead of time, by one process: python -m unlearn encode --dataroot {dataroot}")
+                   f"ahead of time, by one process: {encode_command(args)}")
 
 
 def examine_data(args):
@@ -225,7 +227,7 @@ def examine_data(args):
     found = examine_pipeline(pipeline, unet)
     parts = read_parts(pipeline, unet) if found.status == OK and Path(pipeline).is_dir() else None
     resolution = settings["resolution"] or (parts and trained_resolution(parts.unet, parts.vae))
-    return [examine_training_set(args.dataroot, parts if resolution else None, resolution), found, *examine_resolution(pipeline, settings),
+    return [examine_training_set(args, parts if resolution else None, resolution), found, *examine_resolution(pipeline, settings),
             examine_fisher(args)], True
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .advice import encode_command, fisher_command
+from .curvature import DiagonalFisher, check_fisher
 from .datasets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
 from .encoders import encode_images, encode_prompts
 from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
@@ -13,10 +15,10 @@ from .hashes import digest
 from .pictures import hash_picture, is_cropped, list_notes, read_picture
 from .printing import show
 from .queries import check_stored, read_stored
-from .reading import check_name
+from .reading import check_name, read_tensors
 from .records import check_record, record_path
 from .runtime import choose_device, say, set_precision
-from .settings import AUTO, check_number, read_settings
+from .settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "dataroot": (str, "data root (default data/abc)"),
@@ -33,7 +35,6 @@ FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "shard": (str, "I/N: only the I-th of N nearly equal parts of the work, for the tasks of a SLURM array"),
     "dry_run": (None, "check every input, print the resolved plan with its cost, and stop"),
 }
-OWN_DEFAULTS = {"dataroot": "data/abc", "noise_seed": 0, "precision": "fp32"}  # of flags that no data root sets
 CHOICES = {"precision": ("fp32", "tf32"), "compat": ("abu",)}
 
 
@@ -159,15 +160,25 @@ def find_fisher(args):
     path = (Path(args.fisher_path) if args.fisher_path else named if named.is_file() else
             found[-1] if found else Path(args.dataroot) / "sd_fisher.safetensors")
     if not path.is_file():
-        raise UserError(f"--fisher_path {path}: no such file; make it: python -m unlearn fisher --dataroot {args.dataroot}")
+        raise UserError(f"--fisher_path {path}: no such file; make it: {fisher_command(args)}")
     return path
 
 
-def check_fisher_record(path, model):
-    """Raises UserError where a Fisher's record says that it was made for another model, or its content was changed.
-    Published ones (.pt) have none."""
+def own_fisher_path(dataroot, model, selection="cross-attn-kv"):
+    """Where the Fisher of a model stands in a data root that has another one's: its name holds the weights' hash."""
+    return Path(dataroot) / f"sd_fisher-{model.weights_hash[:8]}{'' if selection == 'cross-attn-kv' else f'-{selection}'}.safetensors"
+
+
+def load_fisher(path, model, parameters, damping, args):
+    """The DiagonalFisher of a file, damped. Raises UserError where its record says that it was made for another model (published
+    ones, .pt, have none), it was changed, or it cannot be divided by."""
+    own = own_fisher_path(args.dataroot, model, getattr(args, "weight_selection", None) or "cross-attn-kv")
+    remedy = f"give --fisher_path {own}" if own.is_file() and own != path else f"make this model's own: {fisher_command(args, own)}"
     if path.suffix == ".safetensors" and record_path(path).exists():
-        check_record(path, model.identity, "make one for this model: python -m unlearn fisher")
+        check_record(path, model.identity, remedy)
+    diagonal = read_tensors(path, "--fisher_path", set(parameters))
+    check_fisher(path, diagonal, parameters, damping, remedy)
+    return DiagonalFisher(diagonal, damping)
 
 
 def examine_pictures(tasks, dataroot):

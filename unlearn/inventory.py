@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from . import UserError
+from .advice import influence_command, loss_command
 from .claims import EXPIRY, is_dead, read_claim
 from .examination import NOTE, OK, PROBLEM, Finding, try_out
 from .reading import read_json
 from .records import check_content, is_complete
-from .results import write_command
 from .runtime import progress
 
 ARTEFACTS = (".npy", ".npz", ".safetensors", ".txt")
@@ -101,15 +101,13 @@ def examine_leftovers(found, chunks):
 
 def examine_progress(args, groups):
     """How far a task file's models and queries have come."""
-    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "result_dir": args.result_dir, "sd_version": args.sd_version or "",
-             "laion_subset_size": args.laion_subset_size}
     names = {group[0].model_name: group[0].image_sets for group in groups.values()}
     losses = [name for name, sets in names.items() if all(is_complete(Path(args.result_dir) / "orig_loss" / name / f"{kind}_loss.npy") for kind in sets)]
     tasks = [task for group in groups.values() for task in group]
     done = [task for task in tasks if is_complete(Path(args.result_dir) / "influence" / task.result_name / "influence.npz")]
-    return [Finding(OK if count == total else NOTE, f"{count} of {total} {what}", "" if count == total else write_command(script, flags, args))
-            for count, total, what, script in ((len(losses), len(names), "models have cached losses", "compute_training_loss.py"),
-                                               (len(done), len(tasks), "queries are ranked", "compute_influence.py"))]
+    return [Finding(OK if count == total else NOTE, f"{count} of {total} {what}", "" if count == total else command(args))
+            for count, total, what, command in ((len(losses), len(names), "models have cached losses", loss_command),
+                                                (len(done), len(tasks), "queries are ranked", influence_command))]
 
 
 def examine_settings(records, settings, num_images):

@@ -3,47 +3,20 @@
 import csv
 import io
 import pickle
-import shlex
 from pathlib import Path
 
 import numpy as np
 
 from . import UserError
+from .advice import influence_command, loss_command
 from .artifacts import whole_file
 from .figures import TILE, draw_influence
 from .influence import best_view, find_warnings, rank_images
-from .inputs import OWN_DEFAULTS
 from .pictures import load_image
 from .printing import printable, show
 from .records import record_path, write_record
 from .runtime import log
-from .settings import AUTO, read_settings
-
-
-def loss_command(args):
-    """The command that caches the losses which this run needs: its flags, where they are not the defaults."""
-    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "result_dir": args.result_dir, "sd_version": args.sd_version,
-             "laion_subset_size": args.laion_subset_size, "time_samples": args.loss_time_samples, "noise_seed": args.noise_seed,
-             "precision": args.precision, "compat": args.compat}
-    if args.compat:
-        flags["batch_size"] = args.loss_batch_size
-    return write_command("compute_training_loss.py", flags, args)
-
-
-def index_command(args):
-    """The command that builds the indices which this run asks for, likewise."""
-    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "output": args.index, "sd_version": args.sd_version,
-             "laion_subset_size": args.laion_subset_size, "time_samples": args.loss_time_samples, "noise_seed": args.noise_seed,
-             "fisher_path": args.fisher_path, "damping": args.damping}
-    return write_command("-m unlearn index", flags, args)
-
-
-def write_command(program, flags, args):
-    """A command line of this project: those flags that are not the defaults of `args`' data root."""
-    defaults = {**OWN_DEFAULTS, **read_settings(args.dataroot), "laion_subset_size": None, "compat": None}
-    defaults["sd_version"] = defaults["pipeline"]
-    return shlex.join(["python", *program.split(), *(part for flag, value in flags.items() if value != defaults.get(flag, "")
-                                                     for part in (f"--{flag}", str(value)))])
+from .settings import AUTO
 
 
 def load_picture(path):
@@ -146,6 +119,8 @@ def save(folder, task, image_sets, changes, args, shown, identity):
           f"{describe_step(shown, args)}Picture: {printable(folder / 'visualization.jpg')}")
     for warning in warnings:
         print(f"Warning: {warning}.")
+    if warnings and args.unlearn_lr != AUTO:
+        print(f"Let the step be chosen: {influence_command(args, unlearn_lr=AUTO, unlearn_steps=1, overwrite=True)}")
     if "expected_missed" in shown:
         print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. "
               f"{describe_recall(**{name: shown[name] for name in ('recall', 'recall_low', 'recall_k', 'num_audited')})}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from . import UserError
+from .advice import index_command, loss_command
 from .derivatives import PROBES, gradient_dots, second_order_dots
 from .hashes import digest, hash_file
 from .influence import best_view, loss_changes
@@ -18,7 +19,6 @@ from .losses import changed_losses, chunk_noise, loss_identity, rows_of, score_r
 from .models import changed_weights
 from .reading import read_array, read_tensors
 from .records import check_record, record_path
-from .results import loss_command
 from .shortlist import choose_images, estimate_recall
 from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses
 
@@ -33,7 +33,7 @@ def check_scoring(args):
     """Raises UserError where a way of scoring does not go with the other flags."""
     given = [f"--{flag}" for flag in ("shortlist", "audit") if getattr(args, flag) is not None]
     if given and not args.index:
-        raise UserError(f"{given[0]}: means nothing without --index; build one: python -m unlearn index")
+        raise UserError(f"{given[0]}: means nothing without --index; build one: {index_command(args)} and give --index results/index")
     if args.index and (args.scoring == "gradient" or args.compat):
         raise UserError("--index: ranks all images by their gradients already; score its shortlist with --scoring exact or midpoint, "
                         "without --compat")
@@ -63,7 +63,7 @@ def load_losses(custom, path, images, grid, args):
     sweep, identity = make_sweep(custom, images, grid, args)
     if args.compat and not record_path(path).exists():
         adopt_losses(sweep, custom, path, identity)
-    check_record(path, identity, f"give the flags it was made with, or run: {loss_command(args)} --overwrite")
+    check_record(path, identity, f"give the flags it was made with, or run: {loss_command(args, overwrite=True)}")
     return read_array(path, "losses", mmap=False)
 
 

@@ -22,6 +22,7 @@ AUTO_CHANGE = 0.04
 # damping lifts the small entries of a Fisher of few samples, by which an undamped step would go almost anywhere.
 OWN_ROOT = {"num_train": None, "unlearn_lr": AUTO, "unlearn_steps": 1, "damping": 0.1}
 ABC_TEST_CASES = ("test_artchive", "test_bamfg", "test_observed_imagenet", "test_unobserved_imagenet")
+OWN_DEFAULTS = {"dataroot": "data/abc", "noise_seed": 0, "precision": "fp32"}  # of flags that no data root sets
 FILES = {"latents": (".npy",), "embeddings": (".npy",), "captions": (".txt", *READERS), "fisher": (".pt", ".bin", ".safetensors")}
 FOLDERS = {"pipeline": "model_index.json", "unet": "config.json"}  # settings that may name a folder of the data root: what it holds
 MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")

@@ -16,20 +16,18 @@ import numpy as np
 from .. import UserError
 from ..artifacts import whole_file
 from ..baselines import feature_encoder
-from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_customization, check_tokens
 from ..encoding import has_given_arrays, map_files
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest
 from ..influence import rank_images
-from ..inputs import (add_flags, check_fisher_record, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher,
+from ..inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher, load_fisher,
                       prepare_training_set, resolve)
 from ..losses import noise_identity
 from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
 from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
 from ..pictures import hash_picture, read_header
-from ..reading import read_tensors
 from ..records import keep_complete, record_path, write_record
 from ..runtime import log
 from ..tasks import load_tasks
@@ -89,15 +87,6 @@ def check_methods(args, tasks):
         raise UserError(f"{args.task_json}: {custom.synth_image_path}: was made by the customized model {custom.model_path}; "
                         f"{', '.join(refused)} can only score queries of the base model; give --methods "
                         f"{' '.join(name for name in METHODS if name not in OF_BASE_MODEL)}")
-
-
-def load_fisher(args, model):
-    """The Fisher of the influence function. Raises UserError where it is another model's or cannot be inverted."""
-    path, parameters = find_fisher(args), select_parameters(model.denoiser, INFLUENCE_WEIGHTS)
-    check_fisher_record(path, model)
-    diagonal = read_tensors(path, "--fisher_path", set(parameters))
-    check_fisher(path, diagonal, parameters, args.damping)
-    return DiagonalFisher(diagonal, args.damping)
 
 
 def method_identity(run, method, feature_model):
@@ -183,7 +172,10 @@ def main(argv=None):
     check_customization(model, None, of_base_model(tasks))
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     check_steps(model, args.num_inference_steps)
-    fisher = load_fisher(args, model) if "influence" in args.methods else None
+    fisher = None
+    if "influence" in args.methods:  # of K and V, whatever the TRAK family's weights are
+        parameters = select_parameters(model.denoiser, INFLUENCE_WEIGHTS)
+        fisher = load_fisher(find_fisher(args), model, parameters, args.damping, argparse.Namespace(**{**vars(args), "weight_selection": None}))
     training_set = prepare_training_set(model, args, settings)
     of_pictures = [*(method for method in args.methods if method in OF_PICTURES), *feature_names]
     if of_pictures and training_set.paths[0] is None:

@@ -9,13 +9,11 @@ Killed and run again, the same command goes on.
 import argparse
 from pathlib import Path
 
-from ..curvature import DiagonalFisher, check_fisher
 from ..customization import check_customization, customized
 from ..index import build_index
-from ..inputs import add_flags, check_fisher_record, check_training_files, find_fisher, prepare_training_set, resolve
+from ..inputs import add_flags, check_training_files, find_fisher, load_fisher, prepare_training_set, resolve
 from ..models import load_model, select_parameters
 from ..noise import timestep_grid
-from ..reading import read_tensors
 from ..runtime import log
 from ..scoring import AUTOCAST
 from ..sweeps import Sweep
@@ -47,10 +45,7 @@ def main(argv=None):
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))
     parameters = select_parameters(model.denoiser, "cross-attn-kv")
-    check_fisher_record(fisher_path, model)
-    diagonal = read_tensors(fisher_path, "--fisher_path", set(parameters))
-    check_fisher(fisher_path, diagonal, parameters, args.damping)
-    fisher, training_set = DiagonalFisher(diagonal, args.damping), prepare_training_set(model, args, settings)
+    fisher, training_set = load_fisher(fisher_path, model, parameters, args.damping, args), prepare_training_set(model, args, settings)
     for tasks in groups.values():
         folder = Path(args.output) / tasks[0].model_name
         with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
