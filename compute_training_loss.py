@@ -12,6 +12,7 @@ the images. --shard I/N takes the I-th of N parts of the models.
 import argparse
 from pathlib import Path
 
+from unlearn.advice import loss_command
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, prepare_training_set,
                             print_plan, resolve)
@@ -45,7 +46,7 @@ def cache_model(model, tasks, training_set, grid, args, settings):
             path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
             sweep = Sweep(images, grid, args.batch_size, args.noise_seed, args.compat)
             if args.compat and path.exists() and not record_path(path).exists() and not args.overwrite:
-                adopt_losses(sweep, custom, path, identity)
+                adopt_losses(sweep, custom, path, identity, loss_command(args))
             cache_losses(sweep, custom, path, identity, args.overwrite)
             log.info(f"{path}: losses of {len(images)} images, as is and mirrored")
 

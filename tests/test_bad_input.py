@@ -439,7 +439,7 @@ def test_a_fisher_made_for_another_model_is_refused(root, task_flags, results, w
     write_tensors(path, torch.load(root / "sd_fisher.pt", weights_only=True))
     write_record(path, {"weights": "another"})
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
-    assert "sd_fisher.safetensors: made with other settings: weights is 'another', expected" in line and "python -m unlearn fisher" in line
+    assert "sd_fisher.safetensors: made with other settings: other weights of the model: " in line and "python -m unlearn fisher" in line
 
 
 MODEL_FAULTS = {  # of files that only the model can judge

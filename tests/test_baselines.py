@@ -368,7 +368,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bits(method, command, monkeypa
 def test_the_cached_gradients_serve_any_lambda_and_any_views_but_finished_scores_are_not_mixed(command, monkeypatch):
     folder = command("--methods", "trak")
     before = (folder / "trak/features.npy").read_bytes()
-    with pytest.raises(UserError, match=r"made with other settings: settings is .*'trak_lambda': 0.1.* give --overwrite"):
+    with pytest.raises(UserError, match=r"made with other settings: trak_lambda is 0.1, expected 3.0 \(ridge of the kernel\); give --overwrite"):
         command("--methods", "trak", "--trak_lambda", "3")
     monkeypatch.setattr(gradients, "reduce_images", None)
     command("--methods", "trak", "--trak_lambda", "3", "--views", "mean", "--overwrite")
@@ -377,7 +377,7 @@ def test_the_cached_gradients_serve_any_lambda_and_any_views_but_finished_scores
 
 def test_features_of_another_projection_are_refused(command, tmp_path):
     folder = command("--methods", "trak", tasks=TASKS[:1])
-    with pytest.raises(UserError, match="features.npy: made with other settings: projection_size is 32, expected 16; give --over"):
+    with pytest.raises(UserError, match="features.npy: made with other settings: projection_size is 32, expected 16 .numbers that a gradient is projected to.; give --over"):
         command("--methods", "trak", "--projection_size", "16", tasks=TASKS[1:])
     assert (folder / "trak/features.npy").exists()
 
@@ -414,7 +414,7 @@ def test_a_fisher_of_another_model_is_refused(command, root, tmp_path, model):
     path = tmp_path / "fisher.safetensors"
     write_tensors(path, {name: value.abs() for name, value in read_tensors(root / "sd_fisher.pt").items()})
     write_record(path, {**model.identity, "weights": "another"})
-    with pytest.raises(UserError, match="fisher.safetensors: made with other settings: weights is 'another', .* make one for"):
+    with pytest.raises(UserError, match="fisher.safetensors: made with other settings: other weights of the model: .*; make this model's own: python -m unlearn fisher"):
         command("--methods", "influence", "--fisher_path", str(path))
     assert record_path(path).exists() and not (tmp_path / "results").exists()
 

@@ -259,7 +259,7 @@ def test_corrupt_images_may_be_left_out_and_every_other_row_keeps_its_id_and_cap
     (lambda content: [content["annotations"].remove(entry) for entry in captions_of(content, 4)],
      ["1 of 24 images without captions, first"]),
     (lambda content: content["annotations"].remove(captions_of(content, 3)[0]),
-     ["has 4 captions, expected 5 as of every image; take the first n of each (at most 4): python -m unlearn encode --num_captions"]),
+     ["has 4 captions, expected 5 as of every image; take the first 4 of each: write \"num_captions\": 4 into the data root's dataset.json"]),
     (lambda content: content["images"][0].update(file_name="../../etc/passwd"),
      ["expected names of files below the folder", "../../etc/passwd"]),
     (lambda content: content["images"][0].update(file_name="/etc/passwd"), ["expected names of files below the folder of images"]),

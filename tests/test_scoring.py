@@ -375,7 +375,7 @@ def test_an_index_that_is_missing_damaged_or_of_another_grid_is_refused_with_the
     build(flags, tmp_path / "index")
     given[given.index("--loss_time_samples") + 1] = "4"
     compute_training_loss.main([*flags, *SOME, "--time_samples", "4", "--overwrite"])
-    assert "timesteps is [0, 500], expected [0, 250, 500, 750]; build it with the same flags" in refused(capsys, given)
+    assert "timesteps is [0, 500], expected [0, 250, 500, 750] (timesteps of the loss's grid); build it with the same flags" in refused(capsys, given)
     given[given.index("--loss_time_samples") + 1] = "2"
     compute_training_loss.main([*flags, *SOME, "--time_samples", "2", "--overwrite"])
     shard = next((tmp_path / "index").rglob("shards-*/*.npy"))

@@ -6,19 +6,20 @@ from pathlib import Path
 from .runtime import choose_device
 from .settings import OWN_DEFAULTS, read_settings
 
-ENCODING = ("dataroot", "sd_version", "vae_batch_size", "device")
+ENCODING = ("sd_version", "vae_batch_size", "device")
 IMAGES = (*ENCODING, "laion_subset_size")
 LOSSES = (*IMAGES, "batch_size", "time_samples", "noise_seed", "precision")
+TASKS = ("task_json", "dataroot")
 FLAGS = {  # program -> those of its flags that other programs have too; a loss_ in front is not told apart
-    "compute_training_loss.py": ("task_json", "result_dir", *LOSSES, "compat"),
-    "compute_influence.py": ("task_json", "result_dir", *IMAGES, "loss_batch_size", "loss_time_samples", "noise_seed", "precision", "compat",
+    "compute_training_loss.py": (*TASKS, "result_dir", *LOSSES, "compat"),
+    "compute_influence.py": (*TASKS, "result_dir", *IMAGES, "loss_batch_size", "loss_time_samples", "noise_seed", "precision", "compat",
                              "scoring", "fisher_path", "weight_selection", "damping", "num_train", "unlearn_lr", "unlearn_steps",
                              "unlearn_batch_size", "unlearn_grad_accum_steps", "top_k"),
-    "fisher": (*IMAGES, "precision", "weight_selection"),
-    "index": ("task_json", *LOSSES, "fisher_path", "damping"),
-    "encode": ENCODING,
-    "baselines": ("task_json", "result_dir", *LOSSES, "fisher_path", "damping"),
-    "retrain": ("task_json", "result_dir", *IMAGES, "noise_seed"),
+    "fisher": ("dataroot", *IMAGES, "precision", "weight_selection"),
+    "index": (*TASKS, *LOSSES, "fisher_path", "damping"),
+    "encode": ("dataroot", *ENCODING),
+    "baselines": (*TASKS, "result_dir", *LOSSES, "fisher_path", "damping"),
+    "retrain": (*TASKS, "result_dir", *IMAGES, "noise_seed"),
 }
 DEFAULTS = {**OWN_DEFAULTS, "result_dir": "results", "scoring": "exact", "weight_selection": "cross-attn-kv", "output": "results/index"}
 TAKE_BF16 = ("compute_influence.py", "index")
@@ -55,7 +56,7 @@ def loss_command(args, **more):
 
 def index_command(args, **more):
     """What builds the indices that a run asks for."""
-    return write_command("index", args, output=getattr(args, "index", None) or getattr(args, "output", None), **more)
+    return write_command("index", args, **{"output": getattr(args, "index", None), **more})
 
 
 def influence_command(args, **more):

@@ -191,8 +191,8 @@ def choose_captions(path, entries, count):
     for name, captions in entries:
         if len(captions) < count or exact and len(captions) > count:
             fewest = min(len(captions) for _, captions in entries)
-            raise UserError(f"{path}: {name} has {len(captions)} captions, expected {count} as of every image; take the first n of "
-                            f"each (at most {fewest}): python -m unlearn encode --num_captions n")
+            raise UserError(f"{path}: {name} has {len(captions)} captions, expected {count} as of every image; take the first {fewest} of "
+                            f'each: write "num_captions": {fewest} into the data root\'s dataset.json, or encode with --num_captions {fewest}')
     return [captions[:count] for _, captions in entries]
 
 

@@ -13,6 +13,7 @@ from .encoders import count_tokens
 from .hashes import digest, hash_tensors
 from .models import Model, replaced_weights
 from .reading import list_visible, read_tensors, resolve_inside
+from .records import NAMES, named_input
 from .runtime import log
 from .unets import check_shapes
 
@@ -152,6 +153,6 @@ def customized(model, model_dir):
         return
     weights, tokens = check_customization(model, model_dir)
     add_tokens(model.pipeline, tokens)
-    with replaced_weights(model.denoiser, weights):
+    with replaced_weights(model.denoiser, weights), named_input("model", f"{model_dir} on {NAMES.get('model')}"):
         hashed = digest(model.weights_hash, hash_tensors(weights), hash_tensors(tokens))
         yield Model(model.pipeline, hashed, model.alpha_bars)

@@ -86,13 +86,13 @@ def has_given_arrays(dataroot):
     return all(path.exists() and not record_path(path).exists() for path in array_paths(dataroot))
 
 
-def check_given(dataroot):
-    """Raises UserError where only one of latents and embeddings came with the data root: it would be replaced."""
+def check_given(dataroot, command):
+    """Raises UserError where only one of latents and embeddings came with the data root: it would be replaced. command: that encodes it."""
     paths = array_paths(dataroot)
     for path, other in zip(paths, reversed(paths)):
         if path.exists() and not record_path(path).exists() and not has_given_arrays(dataroot):
             raise UserError(f"{path}: came without a record and without {other.name}; download that too, or make both from the "
-                            f"images: python -m unlearn encode --dataroot {dataroot} --overwrite")
+                            f"images: {command} --overwrite")
 
 
 def encoding_identity(model, dataroot, paths, captions, resolution, hashes):
@@ -218,14 +218,14 @@ def encoding_plan(model, dataroot, captions, resolution):
     return {path: 4 * math.prod(shape) for path, shape in shapes.items()}
 
 
-def choose_readable(dataroot, paths, skip_corrupt):
+def choose_readable(paths, skip_corrupt, command):
     """Rows of the images that can be read. Raises UserError where some cannot and are not to be left out."""
     unreadable, transparent = find_unreadable(paths)
     if unreadable and (not skip_corrupt or len(unreadable) == len(paths)):
         names = ", ".join(path.name for path in list(unreadable)[1:4])
         raise UserError(f"{len(unreadable)} of {len(paths)} images cannot be read: {next(iter(unreadable.values()))}"
                         + (f"; next {names}" if names else "")
-                        + f"; replace them, or leave them out: python -m unlearn encode --dataroot {dataroot} --skip_corrupt")
+                        + f"; replace them, or leave them out: {command} --skip_corrupt")
     for note in list_notes("training images", len(paths), transparent=[path.name for path in transparent]):
         say(note)
     return [row for row, path in enumerate(paths) if path not in unreadable]
@@ -272,16 +272,16 @@ def check_root_writable(dataroot, what, folders):
                        "as --dataroot")
 
 
-def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0, skip_corrupt=False, overwrite=False):
+def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0, skip_corrupt=False, overwrite=False, command=""):
     """Makes latents and embeddings of a data root from its images and captions where it has none (the emoji world commits
     pictures, not latents), or has those of another model or of other pictures, or what cannot be opened; those that came with it
-    stay, and what is whole is not made again, unless `overwrite`: then every byte is compared with its record. Returns whether there
-    was anything to do."""
+    stay, and what is whole is not made again, unless `overwrite`: then every byte is compared with its record. command: that does the
+    same, for messages. Returns whether there was anything to do."""
     if has_given_arrays(dataroot) and not overwrite:
         return False
     paths, captions = list_pairs(dataroot, num_captions)
     if not overwrite:
-        check_given(dataroot)
+        check_given(dataroot, command)
     pictures = list(map_files(inspect_picture, paths, "hashing images"))
     for note in list_notes("training images", len(paths), [path.name for path, picture in zip(paths, pictures) if picture.is_cropped]):
         say(note)
@@ -294,7 +294,7 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
     check_root_writable(dataroot, "latents and embeddings", [Path(dataroot), *(path.parent for path in array_paths(dataroot))])
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     tell_pairs(paths, captions)
-    rows = choose_readable(dataroot, paths, skip_corrupt)
+    rows = choose_readable(paths, skip_corrupt, command)
     if len(rows) < len(paths):
         folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
         identity["left_out"] = [path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept]

@@ -204,7 +204,7 @@ def examine_training_set(args, parts, resolution):
     dataroot = args.dataroot
     given = has_given_arrays(dataroot)
     pairs, problem = (None, None) if given else try_out(list_pairs, dataroot)
-    if problem := problem or try_out(check_given, dataroot)[1]:
+    if problem := problem or try_out(check_given, dataroot, encode_command(args))[1]:
         return problem
     made = all(path.exists() and record_path(path).exists() for path in array_paths(dataroot))
     _, problem = try_out(check_shapes, dataroot, parts, resolution) if given or made else (None, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .advice import write_command
 from .artifacts import whole_file
 from .datamodels import bootstrap_scores, interval, predict, spearman
 from .figures import draw_grid
@@ -38,8 +39,8 @@ def check_training_set(scores, models, source):
     first = models[0].identity
     for each in scores.values():
         if each.training_set != first["training_set"] or len(each.ids) != first["num_images"]:
-            raise UserError(f"{source}: {each.method} scores training set {each.training_set} of {len(each.ids)} images, the models "
-                            f"of --retrained were trained on {first['training_set']} of {first['num_images']}")
+            raise UserError(f"{source}: {each.method} scores {len(each.ids)} training images, the models of --retrained were trained on "
+                            f"{first['num_images']}{'' if len(each.ids) != first['num_images'] else ' others: of another data root or encoding'}")
 
 
 def largest_group(models):
@@ -62,15 +63,15 @@ def left_out_line(models):
             f"{len(subsets) - len(used)} on subsets of another size or with another seed are left out: ranks count among alike models only.")
 
 
-def measure_lds(values, models, queries):
+def measure_lds(values, models, queries, command):
     """LDS of every method: rows (method, mean, low, high, ours minus it, low, high, queries, models) and {method: [queries]}.
-    values: {method: [queries, N]}. Empty where there are no subset models; raises UserError where there are too few."""
+    values: {method: [queries, N]}. Empty where there are no subset models; raises UserError where there are too few (command: that makes more)."""
     subsets = largest_group(models)
     if not subsets:
         return [], {}
     if len(subsets) < FEWEST_SUBSETS:
         raise UserError(f"{subsets[0].path.parent}: the LDS needs at least {FEWEST_SUBSETS} models on random subsets of one size "
-                        f"and seed, found {len(subsets)}; make more: python -m unlearn retrain subsets")
+                        f"and seed, found {len(subsets)}; make more: {command}")
     kept, losses = np.array([model.kept for model in subsets]), np.array([model.losses for model in subsets]).T
     predictions = {method: predict(array, kept) for method, array in values.items()}
     by_query = {method: spearman(array, -losses) for method, array in predictions.items()}
@@ -202,6 +203,11 @@ def draw_made_again(args, tasks, models, queries):
     print(f"Drawn: made_again.jpg, {len(rows)} queries without {most} images")
 
 
+def retrain_command(args, kind, **more):
+    """What makes models of a kind, measured on the queries that are evaluated."""
+    return write_command("retrain", args, kind, output=args.retrained, **more)
+
+
 def evaluate_retrained(args, tasks):
     """Reads and checks everything, then measures, prints, and writes tables and plots; nothing is written before."""
     for task in tasks:
@@ -209,15 +215,15 @@ def evaluate_retrained(args, tasks):
             raise UserError(f"{args.task_json}: {task.synth_image_path} has a customized model; --retrained evaluates queries of "
                             "models trained from scratch")
     queries = sorted(task.result_name for task in tasks)
-    models = read_retrained(args.retrained, queries)
-    check_queries(models, query_digests(tasks, args.dataroot))
+    models = read_retrained(args.retrained, queries, retrain_command(args, "full"))
+    check_queries(models, query_digests(tasks, args.dataroot), retrain_command(args, "full"))
     scores = read_methods(args, queries)
     check_training_set(scores, models, f"--scores {args.scores}" if args.scores else f"--result_dir {args.result_dir}")
     values = {method: each.values for method, each in scores.items()}
     check_removed_images(models, values, queries)
     if RANDOM in (args.methods or [RANDOM]) and RANDOM not in values:
         values[RANDOM] = random_scores(queries, models[0].identity["num_images"])
-    lds, by_query = measure_lds(values, models, queries)
+    lds, by_query = measure_lds(values, models, queries, retrain_command(args, "subsets", count=64))
     shown = [model for model in models if not args.methods or model.method in (None, *args.methods, RANDOM)]
     command, can_be_made_again = lambda seeds: full_command(args, models, seeds), all(task.seed is not None for task in tasks)
     references = find_references(shown, command)

@@ -1,6 +1,7 @@
 """What every sweep needs before it starts: defaults resolved, inputs checked, the training set encoded at first use."""
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from .pictures import hash_picture, is_cropped, list_notes, read_picture
 from .printing import show
 from .queries import check_stored, read_stored
 from .reading import check_name, read_tensors
-from .records import check_record, record_path
+from .records import NAMES, check_record, name_input, record_path
 from .runtime import choose_device, say, set_precision
 from .settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 
@@ -83,6 +84,9 @@ def resolve(args, flag_of=None):
             check_number(f"--{flag}", setting, value)
     if getattr(args, "num_train", 0) is None:  # of the whole root, whatever part of it is ranked: all of it was trained on
         args.num_train = count_images(dataroot)
+    NAMES.clear()
+    name_input("data root", dataroot)
+    name_input("model", f"{getattr(args, 'sd_version', None) or settings['pipeline']}{f' with {args.unet}' if args.unet else ''}")
     set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     args.device = choose_device(getattr(args, "device", None))
     return settings
@@ -103,7 +107,7 @@ def check_training_files(args):
     """Checks the training set as far as that goes without a model. Raises UserError where files are missing, their
     numbers disagree or the subset is larger than the data; else returns how many images a run uses."""
     available = count_images(args.dataroot)
-    check_given(args.dataroot)
+    check_given(args.dataroot, encode_command(args))
     return choose_subset_size(available, args.laion_subset_size, read_settings(args.dataroot)["largest_subset"])
 
 
@@ -120,7 +124,8 @@ def prepare_training_set(model, args, settings):
                            ).first(choose_subset_size(len(paths), subset_size, settings["largest_subset"]))
     if not getattr(args, "dry_run", False):
         set_precision("fp32")  # these arrays serve runs of either precision
-        encode_training_set(model, args.dataroot, model.resolution(settings), getattr(args, "vae_batch_size", settings["vae_batch_size"]))
+        encode_training_set(model, args.dataroot, model.resolution(settings), getattr(args, "vae_batch_size", settings["vae_batch_size"]),
+                            command=encode_command(args))
         set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     training_set = open_training_set(args.dataroot, settings["name"], latent_shape, model.embedding_shape, subset_size)
     check_finite(args.dataroot, training_set)
@@ -173,7 +178,8 @@ def load_fisher(path, model, parameters, damping, args):
     """The DiagonalFisher of a file, damped. Raises UserError where its record says that it was made for another model (published
     ones, .pt, have none), it was changed, or it cannot be divided by."""
     own = own_fisher_path(args.dataroot, model, getattr(args, "weight_selection", None) or "cross-attn-kv")
-    remedy = f"give --fisher_path {own}" if own.is_file() and own != path else f"make this model's own: {fisher_command(args, own)}"
+    name_input("Fisher", f"{path} with damping {damping:g}")
+    remedy = f"give --fisher_path {shlex.quote(str(own))}" if own.is_file() and own != path else f"make this model's own: {fisher_command(args, own)}"
     if path.suffix == ".safetensors" and record_path(path).exists():
         check_record(path, model.identity, remedy)
     diagonal = read_tensors(path, "--fisher_path", set(parameters))

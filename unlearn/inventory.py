@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from . import UserError
-from .advice import influence_command, loss_command
+from .advice import index_command, influence_command, loss_command
 from .claims import EXPIRY, is_dead, read_claim
 from .examination import NOTE, OK, PROBLEM, Finding, try_out
 from .reading import read_json
@@ -81,7 +81,14 @@ def examine_claims(paths):
     return findings
 
 
-def examine_leftovers(found, chunks):
+def rebuild_command(args, folder, groups):
+    """What builds the index in `folder` again; of a model that the task file does not name, its task file must be given."""
+    names = [group[0].model_name for group in groups.values() if folder.as_posix().endswith(f"/{group[0].model_name}")]
+    output = folder.as_posix().removesuffix(f"/{names[0]}") if names else None
+    return index_command(args, output=output) if names else "python -m unlearn index, with its task file and --output"
+
+
+def examine_leftovers(args, found, chunks, groups):
     """What runs that ended early left, which the same command goes on with."""
     findings = []
     for folder, paths in chunks.items():
@@ -90,7 +97,7 @@ def examine_leftovers(found, chunks):
         if folder.name.startswith(".") or not is_complete(listing):
             findings.append(Finding(NOTE, f"unfinished: {folder}, {len(paths)} of {total} chunks", "run the same command again to go on"))
         elif len(paths) < total:
-            findings.append(Finding(PROBLEM, f"{folder}: {total - len(paths)} of its {total} shards are gone", "run python -m unlearn index again"))
+            findings.append(Finding(PROBLEM, f"{folder}: {total - len(paths)} of its {total} shards are gone", f"build it again: {rebuild_command(args, folder.parent, groups)}"))
     if found["checkpoint"]:
         findings.append(Finding(NOTE, f"unfinished unlearning or training: {name_some(found['checkpoint'])}", "run the same command again to go on"))
     if found["part"]:
@@ -139,4 +146,4 @@ def examine_results(args, groups, settings=None, num_images=None):
                                 "delete them and run the same command again"))
     findings += examine_settings(found["record"], settings, num_images) if settings and num_images else []
     return [*findings, *(examine_progress(args, groups) if groups else []), *examine_claims(found["claim"]),
-            *examine_leftovers(found, chunks)]
+            *examine_leftovers(args, found, chunks, groups)]

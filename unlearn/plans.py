@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .advice import influence_command, write_command
 from .rankings import count_warnings, read_influence, warnings_of
 from .reading import read_json
-from .records import record_path
+from .records import names_of_file, record_path
 from .runtime import log
 from .training import random_members
 
@@ -61,6 +62,13 @@ def plan_random(args, training_set, tasks):
     return plans
 
 
+def ranking_command(args, folder, method):
+    """What ranks the queries of `retrain`'s task files into `folder`."""
+    if method == "ours":
+        return influence_command(args, task_json=args.task_json[0], result_dir=folder.parent)
+    return write_command("baselines", args, task_json=args.task_json[0], result_dir=folder.parent.parent, methods=[method])
+
+
 def plan_without(args, training_set, tasks):
     """Models without the K most influential images of a query, by each method's influence file."""
     plans, warnings = [], {}
@@ -68,11 +76,12 @@ def plan_without(args, training_set, tasks):
         method = "ours" if folder.name == "influence" and folder.parent.name != "baselines" else folder.name
         for task in tasks[:args.num_queries]:
             path = folder / task.result_name / "influence.npz"
-            arrays = read_influence(path, "make it: compute_influence.py or python -m unlearn baselines")
+            arrays = read_influence(path, f"make it: {ranking_command(args, folder, method)}")
             ranked = read_json(record_path(path), "record")["identity"].get("candidates")
             if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
-                raise UserError(f"{path}: ranks {len(arrays['ids'])} images of training set {ranked}, this one has {len(training_set)} and "
-                                f"is [{training_set.identity!r}]; give the --dataroot and --laion_subset_size it was made with")
+                where = names_of_file(path).get("data root") or "another data root, or of files that have changed since"
+                raise UserError(f"{path}: ranks {len(arrays['ids'])} images of {where}, {args.dataroot} has {len(training_set)}, or others; give "
+                                "the --dataroot, --sd_version and --laion_subset_size it was made with")
             warnings[path] = warnings_of(arrays)
             for k in args.top_k:
                 check_count("--top_k", k, len(training_set), "training images")

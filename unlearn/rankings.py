@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .advice import influence_command
 from .hashes import digest, hash_file
 from .influence import find_warnings
 from .metrics import exemplar_ranks, is_tied
@@ -83,8 +84,7 @@ def read_ranking(task, args):
     """The Ranking of one task. Raises UserError where the file is not of this task's exemplars, or it has none."""
     check_exemplars([task], args.task_json)
     path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
-    remedy = (f"make it: python compute_influence.py --task_json {args.task_json} --dataroot {args.dataroot} "
-              f"--result_dir {args.result_dir}")
+    remedy = f"make it: {influence_command(args)}"
     arrays = read_influence(path, remedy)
     ids, is_exemplar, count = arrays["ids"].tolist(), arrays["is_exemplar"].astype(bool), len(task.exemplar_paths)
     expected = [exemplar.relative_to(Path(args.dataroot).resolve()).as_posix() for exemplar in task.exemplar_paths]
@@ -107,7 +107,7 @@ def check_provenance(path, task, args, remedy):
     for name, content in losses_before.items():
         losses = Path(args.result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
         if losses.exists() and hash_file(losses) != content:
-            raise UserError(f"{path}: was ranked against other losses than {losses} now holds; {remedy} --overwrite")
+            raise UserError(f"{path}: was ranked against other losses than {losses} now holds; make it again: {influence_command(args, overwrite=True)}")
     return settings
 
 

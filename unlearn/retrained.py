@@ -14,7 +14,7 @@ from .influence import rank_images
 from .pictures import hash_picture
 from .queries import AXES, open_stored
 from .reading import list_visible, read_json
-from .records import FORMAT_VERSION
+from .records import FORMAT_VERSION, explain_difference
 from .scores import RANDOM
 
 NAMES = re.compile(r"(full|half|subset[^-]*|without|random)-.+\.json")
@@ -143,37 +143,39 @@ def check_alike(models, queries):
         for name in {**expected_fields, **fields}:
             found, expected = fields.get(name), expected_fields.get(name)
             if found != expected:
-                raise UserError(f"{model.path}: {name} is {found!r}, {first.path.name} has {expected!r}; models of one folder must "
-                                "share it: move the others out")
+                reason = (f"{name} has another picture, prompt, seed or stored latent" if name.startswith("query ") else
+                          explain_difference(name, found, expected, {}, {}))
+                raise UserError(f"{model.path}: made otherwise than {first.path.name}: {reason}; models of one folder must share it: move the "
+                                "others out")
         key = model.kind, model.method, model.query, model.seed, model.kept.tobytes()
         other = seen.setdefault(key, model.path.name)
         if other != model.path.name:
             raise UserError(f"{model.path}: the same model as {other} (kind, seed and images); it would count twice: remove one")
 
 
-def read_retrained(folder, queries):
+def read_retrained(folder, queries, command):
     """All models of a folder in an order that does not depend on the files' names: by kind, method, query, number of images,
-    seed and members. Raises UserError for an empty folder, unknown files and models that cannot be compared."""
+    seed and members. Raises UserError for an empty folder (command: that fills it), unknown files and models that cannot be compared."""
     if not Path(folder).is_dir():
-        raise UserError(f"--retrained {folder}: no such folder; make it: python -m unlearn retrain")
+        raise UserError(f"--retrained {folder}: no such folder; make it: {command}")
     paths = [path for path in list_visible(folder) if path.suffix != ".part"]  # of a run that goes on
     for path in paths:
         if not NAMES.fullmatch(path.name) or not path.is_file():
             raise UserError(f"{path}: no file of a retrained model (full-*, half-*, without-*, random-*.json); move it out of there")
     if not paths:
-        raise UserError(f"--retrained {folder}: has no retrained models; make them: python -m unlearn retrain")
+        raise UserError(f"--retrained {folder}: has no retrained models; make them: {command}")
     models = [read_model(path, queries) for path in paths]
     check_alike(models, queries)
     return sorted(models, key=lambda model: (KINDS.index(model.kind), model.method or "", model.query or "", model.num_removed,
                                              model.seed, model.identity["members"]))
 
 
-def check_queries(models, digests):
+def check_queries(models, digests, command):
     """Raises UserError where models were measured on another picture or prompt than a query has now."""
     for query, expected in digests.items():
         if (found := models[0].identity["queries"].get(query)) != expected:
-            raise UserError(f"{models[0].path}: query {query} is {found!r}, its prompt and picture now give {expected!r}; measure "
-                            "the models on this task file: python -m unlearn retrain")
+            raise UserError(f"{models[0].path}: was measured on another prompt, picture, seed or stored latent of query {query} than the task file "
+                            f"now gives; measure the models on this task file, each kind as it was made: {command}")
 
 
 def check_removed_images(models, scores, queries):

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
+from .advice import influence_command, write_command
 from .artifacts import whole_file
 from .hashes import digest
 from .influence import rank_images
 from .rankings import read_influence, warnings_of
 from .reading import check_text, list_visible, read_json, read_npz
-from .records import check_record, keep_complete, record_path, write_record
+from .records import check_record, explain_difference, keep_complete, names_of_file, record_path, write_record
 
 OURS, RANDOM = "ours", "random"
 # Of a record: what is the same for all queries of a method.
@@ -54,7 +55,7 @@ def random_scores(queries, count):
     return np.array([np.random.Generator(np.random.Philox(key=key)).permutation(count) for key in keys], np.float32).reshape(-1, count)
 
 
-def find_methods(folders, asked, item):
+def find_methods(folders, asked, item, command):
     """Methods in the order asked for, else all that are there, ours first. Raises UserError where one is missing or none is
     there."""
     for method in folders:
@@ -64,7 +65,7 @@ def find_methods(folders, asked, item):
         if method not in folders and method != RANDOM:
             raise UserError(f"--methods {method}: {item} has no scores of it; it has: {', '.join(found) or 'none'}")
     if not asked and not found:
-        raise UserError(f"{item}: has no scores of any method; make them: python compute_influence.py and python -m unlearn baselines")
+        raise UserError(f"{item}: has no scores of any method; make them: {command}")
     return list(dict.fromkeys(asked or found))
 
 
@@ -86,8 +87,8 @@ def read_influences(method, folder, queries, remedy):
     for path, (_, ids, identity, _) in zip(paths, rows):
         for name in ALIKE:
             if identity[name] != rows[0][2][name]:
-                raise UserError(f"{path}: {name} is {identity[name]!r:.200}, {paths[0]} has {rows[0][2][name]!r:.200}; only queries "
-                                f"scored alike can be averaged; {remedy}")
+                reason = explain_difference(name, identity[name], rows[0][2][name], names_of_file(path), names_of_file(paths[0]))
+                raise UserError(f"{path}: made otherwise than {paths[0]}: {reason}; only queries scored alike can be averaged; {remedy}")
         if ids != rows[0][1]:
             raise UserError(f"{path}: ranks other training images (by id) than {paths[0]}; {remedy}")
     settings = {name: rows[0][2][name] for name in ALIKE if name not in ("candidates", "method") and rows[0][2][name] is not None}
@@ -98,16 +99,15 @@ def read_influences(method, folder, queries, remedy):
 def read_result_dir(args, queries):
     """All methods' scores from the influence files below RESULT_DIR."""
     baselines = Path(args.result_dir) / "baselines"
-    flags = f"--task_json {args.task_json} --dataroot {args.dataroot} --result_dir {args.result_dir}"
     folders = {path.name: path for path in list_visible(baselines) if path.is_dir()}
     if OURS in folders:
         raise UserError(f"{folders[OURS]}: a baseline cannot be called {OURS}")
     if (Path(args.result_dir) / "influence").is_dir():
         folders[OURS] = Path(args.result_dir) / "influence"
-    remedies = {method: f"make it: python -m unlearn baselines --methods {method} {flags}, or name the finished ones with --methods"
+    remedies = {method: f"make it: {write_command('baselines', args, methods=[method])}, or name the finished ones with --methods"
                 for method in folders}
-    remedies[OURS] = f"make it: python compute_influence.py {flags}"
-    methods = find_methods(folders, args.methods, f"--result_dir {args.result_dir}")
+    remedies[OURS] = f"make it: {influence_command(args)}"
+    methods = find_methods(folders, args.methods, f"--result_dir {args.result_dir}", f"{influence_command(args)} and {write_command('baselines', args)}")
     return {method: read_influences(method, folders[method], queries, remedies[method]) for method in methods if method in folders}
 
 
@@ -162,12 +162,13 @@ def read_methods(args, queries):
     if args.scores:
         folders = {path.stem: path for path in list_visible(args.scores, "*.npz")}
         scores = {method: read_scores(args.scores, method, queries)
-                  for method in find_methods(folders, args.methods, f"--scores {args.scores}") if method in folders}
+                  for method in find_methods(folders, args.methods, f"--scores {args.scores}", "python -m unlearn evaluate without --scores") if method in folders}
     else:
         scores = read_result_dir(args, queries)
     first = next(iter(scores.values()), None)
     for each in scores.values():
         if (each.training_set, each.ids) != (first.training_set, first.ids):
-            raise UserError(f"{each.method}: scores the training set {each.training_set}, {first.method} scores {first.training_set}; "
-                            "only scores of one training set can be compared")
+            raise UserError(f"{each.method}: scores {len(each.ids)} training images, {first.method} {len(first.ids)}, "
+                            f"{'the same by name, but' if each.ids == first.ids else 'and'} of another data root, or encoded by another model; only "
+                            "scores of one training set can be compared")
     return scores

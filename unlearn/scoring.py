@@ -62,7 +62,7 @@ def load_losses(custom, path, images, grid, args):
     """Losses before unlearning, [2n] float32, checked against their record."""
     sweep, identity = make_sweep(custom, images, grid, args)
     if args.compat and not record_path(path).exists():
-        adopt_losses(sweep, custom, path, identity)
+        adopt_losses(sweep, custom, path, identity, loss_command(args))
     check_record(path, identity, f"give the flags it was made with, or run: {loss_command(args, overwrite=True)}")
     return read_array(path, "losses", mmap=False)
 

@@ -187,9 +187,9 @@ def cache_columns(sweep, model, paths, identities, measure, overwrite=False, com
     return [read_array(path, "losses", mmap=False) for path in paths]
 
 
-def adopt_losses(sweep, model, path, identity):
+def adopt_losses(sweep, model, path, identity, command):
     """Gives a loss cache of the published program, which has no record, its record, after its first and last batch were
-    scored again and agreed to 1e-4. Raises UserError where they do not."""
+    scored again and agreed to 1e-4. Raises UserError where they do not; command: that makes such a cache."""
     losses, batches = read_array(path, "losses", mmap=False), sweep.batches()
     num_rows = sum(map(len, batches))
     if losses.shape != (num_rows,):
@@ -201,5 +201,5 @@ def adopt_losses(sweep, model, path, identity):
         if not worst <= 1e-4:
             raise UserError(f"{path}: has no record, and its rows {rows[0]} to {rows[-1]} scored again differ by {worst:.1e} relative "
                             "(at most 1e-4 allowed): made with other settings or, of exemplars, from latents drawn at random; delete it and "
-                            "run compute_training_loss.py --compat abu")
+                            f"run: {command}")
     write_record(path, identity, model.device)

@@ -1,5 +1,6 @@
 """The UNet of a model that was trained from scratch, from its own folder, and weights checked against a model's."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def load_unet(folder, trained=True):
     if trained:
         path = next((folder / name for name in UNET_WEIGHTS if (folder / name).exists()), None)
         if path is None:
-            raise UserError(f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: python -m unlearn retrain")
+            raise UserError(f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: python -m unlearn retrain full --dataroot {shlex.quote(str(folder.parent))}")
         weights, parameters = read_tensors(path, "unet"), unet.state_dict()
         check_shapes(path, weights, parameters, "weight")
         if missing := sorted(parameters.keys() - weights.keys()):

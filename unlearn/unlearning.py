@@ -8,7 +8,7 @@ from . import UserError
 from .artifacts import write_tensors
 from .losses import noise_identity
 from .newton import CompatDraws, QueryDraws, check_change, remove_checkpoints, unlearn
-from .records import keep_complete, read_record, record_path, write_record
+from .records import keep_complete, name_input, read_record, record_path, write_record
 from .runtime import progress
 from .scoring import AUTOCAST
 from .settings import AUTO, AUTO_CHANGE
@@ -48,8 +48,14 @@ def change_identity(custom, query, fisher, args):
             **noise_identity(args.compat, custom.device)}
 
 
+def name_query(query):
+    """Tells records and messages which query this is."""
+    name_input("query", f'{query.ids[0]} with the prompt "{query.captions[0]}"')
+
+
 def unlearn_query(custom, query, parameters, fisher, path, args):
     """Writes the weight change that unlearns a query to `path` (safetensors) and its record."""
+    name_query(query)
     identity = change_identity(custom, query, fisher, args)
     latent, embedding = (torch.from_numpy(array).to(custom.device) for array in (query.latents[0, 0], query.embeddings[0, 0]))
     if args.compat and args.unlearn_batch_size > len(custom.alpha_bars):
@@ -79,6 +85,7 @@ def unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args):
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def is_done(number):
+        name_query(queries[number])
         return keep_complete(paths[number], change_identity(custom, queries[number], fisher, args), args.overwrite,
                              "give --overwrite to replace it, or another --result_dir")
 

@@ -13,6 +13,7 @@ same command goes on where it was. The scripts do the same at first use.
 
 import argparse
 
+from ..advice import encode_command
 from ..datasets import array_paths
 from ..encoding import check_given, encode_training_set, encoding_plan, has_given_arrays, list_pairs, tell_pairs
 from ..inputs import add_flags, resolve, say_resolution
@@ -39,7 +40,7 @@ def main(argv=None):
         return log.info(f"{args.dataroot}: latents and embeddings came with it; --overwrite makes them from images and captions")
     paths, captions = list_pairs(args.dataroot, args.num_captions)
     if not args.overwrite:
-        check_given(args.dataroot)
+        check_given(args.dataroot, encode_command(args))
     model = load_model(args.sd_version, args.device, args.unet, trained=False)  # only the VAE and the text encoder are used
     say_resolution(model, settings)
     if args.dry_run:
@@ -50,5 +51,5 @@ def main(argv=None):
         return None
     set_precision("fp32")
     made = encode_training_set(model, args.dataroot, model.resolution(settings), args.vae_batch_size, args.num_captions,
-                               args.skip_corrupt, args.overwrite)
+                               args.skip_corrupt, args.overwrite, encode_command(args, num_captions=args.num_captions))
     return log.info(f"{' and '.join(map(str, array_paths(args.dataroot)))}: {'made' if made else 'are there already'}")

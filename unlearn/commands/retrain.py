@@ -24,7 +24,7 @@ from ..generation import check_steps
 from ..inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
 from ..measures import join_sets, load_pictures, sampling_of
 from ..models import load_model
-from ..plans import PLANS, make_plans, make_stacks
+from ..plans import PLANS, make_plans, make_stacks, ranking_command
 from ..records import keep_complete
 from ..retraining import REMEDY, finish, is_measured, measure_identity, model_identity, recipe_of, train_stack, weights_path
 from ..runtime import log, process_share
@@ -85,7 +85,7 @@ def check_flags(args, tasks):
             raise UserError(f"--{flag} {getattr(args, flag)}: expected at least 1")
     for folder in args.influence:
         if not Path(folder).is_dir():
-            raise UserError(f"--influence {folder}: no such folder; compute_influence.py and python -m unlearn baselines make them")
+            raise UserError(f"--influence {folder}: no such folder; make it: {ranking_command(args, Path(folder), 'ours')}")
     for task in tasks:
         if task.model_path is not None:
             raise UserError(f"{task.synth_image_path}: was made by a customized model; only queries of the base model are measured by retraining")
