@@ -173,7 +173,7 @@ def test_a_query_unlearned_from_another_latent_is_refused(attribute, root, model
     np.save(root / "latents.npy", np.load(root / "latents.npy") * 2)
     flags = write_tasks(tmp_path / "results.json", [task], root, tmp_path / "results")
     said = refused(capsys, compute_influence.main, [*flags, *INFLUENCE_FLAGS])
-    assert "weight_change.safetensors: made with other settings: query is" in said
+    assert "weight_change.safetensors: made with other settings: other query: its picture, prompt or stored latent: " in said
 
 
 def test_a_finished_run_started_again_and_one_that_lost_a_file_end_in_the_same_files(attribute):

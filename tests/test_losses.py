@@ -185,7 +185,7 @@ def test_a_cache_of_another_identity_is_refused_naming_the_field_and_replaced_wi
         model = Model(model.pipeline, "other weights", model.alpha_bars)
     if field == "num_images":
         images = dozen.first(1)
-    with pytest.raises(UserError, match=rf"loss\.npy: made with other settings: {field} is .*, expected .*; give --overwrite"):
+    with pytest.raises(UserError, match=rf"loss\.npy: made with other settings: ({field} is .*, expected .*|other {field} of the model.*); give --overwrite"):
         cached(model, images, path, **change)
     np.testing.assert_array_equal(np.load(path), first)
     replaced = cached(model, images, path, overwrite=True, **change)
