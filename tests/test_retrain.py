@@ -327,7 +327,7 @@ def test_a_query_without_a_seed_is_refused_where_pictures_are_made(world, tmp_pa
     assert "synth/queries/00001.png: has no seed in its task file" in refused(capsys, retrain.main, flags)
 
 
-@pytest.mark.parametrize("content, said", [("", "expected at least one prompt, found none"), (b"\xff\xfe", "not UTF-8 text"),
+@pytest.mark.parametrize("content, said", [("", "expected at least one prompt, found none"), (b"\xff\xfe", "UTF-16 text; save it as UTF-8"), (b"\xff", "not UTF-8 text"),
                                            ("{}", "expected COCO's caption annotations")])
 def test_prompts_that_are_none_are_refused(world, tmp_path, capsys, content, said):
     path = tmp_path / ("prompts.json" if content == "{}" else "prompts.txt")
