@@ -15,7 +15,7 @@ from test_bad_input import encode_images
 
 from unlearn import UserError, gradients, inputs, noise
 from unlearn.artifacts import write_tensors
-from unlearn.baselines import cosine_scores, normalise, text_blocks
+from unlearn.baselines import cosine_scores, mean_features, normalise, text_blocks
 from unlearn.commands import baselines
 from unlearn.curvature import DiagonalFisher
 from unlearn.datasets import TrainingSet
@@ -23,7 +23,7 @@ from unlearn.encoders import encode_images as encode_real_images
 from unlearn.encoders import encode_prompts
 from unlearn.generation import generate_latents, initial_noise
 from unlearn.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, tracked, view_samples
-from unlearn.methods import METHODS, Run, flatten, influence_scores, journey_gradient, random_scores
+from unlearn.methods import METHODS, OF_COSINES, Run, flatten, influence_scores, journey_gradient, random_scores, similarity_scores
 from unlearn.models import TARGETS, load_model, select_parameters
 from unlearn.newton import QueryDraws
 from unlearn.projection import Sketch
@@ -288,9 +288,24 @@ def test_an_image_counts_by_its_best_caption(training_set):
     captions = np.array(training_set.embeddings[:6, 0], np.float32)
     images = training_set.first(3)
     pairs = replace(images, embeddings=captions.reshape(3, 2, *captions.shape[1:]))
-    scores = cosine_scores(normalise(captions.reshape(6, -1)), text_blocks(pairs))
-    expected = normalise(captions.reshape(6, -1)) @ normalise(captions.reshape(6, -1)).T
+    scores = cosine_scores(captions.reshape(6, -1), text_blocks(pairs), mean_features(text_blocks(pairs)))
+    centred = normalise(captions.reshape(6, -1) - captions.reshape(6, -1).mean(axis=0))
+    expected = centred @ centred.T
     np.testing.assert_allclose(scores, expected.reshape(6, 3, 2).max(axis=2), atol=1e-5)
+
+
+def test_similarity_is_the_square_of_two_centred_cosines_where_both_are_positive(make_run):
+    run = make_run(images=(1, 4))
+    texts, latents = (np.asarray(array, np.float64) for array in (run.training_set.embeddings, run.training_set.latents))
+    texts, latents = texts.reshape(6, -1, texts[0, 0].size).swapaxes(0, 1), latents.reshape(2, 6, -1)
+    cosines = []
+    for features in texts, latents:
+        centred = normalise(features - features.mean(axis=(0, 1)))
+        cosines.append((centred[0, [1, 4]] @ centred.swapaxes(1, 2)).max(axis=0))
+    expected = np.where((cosines[0] > 0) & (cosines[1] > 0), cosines[0] * cosines[1], 0) ** 2
+    found = similarity_scores(run)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert [int(np.argmax(row)) for row in found] == [1, 4] and (expected == 0).any()
 
 
 @pytest.fixture
@@ -327,9 +342,10 @@ def test_every_method_ranks_the_training_set_of_every_query(command):
         for name in FOLDERS:
             arrays = read_influence(folder / method / name / "influence.npz", "")
             assert arrays["ids"].tolist() == [f"laion/{image:06d}" for image in range(4)] and not arrays["is_exemplar"].any()
-            assert len(set(arrays["influence"].tolist())) == 4
+            assert len(set(arrays["influence"].tolist())) == 4 or method == "similarity"  # which is 0 where a cosine is negative
             identity = json.loads((folder / method / name / "influence.json").read_text())["identity"]
             assert identity["method"] == method and len(identity["candidates"]) == 1
+            assert ("cosines" in identity["settings"]) == (method in OF_COSINES)
     assert not list(folder.glob("**/.*")) and not list(folder.glob("**/*.part"))
 
 

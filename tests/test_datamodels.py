@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from unlearn import datamodels
-from unlearn.datamodels import (average_ranks, bootstrap_scores, correlate, count_below, datamodeling_scores, equivalent_number,
-                                fit_rising, interval, predict, resampled_ranks, spearman)
+from unlearn.datamodels import (average_ranks, choose_power, correlate, count_below, datamodeling_scores, equivalent_number,
+                                fit_rising, leave_models_out, mean_interval, predict, raise_scores, resampled_ranks, spearman)
+from unlearn.metrics import student_quantile
 
 
 def make_world(num_queries=10, num_images=40, num_models=30, noise=0.0, seed=0):
@@ -65,51 +66,68 @@ def test_lds_depends_on_no_shift_and_no_scale_of_the_scores_and_on_no_order():
     np.testing.assert_allclose(permuted, expected[queries], atol=1e-12)
 
 
-def test_a_bootstrap_in_which_nothing_varies_gives_the_estimate_in_every_draw():
-    effects, kept, losses = make_world()
-    draws = bootstrap_scores({"true": predict(effects, kept)}, losses, draws=100)["true"]
-    np.testing.assert_allclose(draws, 1)
+def test_a_power_takes_negative_scores_as_0_and_1_leaves_them_as_they_are():
+    scores = np.array([[-3.0, 0.0, 2.0]])
+    assert [raise_scores(scores, power).tolist() for power in (1, 2)] == [[[-3, 0, 2]], [[0, 0, 4]]]
 
 
-def test_the_bootstrap_equals_drawing_queries_and_models_by_hand():
+def test_the_power_that_made_the_scores_from_the_effects_is_taken_back():
+    effects, kept, losses = make_world(num_models=60)
+    losses = 5 - np.exp(effects) @ kept.T
+    assert choose_power(np.exp(effects / 3), kept, losses) == (3, pytest.approx(1))
+    assert choose_power(np.exp(effects), kept, losses)[0] == 1
+
+
+def test_leaving_a_model_out_is_the_lds_of_the_others_whatever_the_chunks(monkeypatch):
     effects, kept, losses = make_world(num_queries=4, num_models=9, noise=4)
-    predictions = {"ours": predict(effects, kept)}
-    found = bootstrap_scores(predictions, losses, seed=7, draws=20)["ours"]
-    generators = np.random.Generator(np.random.Philox(7)).spawn(2)
-    queries, models = (generator.multinomial(count, np.full(count, 1 / count), 20) for count, generator in zip((4, 9), generators))
-    for draw in range(20):
-        rows, columns = np.repeat(np.arange(4), queries[draw]), np.repeat(np.arange(9), models[draw])
-        assert found[draw] == pytest.approx(spearman(predictions["ours"][rows][:, columns], -losses[rows][:, columns]).mean())
-
-
-def test_drawing_models_too_widens_the_interval_and_the_same_method_twice_differs_by_nothing():
-    effects, kept, losses = make_world(num_queries=60, num_models=20, noise=6)
-    losses += 8 * np.random.default_rng(0).normal(size=20)  # what a model does to all queries alike: queries cannot average it out
-    predictions = {"ours": predict(effects, kept), "again": predict(effects, kept)}
-    both, queries_only = (bootstrap_scores(predictions, losses, draws=400, over_models=flag) for flag in (True, False))
-    width = lambda draws: np.ptp(interval(draws["ours"]))
-    assert width(both) > 1.5 * width(queries_only)
-    assert (both["ours"] == both["again"]).all()
-
-
-def test_the_interval_covers_the_lds_of_many_queries_and_models():
-    settings = {"num_images": 30, "noise": 5}
-    effects, kept, losses = make_world(300, num_models=2000, **settings)
-    truth, covered = datamodeling_scores(effects, kept, losses).mean(), 0
-    for seed in range(1, 31):
-        effects, kept, losses = make_world(12, num_models=24, seed=seed, **settings)
-        low, high = interval(bootstrap_scores({"true": predict(effects, kept)}, losses, draws=200)["true"])
-        covered += low <= truth <= high
-    assert covered >= 26
-
-
-def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
-    effects, kept, losses = make_world(noise=3)
-    found = []
-    for chunk in (7, 100):
+    for chunk in 2, 100:
         monkeypatch.setattr(datamodels, "CHUNK", chunk)
-        found.append(bootstrap_scores({"ours": predict(effects, kept)}, losses, draws=100)["ours"])
-    np.testing.assert_allclose(*found)
+        found = leave_models_out({"ours": predict(effects, kept)}, losses)["ours"]
+        for model in range(9):
+            others = np.arange(9) != model
+            np.testing.assert_allclose(found[model], datamodeling_scores(effects, kept[others], losses[:, others]))
+
+
+def measure_interval(effects, kept, losses):
+    """The mean LDS of the true effects, and its interval."""
+    predictions = {"ours": predict(effects, kept)}
+    return mean_interval(spearman(predictions["ours"], -losses), leave_models_out(predictions, losses)["ours"])
+
+
+def test_where_nothing_varies_the_interval_is_the_estimate():
+    assert measure_interval(*make_world()) == pytest.approx((1, 1, 1))
+
+
+def test_what_models_do_to_all_queries_alike_widens_the_interval():
+    effects, kept, losses = make_world(num_queries=60, num_models=20, noise=6)
+    apart = np.ptp(measure_interval(effects, kept, losses))
+    losses += 12 * np.random.default_rng(0).normal(size=20)  # queries cannot average it out
+    assert np.ptp(measure_interval(effects, kept, losses)) > 1.3 * apart
+
+
+def test_the_interval_of_one_query_is_that_of_its_models():
+    effects, kept, losses = make_world(num_queries=1, noise=5)
+    mean, low, high = measure_interval(effects, kept, losses)
+    assert low < mean < high and high - low > 0.2
+
+
+def test_intervals_of_lds_and_of_paired_differences_are_as_wide_as_the_estimates_scatter():
+    """Many worlds whose queries and models are drawn anew: the estimates' standard deviation is known."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(200):
+        effects, noise, other = generator.normal(size=(3, 16, 30))
+        kept = generator.random((24, 30)).argsort(axis=1) < 15
+        losses = 3 * generator.normal(size=(16, 24)) + 2 * generator.normal(size=24) - effects @ kept.T
+        scores = {"ours": effects + generator.uniform(0.5, 1.5, (16, 1)) * noise, "other": effects + noise + other}
+        predictions = {method: predict(array, kept) for method, array in scores.items()}
+        ours, theirs = (spearman(array, -losses) for array in predictions.values())
+        left, their_left = leave_models_out(predictions, losses).values()
+        found.append([mean_interval(ours, left), mean_interval(ours - theirs, left - their_left)])
+    means, lows, highs = np.array(found).transpose(2, 0, 1)
+    told = np.sqrt(np.mean(((highs - lows) / 2 / student_quantile(15)) ** 2, axis=0))
+    np.testing.assert_allclose(told / means.std(axis=0, ddof=1), 1, atol=0.2)  # a bootstrap of queries and models at once tells 1.3 to 1.4
+    truth = means.mean(axis=0)
+    assert (np.abs(((lows <= truth) & (truth <= highs)).mean(axis=0) - 0.95) <= 0.035).all()
 
 
 def test_the_rising_fit_is_the_closest_of_all_that_never_fall():

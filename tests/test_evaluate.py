@@ -13,14 +13,15 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, metrics
-from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, normalise, pixel_encoder,
+from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, mean_features, pixel_encoder,
                                score_queries)
 from unlearn.commands.evaluate import group_queries, kind_of, main
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
-from unlearn.influence import rank_images
+from unlearn.influence import best_view, rank_images
 from unlearn.models import load_model
 from unlearn.records import write_record
+from unlearn.results import median_change
 from unlearn.tasks import Task
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
@@ -88,13 +89,36 @@ def test_a_perfect_ranking_reaches_map_1_and_the_highest_possible_recall(num_exe
 def test_paired_statistics_equal_numpy_by_hand():
     ours, other = np.array([0.5, 0.9, 0.4, 0.8]), np.array([0.1, 0.7, 0.5, 0.2])
     error = np.sqrt(np.sum(((ours - other) - 0.275) ** 2) / 3) / 2
-    assert metrics.compare_paired(ours, other) == pytest.approx((0.275, error, 0.275 / error))
+    mean, found, p = metrics.compare_paired(ours, other)
+    assert (mean, found) == pytest.approx((0.275, error)) and p == pytest.approx(metrics.student_p(0.275 / error, 3))
     assert metrics.mean_and_error(ours) == pytest.approx((0.65, np.sqrt((0.15**2 + 0.25**2 + 0.25**2 + 0.15**2) / 3) / 2))
 
 
+def test_p_values_and_quantiles_are_those_of_students_t():
+    for ratio in 0.0, 0.3, -2.0, 40.0:  # closed forms of 1 and 2 degrees of freedom
+        assert metrics.student_p(ratio, 1) == pytest.approx(1 - 2 / np.pi * np.arctan(abs(ratio)), rel=1e-9)
+        assert metrics.student_p(ratio, 2) == pytest.approx(1 - abs(ratio) / np.sqrt(2 + ratio ** 2), rel=1e-9)
+    table = {4: 2.776, 9: 2.262, 59: 2.001, 1000: 1.962}  # of every textbook, 95 %
+    assert {freedom: round(metrics.student_quantile(freedom), 3) for freedom in table} == table
+    assert metrics.student_p(4.52680194833706, 4) == pytest.approx(0.0106, abs=1e-4)  # 4.5 standard errors of five queries
+    assert [metrics.format_p(p) for p in (0.0106, 1e-9)] == ["0.011", "< 0.001"]
+
+
+def test_queries_of_one_model_count_as_one_where_models_are_the_unit():
+    ours, models = np.array([1.0, 3, 4, 6, 0, 4]), np.array(list("aabbcc"))
+    assert metrics.compare_by_model(ours, np.zeros(6), models) == pytest.approx(metrics.compare_paired([2, 5, 2], [0, 0, 0])[2])
+    assert np.isnan([metrics.compare_by_model(ours, np.zeros(6), np.array(names)) for names in (list("abcdef"), list("aaaaaa"))]).all()
+
+
+def test_the_median_change_of_training_images_is_of_the_mean_of_their_views_which_noise_does_not_raise():
+    assert median_change(np.array([1.0, -4, 2, -1, 2, 9])) == 0
+    noise = np.random.default_rng(0).normal(size=2000)
+    assert abs(median_change(noise)) < 0.1 < 0.4 < np.median(best_view(noise))
+
+
 def test_a_single_query_has_no_standard_error_and_prints_none():
-    mean, error, ratio = metrics.compare_paired([0.5], [0.25])
-    assert mean == 0.25 and np.isnan([error, ratio]).all() and metrics.format_mean(mean, error) == "0.250"
+    mean, error, p = metrics.compare_paired([0.5], [0.25])
+    assert mean == 0.25 and np.isnan([error, p]).all() and metrics.format_p(p) == "" and metrics.format_mean(mean, error) == "0.250"
 
 
 def test_ties_of_an_exemplar_with_another_image_are_seen():
@@ -111,17 +135,19 @@ def test_queries_are_grouped_by_kind_and_test_case():
     assert groups == {"all": [0, 1, 2], "style": [0, 2], "object": [1], "test_art": [0, 2], "test_tiny": [1]}
 
 
-def test_a_candidate_scores_by_the_better_of_its_views_whatever_the_blocks():
+def test_a_candidate_scores_by_the_better_of_its_views_less_the_mean_of_all_whatever_the_blocks():
     generator = np.random.default_rng(0)
-    queries, candidates = normalise(generator.normal(size=(3, 8))), generator.normal(size=(2, 10, 8))
+    queries, candidates = 5 + generator.normal(size=(3, 8)), 5 + generator.normal(size=(2, 10, 8))
     cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    expected = [[max(cosine(query, candidates[view, n]) for view in (0, 1)) for n in range(10)] for query in queries]
+    mean = candidates.reshape(20, 8).mean(axis=0)
+    expected = [[max(cosine(query - mean, candidates[view, n] - mean) for view in (0, 1)) for n in range(10)] for query in queries]
     for cuts in [], [3], [1, 7]:
-        np.testing.assert_allclose(cosine_scores(queries, np.split(candidates, cuts, axis=1)), expected, atol=1e-12)
+        blocks = np.split(candidates, cuts, axis=1)
+        np.testing.assert_allclose(cosine_scores(queries, blocks, mean_features(blocks)), expected, atol=1e-5)
 
 
 def test_an_image_without_length_scores_zero():
-    assert cosine_scores(normalise(np.ones((1, 4))), [np.zeros((2, 1, 4))]).tolist() == [[0]]
+    assert cosine_scores(np.ones((1, 4)), [np.zeros((2, 1, 4))], 0).tolist() == [[0]]
 
 
 def test_pixels_are_those_of_the_transform_and_its_mirror_and_large_ones_are_averaged(tmp_path):
@@ -143,10 +169,11 @@ def test_a_mirrored_training_image_finds_itself_among_exemplars_and_training_ima
     if method == "vae":
         model = load_model(str(FIXTURE / "sd-tiny"), "cpu")
         encode = latent_encoder(model.pipeline, 512, 4)
-        blocks = latent_blocks(open_training_set(FIXTURE / "abc", "abc", model.latent_shape(512), model.embedding_shape))
+        training_set = open_training_set(FIXTURE / "abc", "abc", model.latent_shape(512), model.embedding_shape)
+        blocks = lambda: latent_blocks(training_set)
     else:
         encode = pixel_encoder(512)
-        blocks = encode_blocks(encode, paths)
+        blocks = lambda: encode_blocks(encode, paths)
     for (number, exemplars), scores in zip(numbers.items(), score_queries(encode, blocks, tasks, tmp_path), strict=True):
         assert scores.shape == (62,) and rank_images(scores)[0] == 2 + number and scores[2 + number] == pytest.approx(1, abs=1e-4)
         # Scored as exemplars and as training images alike.

@@ -301,6 +301,59 @@ def test_halves_alone_give_the_lds_and_removals_alone_give_leave_k_out(world, tm
     assert find(world.table("leave_k_out"), method="ours")["queries"] == "1"
 
 
+@pytest.fixture
+def tuned(tmp_path):
+    """Scores that are the effects' square roots, and cubes of noise; five reported queries and three for tuning, 40 halves."""
+    made = World(tmp_path, queries=[*QUERIES, *(f"tuning/{number}" for number in range(3))])
+    made.save_influence("ours", np.sqrt(made.effect))
+    made.save_influence("text", np.sqrt(made.effect) + np.random.default_rng(4).normal(0, 0.02, made.effect.shape))
+    made.save_full(0)
+    made.save_halves(40)
+    entries = json.loads((tmp_path / "tasks.json").read_text())
+    write_json(tmp_path / "tasks.json", entries[:5])
+    write_json(tmp_path / "tuning.json", entries[5:])
+    return made
+
+
+def test_each_methods_power_is_chosen_on_the_tuning_queries_and_told_beside_the_plain_sum(tuned, tmp_path, capsys):
+    tuning = ["--tuning_json", str(tmp_path / "tuning.json")]
+    main(tuned.flags(*tuning))
+    ours, text, random = tuned.table("lds")
+    assert ours["power"] == "2" and float(ours["powered_lds"]) == pytest.approx(1) and float(ours["lds"]) < 0.99
+    assert float(ours["tuning_lds"]) == pytest.approx(1) and (ours["tuning_queries"], ours["queries"]) == ("3", "5")
+    assert float(text["powered_ours_minus"]) == pytest.approx(1 - float(text["powered_lds"]))
+    assert float(text["powered_ours_minus_low"]) < float(text["powered_ours_minus"]) < float(text["powered_ours_minus_high"])
+    assert random["method"] == "random" and random["power"] in ("1", "1.5", "2", "3", "4")
+    rows = [row for row in tuned.table("lds_queries") if row["method"] == "ours"]
+    assert [row["query"] for row in rows] == QUERIES and {row["powered_lds"] for row in rows} == {"1.0"}
+    assert "LDS after the power" in capsys.readouterr().out
+    before = read_tables(tmp_path / "out")
+    main(tuned.flags(*tuning, "--scores", str(tmp_path / "out/scores"), "--output", str(tmp_path / "again")))
+    assert read_tables(tmp_path / "again") == before
+
+
+def test_without_tuning_queries_no_power_is_chosen_and_evaluate_says_how(tuned, capsys):
+    main(tuned.flags())
+    assert {(row["power"], row["powered_lds"], row["tuning_queries"]) for row in tuned.table("lds")} == {("", "", "0")}
+    screen = capsys.readouterr().out
+    assert "--tuning_json, a task file of further queries, lets evaluate choose" in screen and "after the power" not in screen
+
+
+@pytest.mark.parametrize("damage, text", [
+    (lambda world: write_json(world.folder / "tuning.json", json.loads((world.folder / "tasks.json").read_text())[:1]),
+     "tuning.json: queries/00000 is also in .*tasks.json; a power must be chosen on queries that are not reported"),
+    (lambda world: (world.folder / "results/baselines/text/tuning/1/influence.npz").unlink(),
+     "tuning/1/influence.npz: no such file; make it: python -m unlearn baselines --methods text --task_json .*tuning.json"),
+    (lambda world: world.edit("half-003.json", lambda record: record["losses"].pop("tuning/1")),
+     "half-003.json: has no loss of query tuning/1"),
+])
+def test_tuning_queries_that_cannot_choose_a_power_end_in_one_line(tuned, damage, text):
+    damage(tuned)
+    with pytest.raises(UserError, match=text) as error:
+        main(tuned.flags("--tuning_json", str(tuned.folder / "tuning.json")))
+    assert "\n" not in str(error.value) and not (tuned.folder / "out").exists()
+
+
 def test_subsets_of_a_rarer_size_count_as_random_removal_and_not_for_the_lds(world, capsys):
     for number in range(4):
         world.save_model(f"subset0.9-{number:03d}", "subset", np.random.default_rng([5, number]).permutation(NUM_IMAGES) < 37)

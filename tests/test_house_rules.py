@@ -143,9 +143,12 @@ def test_no_pickle_is_ever_read(name):
             assert ast.unparse(keywords["weights_only"]) == "True", node.lineno
 
 
-@pytest.mark.parametrize("name", ["influence", "metrics", "datamodels"])
+NUMPY_ONLY = "influence", "metrics", "datamodels"
+
+
+@pytest.mark.parametrize("name", NUMPY_ONLY)
 def test_rankings_and_metrics_need_only_numpy(name):
-    assert roots(name) <= {"numpy"}
+    assert roots(name) <= {"numpy", "unlearn"} and siblings(name) <= set(NUMPY_ONLY)
 
 
 def test_the_core_imports_no_extra():

@@ -1,5 +1,8 @@
 """Rankings by plain similarity to the query: cosine of pixels, of VAE latents, of CLIP or DINO features, of texts.
 
+All are centred: the mean of the training set's features, over images and views, is taken off first. What all images share
+says nothing of one of them, and without this it is most of a cosine.
+
 An encoder is a function from image paths to features [2, n, size] float32: each image as is, then mirrored.
 """
 
@@ -113,25 +116,37 @@ def normalise(features):
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def cosine_scores(queries, blocks, progress=lambda count: None):
-    """Scores [queries, n] float32: cosine with the better of a candidate's two views.
-
-    queries: [queries, size] of length 1; blocks: features [2, b, size] of n candidates; `progress(count)` is told of them.
-    """
-    scores = [np.empty((len(queries), 0), np.float32)]
+def mean_features(blocks, progress=lambda count: None):
+    """Mean of features [views, b, size] over all views and images of the blocks, [size] float32."""
+    total, count = 0.0, 0
     for block in blocks:
-        scores.append((queries @ normalise(block).swapaxes(1, 2)).max(axis=0))
+        total, count = total + block.sum(axis=(0, 1), dtype=np.float64), count + block.shape[0] * block.shape[1]
+        progress(block.shape[1])
+    return (total / count).astype(np.float32)
+
+
+def cosine_scores(queries, blocks, mean, progress=lambda count: None):
+    """Scores [queries, n] float32: cosine with the better of a candidate's views, both less the mean.
+
+    queries: [queries, size]; blocks: features [views, b, size] of n candidates; mean: [size], of `mean_features`;
+    `progress(count)` is told of the candidates.
+    """
+    queries, scores = normalise(queries - mean), [np.empty((len(queries), 0), np.float32)]
+    for block in blocks:
+        scores.append((queries @ normalise(block - mean).swapaxes(1, 2)).max(axis=0))
         progress(block.shape[1])
     return np.concatenate(scores, axis=1)
 
 
 def score_queries(encode, blocks, tasks, dataroot, progress=lambda count: None):
-    """Yields each task's scores [exemplars + n] float32: its exemplars first, then the training images of `blocks`."""
+    """Yields each task's scores [exemplars + n] float32: its exemplars first, then the training images. blocks: a function that
+    gives their blocks of features, which are gone through twice: `progress` is told of 2 n images."""
     paths = [Path(dataroot) / task.synth_image_path for task in tasks]
-    queries = normalise(np.concatenate([block[0] for block in encode_blocks(encode, paths)]))
+    queries = np.concatenate([block[0] for block in encode_blocks(encode, paths)])
     exemplars = list(dict.fromkeys(path for task in tasks for path in task.exemplar_paths))
-    exemplar_scores = cosine_scores(queries, encode_blocks(encode, exemplars))
-    training_scores = cosine_scores(queries, blocks, progress)
+    mean = mean_features(blocks(), progress)
+    exemplar_scores = cosine_scores(queries, encode_blocks(encode, exemplars), mean)
+    training_scores = cosine_scores(queries, blocks(), mean, progress)
     columns = {path: column for column, path in enumerate(exemplars)}
     for row, task in enumerate(tasks):
         yield np.concatenate([exemplar_scores[row, [columns[path] for path in task.exemplar_paths]], training_scores[row]])

@@ -6,9 +6,11 @@ datamodeling score (LDS) is the rank correlation of the two over many subsets. S
 
 import numpy as np
 
-DRAWS = 2000  # of the bootstrap
-CHUNK = 50  # draws at once; memory only
+from .metrics import student_quantile
+
+CHUNK = 50  # left-out models at once; memory only
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+POWERS = (1, 1.5, 2, 3, 4)  # of scores before they are summed
 
 
 def count_below(values):
@@ -69,28 +71,53 @@ def datamodeling_scores(scores, kept, losses):
     return spearman(predict(scores, kept), -losses)
 
 
-def bootstrap_scores(predictions, losses, seed=0, draws=DRAWS, over_models=True):
-    """Mean LDS of each method in each bootstrap draw: {method: [draws]}. Queries and models are both drawn with replacement,
-    the same ones for every method, so that differences of methods can be taken draw by draw.
+def raise_scores(scores, power):
+    """Scores [queries, N] to a power, negative ones taken as 0 before it; as they are where it is 1. No power changes the order
+    of positive scores, but all change what their sum says: a higher one lets fewer images count."""
+    scores = np.asarray(scores, np.float64)
+    return scores if power == 1 else np.maximum(scores, 0) ** power
 
-    predictions: {method: [queries, models]}; losses: [queries, models]. Source: Owen, The pigeonhole bootstrap, 2007: drawing
-    both is never too narrow on average.
+
+def choose_power(scores, kept, losses):
+    """The power of POWERS with the highest mean LDS, and that LDS; the smallest of equal ones."""
+    means = [float(datamodeling_scores(raise_scores(scores, power), kept, losses).mean()) for power in POWERS]
+    return POWERS[int(np.argmax(means))], max(means)
+
+
+def leave_models_out(predictions, losses):
+    """LDS of each query without each of the models in turn: {method: [models, queries]}.
+
+    predictions: {method: [queries, models]}; losses: [queries, models].
     """
-    query_draws, model_draws = np.random.Generator(np.random.Philox(seed)).spawn(2)
-    num_queries, num_models = losses.shape
-    measured, sorted_losses = {method: np.empty(draws) for method in predictions}, count_below(-losses)
+    weights = 1 - np.eye(losses.shape[1])
+    measured, sorted_losses = {method: np.empty(losses.T.shape) for method in predictions}, count_below(-losses)
     sorted_predictions = {method: count_below(values) for method, values in predictions.items()}
-    for start in range(0, draws, CHUNK):
-        size = min(CHUNK, draws - start)
-        queries = query_draws.multinomial(num_queries, np.full(num_queries, 1 / num_queries), size)
-        models = np.ones((size, num_models))
-        if over_models:
-            models = model_draws.multinomial(num_models, np.full(num_models, 1 / num_models), size)
-        ranks = resampled_ranks(*sorted_losses, models)
+    for start in range(0, len(weights), CHUNK):
+        kept = weights[start:start + CHUNK]
+        ranks = resampled_ranks(*sorted_losses, kept)
         for method, sorted_values in sorted_predictions.items():
-            values = correlate(resampled_ranks(*sorted_values, models), ranks, models[:, None])
-            measured[method][start:start + size] = (values * queries).sum(axis=1) / num_queries
+            measured[method][start:start + CHUNK] = correlate(resampled_ranks(*sorted_values, kept), ranks, kept[:, None])
     return measured
+
+
+def mean_interval(by_query, left_out):
+    """The mean over queries of a measure [queries], LDS or a difference of two, and its 95 % interval: (mean, low, high).
+
+    Queries and models are both samples. How the queries differ already holds what the models do to each of them apart; what
+    they do to all queries alike, the mean covariance of two queries by the jackknife over the models, is added. (Drawing both
+    in one bootstrap counts the first part three times: Owen, The pigeonhole bootstrap, 2007.) left_out: [models, queries], of
+    `leave_models_out`. Source: Cameron, Gelbach and Miller, Robust inference with multiway clustering, 2011; Student's t with
+    the degrees of freedom of the fewer of the two.
+    """
+    (num_models, num_queries), deviations = left_out.shape, left_out - left_out.mean(axis=0)
+    jackknife = (num_models - 1) / num_models
+    variance = jackknife * np.sum(deviations.mean(axis=1) ** 2)
+    if num_queries > 1:
+        alike = variance - jackknife * np.sum(deviations ** 2) / num_queries ** 2
+        variance = by_query.var(ddof=1) / num_queries + max(alike, 0)
+    fewest = min(num_queries, num_models) if num_queries > 1 else num_models
+    mean, reach = float(by_query.mean()), float(student_quantile(fewest - 1) * np.sqrt(variance))
+    return mean, mean - reach, mean + reach
 
 
 def interval(draws):

@@ -2,7 +2,7 @@
 
 import io
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from . import UserError
 from .advice import write_command
 from .artifacts import whole_file
-from .datamodels import bootstrap_scores, interval, predict, spearman
+from .datamodels import choose_power, leave_models_out, mean_interval, predict, raise_scores, spearman
 from .figures import draw_grid
 from .plots import draw_plots
 from .printing import show
@@ -22,13 +22,15 @@ from .results import load_picture, write_csv
 from .retrained import check_queries, check_removed_images, query_digests, read_retrained
 from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
 from .tables import equivalent_table, lds_table, paired_table, removal_table, retention_table
+from .tasks import load_tasks
 
 FEWEST_SUBSETS = 3
+LDS = ("lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high")
 COLUMNS = {
-    "lds": ("method", "lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high", "queries", "models"),
-    "lds_queries": ("query", "method", "lds"),
+    "lds": ("method", *LDS, "power", *(f"powered_{name}" for name in LDS), "tuning_lds", "tuning_queries", "queries", "models"),
+    "lds_queries": ("query", "method", "lds", "powered_lds"),
     "leave_k_out": ("method", "k", "queries", "models", "dL", "dL_error", "mse", "mse_error", "similarity", "similarity_error"),
-    "leave_k_out_paired": ("baseline", "k", "queries", *(name + end for name in MEASURES for end in ("", "_error", "_in_errors"))),
+    "leave_k_out_paired": ("baseline", "k", "queries", *(name + end for name in MEASURES for end in ("", "_error", "_p"))),
     "retention": ("method", "k", "models", "own_dL", "others_dL", "others_dL_error", "own_mse", "others_mse", "others_mse_error"),
     "equivalent": ("method", "k", "queries", "dL", "random_images", "low", "high", "most_tried"),
 }
@@ -63,25 +65,58 @@ def left_out_line(models):
             f"{len(subsets) - len(used)} on subsets of another size or with another seed are left out: ranks count among alike models only.")
 
 
-def measure_lds(values, models, queries, command):
-    """LDS of every method: rows (method, mean, low, high, ours minus it, low, high, queries, models) and {method: [queries]}.
-    values: {method: [queries, N]}. Empty where there are no subset models; raises UserError where there are too few (command: that makes more)."""
+@dataclass(frozen=True)
+class Measured:
+    """Some queries: what methods say of the training images, and how the models of random subsets explain the queries."""
+
+    values: dict  # {method: scores [queries, N]}
+    kept: np.ndarray  # [models, N] bool
+    losses: np.ndarray  # [queries, models]
+
+
+def find_subsets(values, models, command):
+    """Measured of the largest group of subset models; None where there are none. Raises UserError where there are too few
+    (command: that makes more)."""
     subsets = largest_group(models)
-    if not subsets:
-        return [], {}
-    if len(subsets) < FEWEST_SUBSETS:
+    if 0 < len(subsets) < FEWEST_SUBSETS:
         raise UserError(f"{subsets[0].path.parent}: the LDS needs at least {FEWEST_SUBSETS} models on random subsets of one size "
                         f"and seed, found {len(subsets)}; make more: {command}")
-    kept, losses = np.array([model.kept for model in subsets]), np.array([model.losses for model in subsets]).T
-    predictions = {method: predict(array, kept) for method, array in values.items()}
-    by_query = {method: spearman(array, -losses) for method, array in predictions.items()}
-    draws, rows = bootstrap_scores(predictions, losses), []
+    if subsets:
+        return Measured(values, np.array([model.kept for model in subsets]), np.array([model.losses for model in subsets]).T)
+
+
+def measure_lds(measured, powers):
+    """LDS after each method's power: ({method: (mean, low, high, ours minus it, low, high)}, {method: [queries]}); the last
+    three are empty for ours itself."""
+    predictions = {method: predict(raise_scores(array, powers[method]), measured.kept) for method, array in measured.values.items()}
+    by_query = {method: spearman(array, -measured.losses) for method, array in predictions.items()}
+    left_out, found = leave_models_out(predictions, measured.losses), {}
     for method, array in by_query.items():
         difference = [""] * 3
         if OURS in by_query and method != OURS:
-            difference = [float(np.mean(by_query[OURS] - array)), *interval(draws[OURS] - draws[method])]
-        rows.append((method, float(array.mean()), *interval(draws[method]), *difference, len(queries), len(subsets)))
-    return rows, by_query
+            difference = mean_interval(by_query[OURS] - array, left_out[OURS] - left_out[method])
+        found[method] = (*mean_interval(array, left_out[method]), *difference)
+    return found, by_query
+
+
+def lds_rows(measured, tuning):
+    """LDS of every method, of its scores as they are and after the power that is best on the tuning queries (empty where there
+    are none): rows of COLUMNS["lds"], and those of COLUMNS["lds_queries"] less the query, [queries][methods]."""
+    if measured is None:
+        return [], []
+    plain, plain_queries = measure_lds(measured, dict.fromkeys(measured.values, 1))
+    chosen = {method: choose_power(scores, tuning.kept, tuning.losses) for method, scores in tuning.values.items()} if tuning else {}
+    powered, powered_queries = {}, {}
+    if chosen:
+        powered, powered_queries = measure_lds(measured, {method: power for method, (power, _) in chosen.items()})
+    num_queries, num_models = measured.losses.shape
+    rows = []
+    for method, numbers in plain.items():
+        power, tuning_lds = chosen.get(method, ("", ""))
+        rows.append((method, *numbers, power, *powered.get(method, [""] * len(LDS)), tuning_lds, len(tuning.losses) if tuning else 0,
+                     num_queries, num_models))
+    return rows, [[(method, float(array[query]), float(powered_queries[method][query]) if chosen else "")
+                   for method, array in plain_queries.items()] for query in range(num_queries)]
 
 
 def deviation_line(models):
@@ -154,12 +189,13 @@ def print_tables(rows, lds, models, notices):
     kinds = {kind: sum(model.kind == kind for model in models) for kind in ("full", "subset", "without")}
     print(f"{kinds['full']} full models, {kinds['subset']} on random subsets, {kinds['without']} without chosen or random images\n")
     tables = {
-        "Linear datamodeling score: rank correlation of summed scores with retrained losses (bootstrap over queries and models)":
+        "Linear datamodeling score: rank correlation of summed scores with retrained losses (95 % intervals over queries and models)":
             [*lds_table(lds), "", deviation_line(models)] if lds else [],
         "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries, each with a "
         "model of its own; random and full: over queries under the same models, whose own deviation is not in it":
             removal_table(rows["leave_k_out"]) if rows.get("leave_k_out") else [],
-        "Leave-K-out, paired by query": paired_table(rows["leave_k_out_paired"]) if rows.get("leave_k_out_paired") else [],
+        "Leave-K-out, paired by query (p: Student's t test)":
+            paired_table(rows["leave_k_out_paired"]) if rows.get("leave_k_out_paired") else [],
         "Retention: change of the query that images were removed for, and of all others; mean ± standard error over models":
             retention_table(rows["retention"]) if rows.get("retention") else [],
         "Equivalent number of random images: how many must be removed for the same dL (interval from drawing queries and models anew)":
@@ -208,22 +244,52 @@ def retrain_command(args, kind, **more):
     return write_command("retrain", args, kind, output=args.retrained, **more)
 
 
-def evaluate_retrained(args, tasks):
-    """Reads and checks everything, then measures, prints, and writes tables and plots; nothing is written before."""
+def read_tuning(args, queries):
+    """Task file, models and queries of --tuning_json: ({query: task file}, models), both empty without it. Raises UserError where
+    one of its queries is also reported, or cannot be measured."""
+    if not args.tuning_json:
+        return {}, []
+    tasks = load_tasks(args.tuning_json, args.dataroot)
+    check_scratch(tasks, args.tuning_json)
+    tuning = sorted(task.result_name for task in tasks)
+    if both := sorted(set(tuning) & set(queries)):
+        raise UserError(f"--tuning_json {args.tuning_json}: {both[0]} is also in {args.task_json}; a power must be chosen on queries "
+                        "that are not reported")
+    command = retrain_command(args, "full", task_json=args.tuning_json)
+    models = read_retrained(args.retrained, tuning, command)
+    check_queries(models, query_digests(tasks, args.dataroot), command)
+    return dict.fromkeys(tuning, args.tuning_json), models
+
+
+def check_scratch(tasks, task_json):
+    """Raises UserError where a query was made by a customized model."""
     for task in tasks:
         if task.exemplar_paths:
-            raise UserError(f"{args.task_json}: {task.synth_image_path} has a customized model; --retrained evaluates queries of "
+            raise UserError(f"{task_json}: {task.synth_image_path} has a customized model; --retrained evaluates queries of "
                             "models trained from scratch")
+
+
+def read_values(args, queries, tuning, models):
+    """Scores by method, and those of the reported and the tuning queries: (MethodScores of all, {method: [queries, N]} twice)."""
+    scores, count = read_methods(args, {**dict.fromkeys(queries, args.task_json), **tuning}), len(queries)
+    check_training_set(scores, models, f"--scores {args.scores}" if args.scores else f"--result_dir {args.result_dir}")
+    values = {method: each.values for method, each in scores.items()}
+    if RANDOM in (args.methods or [RANDOM]) and RANDOM not in values:
+        values[RANDOM] = random_scores([*queries, *tuning], models[0].identity["num_images"])
+    return scores, {method: array[:count] for method, array in values.items()}, {method: array[count:] for method, array in values.items()}
+
+
+def evaluate_retrained(args, tasks):
+    """Reads and checks everything, then measures, prints, and writes tables and plots; nothing is written before."""
+    check_scratch(tasks, args.task_json)
     queries = sorted(task.result_name for task in tasks)
     models = read_retrained(args.retrained, queries, retrain_command(args, "full"))
     check_queries(models, query_digests(tasks, args.dataroot), retrain_command(args, "full"))
-    scores = read_methods(args, queries)
-    check_training_set(scores, models, f"--scores {args.scores}" if args.scores else f"--result_dir {args.result_dir}")
-    values = {method: each.values for method, each in scores.items()}
-    check_removed_images(models, values, queries)
-    if RANDOM in (args.methods or [RANDOM]) and RANDOM not in values:
-        values[RANDOM] = random_scores(queries, models[0].identity["num_images"])
-    lds, by_query = measure_lds(values, models, queries, retrain_command(args, "subsets", count=64))
+    tuning, tuning_models = read_tuning(args, queries)
+    scores, values, tuning_values = read_values(args, queries, tuning, models)
+    check_removed_images(models, {method: array for method, array in values.items() if method in scores}, queries)
+    more = retrain_command(args, "subsets", count=64)
+    lds, by_query = lds_rows(find_subsets(values, models, more), find_subsets(tuning_values, tuning_models, more))
     shown = [model for model in models if not args.methods or model.method in (None, *args.methods, RANDOM)]
     command, can_be_made_again = lambda seeds: full_command(args, models, seeds), all(task.seed is not None for task in tasks)
     references = find_references(shown, command)
@@ -234,16 +300,17 @@ def evaluate_retrained(args, tasks):
                        "explains them best, is taken for the one that made them, unchecked.")
     if not lds:
         notices.insert(0, "No models on random subsets yet: no LDS.")
+    elif not tuning:
+        notices.insert(0, "The LDS depends on how heavy the tails of scores are, not on their order alone: --tuning_json, a task file of "
+                          "further queries, lets evaluate choose each method's power. Compare methods by that one.")
     for method, each in scores.items():
         notices += count_warnings(each.warnings, f"queries scored by {method}")
     notices += filter(None, [left_out_line(models)])
     print_tables(rows, lds, shown, notices)
-    rows["lds"] = lds
-    rows["lds_queries"] = [(query, method, float(array[row])) for row, query in enumerate(queries)
-                           for method, array in by_query.items()]
+    rows["lds"], rows["lds_queries"] = lds, [(query, *row) for query, each in zip(queries, by_query) for row in each]
     if not args.scores:
         for each in scores.values():
-            write_scores(Path(args.output) / "scores", each, queries)
+            write_scores(Path(args.output) / "scores", each, [*queries, *tuning])
     write_tables(rows, args.output)
     draw_plots(rows, curve, args.output)
     draw_made_again(args, tasks, [model for model in shown if maker and model.seed == maker.seed], queries)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import noise
-from .baselines import (cosine_scores, encode_blocks, latent_blocks, latent_encoder, normalise, pixel_encoder, score_queries,
+from .baselines import (cosine_scores, encode_blocks, latent_blocks, latent_encoder, mean_features, pixel_encoder, score_queries,
                         text_blocks)
 from .curvature import DiagonalFisher
 from .datasets import TrainingSet
@@ -58,15 +58,15 @@ def random_scores(run):
         len(task.exemplar_paths) + len(run.training_set)) / 2.0 ** 64 for task, query in zip(run.tasks, run.queries)]
 
 
-def similarity_scores(run, encode, blocks, name):
-    """Cosine to the query's picture, of the better of an image's two views."""
-    with progress(len(run.training_set), name, "images") as bar:
+def feature_scores(run, encode, blocks, name):
+    """Centred cosine to the query's picture, of the better of an image's two views. blocks: see `score_queries`."""
+    with progress(2 * len(run.training_set), name, "images") as bar:
         return list(score_queries(encode, blocks, run.tasks, run.args.dataroot, bar.update))
 
 
 def picture_scores(run, encode, name):
     """Cosine of what an encoder makes of the training images' pictures."""
-    return similarity_scores(run, encode, encode_blocks(encode, run.training_set.paths), name)
+    return feature_scores(run, encode, lambda: encode_blocks(encode, run.training_set.paths), name)
 
 
 def pixel_scores(run):
@@ -76,15 +76,29 @@ def pixel_scores(run):
 
 def vae_scores(run):
     """Cosine of VAE latents."""
-    return similarity_scores(run, latent_encoder(run.model.pipeline, run.resolution, run.args.vae_batch_size),
-                             latent_blocks(run.training_set), "vae")
+    return feature_scores(run, latent_encoder(run.model.pipeline, run.resolution, run.args.vae_batch_size),
+                          lambda: latent_blocks(run.training_set), "vae")
 
 
-def text_scores(run):
+def compare_queries(run, queries, blocks, name):
+    """Centred cosines [queries, N] of the queries' features with the training set's. blocks: see `score_queries`."""
+    with progress(2 * len(run.training_set), name, "images") as bar:
+        mean = mean_features(blocks(), bar.update)
+        return cosine_scores(np.stack([features.reshape(-1) for features in queries]), blocks(), mean, bar.update)
+
+
+def text_scores(run, name="text"):
     """Cosine of the prompt's embedding and the best caption's, last hidden states with every token."""
-    prompts = normalise(np.stack([query.embeddings[0, 0].reshape(-1) for query in run.queries]))
-    with progress(len(run.training_set), "text", "images") as bar:
-        return list(cosine_scores(prompts, text_blocks(run.training_set), bar.update))
+    return list(compare_queries(run, [query.embeddings[0, 0] for query in run.queries], lambda: text_blocks(run.training_set), name))
+
+
+def similarity_scores(run):
+    """Cosine of prompt and caption times cosine of VAE latents, negative ones taken as 0, squared: what can be said without
+    the model that made the picture."""
+    texts = np.array(text_scores(run, "similarity, texts"))
+    latents = compare_queries(run, [query.latents[0, 0] for query in run.queries], lambda: latent_blocks(run.training_set),
+                              "similarity, latents")
+    return list((np.maximum(texts, 0) * np.maximum(latents, 0)) ** 2)
 
 
 def sweep_identity(run, function, selection):
@@ -193,7 +207,9 @@ def journeytrak_scores(run):
     return projected_scores(run, "loss", "trak", journey_gradient)
 
 
-METHODS = {"random": random_scores, "pixel": pixel_scores, "vae": vae_scores, "text": text_scores, "influence": influence_scores,
-           "trak": trak_scores, "journeytrak": journeytrak_scores, "dtrak": dtrak_scores}
+METHODS = {"random": random_scores, "pixel": pixel_scores, "vae": vae_scores, "text": text_scores, "similarity": similarity_scores,
+           "influence": influence_scores, "trak": trak_scores, "journeytrak": journeytrak_scores, "dtrak": dtrak_scores}
 OF_PICTURES = ("pixel",)  # need the training images' pictures
-OF_BASE_MODEL = ("text", "influence", "trak", "journeytrak", "dtrak")  # score the base model's queries only
+OF_COSINES = ("pixel", "vae", "text", "similarity")
+CENTRED = {"cosines": "centred on the training set's mean"}  # in the records of these and of feature models
+OF_BASE_MODEL = ("text", "similarity", "influence", "trak", "journeytrak", "dtrak")  # score the base model's queries only

@@ -7,6 +7,7 @@ import numpy as np
 
 RECALL_AT = (5, 10, 100)
 ROUNDING = 1e-12  # a standard error below this is that of equal differences
+QUADRATURE = np.polynomial.legendre.leggauss(100)  # nodes and weights on [-1, 1]
 METRICS = (*(f"Recall@{k}" for k in RECALL_AT), "mAP")  # of one query, mAP is its average precision
 
 
@@ -72,11 +73,40 @@ def mean_and_error(values):
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+def student_p(ratio, freedom):
+    """Chance that Student's t with so many degrees of freedom is at least as far from 0 as a ratio: the p value of a two-sided
+    test. With t = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1), but for a constant factor."""
+    nodes, weights = QUADRATURE
+    starts = np.array([np.arctan(abs(ratio) / np.sqrt(freedom)), 0])
+    halves = (np.pi / 2 - starts) / 2
+    tail, whole = halves * (np.cos(starts[:, None] + halves[:, None] * (nodes + 1)) ** (freedom - 1) @ weights)
+    return float(tail / whole)
+
+
+def student_quantile(freedom, p=0.05):
+    """How many standard errors an interval reaches to each side, where p is the chance to miss: 2.78 for 5 values, 2.00 for 60."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > p else (low, middle)
+    return high
+
+
 def compare_paired(ours, others):
-    """Mean over queries of ours - others, its paired standard error, and the mean in standard errors (NaN where that is
-    undefined: a single query, or the same difference in all)."""
+    """Mean of ours - others, its paired standard error, and the p value of Student's t test that it is 0, NaN where that is
+    undefined: a single pair, or the same difference in all."""
     mean, error = mean_and_error(np.asarray(ours) - np.asarray(others))
-    return mean, error, mean / error if error > ROUNDING else float("nan")
+    return mean, error, student_p(mean / error, len(ours) - 1) if error > ROUNDING else float("nan")
+
+
+def compare_by_model(ours, others, models):
+    """The p value of `compare_paired` with a model as the unit, by the mean over its queries: queries of one model share its
+    exemplars. NaN where every query has a model of its own, and for a single model."""
+    names, differences = np.unique(models), np.asarray(ours) - np.asarray(others)
+    if len(names) in (1, len(differences)):
+        return float("nan")
+    means = np.array([differences[models == name].mean() for name in names])
+    return compare_paired(means, np.zeros(len(means)))[2]
 
 
 def summarise(values, highest, groups):
@@ -88,12 +118,13 @@ def summarise(values, highest, groups):
             for group, rows in groups.items() for method, array in values.items() for column, metric in enumerate(METRICS)]
 
 
-def compare_methods(values, ours, groups, metrics):
-    """Rows (baseline, group, metric, mean difference, standard error, ratio, queries) of `ours` minus each other method,
-    paired by query; values and groups as for `summarise`."""
-    return [(method, group, metric, *compare_paired(values[ours][rows, column], array[rows, column]), len(rows))
-            for group, rows in groups.items() for method, array in values.items() if method != ours
-            for metric in metrics for column in [METRICS.index(metric)]]
+def compare_methods(values, ours, groups, metrics, models):
+    """Rows (baseline, group, metric, mean difference, standard error, p, p by model, queries) of `ours` minus each other
+    method, paired by query; values and groups as for `summarise`, models: names of the queries' models [queries]."""
+    pairs = [(method, group, metric, array[rows, METRICS.index(metric)], values[ours][rows, METRICS.index(metric)], models[rows])
+             for group, rows in groups.items() for method, array in values.items() if method != ours for metric in metrics]
+    return [(method, group, metric, *compare_paired(mine, others), compare_by_model(mine, others, names), len(mine))
+            for method, group, metric, others, mine, names in pairs]
 
 
 def markdown_table(header, rows):
@@ -109,6 +140,11 @@ def format_mean(mean, error, sign=""):
     return f"{mean:{sign}.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 
 
+def format_p(p):
+    """A p value, `< 0.001` where it is smaller; empty where it is undefined."""
+    return "" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def summary_table(summary, group):
     """Lines of the Markdown table of one group of `summarise`: methods x metrics, and last what no ranking can exceed,
     where that is below 1."""
@@ -122,10 +158,10 @@ def summary_table(summary, group):
 
 
 def paired_table(paired, group):
-    """Lines of the Markdown table of one group of `compare_methods`: differences, also counted in standard errors."""
-    cells = {(row[0], row[2]): row[3:6] for row in paired if row[1] == group}
+    """Lines of the Markdown table of one group of `compare_methods`: differences and their p values."""
+    cells = {(row[0], row[2]): row[3:7] for row in paired if row[1] == group}
     methods, metrics = (list(dict.fromkeys(key[part] for key in cells)) for part in (0, 1))
-    rows = [[method, *(text for metric in metrics for mean, error, ratio in [cells[method, metric]]
-                       for text in (format_mean(mean, error, "+"), f"{ratio:+.1f}" if np.isfinite(ratio) else ""))]
+    rows = [[method, *(text for metric in metrics for mean, error, p, by_model in [cells[method, metric]]
+                       for text in (format_mean(mean, error, "+"), format_p(p), format_p(by_model)))]
             for method in methods]
-    return markdown_table(["ours minus", *(text for metric in metrics for text in (metric, "in errors"))], rows)
+    return markdown_table(["ours minus", *(text for metric in metrics for text in (metric, "p", "p by model"))], rows)

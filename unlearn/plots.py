@@ -34,17 +34,28 @@ def label_rows(axes, labels):
 
 
 def draw_lds(plt, rows):
-    """Bars of every method's LDS with its interval, the best on top."""
-    rows = sorted(rows, key=lambda row: row[1])
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(rows)))
-    for place, (method, mean, low, high, *_) in enumerate(rows):
-        axes.barh(place, mean, color={OURS: BLUE, RANDOM: FAINT}.get(method, PALE), height=0.62)
-        axes.plot([low, high], [place, place], color=INK, linewidth=1.4, solid_capstyle="butt")
-        axes.annotate(f"{mean:.3f}", (max(high, mean, 0), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=10)
+    """Every method's LDS with its interval, the best on top: of its scores as they are and, where tuning queries chose a power,
+    after it, by which they are then sorted."""
+    is_powered = rows[0][7] != ""
+    rows = sorted(rows, key=lambda row: row[8] if is_powered else row[1])
+    figure, axes = plt.subplots(figsize=(7.5, 1.2 + (0.56 if is_powered else 0.42) * len(rows)))
+    lines = [(1, -0.17, GREY, "s", "as it is"), (8, 0.17, BLUE, "o", "after its power")] if is_powered else [(1, 0, BLUE, "o", None)]
+    for column, shift, color, marker, label in lines:
+        for place, row in enumerate(rows):
+            mean, low, high = row[column:column + 3]
+            axes.plot([low, high], [place + shift] * 2, color=color, linewidth=2.2, solid_capstyle="butt", alpha=0.7)
+            axes.plot(mean, place + shift, marker, color=color, markersize=6.5, label=label if place == 0 else None)
+            axes.annotate(f"{mean:.3f}", (high, place + shift), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
     axes.axvline(0, color=INK, linewidth=0.8)
-    label_rows(axes, [row[0] for row in rows])
+    label_rows(axes, [f"{row[0]}, power {row[7]}" if is_powered else row[0] for row in rows])
+    for text, row in zip(axes.get_yticklabels(), rows):
+        text.set_fontweight("bold" if row[0] == OURS else "normal")
     axes.margins(x=0.12)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
     axes.set_xlabel(f"LDS: rank correlation with {rows[0][-1]} retrained models\n({rows[0][-2]} queries; line: 95 % interval)")
+    if is_powered:
+        axes.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), loc="lower right", title="sum of the scores")
     return figure
 
 

@@ -14,7 +14,7 @@ from .reading import read_json, read_npz
 from .records import check_record, record_path
 
 KINDS = {"ids": ("U", 1), "influence": ("f", 1), "is_exemplar": ("b", 1), "rank": ("iu", 1)}  # of dtype, and axes
-SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change")
+SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change", "median_change")
 EFFECTS = ("weights moved by", "query's own loss", "its change", "exemplars' change, mean", "training images' change, median")
 
 
@@ -55,7 +55,7 @@ def measure_effect(arrays, is_exemplar):
     """What unlearning did, float64 in the order of EFFECTS; NaN where an influence file does not say or has no exemplars."""
     own, influence = [float(arrays.get(name, np.nan)) for name in SHOWN], arrays["influence"]
     exemplars = influence[is_exemplar].mean() if is_exemplar.any() else np.nan
-    return np.array([own[2], own[0], own[1] - own[0], exemplars, np.median(influence[~is_exemplar])])
+    return np.array([own[2], own[0], own[1] - own[0], exemplars, own[3]])
 
 
 def warnings_of(arrays):

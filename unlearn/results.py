@@ -78,6 +78,12 @@ def describe_step(shown, args):
     return f"One Newton step of alpha {shown['alpha']:.3g}, alpha / N {shown['alpha_over_N']:.3g} (chosen by --unlearn_lr {AUTO}).\n"
 
 
+def median_change(changes):
+    """Median over the images of the mean of their views' loss changes, [2n]: the larger view, which ranks an image, would be
+    well above 0 from the noise of the two alone."""
+    return float(np.median(changes.reshape(2, -1).mean(axis=0)))
+
+
 def save(folder, task, image_sets, changes, args, shown, identity):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
@@ -90,6 +96,7 @@ def save(folder, task, image_sets, changes, args, shown, identity):
     if not np.isfinite([*influence, shown["query_loss_before"], shown["query_loss_after"], shown["relative_weight_change"]]).all():
         raise UserError(f"{folder}: a score, or a loss of the query itself, is NaN or infinite; the weights have diverged (try a smaller "
                         "--unlearn_lr or a larger --damping)")
+    shown = {**shown, "median_change": median_change(changes["laion"])}
     ranking = rank_images(influence)
     candidates = list_candidates(image_sets, influence, ranking)
     path = folder / "influence.npz"
@@ -115,7 +122,7 @@ def save(folder, task, image_sets, changes, args, shown, identity):
     print_table(f'{task.synth_image_path}: "{task.prompt}"', ["rank", "score", "exemplar", "id", "caption"],
                 [[rank, f"{score:+.3e}", "yes" if exemplar else "", id, caption] for rank, id, caption, score, exemplar, _ in top])
     print(f"\n{args.weight_selection} moved by {shown['relative_weight_change']:.2%}. The query's own loss went from "
-          f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median candidate's by {np.median(influence):+.1e}.\n"
+          f"{shown['query_loss_before']:.4f} to {shown['query_loss_after']:.4f}, the median training image's by {shown['median_change']:+.1e}.\n"
           f"{describe_step(shown, args)}Picture: {printable(folder / 'visualization.jpg')}")
     for warning in warnings:
         print(f"Warning: {warning}.")

@@ -80,35 +80,43 @@ def read_query(path, remedy):
     return keep_order(arrays["influence"].astype(np.float64)), arrays["ids"].tolist(), {name: identity.get(name) for name in ALIKE}, warnings_of(arrays)
 
 
-def read_influences(method, folder, queries, remedy):
-    """MethodScores from the influence files of all queries. Raises UserError where one is missing, or they are not alike."""
+def read_influences(method, folder, queries, remedies):
+    """MethodScores from the influence files of all queries; remedies: what to do by query. Raises UserError where one is missing,
+    or they are not alike."""
     paths = [Path(folder) / query / "influence.npz" for query in queries]
-    rows = [read_query(path, remedy) for path in paths]
-    for path, (_, ids, identity, _) in zip(paths, rows):
+    rows = [read_query(path, remedies[query]) for path, query in zip(paths, queries)]
+    for path, query, (_, ids, identity, _) in zip(paths, queries, rows):
         for name in ALIKE:
             if identity[name] != rows[0][2][name]:
                 reason = explain_difference(name, identity[name], rows[0][2][name], names_of_file(path), names_of_file(paths[0]))
-                raise UserError(f"{path}: made otherwise than {paths[0]}: {reason}; only queries scored alike can be averaged; {remedy}")
+                raise UserError(f"{path}: made otherwise than {paths[0]}: {reason}; only queries scored alike can be averaged; {remedies[query]}")
         if ids != rows[0][1]:
-            raise UserError(f"{path}: ranks other training images (by id) than {paths[0]}; {remedy}")
+            raise UserError(f"{path}: ranks other training images (by id) than {paths[0]}; {remedies[query]}")
     settings = {name: rows[0][2][name] for name in ALIKE if name not in ("candidates", "method") and rows[0][2][name] is not None}
     return MethodScores(method, rows[0][2]["candidates"][-1], rows[0][1], np.array([row[0] for row in rows]), settings,
                         dict(zip(queries, (row[3] for row in rows))))
 
 
+def remedy_of(method, args, task_json):
+    """What makes a method's influence files of the queries of a task file."""
+    if method == OURS:
+        return f"make it: {influence_command(args, task_json=task_json)}"
+    command = write_command("baselines", args, methods=[method], task_json=task_json)
+    return f"make it: {command}, or name the finished ones with --methods"
+
+
 def read_result_dir(args, queries):
-    """All methods' scores from the influence files below RESULT_DIR."""
+    """All methods' scores from the influence files below RESULT_DIR. queries: {query: its task file}."""
     baselines = Path(args.result_dir) / "baselines"
     folders = {path.name: path for path in list_visible(baselines) if path.is_dir()}
     if OURS in folders:
         raise UserError(f"{folders[OURS]}: a baseline cannot be called {OURS}")
     if (Path(args.result_dir) / "influence").is_dir():
         folders[OURS] = Path(args.result_dir) / "influence"
-    remedies = {method: f"make it: {write_command('baselines', args, methods=[method])}, or name the finished ones with --methods"
-                for method in folders}
-    remedies[OURS] = f"make it: {influence_command(args)}"
     methods = find_methods(folders, args.methods, f"--result_dir {args.result_dir}", f"{influence_command(args)} and {write_command('baselines', args)}")
-    return {method: read_influences(method, folders[method], queries, remedies[method]) for method in methods if method in folders}
+    return {method: read_influences(method, folders[method], list(queries), {query: remedy_of(method, args, path)
+                                                                             for query, path in queries.items()})
+            for method in methods if method in folders}
 
 
 def score_path(folder, method):
@@ -157,11 +165,11 @@ def read_scores(folder, method, queries):
 
 
 def read_methods(args, queries):
-    """Scores by method, from --scores or from the influence files, RANDOM always among them unless --methods leaves it out.
-    Raises UserError where methods scored different training images."""
+    """Scores by method of queries {name: task file}, from --scores or from the influence files, RANDOM always among them unless
+    --methods leaves it out. Raises UserError where methods scored different training images."""
     if args.scores:
         folders = {path.stem: path for path in list_visible(args.scores, "*.npz")}
-        scores = {method: read_scores(args.scores, method, queries)
+        scores = {method: read_scores(args.scores, method, list(queries))
                   for method in find_methods(folders, args.methods, f"--scores {args.scores}", "python -m unlearn evaluate without --scores") if method in folders}
     else:
         scores = read_result_dir(args, queries)

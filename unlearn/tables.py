@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .metrics import markdown_table
+from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
 
@@ -17,9 +17,13 @@ def format_interval(mean, low, high):
 
 
 def lds_table(rows):
-    """Markdown lines of the LDS of every method and of ours minus it."""
-    cells = [[row[0], format_interval(*row[1:4]), format_interval(*row[4:7]) if row[4] != "" else ""] for row in rows]
-    return markdown_table(["method", "LDS (95 % interval)", f"{OURS} minus it"], cells)
+    """Markdown lines of the LDS of every method and of ours minus it, and of both after the powers that tuning queries chose."""
+    show = lambda numbers: "" if numbers[0] == "" else format_interval(*numbers)
+    cells = [[row[0], show(row[1:4]), show(row[4:7]), f"{row[7]}", show(row[8:11]), show(row[11:14])] for row in rows]
+    header = ["method", "LDS of the sum as it is (95 % interval)", f"{OURS} minus it", "power", "LDS after the power", f"{OURS} minus it"]
+    if rows[0][7] == "":
+        header, cells = header[:3], [row[:3] for row in cells]
+    return markdown_table(header, cells)
 
 
 def format_measure(mean, error, unit, digits=2):
@@ -36,12 +40,12 @@ def removal_table(rows):
 
 
 def paired_table(rows):
-    """Markdown lines of ours minus each method, also counted in standard errors."""
+    """Markdown lines of ours minus each method, with p values of Student's t test."""
     cells = [[row[0], f"{row[1]:,}", f"{row[2]:,}",
-              *(text for place, name in enumerate(MEASURES) for mean, error, ratio in [row[3 + 3 * place:6 + 3 * place]]
-                for text in (format_measure(mean, error, UNITS[name], DIGITS[name]), f"{ratio:+.1f}" if np.isfinite(ratio) else ""))]
+              *(text for place, name in enumerate(MEASURES) for mean, error, p in [row[3 + 3 * place:6 + 3 * place]]
+                for text in (format_measure(mean, error, UNITS[name], DIGITS[name]), format_p(p)))]
              for row in rows]
-    header = [f"{OURS} minus", "K", "queries", *(text for name in MEASURES for text in (SHOWN[name], "in errors"))]
+    header = [f"{OURS} minus", "K", "queries", *(text for name in MEASURES for text in (SHOWN[name], "p"))]
     return markdown_table(header, cells)
 
 

@@ -1,4 +1,4 @@
-"""Scores the training images of each task's query by other methods: similarity, influence functions, the TRAK family.
+"""Scores the training images of each task's query by other methods: centred cosines, influence functions, the TRAK family.
 
     python -m unlearn baselines --task_json tasks/emoji_small.json --dataroot data/emoji_small
     python -m unlearn baselines --task_json tasks/abc.json --methods pixel vae --features facebook/dinov2-base
@@ -24,7 +24,8 @@ from ..influence import rank_images
 from ..inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher, load_fisher,
                       prepare_training_set, resolve)
 from ..losses import noise_identity
-from ..methods import INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run, picture_scores
+from ..methods import (CENTRED, INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_COSINES, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run,
+                       picture_scores)
 from ..models import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
 from ..pictures import hash_picture, read_header
@@ -99,7 +100,8 @@ def method_identity(run, method, feature_model):
         own["features"] = feature_model
     if run.readings and (feature_model or method in OF_PICTURES):
         own["readings"] = digest(run.readings)
-    return {**run.model.identity, "method": method, "settings": {name: getattr(run.args, name) for name in names}, **own,
+    settings = CENTRED if feature_model or method in OF_COSINES else {name: getattr(run.args, name) for name in names}
+    return {**run.model.identity, "method": method, "settings": settings, **own,
             "candidates": [run.training_set.identity]}
 
 

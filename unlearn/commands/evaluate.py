@@ -9,10 +9,13 @@ queries.csv (query x method). Groups are all queries, the kinds (object, style) 
 
 With --retrained, the folder of the models' JSON files: the linear datamodeling score (lds.csv, lds_queries.csv), leave-K-out
 (leave_k_out.csv, leave_k_out_paired.csv), retention.csv, equivalent.csv, their plots, and scores/METHOD.npz, from which --scores
-makes the same tables again without the influence files. No model is loaded.
+makes the same tables again without the influence files. No model is loaded. The LDS depends on how heavy the tails of scores
+are: with --tuning_json, a task file of further queries that are scored and measured too, it is also told after the power
+of the scores that is best for each method on those.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,7 @@ OURS = "ours"
 PAIRED_METRICS = ("Recall@10", "mAP")
 COLUMNS = {  # of the CSV files; a standard error of a single query is empty
     "evaluate": ("method", "group", "metric", "mean", "standard_error", "highest_possible", "queries"),
-    "paired": ("baseline", "group", "metric", "mean_difference", "standard_error", "in_standard_errors", "queries"),
+    "paired": ("baseline", "group", "metric", "mean_difference", "standard_error", "p", "p_by_model", "queries"),
     "queries": ("synth_image_path", "test_case", "kind", "exemplars", "candidates", "method", *METRICS[:-1], "AP"),
 }
 
@@ -65,7 +68,7 @@ def measure_baselines(tasks, args, settings, methods, rankings):
         del encoders["pixel"]
     values, ties = {}, {}
     for method, encode in encoders.items():
-        blocks = latent_blocks(training_set) if method == "vae" else encode_blocks(encode, training_set.paths)
+        blocks = partial(latent_blocks, training_set) if method == "vae" else partial(encode_blocks, encode, training_set.paths)
         values[method], ties[method] = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
     return values, ties
 
@@ -73,7 +76,7 @@ def measure_baselines(tasks, args, settings, methods, rankings):
 def measure(method, encode, blocks, tasks, dataroot, num_training):
     """Metrics [queries, metrics] of one baseline, and of how many queries exemplars tie with other images."""
     rows, ties = [], 0
-    with progress(num_training, method, "images") as bar:
+    with progress(2 * num_training, method, "images") as bar:
         for task, scores in zip(tasks, score_queries(encode, blocks, tasks, dataroot, bar.update)):
             is_exemplar = np.arange(len(scores)) < len(task.exemplar_paths)
             rows.append(query_metrics(exemplar_ranks(rank_images(scores), is_exemplar)))
@@ -101,10 +104,15 @@ def name_groups(groups):
     return {names[0]: " = ".join(names) for names in titles.values()}
 
 
+def format_change(value):
+    """A change of losses; empty where an influence file of an earlier version does not say it."""
+    return "" if value != value else f"{value:+.1e}"
+
+
 def effect_table(rankings, groups):
     """Markdown lines: how far unlearning moved the weights and the losses, the mean of each group."""
     effects = np.array([ranking.effect for ranking in rankings])
-    rows = [[name, f"{effects[rows, 0].mean():.1%}", f"{effects[rows, 1].mean():.4f}", *(f"{value:+.1e}" for value in effects[rows, 2:].mean(axis=0))]
+    rows = [[name, f"{effects[rows, 0].mean():.1%}", f"{effects[rows, 1].mean():.4f}", *(format_change(value) for value in effects[rows, 2:].mean(axis=0))]
             for name, rows in groups.items()]
     return [f"| {' | '.join(cells)} |" for cells in (["", *EFFECTS], ["---"] + ["---:"] * len(EFFECTS), *rows)]
 
@@ -119,14 +127,15 @@ def report(tasks, rankings, values, ties, output):
     counts, groups = [len(task.exemplar_paths) for task in tasks], group_queries(tasks)
     summary = summarise(values, np.array([highest_metrics(count) for count in counts]), groups)
     kinds = {name: rows for name, rows in groups.items() if name in ("all", "object", "style")}
-    paired = compare_methods(values, OURS, kinds, PAIRED_METRICS)
+    paired = compare_methods(values, OURS, kinds, PAIRED_METRICS, np.array([task.model_name for task in tasks]))
     candidates, num_models = [ranking.num_candidates for ranking in rankings], len(group_by_model(tasks))
     print(f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, {spread(counts)} of them "
           "exemplars.\nMean ± standard error over queries, taken as independent.\n")
     for group, title in name_groups(groups).items():
         show(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "")
     for group, title in name_groups(kinds).items():
-        show(f"{title}: {OURS} minus each baseline, paired by query", "", *paired_table(paired, group), "")
+        show(f"{title}: {OURS} minus each baseline, paired by query (p: Student's t test over queries, and over models)", "",
+             *paired_table(paired, group), "")
     show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
     show(*count_warnings({task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}))
     for method, count in ties.items():
@@ -149,11 +158,13 @@ def parse_arguments(argv):
                         help="CLIP or DINO models to compare with, folders or hub names")
     parser.add_argument("--retrained", help="folder of retrained models' JSON files (python -m unlearn retrain) to measure against")
     parser.add_argument("--scores", help="with --retrained: folder of scores/METHOD.npz to read instead of influence files")
+    parser.add_argument("--tuning_json", help="with --retrained: task file of further queries, not reported, on which the power of each "
+                        "method's scores is chosen")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="with --retrained: only these (default all that are finished)")
     parser.add_argument("--output", help="folder of the CSV files (default RESULT_DIR/evaluate)")
     add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "precision", "device")
     args = parser.parse_args(argv)
-    for flag in "scores", "methods":
+    for flag in "scores", "methods", "tuning_json":
         if getattr(args, flag) and not args.retrained:
             raise UserError(f"--{flag}: only with --retrained DIR")
     if args.retrained and args.features:
