@@ -1,7 +1,6 @@
 """Captions, prompts and names as people bring them: paired rightly, read alike, cut off by nobody unsaid, safe to show."""
 
 import ast
-import csv
 import io
 import json
 import logging
@@ -12,16 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import PARITY
 from PIL import Image
-from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, SCRIPTS, TASKS, encode_images, files, refused
+from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, SCRIPTS, TASKS, encode_images, refused
 from test_house_rules import TREES
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, encoding, inputs, runtime
+from unlearn import UserError, inputs, runtime
 from unlearn.annotations import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, read_lines
 from unlearn.artifacts import write_json
 from unlearn.commands import doctor, encode, generate

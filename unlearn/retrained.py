@@ -173,7 +173,7 @@ def read_retrained(folder, queries, command):
 def check_queries(models, digests, command):
     """Raises UserError where models were measured on another picture or prompt than a query has now."""
     for query, expected in digests.items():
-        if (found := models[0].identity["queries"].get(query)) != expected:
+        if models[0].identity["queries"].get(query) != expected:
             raise UserError(f"{models[0].path}: was measured on another prompt, picture, seed or stored latent of query {query} than the task file "
                             f"now gives; measure the models on this task file, each kind as it was made: {command}")
 
