@@ -543,7 +543,7 @@ BAD_WORLDS = [
     (lambda world: [edit(path.name, "seed", 1)(world) for path in list(world.retrained.glob("half-0*"))[2:]] and
      [(world.retrained / f"half-{number:03d}.json").unlink() for number in range(10)], "of one size and seed, found [12]; make more"),
     (remove("full-seed0.json"), "without-ours-00000-k4.json: there is no full model of its seed 0 to compare it with .12 such models.; train it: "
-     "python -m unlearn retrain full --seeds 0 --task_json .*tasks.json --dataroot .*root --output .*retrained$"),
+     "python -m unlearn retrain full --seeds 0 --task_json .*tasks.json --dataroot .*root --result_dir .*results --output .*retrained$"),
     (edit("without-pixel-00002-k4.json", "seed", 2), "without-pixel-00002-k4.json: there is no full model of its seed 2 to compare it with .1 such "
      "models.; train it: python -m unlearn retrain full --seeds 2 "),
     (lambda world: [world.edit(f"full-seed{seed}.json", lambda record: record["mse"].update({QUERIES[1]: 0.01 + seed})) for seed in (0, 1)],

@@ -1,7 +1,6 @@
 """Evaluation against retrained models: which measures, which tables, which CSV files."""
 
 import io
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .tasks import load_tasks
 
 FEWEST_SUBSETS = 3
 LDS = ("lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high")
+RETRAINED_TIMESTEPS = 200  # of `retrain`'s losses, by default
 COLUMNS = {
     "lds": ("method", *LDS, "power", *(f"powered_{name}" for name in LDS), "tuning_lds", "tuning_queries", "queries", "models"),
     "lds_queries": ("query", "method", "lds", "powered_lds"),
@@ -132,11 +132,9 @@ def deviation_line(models):
 def full_command(args, models, seeds):
     """The command that trains and measures full models beside those that are there."""
     first = models[0].identity
-    flags = {"task_json": args.task_json, "dataroot": args.dataroot, "output": args.retrained, "loss_time_samples": first["timesteps"],
-             "noise_seed": first["noise_seed"], "features": first.get("features")}
-    defaults = {"loss_time_samples": 200, "noise_seed": 0, "features": None}
-    return shlex.join(["python", "-m", "unlearn", "retrain", "full", "--seeds", *map(str, seeds),
-                       *(part for flag, value in flags.items() if value != defaults.get(flag, "") for part in (f"--{flag}", str(value)))])
+    timesteps = first["timesteps"] if first["timesteps"] != RETRAINED_TIMESTEPS else None
+    return write_command("retrain", args, "full", "--seeds", *map(str, seeds), output=args.retrained, loss_time_samples=timesteps,
+                         noise_seed=first["noise_seed"], features=first.get("features"))
 
 
 def other_seed(row, seed):
@@ -176,7 +174,7 @@ def evaluate_removals(models, references, maker, queries):
     if any(part["equivalent"] and random_deviations([model for model in models if model.seed == seed]) is None
            for seed, (part, _, _) in zip(seeds, parts)):
         notices.append("No number of random images was removed by two models: the intervals of equivalent numbers leave out how such models "
-                       "deviate. Train more: python -m unlearn retrain random --count 8")
+                       "deviate. Train more of each K (retrain random, with --count 8)")
     if unasked:
         notices.append(f"{unasked} models were trained without images of queries that are not in this task file; left out.")
     if len({row[2] for row in rows["leave_k_out"] if row[1]}) > 1:

@@ -80,8 +80,8 @@ def plan_without(args, training_set, tasks):
             ranked = read_json(record_path(path), "record")["identity"].get("candidates")
             if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
                 where = names_of_file(path).get("data root") or "another data root, or of files that have changed since"
-                raise UserError(f"{path}: ranks {len(arrays['ids'])} images of {where}, {args.dataroot} has {len(training_set)}, or others; give "
-                                "the --dataroot, --sd_version and --laion_subset_size it was made with")
+                raise UserError(f"{path}: ranks other training images, {len(arrays['ids'])} of {where}, than the {len(training_set)} of "
+                                f"{args.dataroot}; give the --dataroot, --sd_version and --laion_subset_size it was made with")
             warnings[path] = warnings_of(arrays)
             for k in args.top_k:
                 check_count("--top_k", k, len(training_set), "training images")

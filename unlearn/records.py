@@ -47,6 +47,7 @@ MEANINGS = {
     "time_samples": ("timesteps of the loss's grid", None), "precision": ("arithmetic", None), "mixed_precision": ("arithmetic of training", None),
     "compat": ("the published program's arithmetic", None), "scoring": ("way of scoring", None), "probes": ("random probes a sample", None),
     "shortlist": ("images of the index's shortlist", None), "audit": ("other images that are scored to check it", None),
+    "audited": ("how those are chosen", None),
     "views": ("how an image's score follows from its views", None), "weight_selection": ("weights that are selected", None),
     "damping": ("added to the Fisher", None), "num_train": ("N of the Newton update", None), "unlearn_lr": ("alpha of the Newton update", None),
     "target_change": ("change of the weights that the step is chosen for", None), "unlearn_steps": ("Newton steps", None),

@@ -12,12 +12,12 @@ launch` every process trains its share of the models.
 """
 
 import argparse
-import shlex
 from pathlib import Path
 
 import torch
 
 from .. import UserError, noise
+from ..advice import write_command
 from ..baselines import feature_encoder
 from ..customization import check_customization, check_tokens
 from ..generation import check_steps
@@ -99,11 +99,9 @@ def check_full_model(plans, args):
     for seed in sorted(seeds):
         if args.task_json and not any(path.exists() for path in (args.output / f"full-seed{seed}.json",
                                                                  Path(args.result_dir) / f"retrain/full-seed{seed}/model.safetensors")):
-            flags = {"task_json": args.task_json, "dataroot": [args.dataroot], "result_dir": [args.result_dir], "output": [str(args.output)]}
-            command = ["python", "-m", "unlearn", "retrain", "full", "--seeds", str(seed),
-                       *(part for flag, values in flags.items() for part in (f"--{flag}", *values))]
+            command = write_command("retrain", args, "full", "--seeds", str(seed), output=args.output)
             raise UserError(f"retrain {args.kind}: {args.output} has no full model of seed {seed} to compare models of that seed with; train it "
-                            f"first: {shlex.join(command)}")
+                            f"first: {command}")
 
 
 def main(argv=None):
