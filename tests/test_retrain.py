@@ -254,7 +254,7 @@ def test_models_of_a_seed_without_a_full_model_are_refused_with_the_command_that
 def test_an_influence_file_of_another_training_set_is_refused(world, tmp_path, capsys):
     write_influence(tmp_path / "influence", [f"laion/{row:06d}" for row in range(60)], "of another root")
     said = refused(capsys, retrain.main, bad(world, tmp_path, "--top_k", "3", "--influence", str(tmp_path / "influence")))
-    assert "ranks other training images, 60 of another data root, or of files that have changed since, than the 60 of" in said and not files(tmp_path / "results")
+    assert "ranks other training images, 60 of " in said and "than the 60 of" in said and not files(tmp_path / "results")
 
 
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(world, place, capsys, tmp_path):
