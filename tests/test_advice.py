@@ -170,6 +170,13 @@ def test_a_command_leaves_out_defaults_and_what_was_not_given(root):
         f"{ROOT}/" if Path("compute_training_loss.py").is_file() else "\0", "")
 
 
+@pytest.mark.parametrize("flag", ["damping", "unlearn_steps", "top_k"])
+def test_a_command_carries_a_flag_that_is_zero(flag, root):
+    (root / "dataset.json").write_text('{"top_k": 5}')
+    words = shlex.split(advice.influence_command(Namespace(task_json="t.json", dataroot=str(root), device=None, **{flag: 0})))
+    assert words[-2:] == [f"--{flag}", "0"]
+
+
 # --- differences in words
 
 def fields_of(tree):

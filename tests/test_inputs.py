@@ -24,7 +24,7 @@ from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
 from unlearn.records import record_path
-from unlearn.settings import ABC_TEST_CASES, is_published_root, read_settings
+from unlearn.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
 
 
 def parse(script, root, *given):
@@ -92,9 +92,11 @@ def test_on_a_data_root_of_ones_own_n_is_the_number_of_its_images_and_the_step_i
 
 
 @pytest.mark.parametrize("settings, expected", [
-    ({"unlearn_lr": 0.01}, (60, 0.01, 100, 0.0)), ({"unlearn_lr": "auto"}, CHOSEN_STEP), ({"damping": 0.3}, (60, "auto", 1, 0.3)),
-    ({"unlearn_lr": 0.1, "num_train": 9}, (9, 0.1, 100, 0.0))])
-def test_a_step_that_dataset_json_gives_is_taken_as_it_is(settings, expected, root):
+    ({"unlearn_lr": 0.0003}, (60, 0.0003, 1, 0.1)), ({"unlearn_lr": "auto"}, CHOSEN_STEP), ({"damping": 0.3}, (60, "auto", 1, 0.3)),
+    ({"unlearn_lr": 0.1, "num_train": 9}, (9, 0.1, 1, 0.1)), ({"unlearn_lr": 0.1, "unlearn_steps": 100, "damping": 0.0}, (60, 0.1, 100, 0.0))])
+def test_a_step_means_the_same_as_flags_and_in_dataset_json(settings, expected, root):
+    write_settings(root, name="mine")
+    assert step_of(root, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))) == expected
     write_settings(root, **settings)
     assert step_of(root) == expected
 
@@ -102,7 +104,8 @@ def test_a_step_that_dataset_json_gives_is_taken_as_it_is(settings, expected, ro
 @pytest.mark.parametrize("world, expected", [("emoji", (1448, 0.001, 1, 0.1)), ("emoji_small", (362, 0.001, 1, 0.1)),
                                              ("mscoco_config", (118_287, 0.01, 1, 0.0))])
 def test_the_committed_data_roots_keep_their_steps(world, expected):
-    assert step_of(Path(__file__).parent.parent / "data" / world) == expected
+    root = Path(__file__).parent.parent / "data" / world
+    assert step_of(root) == expected and OWN_ROOT.keys() <= json.loads((root / "dataset.json").read_text()).keys(), "each says all of its step"
 
 
 @pytest.mark.parametrize("given, said", [

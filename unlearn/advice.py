@@ -44,7 +44,8 @@ def write_command(name, args, *words, **more):
     parts = ["python", *find_program(name), *words]
     for flag, value in values.items():
         several = value if isinstance(value, (list, tuple)) else [value]
-        if value not in (None, "", [], False) and str(value) != str(defaults.get(flag.removeprefix("loss_"))):
+        is_given = value is not None and value is not False and value not in ("", [])  # 0 is
+        if is_given and str(value) != str(defaults.get(flag.removeprefix("loss_"))):
             parts += [f"--{flag}", *(map(str, several) if value is not True else [])]
     return shlex.join(parts)
 

@@ -18,8 +18,9 @@ PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolu
              "captions": "laion_subset/captions.txt", "fisher": "", "num_captions": 0, "largest_subset": 100_000}
 AUTO = "auto"  # unlearn_lr: one Newton step, scaled so that the selected weights move by AUTO_CHANGE, relative to their norm
 AUTO_CHANGE = 0.04
-# Instead of the published ones, of a data root that is not AbC and says no step: N is the number of its training images (None), and
-# damping lifts the small entries of a Fisher of few samples, by which an undamped step would go almost anywhere.
+# Instead of the published ones, of every data root but AbC: N is the number of its training images (None), and damping lifts the
+# small entries of a Fisher of few samples, by which an undamped step would go almost anywhere. One by one, whatever else is said:
+# a step means the same as a flag and in dataset.json.
 OWN_ROOT = {"num_train": None, "unlearn_lr": AUTO, "unlearn_steps": 1, "damping": 0.1}
 ABC_TEST_CASES = ("test_artchive", "test_bamfg", "test_observed_imagenet", "test_unobserved_imagenet")
 OWN_DEFAULTS = {"dataroot": "data/abc", "noise_seed": 0, "precision": "fp32"}  # of flags that no data root sets
@@ -58,14 +59,14 @@ def check_files(item, settings):
 
 def is_published_root(dataroot):
     """Whether a data root is the AbC benchmark, to which the published settings belong: it has no dataset.json and at least one of
-    the four published test cases (json/test_artchive.json, ...). MSCOCO's own dataset.json says its settings."""
+    the four published test cases (json/test_artchive.json, ...). MSCOCO's own dataset.json says all of its step."""
     return (not (Path(dataroot) / "dataset.json").exists()
             and any((Path(dataroot) / "json" / f"{name}.json").is_file() for name in ABC_TEST_CASES))
 
 
 def read_settings(dataroot):
-    """Settings of a data root: those of its `dataset.json` over the published ones of AbC, or over OWN_ROOT where it is neither AbC
-    nor says a step (`unlearn_lr`); num_train is None where it is the number of its training images.
+    """Settings of a data root: those of its `dataset.json` over the published ones, of which OWN_ROOT stands for those of AbC's step
+    where it is not AbC; num_train is None where it is the number of its training images.
     `pipeline` and `unet` may be folders of the data root. Raises UserError for unknown keys, wrong types and numbers out of range."""
     check_name("--dataroot", os.path.realpath(dataroot))
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
@@ -83,7 +84,7 @@ def read_settings(dataroot):
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}")
         check_number(f"data set {path}: {key}", key, value)
-    settings.update({**(OWN_ROOT if own.get("unlearn_lr", AUTO) == AUTO else {"num_train": None}), **own})
+    settings.update({**OWN_ROOT, **own})
     check_files(f"data set {path}", settings)
     check_text(f"data set {path}: name", settings["name"])
     for key in FILES:  # links lead to arrays that came from elsewhere, but nothing is written through one
