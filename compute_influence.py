@@ -18,7 +18,7 @@ from unlearn.advice import index_command
 from unlearn.customization import check_customization, check_tokens, customized
 from unlearn.hashes import hash_file
 from unlearn.index import Index
-from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars, encode_query,
+from unlearn.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, compare_images, encode_exemplars, encode_query,
                             find_fisher, load_fisher, prepare_training_set, print_plan, resolve, step_size)
 from unlearn.models import SELECTIONS, load_model, select_parameters
 from unlearn.newton import relative_change
@@ -111,7 +111,7 @@ def load_model_inputs(custom, tasks, training_set, fisher, grid, args, settings)
     return image_sets, losses, Index(index_folder(args, tasks[0]), custom, sweep, fisher, index_command(args)) if args.index else None
 
 
-def save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args):
+def save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, fisher, args):
     """Writes one query's ranking; of several processes that a launcher started, one does."""
     change = read_tensors(path)
     identity = {"weight_change": hash_file(path), "settings": {**unlearning_settings(args), **scoring_settings(args)},
@@ -122,7 +122,7 @@ def save_result(custom, task, query, image_sets, changes, before, grid, path, fo
         query_losses, (alpha, rate) = own_losses(custom, query, change, grid, args), read_step(path, args)
         results.save(path.parent, task, image_sets, changes, args, {
             "query_loss_before": query_losses[0], "query_loss_after": query_losses[1],
-            "relative_weight_change": relative_change(change, parameters), "alpha": alpha, "alpha_over_N": rate, **found}, identity)
+            "relative_weight_change": relative_change(change, parameters), "alpha": alpha, "alpha_over_N": rate, **found}, identity, fisher.warnings)
 
     # One process alone writes it anew, and prints it: with another --top_k there is another table.
     if process_share()[1] == 1:
@@ -146,7 +146,7 @@ def attribute_queries(custom, tasks, image_sets, before, index, fisher, grid, ar
         else:
             scored = [(changes, {}) for changes in score_queries(custom, paths[some], image_sets, before, grid, args, later)]
         for task, query, path, (changes, found) in zip(tasks[some], queries[some], paths[some], scored):
-            save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, args)
+            save_result(custom, task, query, image_sets, changes, before, grid, path, found, parameters, fisher, args)
 
 
 def main(argv=None):
@@ -173,6 +173,7 @@ def main(argv=None):
     parameters = select_parameters(model.denoiser, args.weight_selection)
     fisher = load_fisher(fisher_path, model, parameters, args.damping, args)
     training_set = prepare_training_set(model, args, settings)
+    fisher.warnings = compare_images(fisher_path, training_set, args)
     if args.dry_run:
         draws = args.unlearn_steps * args.unlearn_batch_size * args.unlearn_grad_accum_steps
         return print_plan(args, groups, training_set, grid, len(tasks), args.loss_batch_size, draws * len(tasks),

@@ -17,8 +17,10 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, advice, methods, records
 from unlearn.annotations import list_folder
-from unlearn.commands import doctor, encode, fisher, index
-from unlearn.records import MEANINGS, compare_identity, explain_difference
+from unlearn.commands import baselines, doctor, encode, fisher, index
+from unlearn.inputs import has_other_images
+from unlearn.rankings import read_influence, warnings_of
+from unlearn.records import MEANINGS, compare_identity, explain_difference, record_path
 from unlearn.retraining import recipe_of
 from unlearn.scoring import scoring_settings
 from unlearn.unlearning import unlearning_settings
@@ -152,6 +154,54 @@ def test_a_second_models_fisher_stands_beside_the_first_ones_and_each_program_sa
         fisher.main(["--dataroot", str(folder / "root"), "--sd_version", str(second)])  # without --output: nothing is refused, nothing replaced
     assert f"sd_fisher.safetensors: belongs to {folder / 'tiny pipeline'}, and stays" in caplog.text and given[1] in caplog.text
     assert (folder / "root/sd_fisher.safetensors").read_bytes() == kept
+
+
+def test_a_fisher_of_other_training_images_is_refused_as_a_roots_own_and_warned_of_wherever_its_results_stand(folder, capsys, caplog):
+    make = ["--dataroot", str(folder / "root"), "--sd_version", str(folder / "tiny pipeline")]
+    fisher.main([*make, "--laion_subset_size", "4"])
+    other = folder / "other root"
+    shutil.copytree(folder / "root", other, ignore=lambda _, names: [name for name in names if name.startswith("laion_") and "." in name])
+    for image, text in zip(list_folder(PARITY / "fixture/abc/laion_subset/images")[30:], list_folder(other / "laion_subset/images")):
+        shutil.copy(image, text)
+    flags = [str(other) if value == str(folder / "root") else value for value in flags_of(folder, "--scoring", "gradient")]
+    said = refuse(compute_influence.main, flags)
+    assert f"{other / 'sd_fisher.safetensors'}: was made from other training images than those of {other}; make it anew: python" in said
+    for program in index.main, baselines.main:
+        more = ["--output", str(folder / "index")] if program is index.main else ["--methods", "influence", "--result_dir", str(folder / "results")]
+        assert "was made from other training images" in refuse(program, [*flags[:6], *more])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        doctor.main(flags[:8])
+    text = capsys.readouterr().out
+    assert re.search(r"note +Fisher .* was made from other training images than those of", text)
+    given = ["--fisher_path", str(folder / "root/sd_fisher.safetensors")]
+    with caplog.at_level(logging.WARNING, "unlearn"):
+        compute_influence.main([*flags, *given])
+    baselines.main([*flags[:8], "--methods", "influence", *given])
+    words = f"the Fisher {given[1]} was made from other training images than those of {other}"
+    screen = capsys.readouterr().out
+    assert words in caplog.text and f"Warning: {words}." in screen and "Let the step be chosen" not in screen
+    for path in folder / "results/influence/0/influence.npz", folder / "results/baselines/influence/0/influence.npz":
+        assert warnings_of(read_influence(path, "")) == [words]
+    assert words in (folder / "results/influence/0/influence.csv").read_text()
+    run(next(command for command in commands_of(said) if "fisher" in command))
+    compute_influence.main([*flags, "--overwrite"])
+    assert warnings_of(read_influence(folder / "results/influence/0/influence.npz", "")) == []
+
+
+def test_a_fisher_of_some_or_all_images_of_a_root_serves_whichever_are_ranked(folder):
+    root = folder / "root"
+    path, make = root / "sd_fisher.safetensors", ["--dataroot", str(root), "--sd_version", str(folder / "tiny pipeline")]
+    fisher.main(make)
+    assert not any(has_other_images(path, root, count) for count in (None, 3, 5))
+    fisher.main([*make, "--laion_subset_size", "3", "--overwrite"])
+    assert not any(has_other_images(path, root, count) for count in (None, 3, 5))
+    record = json.loads(record_path(path).read_text())
+    assert record["circumstances"].pop("num_images") == 3  # as before records told it: of all images or of as many as are used
+    record_path(path).write_text(json.dumps(record))
+    assert not has_other_images(path, root, 3) and has_other_images(path, root, 4)
+    path.rename(path.with_suffix(".pt"))
+    assert not has_other_images(path.with_suffix(".pt"), root, 4), "published ones have no record"
 
 
 @pytest.mark.parametrize("num_images, expected", [(1, 4000), (40, 4000), (800, 4000), (1448, 7240), (118_287, 591_435), (10 ** 7, 1_000_000)])

@@ -16,7 +16,7 @@ from .artifacts import write_tensors
 from .curvature import DiagonalFisher, squared_gradient_sums
 from .datasets import TrainingSet
 from .generation import generate_latents, initial_noise
-from .inputs import count_images, find_fisher, load_fisher, prepare_training_set
+from .inputs import compare_images, count_images, find_fisher, load_fisher, prepare_training_set
 from .models import Model, load_model, select_parameters
 from .noise import timestep_grid
 from .passes import replace_feed_forward
@@ -101,6 +101,7 @@ def open_world(args, settings):
     model = load_model(args.sd_version, args.device, args.unet)
     fisher = load_fisher(fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args)
     training_set = prepare_training_set(model, args, settings)
+    compare_images(fisher_path, training_set, args)
     training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
     queries = generate_queries(model, training_set, args.num_queries, args.seed)
     if args.num_images:

@@ -71,7 +71,7 @@ class DiagonalFisher:
 
     def __init__(self, diagonal, damping=0.0):
         """diagonal: {name: tensor}. damping: a multiple of each parameter's mean entry, added to its entries."""
-        self.identity = digest(hash_tensors(diagonal), damping)
+        self.identity, self.warnings = digest(hash_tensors(diagonal), damping), []  # see `inputs.compare_images`
         self.denominators = {name: entries.double() + damping * entries.double().mean() for name, entries in diagonal.items()}
 
     def precondition(self, gradients):

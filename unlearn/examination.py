@@ -22,7 +22,7 @@ from .advice import encode_command, fisher_command
 from .customization import check_tokens
 from .datasets import array_paths, open_arrays
 from .encoding import check_given, has_given_arrays, list_pairs
-from .inputs import examine_pictures, find_fisher
+from .inputs import examine_pictures, find_fisher, has_other_images
 from .models import trained_resolution
 from .reading import read_json
 from .records import check_content, record_path
@@ -181,7 +181,15 @@ def examine_fisher(args):
     path, problem = try_out(find_fisher, args)
     if problem or not record_path(path).exists() or path.suffix != ".safetensors":
         return problem or Finding(NOTE, f"Fisher {path}: without a record; nothing says for which model it was made")
-    return try_out(check_content, path, f"make it anew: {fisher_command(args, path, overwrite=True)}")[1] or Finding(OK, f"Fisher {path}")
+    remedy = f"make it anew: {fisher_command(args, path, overwrite=True)}"
+    if problem := try_out(check_content, path, remedy)[1]:
+        return problem
+    if not all(array.exists() for array in array_paths(args.dataroot)):
+        return Finding(OK, f"Fisher {path}; whether it is of these training images is told once they are encoded")
+    is_other, problem = try_out(has_other_images, path, args.dataroot, args.laion_subset_size)
+    if is_other:
+        return Finding(NOTE, f"Fisher {path}: was made from other training images than those of {args.dataroot}", remedy)
+    return Finding(OK, f"Fisher {path}")
 
 
 def check_shapes(dataroot, parts, resolution):

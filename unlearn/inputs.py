@@ -17,8 +17,8 @@ from .pictures import hash_picture, is_cropped, list_notes, read_picture
 from .printing import show
 from .queries import check_stored, read_stored
 from .reading import check_name, read_tensors
-from .records import NAMES, check_record, name_input, record_path
-from .runtime import choose_device, say, set_precision
+from .records import NAMES, check_record, name_input, read_record, record_path
+from .runtime import choose_device, log, say, set_precision
 from .settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
@@ -185,6 +185,34 @@ def load_fisher(path, model, parameters, damping, args):
     diagonal = read_tensors(path, "--fisher_path", set(parameters))
     check_fisher(path, diagonal, parameters, damping, remedy)
     return DiagonalFisher(diagonal, damping)
+
+
+def has_other_images(path, dataroot, subset_size=None):
+    """Whether a Fisher's record says that it was made from other training images than a data root's encoded ones. Nothing says so of
+    published ones (.pt), which have no record. subset_size: how many images a run uses; records from before they told the number of the
+    Fisher's are taken to be of so many, or of as many as are used where nobody asks."""
+    record = read_record(path, "make it anew") if path.suffix == ".safetensors" and record_path(path).exists() else {"identity": {}}
+    if (made_from := record["identity"].get("training_set")) is None:
+        return False
+    settings, (latents, embeddings) = read_settings(dataroot), open_arrays(dataroot)[:2]
+    images = open_training_set(dataroot, settings["name"], latents.shape[1:], embeddings.shape[-2:], len(embeddings))
+    told = record["circumstances"].get("num_images") if isinstance(record.get("circumstances"), dict) else None
+    counts = [told] if isinstance(told, int) else [min(len(images), settings["largest_subset"]), subset_size]
+    return made_from not in [images.first(count).identity for count in counts]
+
+
+def compare_images(path, training_set, args):
+    """What there is to warn of where a Fisher was made from other training images than those of the data root, which are encoded by now:
+    sentences for everything that is made with it, also logged. Raises UserError where it stands in the data root, as if it were its own."""
+    if not training_set.source or not has_other_images(path, args.dataroot, len(training_set)):
+        return []
+    if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(args.dataroot)):
+        raise UserError(f"{path}: was made from other training images than those of {args.dataroot}; make it anew: "
+                        f"{fisher_command(args, path, overwrite=True)}; or, where the model was trained on those others, move it out of "
+                        "the data root and name it by --fisher_path")
+    warning = f"the Fisher {path} was made from other training images than those of {args.dataroot}"
+    log.warning(f"{warning}: right only where the model was trained on those")
+    return [warning]
 
 
 def examine_pictures(tasks, dataroot):

@@ -40,11 +40,11 @@ class Ranking:
 def read_influence(path, remedy):
     """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a ranking."""
     check_record(path, {}, remedy)
-    arrays = read_npz(path, {**KINDS, **dict.fromkeys(SHOWN, ("f", 0))}, remedy)
+    arrays = read_npz(path, {**KINDS, **dict.fromkeys(SHOWN, ("f", 0)), "warnings": ("U", 1)}, remedy)
     if missing := KINDS.keys() - arrays.keys():
         raise UserError(f"{path}: not an influence file (no {min(missing)}); {remedy}")
     count, influence, rank = len(arrays["ids"]), arrays["influence"], arrays["rank"]
-    if any(arrays[name].shape != (count,) for name in arrays if name not in SHOWN) or not np.isfinite(influence).all():
+    if any(arrays[name].shape != (count,) for name in KINDS) or not np.isfinite(influence).all():
         raise UserError(f"{path}: expected ids, influence, is_exemplar and rank of one length, influence finite; {remedy}")
     if not np.array_equal(np.sort(rank), np.arange(count)) or (np.diff(influence[rank]) > 0).any():
         raise UserError(f"{path}: rank is not the order of falling influence; {remedy}")
@@ -59,9 +59,10 @@ def measure_effect(arrays, is_exemplar):
 
 
 def warnings_of(arrays):
-    """What there is to warn of in an influence file, by its numbers: also where it was written before they were looked at."""
+    """What there is to warn of in an influence file, by its numbers, also where it was written before they were looked at, and what it
+    says itself, of its Fisher."""
     moved, before, after = (float(arrays.get(name, np.nan)) for name in ("relative_weight_change", "query_loss_before", "query_loss_after"))
-    return find_warnings(moved, before, after)
+    return list(dict.fromkeys([*find_warnings(moved, before, after), *arrays.get("warnings", np.array([], str)).tolist()]))
 
 
 def count_warnings(warnings, what="queries"):

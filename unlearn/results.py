@@ -84,14 +84,16 @@ def median_change(changes):
     return float(np.median(changes.reshape(2, -1).mean(axis=0)))
 
 
-def save(folder, task, image_sets, changes, args, shown, identity):
+def save(folder, task, image_sets, changes, args, shown, identity, of_fisher=()):
     """Ranks the candidates (exemplars first, then the training set) and writes influence.npz, .csv, .pkl and the picture;
     prints the table.
 
     changes: of the losses, {"exemplar": [2n], "laion": [2N]}, of the base model's queries without the first; shown: what stands
-    in influence.npz beside the scores. What there is to warn of stands in all of them, in the CSV as a further column.
+    in influence.npz beside the scores; of_fisher: what there is to warn of the Fisher. What there is to warn of stands in all of
+    them, in the CSV as a further column.
     """
-    warnings = find_warnings(shown["relative_weight_change"], shown["query_loss_before"], shown["query_loss_after"])
+    of_step = find_warnings(shown["relative_weight_change"], shown["query_loss_before"], shown["query_loss_after"])
+    warnings = [*of_step, *of_fisher]
     influence = np.concatenate([best_view(changes[name]) for name in image_sets])
     if not np.isfinite([*influence, shown["query_loss_before"], shown["query_loss_after"], shown["relative_weight_change"]]).all():
         raise UserError(f"{folder}: a score, or a loss of the query itself, is NaN or infinite; the weights have diverged (try a smaller "
@@ -126,7 +128,7 @@ def save(folder, task, image_sets, changes, args, shown, identity):
           f"{describe_step(shown, args)}Picture: {printable(folder / 'visualization.jpg')}")
     for warning in warnings:
         print(f"Warning: {warning}.")
-    if warnings and args.unlearn_lr != AUTO:
+    if of_step and args.unlearn_lr != AUTO:
         print(f"Let the step be chosen: {influence_command(args, unlearn_lr=AUTO, unlearn_steps=1, overwrite=True)}")
     if "expected_missed" in shown:
         print(f"{int(shown['rescored'].sum())} of {len(influence)} candidates were scored, the others estimated from the index. "

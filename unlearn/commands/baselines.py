@@ -21,8 +21,8 @@ from ..encoding import has_given_arrays, map_files
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest
 from ..influence import rank_images
-from ..inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_query, find_fisher, load_fisher,
-                      prepare_training_set, resolve)
+from ..inputs import (add_flags, check_pictures, check_result_dir, check_training_files, compare_images, encode_query, find_fisher,
+                      load_fisher, prepare_training_set, resolve)
 from ..losses import noise_identity
 from ..methods import (CENTRED, INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_COSINES, OF_PICTURES, SETTINGS, SWEEP, VIEWS, Run,
                        picture_scores)
@@ -124,15 +124,15 @@ def list_results(run, method, feature_model):
         yield run.folder / method / task.result_name / "influence.npz", identity
 
 
-def write_scores(path, identity, run, task, scores):
-    """Writes one query's scores as compute_influence.py does: exemplars first."""
+def write_scores(path, identity, run, task, scores, warnings=()):
+    """Writes one query's scores as compute_influence.py does, exemplars first, and what there is to warn of."""
     exemplars = [path.relative_to(Path(run.args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
     if not np.isfinite(scores).all():
         raise UserError(f"{path}: {int((~np.isfinite(scores)).sum())} scores are NaN or infinite; the model or a feature is broken")
     record_path(path).unlink(missing_ok=True)
     with whole_file(path) as file:
         np.savez(file, ids=np.array([*exemplars, *run.training_set.ids]), influence=scores, rank=rank_images(scores),
-                 is_exemplar=np.arange(len(scores)) < len(exemplars))
+                 is_exemplar=np.arange(len(scores)) < len(exemplars), **({"warnings": np.array(warnings, str)} if warnings else {}))
     write_record(path, identity, run.model.device)
 
 
@@ -143,7 +143,7 @@ def score_tasks(run, method, score, feature_model=None):
     if any(pending):
         for task, (path, identity), scores, is_pending in zip(run.tasks, results, score(run), pending, strict=True):
             if is_pending:
-                write_scores(path, identity, run, task, scores)
+                write_scores(path, identity, run, task, scores, run.fisher.warnings if method == "influence" else ())
     log.info(f"{method}: {len(results)} queries in {run.folder / method}")
 
 
@@ -179,6 +179,8 @@ def main(argv=None):
         parameters = select_parameters(model.denoiser, INFLUENCE_WEIGHTS)
         fisher = load_fisher(find_fisher(args), model, parameters, args.damping, argparse.Namespace(**{**vars(args), "weight_selection": None}))
     training_set = prepare_training_set(model, args, settings)
+    if fisher:
+        fisher.warnings = compare_images(find_fisher(args), training_set, argparse.Namespace(**{**vars(args), "weight_selection": None}))
     of_pictures = [*(method for method in args.methods if method in OF_PICTURES), *feature_names]
     if of_pictures and training_set.paths[0] is None:
         raise UserError(f"--methods {' '.join(of_pictures)}: need the training images' pictures, and {args.dataroot} has none")

@@ -159,7 +159,7 @@ def main(argv=None):
         diagonal = {name: (value / args.num_samples).float() for name, value in sums.items()}
         check_fisher(args.output, diagonal, parameters, damping=1)
         record_path(args.output).unlink(missing_ok=True)
-        write_record(args.output, identity, args.device, write_tensors(args.output, diagonal))
+        write_record(args.output, identity, args.device, write_tensors(args.output, diagonal), {"num_images": len(training_set)})
         zeros = sum(int((value == 0).sum()) for value in diagonal.values())
         log.info(f"{args.output}: {len(diagonal)} parameters, {args.num_samples} samples"
                  + (f", {zeros} zero entries: give --damping" if zeros else ""))

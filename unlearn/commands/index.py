@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..customization import check_customization, customized
 from ..index import build_index
-from ..inputs import add_flags, check_training_files, find_fisher, load_fisher, prepare_training_set, resolve
+from ..inputs import add_flags, check_training_files, compare_images, find_fisher, load_fisher, prepare_training_set, resolve
 from ..models import load_model, select_parameters
 from ..noise import timestep_grid
 from ..runtime import log
@@ -46,6 +46,7 @@ def main(argv=None):
         check_customization(model, tasks[0].model_dir(args.dataroot))
     parameters = select_parameters(model.denoiser, "cross-attn-kv")
     fisher, training_set = load_fisher(fisher_path, model, parameters, args.damping, args), prepare_training_set(model, args, settings)
+    compare_images(fisher_path, training_set, args)
     for tasks in groups.values():
         folder = Path(args.output) / tasks[0].model_name
         with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
