@@ -25,6 +25,7 @@ from unlearn.encoders import load_image, transform_image
 from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
 from unlearn.records import record_path
 from unlearn.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
+from unlearn.tasks import load_tasks
 
 
 def parse(script, root, *given):
@@ -114,6 +115,13 @@ def test_the_committed_data_roots_keep_their_steps(world, expected):
 def test_a_step_that_cannot_be_chosen_is_refused(given, said, root):
     with pytest.raises(UserError, match=said):
         parse(compute_influence, root, *given)
+
+
+def test_a_key_that_begins_with_an_underscore_is_a_remark(root, tmp_path):
+    write_settings(root, _why="for a small card", top_k=3)
+    assert read_settings(root)["top_k"] == 3 and "_why" not in read_settings(root)
+    (tmp_path / "tasks.json").write_text(json.dumps([{**TASKS[0], "_note": "as published"}]))
+    assert load_tasks(tmp_path / "tasks.json", root)[0].prompt == TASKS[0]["prompt"]
 
 
 def test_the_published_defaults_hold_where_nothing_is_given(root):

@@ -1,6 +1,7 @@
 """Inputs read without trust: no code runs, nothing is waited for, memory is bounded, and every fault is a UserError."""
 
 import codecs
+import difflib
 import json
 import os
 import pickle
@@ -96,10 +97,27 @@ def read_text(path, item="file", most=MOST_TEXT):
         raise UserError(f"{item} {path}: {error}") from None
 
 
+def make_object(pairs):
+    """A JSON object of its keys and values. Raises ValueError where a key is written twice: only the last would count."""
+    if len(values := dict(pairs)) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice:.80} is written twice in one object")
+    return values
+
+
+def check_keys(item, found, known):
+    """Raises UserError, with the known key that is most like it, where an object's keys hold one that nothing reads. Those that begin
+    with _ are remarks."""
+    if unknown := [key for key in found if key not in known and not key.startswith("_")]:
+        like = difflib.get_close_matches(unknown[0], known, 1)
+        raise UserError(f"{item}: unknown key {unknown[0]:.80}; {f'did you mean {like[0]}? ' if like else ''}expected some of {', '.join(known)}")
+
+
 def read_json(path, item="file", most=MOST_JSON):
-    """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or malformed, naming line and column."""
+    """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or malformed, naming line and column, or
+    has a key twice."""
     try:
-        return json.loads(read_text(path, item, most))
+        return json.loads(read_text(path, item, most), object_pairs_hook=make_object)
     except (ValueError, RecursionError) as error:  # malformed, a number of thousands of digits
         raise UserError(f"{item} {path}: not valid JSON ({error})") from None
 

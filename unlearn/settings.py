@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from . import UserError
 from .annotations import READERS
-from .reading import check_name, check_text, read_json, resolve_inside
+from .reading import check_keys, check_name, check_text, read_json, resolve_inside
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both. resolution 0: the model's own.
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 0, "num_train": 400_000_000,
@@ -75,9 +75,9 @@ def read_settings(dataroot):
     own = read_json(path, "data set")
     if not isinstance(own, dict):
         raise UserError(f"data set {path}: expected an object, found {type(own).__name__}")
+    check_keys(f"data set {path}", own, PUBLISHED)
+    own = {key: value for key, value in own.items() if key in PUBLISHED}
     for key, value in own.items():
-        if key not in PUBLISHED:
-            raise UserError(f"data set {path}: unknown key {key}; expected some of {', '.join(PUBLISHED)}")
         if key == "unlearn_lr" and value == AUTO:
             continue
         kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from . import UserError
-from .reading import check_text, read_json, resolve_inside
+from .reading import check_keys, check_text, read_json, resolve_inside
 
 FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
           "train_prompt": str, "category": (str, type(None))}
@@ -89,9 +89,10 @@ def read_test_case(dataroot, name):
 
 def check_fields(item, values):
     """Every field of a task, None where it is absent (or null) and may be: without any of CUSTOMIZED_FIELDS it is a task of
-    the base model. Raises UserError, naming task and key, where one is missing or of another type."""
+    the base model. Raises UserError, naming task and key, where one is missing, of another type, or none of a task's."""
     if not isinstance(values, dict):
         raise UserError(f"{item}: expected an object, found {type(values).__name__}")
+    check_keys(item, values, {**FIELDS, **OPTIONAL_FIELDS})
     optional = {field for field in OPTIONAL_FIELDS if values.get(field) is None}
     if all(values.get(field) is None for field in CUSTOMIZED_FIELDS):
         optional |= {*CUSTOMIZED_FIELDS, *(["category"] if values.get("category") is None else [])}
