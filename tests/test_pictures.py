@@ -7,6 +7,7 @@ import shutil
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from unlearn.commands.baselines import list_readings
 from unlearn.datasets import read_identity
 from unlearn.encoding import encode_training_set
 from unlearn.hashes import digest, hash_file
-from unlearn.inputs import check_pictures, encode_exemplars, encode_query, prepare_training_set, resolve
+from unlearn.inputs import check_pictures, encode_exemplars, encode_query, examine_pictures, prepare_training_set, resolve
 from unlearn.models import load_model, trained_resolution
 from unlearn.pictures import hash_picture, is_cropped, load_image, read_picture
 from unlearn.retrained import query_digests
@@ -307,7 +308,21 @@ def test_cropped_and_transparent_queries_and_exemplars_are_told_by_name(root, ca
     with caplog.at_level("INFO", "unlearn"):
         check_pictures(tasks, root)
     assert f"1 of 2 queries ({tasks[0].synth_image_path}): a third or more is cut off" in caplog.text
-    assert f"exemplars ({tasks[0].exemplar_paths[0].name}): transparent, so" in caplog.text and len(caplog.records) == 2
+    assert f"exemplars ({tasks[0].exemplar_ids(root)[0]}): transparent, so" in caplog.text and len(caplog.records) == 2
+
+
+def test_exemplars_of_different_models_that_share_a_name_are_all_looked_at(root):
+    [task, *_] = load_tasks(PARITY / "fixture/tasks.json", root)
+    other = root.resolve() / "exemplar/other/0.png"
+    other.parent.mkdir()
+    Image.new("RGBA", (40, 40)).save(other)
+    first, second = (replace(task, exemplar_paths=(path,)) for path in (other, root.resolve() / "exemplar/tiny/0.png"))
+    [note] = examine_pictures([first, second], root)
+    assert note.startswith("1 of 2 exemplars (exemplar/other/0.png): transparent, so")
+    other.write_bytes(b"no picture")
+    for tasks in [first, second], [second, first]:
+        with pytest.raises(UserError, match="exemplar/other/0.png: cannot be read"):
+            examine_pictures(tasks, root)
 
 
 @pytest.mark.parametrize("size, expected", [((3, 2), True), ((40, 60), True), ((640, 427), False), ((640, 480), False), ((2, 1), True), ((1, 1), False)])

@@ -137,7 +137,7 @@ def encode_exemplars(model, task, args, settings):
     latents = [encode_images(model.pipeline, task.exemplar_paths, model.resolution(settings), mirrored, args.vae_batch_size).numpy()
                for mirrored in (False, True)]
     prompts = [task.train_prompt] * len(task.exemplar_paths)
-    ids = [path.relative_to(Path(args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
+    ids = task.exemplar_ids(args.dataroot)
     return TrainingSet(settings["name"], ids, prompts, [Path(args.dataroot) / id for id in ids], np.stack(latents),
                        encode_prompts(model.pipeline, prompts).numpy()[:, None],
                        digest(prompts, [hash_picture(path) for path in task.exemplar_paths]))
@@ -220,7 +220,7 @@ def examine_pictures(tasks, dataroot):
     one is truncated or no image, or where stored arrays cannot hold a query."""
     check_stored(tasks, dataroot)
     kinds = {"queries": {task.synth_image_path: Path(dataroot) / task.synth_image_path for task in tasks},
-             "exemplars": {path.name: path for task in tasks for path in task.exemplar_paths}}
+             "exemplars": {id: path for task in tasks for id, path in zip(task.exemplar_ids(dataroot), task.exemplar_paths)}}
     stored, notes = {task.synth_image_path for task in tasks if task.latents is not None}, []
     for kind, paths in kinds.items():
         cropped, transparent = [], []

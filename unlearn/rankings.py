@@ -88,7 +88,7 @@ def read_ranking(task, args):
     remedy = f"make it: {influence_command(args)}"
     arrays = read_influence(path, remedy)
     ids, is_exemplar, count = arrays["ids"].tolist(), arrays["is_exemplar"].astype(bool), len(task.exemplar_paths)
-    expected = [exemplar.relative_to(Path(args.dataroot).resolve()).as_posix() for exemplar in task.exemplar_paths]
+    expected = task.exemplar_ids(args.dataroot)
     if ids[:count] != expected or not np.array_equal(is_exemplar, np.arange(len(ids)) < count):
         found = [name for name, mask in zip(ids, is_exemplar) if mask]
         raise UserError(f"{path}: expected the {count} exemplars {', '.join(expected):.80} first, found {len(found)}: "

@@ -54,6 +54,10 @@ class Task:
         """Names of the candidates' losses, in the order of the results: exemplars first, where there are any."""
         return ("laion",) if self.model_path is None else ("exemplar", "laion")
 
+    def exemplar_ids(self, dataroot):
+        """Paths of the exemplars relative to the data root: unlike their names, they tell those of different models apart."""
+        return [path.relative_to(os.path.realpath(dataroot)).as_posix() for path in self.exemplar_paths]
+
     def model_dir(self, dataroot):
         """Folder of the customized model, None where it is the base model."""
         return None if self.model_path is None else Path(dataroot) / self.model_path

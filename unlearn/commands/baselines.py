@@ -126,7 +126,7 @@ def list_results(run, method, feature_model):
 
 def write_scores(path, identity, run, task, scores, warnings=()):
     """Writes one query's scores as compute_influence.py does, exemplars first, and what there is to warn of."""
-    exemplars = [path.relative_to(Path(run.args.dataroot).resolve()).as_posix() for path in task.exemplar_paths]
+    exemplars = task.exemplar_ids(run.args.dataroot)
     if not np.isfinite(scores).all():
         raise UserError(f"{path}: {int((~np.isfinite(scores)).sum())} scores are NaN or infinite; the model or a feature is broken")
     record_path(path).unlink(missing_ok=True)
