@@ -19,6 +19,7 @@ from unlearn import UserError, advice, methods, records
 from unlearn.annotations import list_folder
 from unlearn.commands import baselines, doctor, encode, fisher, index
 from unlearn.inputs import has_other_images
+from unlearn.plans import ranking_command
 from unlearn.rankings import read_influence, warnings_of
 from unlearn.records import MEANINGS, compare_identity, explain_difference, record_path
 from unlearn.retraining import recipe_of
@@ -225,6 +226,23 @@ def test_a_command_carries_a_flag_that_is_zero(flag, root):
     (root / "dataset.json").write_text('{"top_k": 5}')
     words = shlex.split(advice.influence_command(Namespace(task_json="t.json", dataroot=str(root), device=None, **{flag: 0})))
     assert words[-2:] == [f"--{flag}", "0"]
+
+
+def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root, tmp_path):
+    given = {"task_json": "t.json", "result_dir": "r", "dataroot": str(root), "sd_version": str(PARITY / "fixture/sd-tiny"), "laion_subset_size": 7,
+             "vae_batch_size": 3, "noise_seed": 5, "device": "cpu", "compat": "abu", "precision": "tf32", "scoring": "exact", "fisher_path": "f.pt",
+             "weight_selection": "attn", "damping": 0.3, "num_train": 9, "unlearn_lr": 0.5, "unlearn_steps": 2, "unlearn_batch_size": 6,
+             "unlearn_grad_accum_steps": 11, "loss_batch_size": 13, "loss_time_samples": 5, "seed": -4, "top_k": 0}
+    args, _ = compute_influence.parse_arguments([word for flag, value in given.items() for word in (f"--{flag}", str(value))])
+    assert vars(args).keys() - given.keys() == {"overwrite", "dry_run", "shard", "index", "shortlist", "audit", "unet"}
+    words = shlex.split(advice.influence_command(args))
+    again, _ = compute_influence.parse_arguments([*words[2:], "--device", "cpu"])
+    assert vars(again) == vars(args)
+
+
+def test_the_images_that_retrain_leaves_out_are_no_flag_of_the_command_that_ranks(root):
+    args = Namespace(task_json=["t.json"], dataroot=str(root), top_k=[3, 12])
+    assert "--top_k" not in ranking_command(args, Path("results/influence"), "ours")
 
 
 # --- differences in words

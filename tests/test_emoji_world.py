@@ -22,7 +22,7 @@ EMOJI, DEMO = REPOSITORY / "data/emoji", str(REPOSITORY / "tasks/emoji_demo.json
 def small_world(tmp_path_factory):
     """The emoji world with its first 48 base images, so that a sweep takes seconds."""
     root = tmp_path_factory.mktemp("world") / "emoji"
-    shutil.copytree(EMOJI, root, ignore=shutil.ignore_patterns("laion_subset", "laion_*.npy", "laion_*.json", ".build"))
+    shutil.copytree(EMOJI, root, ignore=shutil.ignore_patterns("laion_subset", "laion_*.npy", "laion_*.json", "sd_fisher.*", ".build"))
     (root / "laion_subset/images").mkdir(parents=True)
     for path in sorted((EMOJI / "laion_subset/images").iterdir())[:48]:
         shutil.copy(path, root / "laion_subset/images")
@@ -57,7 +57,7 @@ def test_stock_diffusers_generates_from_the_pipeline():
 def test_the_two_scripts_rank_the_exemplars_of_the_demo_far_above_chance(small_world, tmp_path, capsys):
     flags = ["--task_json", DEMO, "--dataroot", str(small_world), "--result_dir", str(tmp_path), "--device", "cpu"]
     compute_training_loss.main(flags)
-    compute_influence.main([*flags, "--unlearn_grad_accum_steps", "20"])
+    compute_influence.main([*flags, "--unlearn_grad_accum_steps", "20", "--fisher_path", str(EMOJI / "sd_fisher.safetensors")])
     folder = tmp_path / "influence" / Path(json.loads(Path(DEMO).read_text())[0]["synth_image_path"]).with_suffix("").relative_to("synth")
     with np.load(folder / "influence.npz") as result:
         is_exemplar, rank = result["is_exemplar"], result["rank"]

@@ -14,14 +14,14 @@ FLAGS = {  # program -> those of its flags that other programs have too; a loss_
     "compute_training_loss.py": (*TASKS, "result_dir", *LOSSES, "compat"),
     "compute_influence.py": (*TASKS, "result_dir", *IMAGES, "loss_batch_size", "loss_time_samples", "noise_seed", "precision", "compat",
                              "scoring", "fisher_path", "weight_selection", "damping", "num_train", "unlearn_lr", "unlearn_steps",
-                             "unlearn_batch_size", "unlearn_grad_accum_steps", "top_k"),
+                             "unlearn_batch_size", "unlearn_grad_accum_steps", "seed", "top_k"),
     "fisher": ("dataroot", *IMAGES, "precision", "weight_selection"),
     "index": (*TASKS, *LOSSES, "fisher_path", "damping"),
     "encode": ("dataroot", *ENCODING),
     "baselines": (*TASKS, "result_dir", *LOSSES, "fisher_path", "damping"),
     "retrain": (*TASKS, "result_dir", *IMAGES, "noise_seed"),
 }
-DEFAULTS = {**OWN_DEFAULTS, "result_dir": "results", "scoring": "exact", "weight_selection": "cross-attn-kv", "output": "results/index"}
+DEFAULTS = {**OWN_DEFAULTS, "result_dir": "results", "scoring": "exact", "weight_selection": "cross-attn-kv", "output": "results/index", "seed": 0}
 TAKE_BF16 = ("compute_influence.py", "index")
 
 

@@ -65,7 +65,7 @@ def plan_random(args, training_set, tasks):
 def ranking_command(args, folder, method):
     """What ranks the queries of `retrain`'s task files into `folder`."""
     if method == "ours":
-        return influence_command(args, task_json=args.task_json[0], result_dir=folder.parent)
+        return influence_command(args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None)  # retrain's top_k is another
     return write_command("baselines", args, task_json=args.task_json[0], result_dir=folder.parent.parent, methods=[method])
 
 
