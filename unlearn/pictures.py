@@ -22,6 +22,7 @@ LARGEST_ASPECT = 200  # a longer strip would unfold when its shorter side is res
 ORIENTATION, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 274, 258, 262, 0  # tags of EXIF and TIFF
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+MAPPED = {"L", "P", "RGBX", "RGBA", "CMYK", "I;16", "I;16L", "I;16B"}  # modes of which Pillow maps plain pixels into memory
 KEY_SCALES = {  # a PNG's transparent value on the scale of its pixels, by their mode in the file
     "1": lambda value: 255 if value else 0, "L;2": lambda value: value * 85 if value < 4 else value,
     "L;4": lambda value: value * 17 if value < 16 else value, "RGB;16B": lambda value: value >> 8}
@@ -37,6 +38,8 @@ def open_picture(path):
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > LARGEST_ASPECT * min(image.size):
                 raise UserError(f"image {path}: {image.width} x {image.height} pixels; at most {LARGEST_ASPECT} times as long as wide")
+            if image.format == "TIFF":
+                image.filename = ""  # else Pillow maps the file into memory with the size that it has when turned: rows of a wrong length
             yield image
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file") from None
@@ -150,14 +153,19 @@ def describe_reading(path, image):
     its pixels tell."""
     if image.format == "PNG" and "exif" not in image.info and has_late_metadata(path):
         image.load()
-    orientation, reading = read_orientation(image) if image.format != "TIFF" else 1, []
-    if orientation > 1:
+    orientation, reading = read_orientation(image), []
+    if orientation > 1 and (image.format != "TIFF" or was_scrambled(image, orientation)):
         reading.append(f"turned as {orientation}")
     if image.has_transparency_data:
         reading.append("on white")
     if image.mode[0] in "IF" and (grey_bits(image) != 16 or tiff_tag(image, PHOTOMETRIC) == WHITE_IS_ZERO):
         reading.append("its own bits")
     return reading
+
+
+def was_scrambled(image, orientation):
+    """Whether a TIFF was read wrongly before Pillow was kept from mapping it (`open_picture`); others keep their identity."""
+    return orientation >= 5 and len(image.tile) == 1 and image.tile[0][0] == "raw" and image.tile[0][3][0] == image.mode in MAPPED
 
 
 def has_late_metadata(path):
