@@ -16,6 +16,10 @@ from conftest import PARITY
 from PIL import Image
 from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, SCRIPTS, TASKS, encode_images, refused
 from test_house_rules import TREES
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 import compute_influence
 import compute_training_loss
@@ -24,11 +28,12 @@ from unlearn.annotations import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, re
 from unlearn.artifacts import write_json
 from unlearn.commands import doctor, encode, generate
 from unlearn.datasets import label_rows, open_training_set
+from unlearn.encoders import find_unknown
 from unlearn.figures import draw_influence, wrap_text
 from unlearn.models import load_model
 from unlearn.pictures import FORMATS
 from unlearn.printing import LineFormatter, printable, show
-from unlearn.reading import read_json, read_text, resolve_inside
+from unlearn.reading import read_array, read_json, read_text, resolve_inside
 from unlearn.records import record_path
 from unlearn.results import print_table, write_csv
 
@@ -235,7 +240,7 @@ def test_every_text_file_of_a_run_may_begin_with_a_byte_order_mark(root, one_tas
     for path in changed:
         path.write_bytes(BOM + path.read_bytes())
     compute_training_loss.main(argv)
-    assert capsys.readouterr().out == plan and len(changed) == 4
+    assert capsys.readouterr().out == plan and len(changed) == 5
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.json"])
@@ -320,6 +325,62 @@ def test_a_token_that_nobody_brings_is_refused_before_a_model_is_loaded(prompt, 
 def test_other_uses_of_those_signs_stay_fine(prompt, one_task, lent, capsys):
     compute_training_loss.main([*one_task(prompt=prompt), *LOSS_FLAGS, "--dry_run"])
     assert "1 models, 1 queries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt, said", [
+    ("a <café>", "no embedding (*.bin) of <café>, which its prompts use (it has <new1>)"), ("a <a.b>", "no embedding (*.bin) of <a.b>"),
+    ("a <v*>", "no embedding (*.bin) of <v*>"), *((f"a {word} blob", f"00000.png: {word} in its prompt is not read as the token <new1>; write <new1>")
+                                                  for word in ("< new1 >", "<new 1>", "＜new1＞", "<ｎｅｗ1>"))])
+def test_another_spelling_of_a_token_is_refused_with_the_right_one(prompt, said, one_task, no_model, capsys):
+    assert said in refused(capsys, compute_training_loss.main, [*one_task(prompt=prompt), *LOSS_FLAGS])
+
+
+def test_a_train_prompt_without_any_of_its_models_tokens_is_told(one_task, lent, caplog):
+    with caplog.at_level(logging.WARNING, "unlearn"):
+        compute_training_loss.main([*one_task(train_prompt="a blob"), *LOSS_FLAGS, "--dry_run"])
+    [message] = [message for message in caplog.messages if "train_prompt" in message]
+    assert 'models/tiny/blob: train_prompt "a blob" has none of the model\'s tokens (<new1>)' in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "unlearn"):
+        compute_training_loss.main([*one_task(train_prompt="a <New1> blob"), *LOSS_FLAGS, "--dry_run"])
+    assert "train_prompt" not in caplog.text
+
+
+# Scripts that a tokenizer lacks
+
+@pytest.mark.parametrize("name", ["prompt", "train_prompt"])
+def test_a_prompt_of_which_the_tokenizer_knows_nothing_is_refused(name, one_task, lent, capsys):
+    line = refused(capsys, compute_training_loss.main, [*one_task(**{name: CYRILLIC}), *LOSS_FLAGS, "--dry_run"])
+    item = TASKS[0]["synth_image_path"] if name == "prompt" else "models/tiny/blob: train_prompt"
+    assert f"{item}: the model's tokenizer knows no character of its prompt, nothing of it would be read: {CYRILLIC}; give" in line
+
+
+@pytest.mark.parametrize("prompt, said", [
+    (f"<new1> {CYRILLIC}", f"1 prompts have characters that the model's tokenizer does not know: {TASKS[0]['synth_image_path']}"),
+    ("", f"1 prompts are empty: {TASKS[0]['synth_image_path']}"), (" \t", "1 prompts are empty"), ("<new1> cat <|endoftext|>", None)])
+def test_a_prompt_that_is_empty_or_known_in_part_is_told_by_name(prompt, said, one_task, lent, caplog):
+    with caplog.at_level(logging.WARNING, "unlearn"):
+        compute_training_loss.main([*one_task(prompt=prompt), *LOSS_FLAGS, "--dry_run"])
+    assert [message for message in caplog.messages if said and message.startswith(said)] == caplog.messages and bool(said) == bool(caplog.messages)
+
+
+def test_captions_that_the_tokenizer_does_not_know_are_counted(root, images, encode_root, caplog):
+    images([f"{number}.png" for number in range(6)], "a cat\nкот\nдом\na cat 猫\n<|endoftext|>\n<|endoftext|> cat\n")
+    with caplog.at_level(logging.INFO, "unlearn"):
+        encode_root()
+    assert ("3 of 6 captions have characters that the model's tokenizer does not know, first \"кот\"; nothing of 2 of them is "
+            "read") in caplog.messages
+    embeddings = read_array(root / ARRAYS[1])
+    assert (embeddings[1] == embeddings[2]).all() and (embeddings[0] == embeddings[3]).all() and (embeddings[0] != embeddings[1]).any()
+
+
+def test_a_vocabulary_of_all_bytes_or_without_an_unknown_token_knows_every_script():
+    alphabet = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(alphabet, [])))
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    for token in None, "!":
+        tokenizer.unk_token = token
+        assert find_unknown(tokenizer, [CYRILLIC, "猫", "", "!", "a!"]) == [(False, False)] * 5
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from . import UserError
-from .encoders import count_tokens
+from .encoders import count_tokens, find_unknown
 from .hashes import digest, hash_tensors
 from .models import Model, replaced_weights
+from .printing import shorten
 from .reading import list_visible, read_tensors, resolve_inside
 from .records import NAMES, named_input
 from .runtime import log
@@ -19,6 +21,7 @@ from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
 TOKEN = re.compile(r"<[\w-]{1,40}>", re.ASCII)
+BRACKETED = re.compile("[<＜]([^<>＜＞]{1,60})[>＞]")  # what may be meant as a token, full-width brackets among them
 
 
 def read_customization(model_dir):
@@ -59,12 +62,24 @@ def with_tokens(tokenizer, tokens):
     return copied
 
 
+def is_token(tokenizer, word):
+    """Whether a word in <> is a token of a tokenizer's own."""
+    numbers = tokenizer(word, add_special_tokens=False).input_ids
+    return len(numbers) == 1 and numbers[0] != tokenizer.unk_token_id
+
+
 def find_strange(tokenizer, prompts):
-    """The first word in <> that is no token of a tokenizer's own, and whose prompt it is, (name, word); None where there is none."""
+    """The first word in <> that is no token of a tokenizer's own, (name of its prompt, word, the token that it is another spelling of or
+    None); None where there is none. With spaces it is one only where a token is meant: `a < b > c` is not."""
     for name, prompt in prompts.items():
-        for word in TOKEN.findall(prompt):
-            if len(numbers := tokenizer(word, add_special_tokens=False).input_ids) != 1 or numbers[0] == tokenizer.unk_token_id:
-                return name, word
+        for match in BRACKETED.finditer(prompt):
+            if is_token(tokenizer, match[0]):
+                continue
+            plain = f"<{''.join(unicodedata.normalize('NFKC', match[1]).split())}>"
+            if is_token(tokenizer, plain):
+                return name, match[0], plain
+            if re.fullmatch(r"[\w.*+-]+", match[1]):
+                return name, match[0], None
     return None
 
 
@@ -72,7 +87,9 @@ def check_words(model_dir, tokens, tokenizer, prompts):
     """Raises UserError where a prompt has a word like <new1> that its model's tokenizer (`with_tokens` of its own) does not know."""
     if not (strange := find_strange(tokenizer, prompts)):
         return
-    name, word = strange
+    name, word, meant = strange
+    if meant:
+        raise UserError(f"{name}: {word} in its prompt is not read as the token {meant}; write {meant}")
     if model_dir is None:
         raise UserError(f"{name}: the base model has no token {word}, which its prompt uses; give the task the test_case, "
                         "test_case_ind, model_path and train_prompt of the customized model that has it")
@@ -83,8 +100,13 @@ def check_words(model_dir, tokens, tokenizer, prompts):
 def check_tokens(model_dir, tasks, pipeline):
     """`check_words` of a model's tasks (None: the base model) as far as that goes without a model."""
     prompts, tokens = prompts_of(tasks), read_customization(model_dir)[1] if model_dir else {}
-    if any(word not in tokens for prompt in prompts.values() for word in TOKEN.findall(prompt)) and (tokenizer := open_tokenizer(pipeline)):
+    if any(match[0] not in tokens for prompt in prompts.values() for match in BRACKETED.finditer(prompt)) and (tokenizer := open_tokenizer(pipeline)):
         check_words(model_dir, tokens, with_tokens(tokenizer, tokens), prompts)
+
+
+def list_names(names, most=3):
+    """Names with commas, the first few of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def check_lengths(tokenizer, prompts):
@@ -103,15 +125,46 @@ def check_lengths(tokenizer, prompts):
                 raise UserError(f"{name}: {word} would be cut off: its prompt has {count} tokens, the model reads the first {limit}; shorten the "
                                 f"prompt, or put {word} first: {prompts[name]:.200}")
     if cut:
-        log.warning(f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their ends are cut off: {', '.join(cut[:3])}"
-                    + (f" and {len(cut) - 3} more" if cut[3:] else ""))
+        log.warning(f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their ends are cut off: {list_names(cut)}")
+
+
+def check_known(tokenizer, prompts):
+    """Says which prompts, {name: prompt}, are empty, and of which a tokenizer does not know some. Raises UserError where it knows nothing of
+    one."""
+    if empty := [name for name, prompt in prompts.items() if not prompt.strip()]:
+        log.warning(f"{len(empty)} prompts are empty: {list_names(empty)}")
+    found = dict(zip(prompts, find_unknown(tokenizer, list(prompts.values()))))
+    if lost := [name for name, (_, is_all) in found.items() if is_all]:
+        raise UserError(f"{lost[0]}: the model's tokenizer knows no character of its prompt, nothing of it would be read: "
+                        f"{prompts[lost[0]]:.200}; give the prompt in a script that the model reads")
+    if unknown := [name for name, (is_unknown, _) in found.items() if is_unknown]:
+        log.warning(f"{len(unknown)} prompts have characters that the model's tokenizer does not know: {list_names(unknown)}")
+
+
+def check_texts(tokenizer, prompts):
+    """What there is to say of prompts, {name: prompt}, that a text encoder will read: `check_lengths` and `check_known`."""
+    check_lengths(tokenizer, prompts)
+    check_known(tokenizer, prompts)
+
+
+def tell_unused(model_dir, tokens, tokenizer, tasks):
+    """Says where the train prompt of a customized model has none of its tokens: the exemplars' losses would not concern them."""
+    numbers = set(tokenizer.convert_tokens_to_ids(list(tokens)))
+    for prompt in sorted({task.train_prompt for task in tasks}):
+        if tokens and numbers.isdisjoint(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids):
+            log.warning(f'{model_dir}: train_prompt "{shorten(prompt)}" has none of the model\'s tokens ({", ".join(sorted(tokens))}); '
+                        "correct it if the model was trained with them")
 
 
 def check_prompts(model, model_dir, tokens, tasks):
-    """What there is to say of a model's prompts when its tokenizer is loaded: `check_words` and `check_lengths`."""
-    tokenizer = with_tokens(model.pipeline.tokenizer, tokens) if tasks else None
+    """What there is to say of a model's prompts when its tokenizer is loaded: `check_words`, `check_texts` and `tell_unused`."""
+    if not tasks:
+        return
+    tokenizer = with_tokens(model.pipeline.tokenizer, tokens)
     check_words(model_dir, tokens, tokenizer, prompts_of(tasks))
-    check_lengths(tokenizer, prompts_of(tasks, encoded=True))
+    check_texts(tokenizer, prompts_of(tasks, encoded=True))
+    if model_dir is not None:
+        tell_unused(model_dir, tokens, tokenizer, tasks)
 
 
 def check_customization(model, model_dir, tasks=()):

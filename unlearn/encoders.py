@@ -58,3 +58,14 @@ def encode_prompts(pipeline, prompts):
 def count_tokens(tokenizer, prompts):
     """How many tokens each prompt has before it is cut, those of its beginning and end among them."""
     return [len(tokens) for tokens in tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids]
+
+
+def find_unknown(tokenizer, texts):
+    """Of each text, (whether a tokenizer does not know some of it, whether it knows nothing else of it). Byte-level vocabularies that are
+    whole know everything. CLIP's unknown token is also its padding: a text that is unknown throughout is read as the empty one."""
+    found = []
+    for text, tokens in zip(texts, tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []):
+        num_unknown = tokens.count(tokenizer.unk_token_id)
+        is_unknown = num_unknown > (text.count(tokenizer.unk_token) if num_unknown else 0)
+        found.append((is_unknown, is_unknown and num_unknown == len(tokens)))
+    return found

@@ -16,7 +16,7 @@ from . import UserError
 from .annotations import PAIRS_SHOWN, READERS, pair_images
 from .artifacts import check_writable, whole_file
 from .datasets import array_paths, read_identity
-from .encoders import count_tokens, encode_images, encode_prompts
+from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
 from .hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from .pictures import inspect_picture, list_notes, read_picture
 from .printing import shorten
@@ -73,12 +73,17 @@ def tell_pairs(paths, captions):
 
 
 def tell_odd_captions(model, captions):
-    """Says how many captions are empty, and of how many the text encoder does not see the end."""
+    """Says how many captions are empty, of how many the text encoder does not see the end, and how many the tokenizer does not know."""
     lines, tokenizer, limit = [line for few in captions for line in few], model.pipeline.tokenizer, model.embedding_shape[0]
     if empty := sum(not line.strip() for line in lines):
         log.warning(f"{empty} of {len(lines)} captions are empty")
-    if cut := sum(count > limit for start in range(0, len(lines), AHEAD) for count in count_tokens(tokenizer, lines[start:start + AHEAD])):
+    batches = [lines[start:start + AHEAD] for start in range(0, len(lines), AHEAD)]
+    if cut := sum(count > limit for batch in batches for count in count_tokens(tokenizer, batch)):
         log.warning(f"{cut} of {len(lines)} captions are longer than the {limit} tokens of the model's tokenizer; their ends are cut off")
+    unknown = [(line, is_all) for batch in batches for line, (is_unknown, is_all) in zip(batch, find_unknown(tokenizer, batch)) if is_unknown]
+    if unknown:
+        log.warning(f"{len(unknown)} of {len(lines)} captions have characters that the model's tokenizer does not know, first "
+                    f'"{shorten(unknown[0][0])}"; nothing of {sum(is_all for _, is_all in unknown)} of them is read')
 
 
 def has_given_arrays(dataroot):

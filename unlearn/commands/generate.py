@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import UserError
 from ..artifacts import whole_file, write_array, write_json
-from ..customization import TOKEN, check_lengths, find_strange, open_tokenizer
+from ..customization import BRACKETED, check_texts, find_strange, open_tokenizer
 from ..datasets import check_pixels
 from ..encoders import encode_prompts
 from ..encoding import check_root_writable
@@ -48,7 +48,9 @@ def read_prompts(path, limit):
 def check_words(names, tokenizer):
     """Raises UserError where one of some prompts, {name: prompt}, has a word like <new1> that is no token of the pipeline's."""
     if strange := find_strange(tokenizer, names):
-        raise UserError(f"{strange[0]}: the pipeline has no token {strange[1]}; leave it out, or write it without < and >")
+        name, word, meant = strange
+        raise UserError(f"{name}: {word} is not read as the token {meant}; write {meant}" if meant else
+                        f"{name}: the pipeline has no token {word}; leave it out, or write it without < and >")
 
 
 def make_entries(prompts, seeds, folder, args):
@@ -81,11 +83,11 @@ def main(argv=None):
     folder = resolve_inside(args.dataroot, f"synth/{args.name}", "--name")
     relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
     names = {f"--prompts {args.prompts}, prompt {number}": prompt for number, prompt in enumerate(prompts, 1)}
-    if any(TOKEN.search(prompt) for prompt in prompts) and (tokenizer := open_tokenizer(args.sd_version)):
+    if any(BRACKETED.search(prompt) for prompt in prompts) and (tokenizer := open_tokenizer(args.sd_version)):
         check_words(names, tokenizer)
     model = load_model(args.sd_version, args.device, args.unet)
     check_words(names, model.pipeline.tokenizer)
-    check_lengths(model.pipeline.tokenizer, names)
+    check_texts(model.pipeline.tokenizer, names)
     check_steps(model, args.num_inference_steps)
     say_resolution(model, settings)
     seeds = [args.seed + row for row in range(len(prompts))]
