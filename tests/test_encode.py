@@ -21,7 +21,7 @@ from unlearn.commands import encode
 from unlearn.datasets import list_images, open_training_set
 from unlearn.encoders import encode_images, encode_prompts, load_image
 from unlearn.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
-from unlearn.inputs import find_fisher, prepare_training_set, resolve
+from unlearn.inputs import count_images, find_fisher, prepare_training_set, resolve
 from unlearn.models import load_model
 from unlearn.pictures import hash_picture
 from unlearn.reading import read_json
@@ -235,6 +235,21 @@ def test_corrupt_images_are_counted_and_named_before_anything_is_made(coco, mode
     assert str(error.value).startswith(f"3 of 24 images cannot be read: image {paths[2]}: cannot be read")
     assert f"; next {paths[9].name}, {paths[23].name}; replace them, or leave them out: python -m unlearn encode" in str(error.value)
     assert str(error.value).endswith("--skip_corrupt") and rows and files(coco) == before
+
+
+def test_images_that_are_left_out_are_named_and_counted_nowhere(coco, model, monkeypatch, caplog):
+    paths, rows = pair_images(coco / "train2017", coco / CAPTIONS)[0], damage(coco)
+    paths[0].write_bytes(b"")
+    with caplog.at_level("INFO", "unlearn"):
+        run(monkeypatch, model, coco, "--skip_corrupt")
+    names = ", ".join(paths[row].name for row in (0, *rows))
+    assert f"4 of 24 training images cannot be read and are left out: {names}" in caplog.messages
+    assert f"{paths[0].name} ->" not in caplog.text and f"{paths[1].name} ->" in caplog.text
+    assert count_images(coco) == NUM_IMAGES - 4
+    [finding, *_], _ = examination.examine_data(SimpleNamespace(dataroot=str(coco), sd_version=None, fisher_path=None))
+    assert finding.text == "20 training images (4 left out, which cannot be read), encoded"
+    Image.new("RGB", (40, 40)).save(paths[0])
+    assert count_images(coco) == NUM_IMAGES - 3, "it will be encoded at the next use"
 
 
 def test_corrupt_images_may_be_left_out_and_every_other_row_keeps_its_id_and_captions(coco, encoded, model, monkeypatch):

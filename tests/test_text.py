@@ -99,14 +99,16 @@ def made(root):
 
 # Captions by position
 
-AMBIGUOUS = [["2.png", "10.png"], ["cat9.png", "cat10.png"], ["1_2.jpg", "1_10.jpg"], ["b.png", "C.png", "a.png"], ["img (2).png", "img (10).png"]]
+AMBIGUOUS = [["2.png", "10.png"], ["cat9.png", "cat10.png"], ["1_2.jpg", "1_10.jpg"], ["b.png", "C.png", "a.png"], ["img (2).png", "img (10).png"],
+             ["Ähre.png", "Apfel.png", "Birne.png"], ["cat.png", "cat_2.png", "cat-3.png", "cat 4.png"], ["a.png", "a (1).png", "a (2).png"],
+             ["١٠.png", "٢.png"], ["１０.png", "２.png"], ["ab-c.png", "abb.png"]]
 
 
 @pytest.mark.parametrize("names", AMBIGUOUS)
 def test_lines_whose_images_have_no_one_order_are_refused_and_the_advised_metadata_pairs_them(names, root, images, no_model, capsys):
     folder = images(names, "".join(f"first of {name}\n" for name in names))
     line = refused(capsys, encode.main, ["--dataroot", str(root), "--device", "cpu"])
-    assert "captions.txt: which line is whose?" in line and "order as text gives" in line and "by number gives" in line
+    assert "captions.txt: which line is whose?" in line and "order as text gives" in line and " lists them " in line
     entry = json.loads(line[line.index('{"'):line.index("}") + 1])
     assert entry["file_name"] in names and entry["text"] in (root / "laion_subset/captions.txt").read_text()
     by_name = {name: f"first of {name}" for name in names}
@@ -118,7 +120,7 @@ def test_lines_whose_images_have_no_one_order_are_refused_and_the_advised_metada
 def test_the_message_shows_both_pairings_and_a_name_with_zeros_that_is_accepted(root, images, no_model, capsys):
     folder = images(["1.png", "2.png", "10.png"], "one\ntwo\nten\n")
     line = refused(capsys, encode.main, ["--dataroot", str(root), "--device", "cpu"])
-    assert "From line 2 the names' order as text gives 10.png: two, 2.png: ten; their order by number gives 2.png: two, 10.png: ten." in line
+    assert "From line 2 the names' order as text gives 10.png: two, 2.png: ten; a file browser lists them 2.png: two, 10.png: ten." in line
     assert "Rename the images with leading zeros (2.png to 000002.png)" in line
     for name in "1.png", "2.png", "10.png":
         (folder / name).rename(folder / f"{Path(name).stem:0>6}.png")
@@ -134,6 +136,36 @@ def test_lines_of_images_in_the_one_order_that_there_is_are_paired_by_it(names, 
     assert [path.name for path in paths] == [caption for [caption] in captions] == names
 
 
+@pytest.mark.parametrize("captions, entry", [
+    ("b.png a dog\na.png a cat\n", {"file_name": "b.png", "text": "a dog"}), ("a cat\na.png\ta cat\n", {"file_name": "a.png", "text": "a cat"}),
+    ("images/b.png,a dog\nx\n", {"file_name": "b.png", "text": "a dog"}), ('"b.png", a dog\nx\n', {"file_name": "b.png", "text": "a dog"}),
+    ("b.png#0\ta dog\nx\n", {"file_name": "b.png", "text": "0\\ta dog"})])
+def test_lines_that_carry_names_of_images_are_refused_with_an_entry_of_their_own(captions, entry, root, images, no_model, capsys):
+    images(["a.png", "b.png"], captions)
+    line = refused(capsys, encode.main, ["--dataroot", str(root), "--device", "cpu"])
+    assert "captions.txt: " in line and "lines begin with an image's name, first line" in line
+    assert json.loads(line[line.index('{"'):line.index("}") + 1]) == entry
+
+
+def test_lines_with_names_of_no_image_there_are_captions(root, images):
+    images(["a.png", "b.png"], "c.png a dog\nphoto.jpg, a cat\n")
+    assert len(pair_images(root / "laion_subset/images", root / "laion_subset/captions.txt")[0]) == 2
+
+
+@pytest.mark.parametrize("captions", ["captions.txt", "metadata.jsonl"])
+def test_pictures_that_get_no_row_are_counted_and_named(captions, root, images, encode_root, caplog):
+    folder = images(["a.png", "b.png", "c.mpo", "c.png~", "d.png.bak", "plain", *(["in/e.png"] if captions == "captions.txt" else [])], "one\ntwo\n")
+    (folder / "notes.md").write_text("no picture")
+    (root / "laion_subset/metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{name}.png", "text": "a"}) + "\n" for name in "ab"))
+    (root / "dataset.json").write_text(json.dumps({**json.loads((root / "dataset.json").read_text()), "captions": f"laion_subset/{captions}"}))
+    for flags in ["--dry_run"], []:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "unlearn"):
+            encode_root(*flags)
+        [line] = [line for line in caplog.messages if "no training images" in line]
+        assert f"images: {5 if captions == 'captions.txt' else 4} pictures there are no training images, first c.mpo, c.png~, d.png.bak:" in line
+
+
 def test_arrays_that_are_there_are_not_labelled_by_an_order_that_is_not_clear(root, model):
     folder = root / "laion_subset/images"
     for number, path in enumerate(sorted(folder.iterdir())):
@@ -141,7 +173,7 @@ def test_arrays_that_are_there_are_not_labelled_by_an_order_that_is_not_clear(ro
     with pytest.raises(UserError, match="captions.txt: which line is whose. From line 3 the names' order as text gives 10.png: a purple star"):
         open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
     (root / "laion_subset/captions.txt").unlink()
-    with pytest.raises(UserError, match="which row is whose. From row 3 the names' order as text gives 10.png, 11.png, 12.png; their order by"):
+    with pytest.raises(UserError, match="which row is whose. From row 3 the names' order as text gives 10.png, 11.png, 12.png; a file browser lists"):
         open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
     (root / "laion_subset/captions.txt").write_text("one\n")
     with pytest.raises(UserError, match="laion_subset: 1 captions for 60 rows"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 from . import UserError
@@ -12,6 +13,8 @@ from .reading import MOST_TEXT, check_name, check_text, list_visible, read_json,
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # pictures.FORMATS
 UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".ppm", ".pgm", ".dng", ".cr2", ".nef", ".arw"}
 PAIRS_SHOWN = 3
+NAMED_LINE = re.compile(r"""["']?(.+?\.\w{3,5})["']?\s*[\s,;:#|]\s*(.+)""")  # b.png a dog
+BEGINNINGS = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL)  # of pictures' files
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 
 
@@ -31,28 +34,59 @@ def list_folder(folder):
     return paths
 
 
+def plain_letters(text):
+    """A text without accents and capitals, full-width letters as others: as people's programs compare names."""
+    return "".join(character for character in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(character))
+
+
 def natural_order(path):
-    """Key by which people's programs list files: numbers by their value, capitals beside small letters."""
-    return [("0", int(part)) if part.isascii() and part.isdecimal() else (part, 0) for part in re.findall("[0-9]+|.", path.name.casefold(), re.DOTALL)]
+    """Key by which file browsers list files: numbers by their value, in any script; capitals and accents beside plain letters; the name
+    before its suffix."""
+    parts = re.findall(r"\d+|.", plain_letters(path.stem), re.DOTALL)
+    return [("0", int(part)) if part.isdecimal() else (part, 0) for part in parts], path.suffix.casefold()
+
+
+def spoken_order(path):
+    """Key by which `ls` and others list files in most languages: that of a browser, without spaces and punctuation."""
+    return natural_order(path.with_name(re.sub(r"[\W_]+", "", path.stem) + path.suffix))
+
+
+def entry_of(name, caption):
+    """A line of a metadata.jsonl, for messages."""
+    return json.dumps({"file_name": name, "text": shorten(caption, 30)}, ensure_ascii=False)
+
+
+def check_unnamed(path, paths, lines):
+    """Raises UserError where captions that are told by their place begin with names of the images: they would be paired with others."""
+    names = {image.name: image for image in paths}
+    found = [(number, match) for number, line in enumerate(lines, 1) if (match := NAMED_LINE.match(line)) and PurePosixPath(match[1]).name in names]
+    if found:
+        number, match = found[0]
+        raise UserError(f"{path}: {len(found)} of {len(lines)} lines begin with an image's name, first line {number}: {shorten(lines[number - 1])}; "
+                        "but a line belongs to the image in its place, and all of it would be the caption. Write a "
+                        f"{Path(path).with_name('metadata.jsonl')} instead, an object a line such as "
+                        f"{entry_of(PurePosixPath(match[1]).name, match[2])}, and name that file as `captions` in dataset.json")
 
 
 def check_order(path, paths, lines):
-    """Raises UserError where images that are told by their place alone stand in one order as text and in another by the numbers
-    in their names: line n (without `lines`, row n of the arrays) would be that of one image or of another."""
-    natural = sorted(paths, key=natural_order)
-    if natural == paths:
+    """Raises UserError where images that are told by their place alone stand in one order as text and in another in people's listings:
+    line n (without `lines`, row n of the arrays) would be that of one image or of another."""
+    check_unnamed(path, paths, lines)
+    orders = {"a file browser": sorted(paths, key=natural_order), "`ls`": sorted(paths, key=spoken_order)}
+    who, natural = next(((who, order) for who, order in orders.items() if order != paths), (None, paths))
+    if who is None:
         return
     first = next(place for place, pair in enumerate(zip(paths, natural)) if pair[0] != pair[1])
     kind, ends = ("line", [f": {shorten(line, 30)}" for line in lines]) if lines else ("row", [""] * len(paths))
-    as_text, by_number = (", ".join(image.name + end for image, end in list(zip(order, ends))[first:first + PAIRS_SHOWN])
+    as_text, as_listed = (", ".join(image.name + end for image, end in list(zip(order, ends))[first:first + PAIRS_SHOWN])
                           for order in (paths, natural))
     name, number = natural[first].name, re.search("[0-9]+", natural[first].stem)
-    renamed = name.replace(number[0], number[0].zfill(6), 1) if number else None
-    entry = json.dumps({"file_name": name, "text": shorten(lines[first], 30) if lines else "..."}, ensure_ascii=False)
-    raise UserError(f"{path}: which {kind} is whose? From {kind} {first + 1} the names' order as text gives {as_text}; their order by number "
-                    f"gives {by_number}. " + (f"Rename the images with leading zeros ({name} to {renamed}), or name" if renamed else "Name")
-                    + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as {entry}, and that file as "
-                    "`captions` in dataset.json")
+    filled = sorted(paths, key=lambda image: natural_order(image.with_name(re.sub(r"\d+", "0", image.name))))
+    renamed = name.replace(number[0], number[0].zfill(6), 1) if number and filled == paths else None  # only numbers are in the way
+    raise UserError(f"{path}: which {kind} is whose? From {kind} {first + 1} the names' order as text gives {as_text}; {who} lists them "
+                    f"{as_listed}. " + (f"Rename the images with leading zeros ({name} to {renamed}), or name" if renamed else "Name")
+                    + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as {entry_of(name, lines[first] if lines else '...')}, "
+                    "and that file as `captions` in dataset.json")
 
 
 def read_lines(path):
@@ -163,6 +197,20 @@ def walk_visible(folder):
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         yield from (Path(where, name) for name in files if not name.startswith("."))
+
+
+def find_overlooked(folder, paths):
+    """Pictures below a folder, by their first bytes, that are not among these paths, for all that their names say: in a sub-folder of one
+    whose captions are lines, or with another suffix than those that are listed."""
+    listed = {os.path.normpath(path) for path in paths}
+
+    def is_picture(path):
+        try:
+            with open(path, "rb") as file:
+                return BEGINNINGS.match(file.read(16))
+        except OSError:
+            return False
+    return sorted(path for path in walk_visible(folder) if os.path.normpath(path) not in listed and path.is_file() and is_picture(path))
 
 
 def match_files(folder, path, entries):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import UserError
-from .annotations import PAIRS_SHOWN, READERS, pair_images
+from .annotations import PAIRS_SHOWN, READERS, find_overlooked, pair_images
 from .artifacts import check_writable, whole_file
 from .datasets import array_paths, read_identity
 from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
@@ -64,6 +64,30 @@ def list_pairs(dataroot, num_captions=0):
             raise
         raise UserError(f"{dataroot}: has no {latents_path.name} and {embeddings_path.name}, nor {settings['images']} with "
                         f"{settings['captions']} to make them from: {error}") from None
+
+
+def list_left_out(dataroot):
+    """Names of the images that `--skip_corrupt` left out when latents were made last; those that can be read by now are made again."""
+    latents_path = array_paths(dataroot)[0]
+    names = read_identity(latents_path).get("left_out", []) if record_path(latents_path).exists() else []
+    folder = Path(dataroot) / read_settings(dataroot)["images"]
+    unreadable = find_unreadable([folder / name for name in names])[0]
+    return [name for name in names if folder / name in unreadable]
+
+
+def count_pairs(dataroot):
+    """How many images latents and embeddings of a data root have, or will have when they are made. Raises as `list_pairs`."""
+    folder, left_out = Path(dataroot) / read_settings(dataroot)["images"], set(list_left_out(dataroot))
+    return sum(path.relative_to(folder).as_posix() not in left_out for path in list_pairs(dataroot)[0])
+
+
+def tell_overlooked(dataroot, paths):
+    """Says which pictures of a training set's folder have no row."""
+    folder = Path(dataroot) / read_settings(dataroot)["images"]
+    if overlooked := find_overlooked(folder, paths):
+        names = ", ".join(path.relative_to(folder).as_posix() for path in overlooked[:PAIRS_SHOWN])
+        say(f"{folder}: {len(overlooked)} pictures there are no training images, first {names}: by their suffix or folder they are not "
+            "listed, and no caption names them")
 
 
 def tell_pairs(paths, captions):
@@ -298,12 +322,16 @@ def encode_training_set(model, dataroot, resolution, batch_size, num_captions=0,
         return False
     check_root_writable(dataroot, "latents and embeddings", [Path(dataroot), *(path.parent for path in array_paths(dataroot))])
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
-    tell_pairs(paths, captions)
+    tell_overlooked(dataroot, paths)
     rows = choose_readable(paths, skip_corrupt, command)
     if len(rows) < len(paths):
         folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
         identity["left_out"] = [path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept]
+        names = identity["left_out"]
+        say(f"{len(names)} of {len(paths)} training images cannot be read and are left out: {', '.join(names[:10])}"
+            + (f" and {len(names) - 10} more; {record_path(latents_path)} names all" if names[10:] else ""))
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
+    tell_pairs(paths, captions)
     shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
 
     def write():

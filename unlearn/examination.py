@@ -21,7 +21,7 @@ from . import UserError, noise
 from .advice import encode_command, fisher_command
 from .customization import check_tokens
 from .datasets import array_paths, open_arrays
-from .encoding import check_given, has_given_arrays, list_pairs
+from .encoding import check_given, count_pairs, has_given_arrays, list_pairs
 from .inputs import examine_pictures, find_fisher, has_other_images
 from .models import trained_resolution
 from .reading import read_json
@@ -218,9 +218,11 @@ def examine_training_set(args, parts, resolution):
     _, problem = try_out(check_shapes, dataroot, parts, resolution) if given or made else (None, None)
     if given:
         return problem or Finding(OK, f"{len(open_arrays(dataroot)[1])} training images, latents and embeddings given")
+    count = count_pairs(dataroot)
+    left_out = f" ({len(pairs[0]) - count} left out, which cannot be read)" if count < len(pairs[0]) else ""
     if made and not problem:
-        return Finding(OK, f"{len(pairs[0])} training images, encoded")
-    return Finding(NOTE, f"{len(pairs[0])} training images, to be encoded {f'anew at the next use: {problem.text}' if problem else 'at first use'}",
+        return Finding(OK, f"{count} training images{left_out}, encoded")
+    return Finding(NOTE, f"{count} training images{left_out}, to be encoded {f'anew at the next use: {problem.text}' if problem else 'at first use'}",
                    f"ahead of time, by one process: {encode_command(args)}")
 
 

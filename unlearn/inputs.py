@@ -11,7 +11,7 @@ from .advice import encode_command, fisher_command
 from .curvature import DiagonalFisher, check_fisher
 from .datasets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
 from .encoders import encode_images, encode_prompts
-from .encoding import check_given, encode_training_set, has_given_arrays, list_pairs
+from .encoding import check_given, count_pairs, encode_training_set, has_given_arrays, list_pairs
 from .hashes import digest
 from .pictures import hash_picture, is_cropped, list_notes, read_picture
 from .printing import show
@@ -63,7 +63,7 @@ def step_size(text):
 
 def count_images(dataroot):
     """How many training images a data root has, whether they are encoded or not. Raises UserError where files are missing."""
-    return len(open_arrays(dataroot)[1] if has_given_arrays(dataroot) else list_pairs(dataroot)[0])
+    return len(open_arrays(dataroot)[1]) if has_given_arrays(dataroot) else count_pairs(dataroot)
 
 
 def resolve(args, flag_of=None):

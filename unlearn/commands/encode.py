@@ -4,7 +4,7 @@
     python -m unlearn encode --dataroot data/mine --num_captions 4 --skip_corrupt
 
 Its dataset.json says where images and captions are (`images`, `captions`: captions.txt, a line an image in the order of
-their names, which must be the same as text and by number; metadata.jsonl; COCO's caption annotations, *.json) and where
+their names, which must be the same as text and in a file browser; metadata.jsonl; COCO's caption annotations, *.json) and where
 the arrays go (`latents` [2N, C, h, w], as is and mirrored; `embeddings` [N, tokens, features] or [N, captions, tokens,
 features]). The first pairs are shown; empty captions, those longer than the tokenizer reads or in a script that it lacks, pictures that are transparent
 (they are shown on white), or of which the square crop cuts off a third or more, are counted. Killed and run again, the
@@ -15,7 +15,7 @@ import argparse
 
 from ..advice import encode_command
 from ..datasets import array_paths
-from ..encoding import check_given, encode_training_set, encoding_plan, has_given_arrays, list_pairs, tell_pairs
+from ..encoding import check_given, encode_training_set, encoding_plan, has_given_arrays, list_pairs, tell_overlooked, tell_pairs
 from ..inputs import add_flags, resolve, say_resolution
 from ..models import load_model
 from ..runtime import log, set_precision
@@ -44,6 +44,7 @@ def main(argv=None):
     model = load_model(args.sd_version, args.device, args.unet, trained=False)  # only the VAE and the text encoder are used
     say_resolution(model, settings)
     if args.dry_run:
+        tell_overlooked(args.dataroot, paths)
         tell_pairs(paths, captions)
         print(f"{len(captions)} images with {len(captions[0])} captions each")
         for path, size in encoding_plan(model, args.dataroot, captions, model.resolution(settings)).items():
