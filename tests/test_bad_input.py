@@ -764,7 +764,8 @@ def test_a_part_that_gives_another_shape_than_its_configuration_says_is_refused(
 
 
 def test_a_token_that_the_text_encoder_does_not_have_is_named(model, monkeypatch):
-    monkeypatch.setattr(model.pipeline.text_encoder.get_input_embeddings(), "weight", torch.nn.Parameter(torch.zeros(3, 32)))
+    # Not setattr, whose undoing takes the module's parameter away.
+    monkeypatch.setitem(model.pipeline.text_encoder.get_input_embeddings()._parameters, "weight", torch.nn.Parameter(torch.zeros(3, 32)))
     with pytest.raises(UserError, match="prompt 'a cat': the tokenizer knows .*, the text encoder has no embedding of it"):
         encoders.encode_prompts(model.pipeline, ["a cat"])
 

@@ -114,7 +114,7 @@ def test_a_tiff_is_turned_as_it_says_in_every_mode_and_compression(mode, compres
     if mode in ("LA", "RGBA"):
         source.putalpha(Image.fromarray(values[..., 0]))
     source.save(path, compression=compression)
-    plain, hashes = np.asarray(load_image(path)), set()
+    plain = np.asarray(load_image(path))
     for orientation, rotate in ROTATIONS.items():
         source.save(path, compression=compression, exif=exif_of(orientation))
         assert (np.asarray(load_image(path)) == rotate(plain)).all(), orientation
