@@ -66,6 +66,20 @@ def test_lds_depends_on_no_shift_and_no_scale_of_the_scores_and_on_no_order():
     np.testing.assert_allclose(permuted, expected[queries], atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_sums_that_are_equal_but_for_rounding_rank_as_equal_whatever_the_scale_and_the_power(count):
+    generator = np.random.default_rng(6)
+    kept, losses = generator.random((64, 362)).argsort(axis=1) < 181, generator.normal(size=(60, 64))
+    chosen = np.zeros((60, 362), int)
+    np.put_along_axis(chosen, generator.random((60, 362)).argsort(axis=1)[:, :count], 1, axis=1)
+    expected = spearman((chosen @ kept.T.astype(int)).astype(float), -losses)
+    for value, shift, power in (0.3, 0, 1), (0.5, 0, 1), (1, 0, 1), (1e-9, 0, 1), (0.3, 1000, 1), (0.3, 0, 1.5), (0.7, 0, 4):
+        scores = raise_scores(shift + value * chosen, power)
+        np.testing.assert_allclose(datamodeling_scores(scores, kept, losses), expected, atol=1e-12)
+    for value in 0.3, -0.37, 1 / 3:
+        assert not datamodeling_scores(np.full(chosen.shape, value), kept, losses).any()
+
+
 def test_a_power_takes_negative_scores_as_0_and_1_leaves_them_as_they_are():
     scores = np.array([[-3.0, 0.0, 2.0]])
     assert [raise_scores(scores, power).tolist() for power in (1, 2)] == [[[-3, 0, 2]], [[0, 0, 4]]]

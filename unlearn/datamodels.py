@@ -11,6 +11,7 @@ from .metrics import student_quantile
 CHUNK = 50  # left-out models at once; memory only
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 POWERS = (1, 1.5, 2, 3, 4)  # of scores before they are summed
+ROUNDING = 1e-10  # sums that are nearer, as a share of the sum of all magnitudes, are equal: float64 errs by far less
 
 
 def count_below(values):
@@ -58,11 +59,23 @@ def spearman(first, second):
     return correlate(average_ranks(first), average_ranks(second), np.ones(first.shape[1]))
 
 
+def merge_equal(values, least):
+    """Values [rows, n] of which those that sorting puts less than `least` [rows, 1] apart are equal, to the smallest of them."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered, merged = np.take_along_axis(values, order, axis=1), np.empty_like(values)
+    is_first = np.diff(ordered, axis=1, prepend=-np.inf) > least
+    firsts = np.maximum.accumulate(np.where(is_first, np.arange(values.shape[1]), 0), axis=1)
+    np.put_along_axis(merged, order, np.take_along_axis(ordered, firsts, axis=1), axis=1)
+    return merged
+
+
 def predict(scores, kept):
     """Sum of the scores of the kept images, [queries, models], from scores [queries, N] and kept [models, N], bool. Scores
-    are first shifted to a mean of 0, which changes no rank among subsets of one size but keeps digits."""
+    are first shifted to a mean of 0, which changes no rank among subsets of one size but keeps digits. Sums that differ by
+    rounding alone are made equal: ranks would take their order for knowledge."""
     scores = np.asarray(scores, np.float64)
-    return (scores - scores.mean(axis=1, keepdims=True)) @ np.asarray(kept, np.float64).T
+    shifted = scores - scores.mean(axis=1, keepdims=True)
+    return merge_equal(shifted @ np.asarray(kept, np.float64).T, ROUNDING * np.abs(shifted).sum(axis=1, keepdims=True))
 
 
 def datamodeling_scores(scores, kept, losses):
