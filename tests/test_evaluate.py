@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, metrics
 from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, mean_features, pixel_encoder,
-                               score_queries)
-from unlearn.commands.evaluate import group_queries, kind_of, main
+                               score_queries, word_scores)
+from unlearn.commands.evaluate import group_queries, kind_of, main, measure_words
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.influence import best_view, rank_images
@@ -150,6 +151,18 @@ def test_an_image_without_length_scores_zero():
     assert cosine_scores(np.ones((1, 4)), [np.zeros((2, 1, 4))], 0).tolist() == [[0]]
 
 
+def test_words_score_by_the_share_of_all_words_that_prompt_and_caption_have_in_common_whatever_case_and_stops():
+    scores = list(word_scores(["A red <new1> cat", "", "b"], ["a cat, a CAT.", "red", "", "<new1> Cat"]))
+    np.testing.assert_allclose(scores, [[2 / 4, 1 / 4, 0, 2 / 4], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_exemplars_whose_captions_say_no_more_than_others_are_ranked_after_them():
+    task = replace(make_task(train_prompt="a blob"), exemplar_paths=(1, 2))
+    found = [measure_words([task], captions)[0, -1] for captions in (["a cat", "two"], ["Blob, a", "cat"], ["dog"])]
+    assert found == pytest.approx([1, (1 / 2 + 2 / 3) / 2, 1])
+    assert measure_words([replace(task, prompt="xyz")], ["dog"] * 98)[0].tolist() == [0, 0, 1, pytest.approx((1 / 99 + 2 / 100) / 2)]
+
+
 def test_pixels_are_those_of_the_transform_and_its_mirror_and_large_ones_are_averaged(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (140, 128, 3), np.uint8)).save(tmp_path / "image.png")
     path, image = tmp_path / "image.png", load_image(tmp_path / "image.png")
@@ -189,14 +202,14 @@ def test_the_command_measures_ours_chance_and_baselines_and_writes_three_tables(
     assert "highest possible" not in screen  # 5 exemplars fit into the top 5
     assert not list(tmp_path.glob("**/*.part"))
     rows = {(row["method"], row["group"], row["metric"]): row for row in read_csv(tmp_path / "evaluate/evaluate.csv")}
-    assert {key[0] for key in rows} == {"ours", "random", "pixel", "vae"}
+    assert {key[0] for key in rows} == {"ours", "random", "words", "pixel", "vae"}
     assert {key[1] for key in rows} == {"all", "object", "test_tiny"}
     precision = np.mean([1, (1 + 2 / 4 + 3 / 7 + 4 / 20 + 5 / 65) / 5])
     assert float(rows["ours", "all", "mAP"]["mean"]) == pytest.approx(precision)
     assert float(rows["random", "all", "Recall@10"]["mean"]) == pytest.approx(10 / 65)
     assert float(rows["random", "object", "mAP"]["mean"]) == pytest.approx(metrics.expected_average_precision(5, 65))
     queries = read_csv(tmp_path / "evaluate/queries.csv")
-    assert len(queries) == 8 and queries[0]["synth_image_path"] == "synth/tiny/gpt/blob/samples/00000.png"
+    assert len(queries) == 10 and queries[0]["synth_image_path"] == "synth/tiny/gpt/blob/samples/00000.png"
     paired = {(row["baseline"], row["group"], row["metric"]): row for row in read_csv(tmp_path / "evaluate/paired.csv")}
     ours, vae = (np.array([float(row["AP"]) for row in queries if row["method"] == method]) for method in ("ours", "vae"))
     difference = ours - vae
@@ -277,7 +290,7 @@ def test_without_pictures_the_pixel_baseline_is_left_out_with_a_note_and_feature
     arguments[arguments.index("--dataroot") + 1] = str(root)
     main(arguments)
     assert "The pixel baseline is left out" in capsys.readouterr().out
-    assert {row["method"] for row in read_csv(tmp_path / "evaluate/queries.csv")} == {"ours", "random", "vae"}
+    assert {row["method"] for row in read_csv(tmp_path / "evaluate/queries.csv")} == {"ours", "random", "words", "vae"}
     with pytest.raises(UserError, match="--features some/clip: needs the pictures"):
         main([*arguments, "--features", "some/clip"])
 
@@ -308,7 +321,7 @@ def clip_folder(tmp_path_factory):
 def test_features_of_a_clip_model_are_a_further_method(arguments, tmp_path, clip_folder):
     main([*arguments, "--features", str(clip_folder), "--output", str(tmp_path / "out")])
     methods = [row["method"] for row in read_csv(tmp_path / "out/queries.csv")]
-    assert methods == ["ours", "random", "pixel", "vae", "tiny-clip"] * 2
+    assert methods == ["ours", "random", "words", "pixel", "vae", "tiny-clip"] * 2
 
 
 def test_features_do_not_depend_on_the_batch_and_the_second_view_is_the_mirrored_image(tmp_path, clip_folder):

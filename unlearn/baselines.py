@@ -1,11 +1,12 @@
-"""Rankings by plain similarity to the query: cosine of pixels, of VAE latents, of CLIP or DINO features, of texts.
+"""Rankings by plain similarity to the query: cosine of pixels, of VAE latents, of CLIP or DINO features, of texts; shared words.
 
-All are centred: the mean of the training set's features, over images and views, is taken off first. What all images share
+All cosines are centred: the mean of the training set's features, over images and views, is taken off first. What all images share
 says nothing of one of them, and without this it is most of a cosine.
 
 An encoder is a function from image paths to features [2, n, size] float32: each image as is, then mirrored.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,27 @@ def text_blocks(training_set):
         embeddings = np.asarray(training_set.embeddings[start:start + BLOCK_IMAGES], np.float32)
         check_pixels(f"embeddings from {training_set.ids[start]} on", embeddings)
         yield embeddings.reshape(*embeddings.shape[:2], -1).swapaxes(0, 1)
+
+
+def list_words(text):
+    """The different words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def word_scores(prompts, captions):
+    """Yields each prompt's scores [captions] float64: how many words it and a caption share, over how many they have in all
+    (Jaccard); 0 where neither has one. No model has any part in it."""
+    owners, sizes = {}, np.empty(len(captions))
+    for row, caption in enumerate(captions):
+        words = list_words(caption)
+        sizes[row] = len(words)
+        for word in words:
+            owners.setdefault(word, []).append(row)
+    for words in map(list_words, prompts):
+        shared = np.zeros(len(captions))
+        for word in words:
+            shared[owners.get(word, [])] += 1
+        yield shared / np.maximum(len(words) + sizes - shared, 1)
 
 
 def normalise(features):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries
+from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries, word_scores
 from ..datasets import list_images
 from ..goldstandard import evaluate_retrained
 from ..hashes import digest
@@ -37,6 +37,7 @@ from ..runtime import progress
 from ..tasks import group_by_model, load_tasks
 
 OURS = "ours"
+NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another
 PAIRED_METRICS = ("Recall@10", "mAP")
 COLUMNS = {  # of the CSV files; a standard error of a single query is empty
     "evaluate": ("method", "group", "metric", "mean", "standard_error", "highest_possible", "queries"),
@@ -48,8 +49,8 @@ COLUMNS = {  # of the CSV files; a standard error of a single query is empty
 def check_features(names, paths, dataroot):
     """Method names of the feature models. Raises UserError where two are the same or there are no pictures to look at."""
     methods = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
-    if len({OURS, "random", "pixel", "vae", *methods}) != 4 + len(methods):
-        raise UserError(f"--features {' '.join(names)}: names must differ from each other and from ours, random, pixel, vae")
+    if len({*NAMES, *methods}) != len(NAMES) + len(methods):
+        raise UserError(f"--features {' '.join(names)}: names must differ from each other and from {', '.join(NAMES)}")
     if methods and not paths:
         raise UserError(f"--features {names[0]}: needs the pictures {dataroot}/laion_subset/images, and there are none")
     return methods
@@ -67,6 +68,10 @@ def measure_baselines(tasks, args, settings, methods, rankings):
         print(f"The pixel baseline is left out: {args.dataroot} has no pictures of its training images (laion_subset/images).\n")
         del encoders["pixel"]
     values, ties = {}, {}
+    if any(training_set.captions):
+        values["words"] = measure_words(tasks, training_set.captions)
+    else:
+        print(f"The words baseline is left out: {args.dataroot} has no captions of its training images.\n")
     for method, encode in encoders.items():
         blocks = partial(latent_blocks, training_set) if method == "vae" else partial(encode_blocks, encode, training_set.paths)
         values[method], ties[method] = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
@@ -82,6 +87,15 @@ def measure(method, encode, blocks, tasks, dataroot, num_training):
             rows.append(query_metrics(exemplar_ranks(rank_images(scores), is_exemplar)))
             ties += is_tied(scores, is_exemplar)
     return np.array(rows), ties
+
+
+def measure_words(tasks, captions):
+    """Metrics [queries, metrics] of the words that prompts share with captions, an exemplar's being its model's train prompt.
+    Training images as good as the exemplars are ranked before them: texts are often alike, and what cannot tell them apart has
+    found nothing."""
+    scores = word_scores([task.prompt for task in tasks], [*(task.train_prompt for task in tasks), *captions])
+    before = [int((row[len(tasks):] >= row[place]).sum()) for place, row in enumerate(scores)]
+    return np.array([query_metrics(count + 1 + np.arange(len(task.exemplar_paths))) for task, count in zip(tasks, before)])
 
 
 def kind_of(task):
