@@ -410,6 +410,12 @@ def test_queries_of_customized_models_have_their_exemplars_first_and_only_simila
         command("--methods", "pixel", "trak", "dtrak", tasks=[FIRST, SECOND], name="refused")
 
 
+def test_a_method_that_gives_all_images_the_same_score_says_so(command, monkeypatch, caplog):
+    monkeypatch.setitem(METHODS, "random", lambda run: [np.zeros(len(run.training_set)), np.arange(len(run.training_set))])
+    command("--methods", "random")
+    assert f"random: all images have the same score for 1 of 2 queries, first {TASKS[0]['synth_image_path']}: of these it says nothing" in caplog.text
+
+
 @pytest.mark.parametrize("given, said", [
     (["--methods", "pixel", "tark"], "--methods: expected some of random, pixel, vae, .*, found tark"),
     (["--methods"], "--methods: expected some of random, pixel, .* found none"),

@@ -16,7 +16,7 @@ import compute_training_loss
 from unlearn import UserError, metrics
 from unlearn.baselines import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder, mean_features, pixel_encoder,
                                score_queries, word_scores)
-from unlearn.commands.evaluate import group_queries, kind_of, main, measure_words
+from unlearn.commands.evaluate import group_queries, kind_of, main, measure, measure_words
 from unlearn.datasets import open_training_set
 from unlearn.encoders import load_image, transform_image
 from unlearn.influence import best_view, rank_images
@@ -161,6 +161,23 @@ def test_exemplars_whose_captions_say_no_more_than_others_are_ranked_after_them(
     found = [measure_words([task], captions)[0, -1] for captions in (["a cat", "two"], ["Blob, a", "cat"], ["dog"])]
     assert found == pytest.approx([1, (1 / 2 + 2 / 3) / 2, 1])
     assert measure_words([replace(task, prompt="xyz")], ["dog"] * 98)[0].tolist() == [0, 0, 1, pytest.approx((1 / 99 + 2 / 100) / 2)]
+
+
+def test_features_that_are_the_mean_but_for_rounding_score_zero_and_others_as_before():
+    generator = np.random.default_rng(0)
+    alike = (generator.normal(size=8) * (1 + 1e-7 * generator.normal(size=(2, 50, 1)))).astype(np.float32)
+    assert not cosine_scores(alike[0, :3], [alike], mean_features([alike])).any()
+    near = alike * (1 + 1e-3 * generator.normal(size=alike.shape)).astype(np.float32)
+    assert (cosine_scores(near[0, :3], [near], mean_features([near])).argmax(axis=1) == [0, 1, 2]).all()
+
+
+def test_scores_that_are_all_equal_are_measured_as_chance_and_it_says_so(monkeypatch):
+    task = replace(make_task(), exemplar_paths=(1, 2))
+    monkeypatch.setattr("unlearn.commands.evaluate.score_queries", lambda *_: iter([np.zeros(9), np.array([1.0, 2, 1, *[0] * 6])]))
+    values, notices = measure("pixel", None, None, [task, task], "", 7)
+    np.testing.assert_allclose(values, [metrics.chance_metrics(2, 9), [1, 1, 1, 1]])
+    assert notices == ["pixel: in 1 queries exemplars tie with training images, counted in the exemplars' favour.",
+                       "pixel: in 1 of 2 queries all images have the same score, which is measured as chance."]
 
 
 def test_pixels_are_those_of_the_transform_and_its_mirror_and_large_ones_are_averaged(tmp_path):

@@ -418,6 +418,20 @@ def test_an_interval_without_the_random_models_deviation_says_so(world, capsys):
     assert "No number of random images was removed by two models: the intervals of equivalent numbers leave out how" in capsys.readouterr().out
 
 
+def test_scores_that_leave_images_equal_are_told(world, capsys):
+    main(world.flags())
+    assert "the same score" not in capsys.readouterr().out
+    scores = np.random.default_rng(3).normal(size=world.effect.shape)
+    fourth, fifth = rank_images(scores[2])[3:5]
+    scores[1], scores[2, fifth] = 0, scores[2, fourth]
+    world.save_influence("pixel", scores)
+    world.save_without("pixel", scores, 4, [0, 2])
+    main(world.flags())
+    screen = capsys.readouterr().out
+    assert "pixel: all images have the same score for 1 of 5 queries: of these it says nothing, and their LDS is 0." in screen
+    assert "pixel: for 1 of 2 removals the K-th image and the next have the same score: the order of the files decided" in screen
+
+
 def test_the_lds_is_of_the_subsets_of_one_seed(world, capsys):
     main(world.flags())
     before = world.table("lds")

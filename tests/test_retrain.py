@@ -257,6 +257,20 @@ def test_an_influence_file_of_another_training_set_is_refused(world, tmp_path, c
     assert "ranks other training images, 60 of " in said and "than the 60 of" in said and not files(tmp_path / "results")
 
 
+def test_scores_that_do_not_decide_which_images_are_the_first_k_are_refused(world, tmp_path, capsys):
+    folder = tmp_path / "baselines/text"
+    write_influence(folder, [f"laion/{row:06d}" for row in range(60)], open_training_set(world / "root", "abc", (4, 16, 16), (77, 32)).identity)
+    path = folder / "queries/00000/influence.npz"
+    arrays = dict(np.load(path))
+    arrays["influence"][arrays["rank"][2:]] = 0
+    np.savez(path, **arrays)
+    write_record(path, read_json(record_path(path), "record")["identity"])
+    flags = ["--top_k", "2", "3", "--influence", str(folder)]
+    said = refused(capsys, retrain.main, bad(world, tmp_path, *flags))
+    assert "00000/influence.npz: the images ranked 3 and 4 have the same score; the order of the files, not text, would decide" in said
+    assert not files(tmp_path / "results")
+
+
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(world, place, capsys, tmp_path):
     before = files(tmp_path)
     said = refused(capsys, retrain.main, ["full", *place, "--train_lr", "0.002"])

@@ -23,6 +23,7 @@ from .pictures import load_image
 
 BLOCK_IMAGES = 64  # candidates in memory at once; part of no result
 LARGEST_PIXELS = 64  # pixels are compared at this resolution at the most
+ROUNDING = 1e-5  # what is left of features less their mean, relative: less is what float32 makes of nothing
 
 
 def pixel_encoder(resolution):
@@ -138,6 +139,14 @@ def normalise(features):
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
+def centre(features, mean):
+    """Features less the mean, of length 1 along the last axis; 0 where they are the mean but for rounding, whose direction says
+    nothing."""
+    centred = features - mean
+    centred[np.linalg.norm(centred, axis=-1) < ROUNDING * np.linalg.norm(features, axis=-1)] = 0
+    return normalise(centred)
+
+
 def mean_features(blocks, progress=lambda count: None):
     """Mean of features [views, b, size] over all views and images of the blocks, [size] float32."""
     total, count = 0.0, 0
@@ -153,9 +162,9 @@ def cosine_scores(queries, blocks, mean, progress=lambda count: None):
     queries: [queries, size]; blocks: features [views, b, size] of n candidates; mean: [size], of `mean_features`;
     `progress(count)` is told of the candidates.
     """
-    queries, scores = normalise(queries - mean), [np.empty((len(queries), 0), np.float32)]
+    queries, scores = centre(queries, mean), [np.empty((len(queries), 0), np.float32)]
     for block in blocks:
-        scores.append((queries @ normalise(block - mean).swapaxes(1, 2)).max(axis=0))
+        scores.append((queries @ centre(block, mean).swapaxes(1, 2)).max(axis=0))
         progress(block.shape[1])
     return np.concatenate(scores, axis=1)
 

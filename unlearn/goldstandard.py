@@ -11,6 +11,7 @@ from .advice import write_command
 from .artifacts import whole_file
 from .datamodels import choose_power, leave_models_out, mean_interval, predict, raise_scores, spearman
 from .figures import draw_grid
+from .influence import is_indifferent, is_undecided
 from .plots import draw_plots
 from .printing import show
 from .rankings import count_warnings
@@ -242,6 +243,20 @@ def retrain_command(args, kind, **more):
     return write_command("retrain", args, kind, output=args.retrained, **more)
 
 
+def equal_score_lines(values, models, queries):
+    """Of each method whose scores [queries, N] leave all images, or those at the K-th place, equal: a line that says so."""
+    lines = []
+    for method, scores in values.items():
+        if count := sum(map(is_indifferent, scores)):
+            lines.append(f"{method}: all images have the same score for {count} of {len(queries)} queries: of these it says nothing, and their "
+                         "LDS is 0.")
+        asked = {(model.query, model.num_removed) for model in models if model.method == method and model.query in queries}
+        if count := sum(is_undecided(scores[queries.index(query)], k) for query, k in asked):
+            lines.append(f"{method}: for {count} of {len(asked)} removals the K-th image and the next have the same score: the order of the "
+                         "files decided which were removed.")
+    return lines
+
+
 def read_tuning(args, queries):
     """Task file, models and queries of --tuning_json: ({query: task file}, models), both empty without it. Raises UserError where
     one of its queries is also reported, or cannot be measured."""
@@ -303,7 +318,7 @@ def evaluate_retrained(args, tasks):
                           "further queries, lets evaluate choose each method's power. Compare methods by that one.")
     for method, each in scores.items():
         notices += count_warnings(each.warnings, f"queries scored by {method}")
-    notices += filter(None, [left_out_line(models)])
+    notices += [*filter(None, [left_out_line(models)]), *equal_score_lines(values, shown, queries)]
     print_tables(rows, lds, shown, notices)
     rows["lds"], rows["lds_queries"] = lds, [(query, *row) for query, each in zip(queries, by_query) for row in each]
     if not args.scores:

@@ -22,6 +22,16 @@ def rank_images(influence):
     return np.argsort(-influence, kind="stable")
 
 
+def is_indifferent(scores):
+    """Whether all images have the same score: such scores say nothing."""
+    return bool(np.ptp(scores) == 0)
+
+
+def is_undecided(scores, k):
+    """Whether the k-th and the next image have the same score, so that their order in the data root decides which are the first k."""
+    return k < len(scores) and bool(np.equal(*-np.partition(-scores, (k - 1, k))[k - 1:k + 1]))
+
+
 def find_warnings(moved, before, after):
     """Why a ranking may mean nothing, a short sentence each. moved: relative change of the weights; before, after: the query's own
     loss. NaN, where one is not known, warns of nothing."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from . import UserError
 from .advice import influence_command, write_command
+from .influence import is_undecided
 from .rankings import count_warnings, read_influence, warnings_of
 from .reading import read_json
 from .records import names_of_file, record_path
@@ -85,6 +86,9 @@ def plan_without(args, training_set, tasks):
             warnings[path] = warnings_of(arrays)
             for k in args.top_k:
                 check_count("--top_k", k, len(training_set), "training images")
+                if is_undecided(arrays["influence"], k):
+                    raise UserError(f"{path}: the images ranked {k} and {k + 1} have the same score; the order of the files, not {method}, would "
+                                    "decide which are removed; give another --top_k, or leave this folder out of --influence")
                 members = np.ones(len(training_set), bool)
                 members[arrays["rank"][:k]] = False
                 name = f"without-{method}-{task.result_name.replace('/', '-')}-k{k}{seed_suffix(args.seeds[0])}"

@@ -20,7 +20,7 @@ from ..customization import check_customization, check_tokens
 from ..encoding import has_given_arrays, map_files
 from ..generation import NUM_INFERENCE_STEPS, check_steps
 from ..hashes import digest
-from ..influence import rank_images
+from ..influence import is_indifferent, rank_images
 from ..inputs import (add_flags, check_pictures, check_result_dir, check_training_files, compare_images, encode_query, find_fisher,
                       load_fisher, prepare_training_set, resolve)
 from ..losses import noise_identity
@@ -139,11 +139,16 @@ def write_scores(path, identity, run, task, scores, warnings=()):
 def score_tasks(run, method, score, feature_model=None):
     """Scores all queries by a method where some are pending: so that a run that was killed gives the bits of one that was not."""
     results = list(list_results(run, method, feature_model))
-    pending = [not keep_complete(path, identity, run.args.overwrite, REMEDY) for path, identity in results]
+    pending, indifferent = [not keep_complete(path, identity, run.args.overwrite, REMEDY) for path, identity in results], []
     if any(pending):
         for task, (path, identity), scores, is_pending in zip(run.tasks, results, score(run), pending, strict=True):
             if is_pending:
                 write_scores(path, identity, run, task, scores, run.fisher.warnings if method == "influence" else ())
+            if is_indifferent(scores):
+                indifferent.append(task.synth_image_path)
+    if indifferent:
+        log.warning(f"{method}: all images have the same score for {len(indifferent)} of {len(results)} queries, first {indifferent[0]}: of "
+                    "these it says nothing. Are all captions or pictures alike?")
     log.info(f"{method}: {len(results)} queries in {run.folder / method}")
 
 

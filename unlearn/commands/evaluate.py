@@ -25,7 +25,7 @@ from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_en
 from ..datasets import list_images
 from ..goldstandard import evaluate_retrained
 from ..hashes import digest
-from ..influence import rank_images
+from ..influence import is_indifferent, rank_images
 from ..inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
 from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
                        query_metrics, summarise, summary_table)
@@ -57,7 +57,7 @@ def check_features(names, paths, dataroot):
 
 
 def measure_baselines(tasks, args, settings, methods, rankings):
-    """Metrics [queries, metrics] of each similarity baseline by name, and of how many queries exemplars tie."""
+    """Metrics [queries, metrics] of each similarity baseline by name, and notices, a line each."""
     features = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(methods, args.features)}
     model = load_model(args.sd_version, args.device, args.unet)
     training_set = prepare_training_set(model, args, settings)
@@ -67,26 +67,39 @@ def measure_baselines(tasks, args, settings, methods, rankings):
     if training_set.paths[0] is None:
         print(f"The pixel baseline is left out: {args.dataroot} has no pictures of its training images (laion_subset/images).\n")
         del encoders["pixel"]
-    values, ties = {}, {}
+    values, notices = {}, []
     if any(training_set.captions):
         values["words"] = measure_words(tasks, training_set.captions)
     else:
         print(f"The words baseline is left out: {args.dataroot} has no captions of its training images.\n")
     for method, encode in encoders.items():
         blocks = partial(latent_blocks, training_set) if method == "vae" else partial(encode_blocks, encode, training_set.paths)
-        values[method], ties[method] = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
-    return values, ties
+        values[method], lines = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
+        notices += lines
+    return values, notices
 
 
 def measure(method, encode, blocks, tasks, dataroot, num_training):
-    """Metrics [queries, metrics] of one baseline, and of how many queries exemplars tie with other images."""
-    rows, ties = [], 0
+    """Metrics [queries, metrics] of one baseline, those of chance where it gives all images the same score, and notices."""
+    rows, ties, indifferent = [], 0, 0
     with progress(2 * num_training, method, "images") as bar:
         for task, scores in zip(tasks, score_queries(encode, blocks, tasks, dataroot, bar.update)):
             is_exemplar = np.arange(len(scores)) < len(task.exemplar_paths)
-            rows.append(query_metrics(exemplar_ranks(rank_images(scores), is_exemplar)))
-            ties += is_tied(scores, is_exemplar)
-    return np.array(rows), ties
+            if is_indifferent(scores):
+                rows.append(chance_metrics(len(task.exemplar_paths), len(scores)))
+                indifferent += 1
+            else:
+                rows.append(query_metrics(exemplar_ranks(rank_images(scores), is_exemplar)))
+                ties += is_tied(scores, is_exemplar)
+    notices = tie_lines(method, ties)
+    if indifferent:
+        notices.append(f"{method}: in {indifferent} of {len(tasks)} queries all images have the same score, which is measured as chance.")
+    return np.array(rows), notices
+
+
+def tie_lines(method, count):
+    """A line on queries whose exemplars tie, in a list, or []."""
+    return [f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour."] if count else []
 
 
 def measure_words(tasks, captions):
@@ -136,7 +149,7 @@ def spread(numbers):
     return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"
 
 
-def report(tasks, rankings, values, ties, output):
+def report(tasks, rankings, values, notices, output):
     """Prints the tables and writes evaluate.csv, paired.csv and queries.csv."""
     counts, groups = [len(task.exemplar_paths) for task in tasks], group_queries(tasks)
     summary = summarise(values, np.array([highest_metrics(count) for count in counts]), groups)
@@ -152,9 +165,8 @@ def report(tasks, rankings, values, ties, output):
              *paired_table(paired, group), "")
     show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
     show(*count_warnings({task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}))
-    for method, count in ties.items():
-        if count:
-            print(f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour.")
+    for notice in notices:
+        show(notice)
     queries = [(task.synth_image_path, task.test_case, kind_of(task), counts[row], candidates[row], method, *array[row].tolist())
                for row, task in enumerate(tasks) for method, array in values.items()]
     for name, rows in ("evaluate", summary), ("paired", paired), ("queries", queries):
@@ -201,5 +213,5 @@ def main(argv=None):
     check_training_files(args)
     values = {OURS: np.array([query_metrics(ranking.ranks) for ranking in rankings]),
               "random": np.array([chance_metrics(len(ranking.ranks), ranking.num_candidates) for ranking in rankings])}
-    baselines, ties = measure_baselines(tasks, args, settings, methods, rankings)
-    report(tasks, rankings, {**values, **baselines}, {OURS: sum(ranking.tied for ranking in rankings), **ties}, args.output)
+    baselines, notices = measure_baselines(tasks, args, settings, methods, rankings)
+    report(tasks, rankings, {**values, **baselines}, [*tie_lines(OURS, sum(ranking.tied for ranking in rankings)), *notices], args.output)
