@@ -125,6 +125,11 @@ def test_the_interval_of_one_query_is_that_of_its_models():
     assert low < mean < high and high - low > 0.2
 
 
+def test_an_interval_ends_where_the_measure_does():
+    found = [mean_interval(np.array([0.9, -0.9, 0.8]), np.array([[1.0, 1, 1], [-1, -1, -1], [0, 0, 0]]), largest) for largest in (1, 2)]
+    assert [interval[1:] for interval in found] == [(-1, 1), (-2, 2)]
+
+
 def test_intervals_of_lds_and_of_paired_differences_are_as_wide_as_the_estimates_scatter():
     """Many worlds whose queries and models are drawn anew: the estimates' standard deviation is known."""
     generator, found = np.random.default_rng(0), []

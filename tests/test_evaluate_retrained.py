@@ -373,7 +373,10 @@ def test_a_task_file_of_fewer_queries_leaves_the_models_of_the_others_out_and_sa
     write_json(tmp_path / "tasks.json", json.loads((tmp_path / "tasks.json").read_text())[:2])
     main(world.flags())
     assert "4 models were trained without images of queries that are not in this task file; left out." in capsys.readouterr().out
-    assert find(world.table("leave_k_out"), method="ours")["queries"] == "2"
+    ours = find(world.table("leave_k_out"), method="ours")
+    assert (ours["queries"], ours["models"]) == ("2", "2")
+    main(world.flags())
+    assert "2 full models, 12 on random subsets, 8 without chosen or random images" in capsys.readouterr().out
 
 
 def test_pictures_that_were_not_made_leave_their_cells_empty(world, capsys):
@@ -430,6 +433,25 @@ def test_scores_that_leave_images_equal_are_told(world, capsys):
     screen = capsys.readouterr().out
     assert "pixel: all images have the same score for 1 of 5 queries: of these it says nothing, and their LDS is 0." in screen
     assert "pixel: for 1 of 2 removals the K-th image and the next have the same score: the order of the files decided" in screen
+
+
+def test_the_lds_is_of_the_seed_of_the_queries_model_where_it_has_enough_subsets_else_it_says_so(world, capsys):
+    world.save_full(1)
+    world.edit("full-seed1.json", lambda record: record.update(mse=dict.fromkeys(QUERIES, 0.01)))
+    for number in range(9):
+        edit(f"half-{number:03d}.json", "seed", 1)(world)
+    main(world.flags())
+    assert {row["models"] for row in world.table("lds")} == {"3"} and "not the seed of" not in capsys.readouterr().out
+    remove("half-011.json")(world)
+    main(world.flags())
+    assert {row["models"] for row in world.table("lds")} == {"9"}
+    assert "The LDS is of models with seed 1, which is not the seed of the queries' model (0)" in capsys.readouterr().out
+
+
+def test_the_number_of_tuning_queries_is_told_and_few_are_warned_of(tuned, tmp_path, capsys):
+    main(tuned.flags("--tuning_json", str(tmp_path / "tuning.json")))
+    screen = capsys.readouterr().out
+    assert "powers chosen on 3 further queries)" in screen and "Powers were chosen on 3 tuning queries: another few may choose others" in screen
 
 
 def test_the_lds_is_of_the_subsets_of_one_seed(world, capsys):

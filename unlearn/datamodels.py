@@ -113,8 +113,9 @@ def leave_models_out(predictions, losses):
     return measured
 
 
-def mean_interval(by_query, left_out):
-    """The mean over queries of a measure [queries], LDS or a difference of two, and its 95 % interval: (mean, low, high).
+def mean_interval(by_query, left_out, largest=1):
+    """The mean over queries of a measure [queries], LDS or a difference of two, and its 95 % interval: (mean, low, high), within
+    what the measure can be, -largest to largest.
 
     Queries and models are both samples. How the queries differ already holds what the models do to each of them apart; what
     they do to all queries alike, the mean covariance of two queries by the jackknife over the models, is added. (Drawing both
@@ -130,7 +131,7 @@ def mean_interval(by_query, left_out):
         variance = by_query.var(ddof=1) / num_queries + max(alike, 0)
     fewest = min(num_queries, num_models) if num_queries > 1 else num_models
     mean, reach = float(by_query.mean()), float(student_quantile(fewest - 1) * np.sqrt(variance))
-    return mean, mean - reach, mean + reach
+    return mean, max(mean - reach, -largest), min(mean + reach, largest)
 
 
 def interval(draws):

@@ -15,7 +15,7 @@ from .influence import is_indifferent, is_undecided
 from .plots import draw_plots
 from .printing import show
 from .rankings import count_warnings
-from .removal import (MEASURES, asked_queries, equivalent_rows, find_maker, find_references, floor_rows, group_models,
+from .removal import (MEASURES, SAME_PICTURE, asked_queries, equivalent_rows, find_maker, find_references, floor_rows, group_models,
                       measure_removals, other_full_rows, paired_rows, random_changes, random_deviations, removal_rows,
                       retention_rows)
 from .results import load_picture, write_csv
@@ -24,11 +24,12 @@ from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
 from .tables import equivalent_table, lds_table, paired_table, removal_table, retention_table
 from .tasks import load_tasks
 
-FEWEST_SUBSETS = 3
+FEWEST_SUBSETS, FEWEST_TUNING = 3, 10
 LDS = ("lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high")
 RETRAINED_TIMESTEPS = 200  # of `retrain`'s losses, by default
+LDS_COLUMNS = ("method", *LDS, "power", *(f"powered_{name}" for name in LDS), "tuning_lds", "tuning_queries", "queries", "models")
 COLUMNS = {
-    "lds": ("method", *LDS, "power", *(f"powered_{name}" for name in LDS), "tuning_lds", "tuning_queries", "queries", "models"),
+    "lds": LDS_COLUMNS,
     "lds_queries": ("query", "method", "lds", "powered_lds"),
     "leave_k_out": ("method", "k", "queries", "models", "dL", "dL_error", "mse", "mse_error", "similarity", "similarity_error"),
     "leave_k_out_paired": ("baseline", "k", "queries", *(name + end for name in MEASURES for end in ("", "_error", "_p"))),
@@ -46,15 +47,31 @@ def check_training_set(scores, models, source):
                             f"{first['num_images']}{'' if len(each.ids) != first['num_images'] else ' others: of another data root or encoding'}")
 
 
+def maker_seed(models):
+    """The seed of the full model that makes the queries again; None where none does, or pictures were not made."""
+    return next((model.seed for model in models if model.kind == "full" and (model.mse <= SAME_PICTURE).all()), None)
+
+
 def largest_group(models):
-    """Models on random subsets of one size and of one seed, those of which there are most (the larger subset, the lower seed of
-    equally many): the sum of the scores of larger subsets says little else than how large they are, and a seed shifts a query's
-    loss by more than most images do."""
+    """Models on random subsets of one size and of one seed: the sum of the scores of larger subsets says little else than how
+    large they are, and a seed shifts a query's loss by more than most images do. Those of the seed of the queries' own model
+    where there are enough, and of these the most (the larger subset, the lower seed of equally many)."""
     groups = {}
     for model in models:
         if model.kind == "subset":
             groups.setdefault((model.num_removed, model.seed), []).append(model)
-    return max((groups[key] for key in sorted(groups)), key=len, default=[])
+    own = maker_seed(models)
+    is_own = lambda group: group[0].seed == own and len(group) >= FEWEST_SUBSETS
+    return max((groups[key] for key in sorted(groups)), key=lambda group: (is_own(group), len(group)), default=[])
+
+
+def other_seed_line(models):
+    """That the LDS is of models of another seed than the queries' model, or None."""
+    used, own = largest_group(models), maker_seed(models)
+    if not used or own in (None, used[0].seed):
+        return None
+    return (f"The LDS is of models with seed {used[0].seed}, which is not the seed of the queries' model ({own}): a query's loss is "
+            "lower under its own model's seed.")
 
 
 def left_out_line(models):
@@ -95,7 +112,7 @@ def measure_lds(measured, powers):
     for method, array in by_query.items():
         difference = [""] * 3
         if OURS in by_query and method != OURS:
-            difference = mean_interval(by_query[OURS] - array, left_out[OURS] - left_out[method])
+            difference = mean_interval(by_query[OURS] - array, left_out[OURS] - left_out[method], largest=2)
         found[method] = (*mean_interval(array, left_out[method]), *difference)
     return found, by_query
 
@@ -183,12 +200,15 @@ def evaluate_removals(models, references, maker, queries):
     return rows, (asked, curve), notices
 
 
-def print_tables(rows, lds, models, notices):
+def print_tables(rows, lds, models, notices, queries):
     """All tables that have rows, in Markdown."""
-    kinds = {kind: sum(model.kind == kind for model in models) for kind in ("full", "subset", "without")}
+    kinds = {kind: sum(model.kind == kind and model.query in (None, *queries) for model in models) for kind in ("full", "subset", "without")}
     print(f"{kinds['full']} full models, {kinds['subset']} on random subsets, {kinds['without']} without chosen or random images\n")
+    tuning_queries = lds[0][LDS_COLUMNS.index("tuning_queries")] if lds else 0
+    powers = f"; powers chosen on {tuning_queries} further queries" if tuning_queries else ""
     tables = {
-        "Linear datamodeling score: rank correlation of summed scores with retrained losses (95 % intervals over queries and models)":
+        "Linear datamodeling score: rank correlation of summed scores with retrained losses (95 % intervals over "
+        f"{'queries and models' if len(queries) > 1 else 'models, of a single query'}{powers})":
             [*lds_table(lds), "", deviation_line(models)] if lds else [],
         "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± standard error over queries, each with a "
         "model of its own; random and full: over queries under the same models, whose own deviation is not in it":
@@ -316,10 +336,12 @@ def evaluate_retrained(args, tasks):
     elif not tuning:
         notices.insert(0, "The LDS depends on how heavy the tails of scores are, not on their order alone: --tuning_json, a task file of "
                           "further queries, lets evaluate choose each method's power. Compare methods by that one.")
+    elif len(tuning) < FEWEST_TUNING:
+        notices.insert(0, f"Powers were chosen on {len(tuning)} tuning queries: another few may choose others; give {FEWEST_TUNING} or more.")
     for method, each in scores.items():
         notices += count_warnings(each.warnings, f"queries scored by {method}")
-    notices += [*filter(None, [left_out_line(models)]), *equal_score_lines(values, shown, queries)]
-    print_tables(rows, lds, shown, notices)
+    notices += [*filter(None, [left_out_line(models), other_seed_line(models)]), *equal_score_lines(values, shown, queries)]
+    print_tables(rows, lds, shown, notices, queries)
     rows["lds"], rows["lds_queries"] = lds, [(query, *row) for query, each in zip(queries, by_query) for row in each]
     if not args.scores:
         for each in scores.values():

@@ -79,9 +79,8 @@ def measure_own(models, reference, queries):
 def measure_removals(models, reference, queries):
     """Measures [3, queries] by (method, K), RANDOM last at every K, and how many models made them: ({...}, {...}).
     Random removal is measured on every query that a method of this K, or of any K where there is none, was measured on."""
-    groups = group_models(models, "without")
+    groups = group_models([model for model in models if model.query is None or model.query in queries], "without")
     own = {key: measure_own(group, reference, queries) for key, group in groups.items() if key[0] != RANDOM}
-    own = {key: values for key, values in own.items() if np.isfinite(values[0]).any()}  # not of queries of another task file
     values = {}
     for k in sorted({k for _, k in groups}):
         values.update({key: value for key, value in own.items() if key[1] == k})
