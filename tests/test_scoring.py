@@ -22,6 +22,7 @@ from unlearn.reading import read_json, read_tensors
 from unlearn.records import record_path, write_record
 from unlearn.results import describe_recall
 from unlearn.scoring import audit_seed
+from unlearn.results import describe_recall
 from unlearn.shortlist import choose_images, estimate_recall, split_outsiders
 from unlearn.sweeps import Sweep
 
@@ -235,6 +236,11 @@ def test_each_query_audits_images_of_its_own():
 def test_a_shortlist_of_everything_misses_nothing_and_a_small_audit_tells_nothing():
     assert estimate_recall(np.arange(5.0), np.arange(5.0), np.arange(5), np.arange(0), 3) == (1.0, 1.0)
     assert np.isnan(estimate_recall(np.arange(50.0), np.arange(50.0), np.arange(40, 50), np.arange(9), 3)).all()
+    for count, is_bounded in (49, False), (50, True):
+        estimates, rows = np.arange(500.0), np.arange(400, 500)
+        audit = choose_images(estimates, 100, count, 0)[1]
+        share, low = estimate_recall(estimates, estimates, rows, audit, 10)
+        assert share == 1 and np.isnan(low) != is_bounded and ("no lower bound" in describe_recall(share, low, 10, count)) != is_bounded
     assert describe_recall(np.nan, np.nan, 3, 9) == "An audit of 9 others does not tell how many of the best 3 the shortlist misses: give --audit 100."
 
 

@@ -67,7 +67,8 @@ def describe_recall(recall, recall_low, recall_k, num_audited):
     """What an audit says of a shortlist, in a sentence."""
     if np.isnan(recall):
         return f"An audit of {num_audited} others does not tell how many of the best {recall_k} the shortlist misses: give --audit 100."
-    return (f"Of the best {recall_k} training images the shortlist holds about {recall:.0%}, and hardly less than {recall_low:.0%} "
+    bound = "an audit so small gives no lower bound: give --audit 100" if np.isnan(recall_low) else f"and hardly less than {recall_low:.0%}"
+    return (f"Of the best {recall_k} training images the shortlist holds about {recall:.0%}, {bound} "
             f"(from {num_audited} others, drawn at random; images unlike all of these may be missed besides).")
 
 
