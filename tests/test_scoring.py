@@ -336,7 +336,8 @@ def test_a_shortlist_is_scored_exactly_and_the_others_are_estimated(prepared, tm
         num_exemplars = int(arrays["is_exemplar"].sum())
         assert arrays["rescored"].sum() == num_exemplars + 22 and arrays["rescored"][arrays["is_exemplar"]].all()
         np.testing.assert_allclose(arrays["influence"][arrays["rescored"]], exact[query]["influence"][arrays["rescored"]], rtol=1e-4, atol=1e-7)
-        assert arrays["expected_missed"] == pytest.approx(10 * (1 - arrays["recall"])) and 0 <= arrays["recall_low"] <= arrays["recall"] <= 1
+        assert arrays["expected_missed"] == pytest.approx(10 * (1 - arrays["recall"])) and 0 <= arrays["recall"] <= 1
+        assert np.isnan(arrays["recall_low"])  # of so few audited images
         rest = ~arrays["rescored"]
         assert np.corrcoef(arrays["influence"][rest], exact[query]["influence"][rest])[0, 1] > 0.5
 
