@@ -22,7 +22,6 @@ from unlearn.reading import read_json, read_tensors
 from unlearn.records import record_path, write_record
 from unlearn.results import describe_recall
 from unlearn.scoring import audit_seed
-from unlearn.results import describe_recall
 from unlearn.shortlist import choose_images, estimate_recall, split_outsiders
 from unlearn.sweeps import Sweep
 
