@@ -22,7 +22,8 @@ from unlearn.datasets import TrainingSet
 from unlearn.encoders import encode_images as encode_real_images
 from unlearn.encoders import encode_prompts
 from unlearn.generation import generate_latents, initial_noise
-from unlearn.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, tracked, view_samples
+from unlearn.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
+from unlearn.models import tracked
 from unlearn.methods import METHODS, OF_COSINES, Run, flatten, influence_scores, journey_gradient, random_scores, similarity_scores
 from unlearn.models import TARGETS, load_model, select_parameters
 from unlearn.newton import QueryDraws

@@ -83,7 +83,7 @@ def find_cycle(name, trail=()):
 
 def test_the_syntax_trees_of_the_whole_house_are_read():
     assert {"unlearn", "losses", "commands.fisher", "__main__", *SCRIPTS} <= TREES.keys()
-    assert siblings("newton") == {"noise", "chunks", "hashes", "losses", "models", "runtime", "derivatives", "gradients",
+    assert siblings("newton") == {"noise", "chunks", "hashes", "losses", "models", "runtime", "derivatives",
                                   "text_attention", "settings"}
     assert siblings("commands.fisher") >= {"noise", "artifacts", "curvature", "inputs"}
     assert siblings("compute_influence") >= {"noise", "results", "newton"}

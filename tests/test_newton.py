@@ -20,7 +20,7 @@ from unlearn.commands import fisher as fisher_command
 from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
 from unlearn.customization import customized
 from unlearn.figures import EXEMPLAR_RED
-from unlearn.gradients import tracked
+from unlearn.models import tracked
 from unlearn.hashes import digest
 from unlearn.influence import find_warnings
 from unlearn.losses import sample_losses

@@ -5,7 +5,7 @@ Untrained cross-attention averages over all tokens, so that a loss changes by le
 weighs more: beside each fidelity stands the size of the change."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +16,10 @@ from .artifacts import write_tensors
 from .curvature import DiagonalFisher, squared_gradient_sums
 from .datasets import TrainingSet
 from .generation import generate_latents, initial_noise
-from .inputs import compare_images, count_images, find_fisher, load_fisher, prepare_training_set
-from .models import Model, load_model, select_parameters
+from .models import Model, select_parameters
 from .noise import timestep_grid
 from .passes import replace_feed_forward
 from .reading import read_tensors
-from .settings import AUTO
 from .text_attention import share_texts
 from .unets import load_unet
 
@@ -93,24 +91,6 @@ def multiply_images(training_set, num_images, seed):
                        [*training_set.captions, *(training_set.captions[index] for index in first)],
                        [*training_set.paths, *[None] * num_made_up], np.concatenate([training_set.latents, latents], axis=1).astype(np.float32),
                        np.concatenate([training_set.embeddings, training_set.embeddings[first]]), f"{training_set.source}, {seed}")
-
-
-def open_world(args, settings):
-    """The World of a data root whose base model is trained, such as data/emoji."""
-    fisher_path = find_fisher(args)
-    model = load_model(args.sd_version, args.device, args.unet)
-    fisher = load_fisher(fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args)
-    training_set = prepare_training_set(model, args, settings)
-    compare_images(fisher_path, training_set, args)
-    training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
-    queries = generate_queries(model, training_set, args.num_queries, args.seed)
-    if args.num_images:
-        training_set = training_set.first(args.num_images) if args.num_images <= len(training_set) else multiply_images(
-            training_set, args.num_images, args.seed)
-    grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
-    rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
-    return World(model, training_set, grid, *queries, fisher, rate,
-                 lambda: load_published(args.sd_version, args.unet, fisher_path, args.device))
 
 
 def seeded_model(configuration, device, seed):

@@ -5,7 +5,7 @@ ICLR 2024, arXiv 2311.00500.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +33,6 @@ def output_norms(model, latents, noise, timesteps, embeddings):
 
 
 FUNCTIONS = {"loss": sample_losses, "norm": output_norms}  # whose gradients are taken, of samples as in losses.sample_losses
-
-
-@contextmanager
-def tracked(parameters):
-    """Asks for gradients of these parameters; at the end nobody asks for them any more."""
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        yield parameters
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
 
 
 def mean_gradient(model, parameters, function, samples, batch_size):

@@ -18,7 +18,8 @@ from .baselines import (cosine_scores, encode_blocks, latent_blocks, latent_enco
 from .curvature import DiagonalFisher
 from .datasets import TrainingSet
 from .generation import initial_noise
-from .gradients import cache_reduced, expected_latents, kernel_scores, mean_gradient, reduce_images, tracked, view_samples
+from .gradients import cache_reduced, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
+from .models import tracked
 from .hashes import digest
 from .losses import chunk_noise, noise_identity
 from .models import Model, select_parameters

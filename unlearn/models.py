@@ -190,3 +190,15 @@ def changed_weights(denoiser, change):
     parameters = dict(denoiser.named_parameters())
     with replaced_weights(denoiser, {name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()}):
         yield
+
+
+@contextmanager
+def tracked(parameters):
+    """Asks for gradients of these parameters; at the end nobody asks for them any more."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield parameters
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)

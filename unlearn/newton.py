@@ -11,7 +11,7 @@ import torch
 from . import UserError, noise
 from .chunks import read_tensor_chunk, write_tensor_chunk
 from .derivatives import PROJECTIONS, text_gradients
-from .gradients import tracked
+from .models import tracked
 from .hashes import digest
 from .losses import sample_losses
 from .models import replaced_weights

@@ -14,23 +14,27 @@ procedure's with such differences under its own noise. Writes a table and result
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from .. import UserError
-from ..architectures import CONFIGURATIONS, open_world, seeded_world
+from ..architectures import CONFIGURATIONS, DAMPING, SELECTION, World, generate_queries, load_published, multiply_images, seeded_world
 from ..artifacts import write_json
 from ..benchmark import make_row, prepare
 from ..draws import measure_draws
-from ..inputs import add_flags, resolve
+from ..inputs import add_flags, compare_images, count_images, find_fisher, load_fisher, prepare_training_set, resolve
 from ..metrics import markdown_table
+from ..models import load_model, select_parameters
+from ..noise import timestep_grid
 from ..procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
 from ..records import circumstances
 from ..runtime import log
 from ..scaling import measure_scaling
 from ..scoring import SHORTLIST
+from ..settings import AUTO
 
 # Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a query's unlearning, as published.
 PRESETS = {
@@ -143,6 +147,24 @@ def print_tables(report, target_images):
                                                 f"{(row[kind]['peak_host_bytes'] or 0) / 1e6:,.0f}"))] for row in report["scaling"]]
         header = ["images", "timesteps", *(f"{kind} {unit}" for kind in kinds for unit in units)]
         print("\n" + "\n".join(markdown_table(header, rows)))
+
+
+def open_world(args, settings):
+    """The World of a data root whose base model is trained, such as data/emoji."""
+    fisher_path = find_fisher(args)
+    model = load_model(args.sd_version, args.device, args.unet)
+    fisher = load_fisher(fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args)
+    training_set = prepare_training_set(model, args, settings)
+    compare_images(fisher_path, training_set, args)
+    training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
+    queries = generate_queries(model, training_set, args.num_queries, args.seed)
+    if args.num_images:
+        training_set = training_set.first(args.num_images) if args.num_images <= len(training_set) else multiply_images(
+            training_set, args.num_images, args.seed)
+    grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
+    rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
+    return World(model, training_set, grid, *queries, fisher, rate,
+                 lambda: load_published(args.sd_version, args.unet, fisher_path, args.device))
 
 
 def main(argv=None):
