@@ -21,7 +21,7 @@ from emoji_builder import autoencoder, base, customize, families
 from emoji_builder.glyphs import read_emoji_names, render_emoji, save_small_png
 from PIL import Image, ImageDraw, ImageFont
 
-from unlearn.annotations import list_folder, read_lines
+from unlearn.datasets.captions import list_folder, read_lines
 
 HOME = Path(__file__).parent / "emoji"
 BUILD = HOME / ".build"

@@ -28,7 +28,7 @@ import kill_and_resume as runs
 import numpy as np
 import torch
 
-from unlearn import runtime
+from unlearn.runtime import programs
 from unlearn.commands import encode, evaluate, tasks
 
 SECONDS, MEMORY = 60, 4 << 30
@@ -216,7 +216,7 @@ def run_in_fork(main, arguments, load, folder):
                 if load:  # the pipeline's own files are damaged: they are to be read
                     for module in runs.compute_training_loss, runs.compute_influence, runs.fisher, runs.index, encode:
                         module.load_model = LOAD_MODEL
-                runtime.run(main, arguments)
+                programs.run(main, arguments)
                 status = 0
             except SystemExit as end:
                 status = end.code or 0

@@ -9,7 +9,7 @@ import torch
 from conftest import PARITY
 from PIL import Image
 
-from unlearn.unets import load_unet
+from unlearn.models.unets import load_unet
 
 CONFIG = Path(__file__).parent.parent / "data/mscoco_config"
 NUM_IMAGES, NUM_SAMPLES = 24, 2

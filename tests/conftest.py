@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlearn.datasets import open_training_set
-from unlearn.models import load_model
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.models.pipelines import load_model
 
 PARITY = Path(__file__).parent / "parity"
 

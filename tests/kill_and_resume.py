@@ -32,7 +32,11 @@ torch.set_num_threads(1)  # before any work: a fork does not survive the threads
 
 import compute_influence
 import compute_training_loss
-from unlearn import artifacts, inputs, losses, models, newton, stopping
+from unlearn.storage import artifacts
+from unlearn.commands import inputs
+from unlearn.attribution import losses, newton
+from unlearn.models import pipelines
+from unlearn.runtime import signals
 from unlearn.commands import fisher, index
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
@@ -73,7 +77,7 @@ PROGRAMS = {"loss": (compute_training_loss.main, loss_arguments), "influence": (
 
 def prepare():
     """Loads what every run loads, and cuts the work into pieces so small that a run of a second has many of them."""
-    model = models.load_model(str(FIXTURE / "sd-tiny"), "cpu")
+    model = pipelines.load_model(str(FIXTURE / "sd-tiny"), "cpu")
     for module in compute_training_loss, compute_influence, fisher, index:
         module.load_model = lambda name, device, unet: model  # a child changes its own copy
     encode_images = inputs.encode_images
@@ -152,13 +156,13 @@ def run_fork(main, arguments, printed, rank, num_processes, renames):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_processes))
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
-        stopping.STOP.install()
+        signals.STOP.install()
         if renames:
             kill_after_renames(renames)
         main(arguments)
         sys.stdout.flush()
         status = 0
-    except stopping.Stopped:
+    except signals.Stopped:
         status = os.EX_TEMPFAIL
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

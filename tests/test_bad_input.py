@@ -21,9 +21,14 @@ from PIL import Image
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, encoders, examination, inputs, models, runtime, soundness, sweeps
-from unlearn.artifacts import whole_file, write_array, write_json, write_tensors
-from unlearn.records import write_record
+from unlearn import UserError
+from unlearn.datasets import encoders
+from unlearn.commands import examination, inputs
+from unlearn.models import pipelines, checks
+from unlearn.runtime import programs
+from unlearn.attribution import sweeps
+from unlearn.storage.artifacts import whole_file, write_array, write_json, write_tensors
+from unlearn.storage.records import write_record
 
 TASKS = json.loads((PARITY / "fixture/tasks.json").read_text())
 SMALL = ["--laion_subset_size", "3"]
@@ -37,7 +42,7 @@ def refused(capsys, main, argv):
     """Runs a script in this process; the one line with which it ended, status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        runtime.run(main, argv)
+        programs.run(main, argv)
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -609,7 +614,7 @@ def test_an_interrupt_ends_with_one_line_and_no_traceback(task_flags, monkeypatc
         raise KeyboardInterrupt
     monkeypatch.setattr(compute_training_loss, "load_model", load_model)
     with pytest.raises(SystemExit) as end:
-        runtime.run(compute_training_loss.main, task_flags)
+        programs.run(compute_training_loss.main, task_flags)
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
@@ -651,9 +656,9 @@ def test_a_damaged_pipeline_is_refused_not_made_up(fault, tmp_path, task_flags, 
     folder = shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path / "pipeline")
     edit(folder)
     for module in compute_training_loss, compute_influence:
-        monkeypatch.setattr(module, "load_model", models.load_model)
+        monkeypatch.setattr(module, "load_model", pipelines.load_model)
     with pytest.raises(SystemExit) as end:
-        runtime.run(compute_training_loss.main, [*task_flags, "--sd_version", str(folder)])
+        programs.run(compute_training_loss.main, [*task_flags, "--sd_version", str(folder)])
     line = capsys.readouterr().err.splitlines()[-1]  # the libraries may have warned above it
     assert end.value.code == 2 and line.startswith(f"error: --sd_version {folder}: ") and said in line
 
@@ -722,9 +727,9 @@ def test_parts_that_do_not_fit_are_told_by_their_configurations_before_anything_
     edit, words = MISFITS[misfit]
     folder = shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path / "pipeline")
     edit(folder)
-    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", None)
+    monkeypatch.setattr(pipelines.DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(UserError) as error:
-        models.load_model(str(folder), "cpu")
+        pipelines.load_model(str(folder), "cpu")
     assert str(error.value).startswith(f"--sd_version {folder}: ") and all(word in str(error.value) for word in words), error.value
     found = examination.examine_pipeline(str(folder), "")
     assert (found.status, found.text) == (examination.PROBLEM, str(error.value))
@@ -738,29 +743,29 @@ def test_the_unet_of_a_data_root_is_compared_with_the_pipeline_that_it_goes_into
         (own / name).write_bytes((PARITY / "fixture/sd-tiny" / source).read_bytes())
     assert examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).status == examination.OK
     (own / "config.json").write_text(json.dumps({**json.loads((own / "config.json").read_text()), **values}))
-    monkeypatch.setattr(models, "load_unet", None)
+    monkeypatch.setattr(pipelines, "load_unet", None)
     with pytest.raises(UserError, match=f"the UNet of {own} {words}"):
-        models.load_model(str(PARITY / "fixture/sd-tiny"), "cpu", str(own))
+        pipelines.load_model(str(PARITY / "fixture/sd-tiny"), "cpu", str(own))
     assert words in examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).text
     (own / "scheduler_config.json").unlink()
     assert "found no scheduler_config.json" in examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).text
 
 
 def test_a_pipeline_that_is_loaded_from_elsewhere_is_compared_by_what_was_loaded(model):
-    parts = soundness.parts_of(model.pipeline)
-    soundness.check_fit("hub/name", parts)
-    read = soundness.read_parts(PARITY / "fixture/sd-tiny")
+    parts = checks.parts_of(model.pipeline)
+    checks.check_fit("hub/name", parts)
+    read = checks.read_parts(PARITY / "fixture/sd-tiny")
     assert (read.classes, read.tokens, read.vocabulary) == (parts.classes, parts.tokens, parts.vocabulary)
     assert all(parts.unet[key] == value for key, value in read.unet.items() if key in ("in_channels", "out_channels", "cross_attention_dim"))
     with pytest.raises(UserError, match="takes 9 channels"):
-        soundness.check_fit("hub/name", parts._replace(unet={**parts.unet, "in_channels": 9}))
+        checks.check_fit("hub/name", parts._replace(unet={**parts.unet, "in_channels": 9}))
 
 
 def test_a_part_that_gives_another_shape_than_its_configuration_says_is_refused(model, monkeypatch):
     monkeypatch.setattr(type(model.pipeline), "vae_scale_factor", 2 * model.pipeline.vae_scale_factor, raising=False)
     monkeypatch.setattr(model.pipeline, "vae_scale_factor", 2 * model.pipeline.vae_scale_factor)
     with pytest.raises(UserError, match="its vae cannot be used: it gives .1, 4, 16, 16. where .1, 4, 8, 8. is expected"):
-        soundness.check_passes(model, "mine")
+        checks.check_passes(model, "mine")
 
 
 def test_a_token_that_the_text_encoder_does_not_have_is_named(model, monkeypatch):

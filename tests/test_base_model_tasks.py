@@ -12,11 +12,12 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, encode_images, files, no
 
 import compute_influence
 import compute_training_loss
-from unlearn import inputs, rankings
+from unlearn.commands import inputs
+from unlearn.evaluation import rankings
 from unlearn.commands import evaluate
-from unlearn.encoders import encode_prompts
-from unlearn.reading import read_tensors
-from unlearn.tasks import load_tasks
+from unlearn.datasets.encoders import encode_prompts
+from unlearn.storage.reading import read_tensors
+from unlearn.datasets.tasks import load_tasks
 
 FIRST, SECOND = json.loads((PARITY / "fixture/tasks.json").read_text())
 BASE = {"synth_image_path": FIRST["synth_image_path"], "prompt": "a photo of a blob"}

@@ -9,17 +9,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from unlearn import UserError, runtime
-from unlearn.architectures import CONFIGURATIONS, SELECTION, multiply_images, seeded_model, seeded_training_set
-from unlearn.benchmark import describe_fidelity
+from unlearn import UserError
+from unlearn.runtime import programs
+from unlearn.benchmark.architectures import CONFIGURATIONS, SELECTION, multiply_images, seeded_model, seeded_training_set
+from unlearn.benchmark.workloads import describe_fidelity
 from unlearn.commands import benchmark
-from unlearn.losses import sample_losses
-from unlearn.meters import anonymous_bytes, count_flops, hand_back_memory, measure_ceiling, metered
-from unlearn.models import changed_weights, select_parameters
+from unlearn.attribution.losses import sample_losses
+from unlearn.benchmark.meters import anonymous_bytes, count_flops, hand_back_memory, measure_ceiling, metered
+from unlearn.models.pipelines import changed_weights, select_parameters
 from unlearn.noise import batch_noise
-from unlearn.procedures import PROCEDURES, channels_last
-from unlearn.published import published_losses, published_step, stock_layers
-from unlearn.scaling import make_training_set
+from unlearn.benchmark.procedures import PROCEDURES, channels_last
+from unlearn.benchmark.published import published_losses, published_step, stock_layers
+from unlearn.benchmark.scaling import make_training_set
 
 TINY = {"unet": {"sample_size": 4, "block_out_channels": (16, 32), "cross_attention_dim": 12, "layers_per_block": 1,
                  "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -31,7 +32,7 @@ SMALL = ["--device", "cpu", "--num_images", "7", "--num_queries", "3", "--num_ex
 @pytest.fixture(autouse=True)
 def fast_ceiling(monkeypatch):
     """A ceiling from small matrices: the speed of this machine is not what is tested."""
-    monkeypatch.setattr("unlearn.benchmark.measure_ceiling", lambda device, precision: measure_ceiling(device, precision, 32, 0))
+    monkeypatch.setattr("unlearn.benchmark.workloads.measure_ceiling", lambda device, precision: measure_ceiling(device, precision, 32, 0))
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_the_peak_of_memory_is_seen_though_it_is_gone_at_the_end():
     before = anonymous_bytes()
     with metered(torch.device("cpu")) as costs:
         block = np.ones(8_000_000)
-        runtime.time.sleep(0.1)
+        programs.time.sleep(0.1)
         del block
     assert costs["host_bytes"] > before + 40e6 and costs["seconds"] > 0.1
 
@@ -179,7 +180,7 @@ def test_what_cannot_be_measured_is_refused_by_name(tiny, flags, text, tmp_path)
 
 
 def test_the_more_draws_the_nearer_to_very_many_and_ours_are_nearer(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("unlearn.draws.REFERENCE_DRAWS", 2000)
+    monkeypatch.setattr("unlearn.benchmark.draws.REFERENCE_DRAWS", 2000)
     path = tmp_path / "tiny.json"
     benchmark.main(["--architecture", tiny, "--output", str(path), *SMALL, "--procedures", "exact-fp32", "--draws", "8", "400"])
     few, many = read_rows(path)[1]["draws"]

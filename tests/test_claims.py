@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from unlearn import UserError, claims, sharing
-from unlearn.chunks import remove_folders
-from unlearn.claims import create_claim, read_claim
-from unlearn.sharing import Share, do_once
+from unlearn import UserError
+from unlearn.storage import leases, sharing
+from unlearn.storage.chunks import remove_folders
+from unlearn.storage.leases import create_claim, read_claim
+from unlearn.storage.sharing import Share, do_once
 
 
 def work_through(folder, names, seconds, counts=None):
@@ -115,7 +116,7 @@ def test_a_claim_that_was_left_beside_finished_work_is_removed(dead_owner):
 
 def test_a_number_given_to_another_process_does_not_keep_a_claim_alive(tmp_path):
     claim = tmp_path / "work.claim"
-    claim.write_text(json.dumps({**claims.describe_owner(), "pid": os.getppid(), "started": "1"}))
+    claim.write_text(json.dumps({**leases.describe_owner(), "pid": os.getppid(), "started": "1"}))
     done = []
     do_once(tmp_path, "work", lambda: bool(done), lambda: done.append(1))
     assert done == [1]
@@ -155,8 +156,8 @@ def test_a_claim_whose_heart_beats_is_waited_for_whatever_its_hosts_clock_says(t
 
 
 def test_a_living_process_beats_in_the_claims_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "BEAT", 0.05)
-    monkeypatch.setattr(sharing, "HEART", claims.Heart())
+    monkeypatch.setattr(leases, "BEAT", 0.05)
+    monkeypatch.setattr(sharing, "HEART", leases.Heart())
     with Share(tmp_path, {0: "work"}, lambda item: False) as share:
         next(share)
         stamps = set()
@@ -186,11 +187,11 @@ def test_who_waits_ends_when_another_process_has_finished_all_and_removed_the_fo
 
 
 def test_a_claim_on_a_full_disk_or_without_permission_ends_in_one_line_and_leaves_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims.os, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(leases.os, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="the disk is full"):
         create_claim(tmp_path / "work.claim")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(claims.os, "open", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(leases.os, "open", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match="cannot be written .Permission denied"):
         create_claim(tmp_path / "work.claim")
 
@@ -214,8 +215,8 @@ def test_a_dead_claim_that_cannot_be_removed_ends_in_one_line_and_not_in_waiting
 
 def test_process_numbers_of_another_boot_or_container_of_the_same_name_mean_nothing_here(dead_owner, monkeypatch):
     owner = json.loads(dead_owner.read_text())
-    assert claims.is_dead(owner)
-    assert not claims.is_dead({**owner, "host": owner["host"][:-8] + "0" * 8})
+    assert leases.is_dead(owner)
+    assert not leases.is_dead({**owner, "host": owner["host"][:-8] + "0" * 8})
 
 
 def test_an_absence_of_the_file_server_is_not_taken_for_the_owners(tmp_path, monkeypatch):
@@ -269,5 +270,5 @@ def test_a_claim_that_is_no_file_is_not_waited_for_for_ever(tmp_path, monkeypatc
 def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_work(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), Share(tmp_path, {0: "work"}, lambda item: False) as share:
         next(share)
-        monkeypatch.setattr(claims.Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        monkeypatch.setattr(leases.Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         raise ZeroDivisionError

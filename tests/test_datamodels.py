@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from unlearn import datamodels
-from unlearn.datamodels import (average_ranks, choose_power, correlate, count_below, datamodeling_scores, equivalent_number,
-                                fit_rising, leave_models_out, mean_interval, predict, raise_scores, resampled_ranks, spearman)
-from unlearn.metrics import student_quantile
+from unlearn.evaluation import datamodels
+from unlearn.evaluation.datamodels import (average_ranks, choose_power, correlate, count_below, datamodeling_scores,
+                                           equivalent_number, fit_rising, leave_models_out, mean_interval, predict, raise_scores,
+                                           resampled_ranks, spearman)
+from unlearn.evaluation.metrics import student_quantile
 
 
 def make_world(num_queries=10, num_images=40, num_models=30, noise=0.0, seed=0):

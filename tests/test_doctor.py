@@ -13,9 +13,12 @@ from conftest import PARITY
 from test_bad_input import files
 
 import compute_training_loss
-from unlearn import claims, examination, models, noise
+from unlearn.storage import leases
+from unlearn.commands import examination
+from unlearn.models import pipelines
+from unlearn import noise
 from unlearn.commands import doctor
-from unlearn.records import record_path, write_record
+from unlearn.storage.records import record_path, write_record
 
 TASKS = PARITY / "fixture/tasks.json"
 
@@ -49,7 +52,7 @@ def examine(folder, capsys, *more):
 
 
 def test_where_nothing_is_wrong_it_says_how_far_the_runs_have_come(folder, capsys, monkeypatch):
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(pipelines, "load_model", None)
     status, text = examine(folder, capsys)
     assert status == 0 and "problems: 0" in text
     assert "60 training images, latents and embeddings given" in text and "2 queries of 1 models" in text
@@ -67,7 +70,7 @@ def leave_claim(folder, owner=None, age=0):
     """A claim of this living process, or of another owner, so many seconds old."""
     path = folder / "results/influence/work.claim"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(owner or claims.describe_owner()))
+    path.write_text(json.dumps(owner or leases.describe_owner()))
     stamp = time.time() - age
     os.utime(path, (stamp, stamp))
 
@@ -75,7 +78,7 @@ def leave_claim(folder, owner=None, age=0):
 def dead_process():
     process = subprocess.Popen(["true"])
     process.wait()
-    return {**claims.describe_owner(), "pid": process.pid}
+    return {**leases.describe_owner(), "pid": process.pid}
 
 
 def leave(name, content=b"x"):

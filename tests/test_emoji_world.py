@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 import compute_influence
 import compute_training_loss
 from unlearn.commands import fisher
-from unlearn.tasks import group_by_model, load_tasks
+from unlearn.datasets.tasks import group_by_model, load_tasks
 
 REPOSITORY = Path(__file__).parent.parent
 EMOJI, DEMO = REPOSITORY / "data/emoji", str(REPOSITORY / "tasks/emoji_demo.json")

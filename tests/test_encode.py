@@ -15,18 +15,20 @@ from coco_miniature import NUM_IMAGES, build_miniature
 from PIL import Image
 from test_bad_input import files, refused
 
-from unlearn import UserError, encoding, examination
-from unlearn.annotations import pair_images, read_coco
+from unlearn import UserError
+from unlearn.datasets import encoding
+from unlearn.commands import examination
+from unlearn.datasets.captions import pair_images, read_coco
 from unlearn.commands import encode
-from unlearn.datasets import list_images, open_training_set
-from unlearn.encoders import encode_images, encode_prompts, load_image
-from unlearn.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
-from unlearn.inputs import count_images, find_fisher, prepare_training_set, resolve
-from unlearn.models import load_model
-from unlearn.pictures import hash_picture
-from unlearn.reading import read_json
-from unlearn.records import record_path
-from unlearn.settings import read_settings
+from unlearn.datasets.training_sets import list_images, open_training_set
+from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
+from unlearn.storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
+from unlearn.commands.inputs import count_images, find_fisher, prepare_training_set, resolve
+from unlearn.models.pipelines import load_model
+from unlearn.datasets.pictures import hash_picture
+from unlearn.storage.reading import read_json
+from unlearn.storage.records import record_path
+from unlearn.datasets.settings import read_settings
 
 LATENTS, EMBEDDINGS, CAPTIONS = "coco17_train_latents.npy", "coco17_train_text_embeddings.npy", "annotations/captions_train2017.json"
 

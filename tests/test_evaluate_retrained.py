@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from unlearn import UserError
-from unlearn.artifacts import write_json
+from unlearn.storage.artifacts import write_json
 from unlearn.commands.evaluate import main
-from unlearn.influence import rank_images
-from unlearn.records import write_record
-from unlearn.retrained import query_digests
-from unlearn.scores import keep_order, random_scores
-from unlearn.tasks import load_tasks
+from unlearn.attribution.influence import rank_images
+from unlearn.storage.records import write_record
+from unlearn.evaluation.retrained import query_digests
+from unlearn.evaluation.scores import keep_order, random_scores
+from unlearn.datasets.tasks import load_tasks
 
 NUM_IMAGES, NUM_QUERIES, TRAINING_SET = 41, 5, "set"
 QUERIES = [f"queries/{number:05d}" for number in range(NUM_QUERIES)]
@@ -104,7 +104,7 @@ class World:
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch):
     """Plots take most of the time; the one test of them asks for them."""
-    monkeypatch.setattr("unlearn.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("unlearn.evaluation.plots.find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -505,7 +505,7 @@ def test_plots_are_drawn_of_what_is_there_and_left_out_with_a_line_without_matpl
     main(world.flags())
     assert "Drawn: lds.png, leave_k_out.png, equivalent.png" in capsys.readouterr().out
     assert all((tmp_path / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("lds", "leave_k_out", "equivalent"))
-    monkeypatch.setattr("unlearn.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("unlearn.evaluation.plots.find_spec", lambda name: None)
     main(world.flags("--output", str(tmp_path / "plain")))
     assert "No plots: matplotlib is not installed (pip install -e .[plots])." in capsys.readouterr().out
     assert not list((tmp_path / "plain").glob("*.png")) and (tmp_path / "plain/lds.csv").exists()

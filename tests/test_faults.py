@@ -80,12 +80,12 @@ class Fault:
 
     def run(self, before=lambda: None, main=None, flags=(), processes=1):
         """Runs it as a script in a fork after `before()`: (status, what it printed)."""
-        from unlearn import runtime
+        from unlearn.runtime import programs
 
         def changed(arguments):
             before()
             try:
-                runtime.run(main or self.main, arguments)
+                programs.run(main or self.main, arguments)
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code)
@@ -111,7 +111,7 @@ class Fault:
 def fail_new_write(failed, code):
     """Makes this process's first write to a file that is not named in the text file `failed` fail, and names it there: of a file
     as it is flushed, of a claim as it is written, of a folder as it is made."""
-    from unlearn.artifacts import this_machine
+    from unlearn.storage.artifacts import this_machine
 
     def failing(function):
         def call(where, *args):

@@ -7,10 +7,10 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn.generation import generate_latents, initial_noise
-from unlearn.influence import rank_images
-from unlearn.models import load_model
-from unlearn.training import Recipe, random_members, train
+from unlearn.models.generation import generate_latents, initial_noise
+from unlearn.attribution.influence import rank_images
+from unlearn.models.pipelines import load_model
+from unlearn.retraining.training import Recipe, random_members, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 UNLEARNING = ["--unlearn_lr", "100", "--unlearn_steps", "2", "--unlearn_grad_accum_steps", "8"]
@@ -42,8 +42,8 @@ def test_a_batch_too_large_for_the_device_names_the_flag(flags, monkeypatch):
     def predict(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    from unlearn.models import Model
-    from unlearn.runtime import run
+    from unlearn.models.pipelines import Model
+    from unlearn.runtime.programs import run
     monkeypatch.setattr(Model, "predict", predict)
     with pytest.raises(SystemExit) as end:
         run(compute_training_loss.main, [*flags, "--device", "cuda"])

@@ -19,13 +19,15 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, fi
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, advice, encoding, inputs
-from unlearn.datasets import open_training_set
-from unlearn.encoders import load_image, transform_image
-from unlearn.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
-from unlearn.records import record_path
-from unlearn.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
-from unlearn.tasks import load_tasks
+from unlearn import UserError, advice
+from unlearn.datasets import encoding
+from unlearn.commands import inputs
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.datasets.encoders import load_image, transform_image
+from unlearn.commands.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
+from unlearn.storage.records import record_path
+from unlearn.datasets.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
+from unlearn.datasets.tasks import load_tasks
 
 
 def parse(script, root, *given):

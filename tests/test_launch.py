@@ -16,7 +16,8 @@ from kill_and_resume import contents, differences
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, runtime
+from unlearn import UserError
+from unlearn.runtime import programs
 from unlearn.commands import encode
 
 ROOT = Path(__file__).parent.parent
@@ -100,14 +101,14 @@ def test_share_and_device_are_those_of_the_launcher_or_of_the_task_that_srun_sta
     set_variables(monkeypatch, variables)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert (runtime.process_share(), str(runtime.choose_device())) == SHARES[variables]
+    assert (programs.process_share(), str(programs.choose_device())) == SHARES[variables]
 
 
 def test_a_task_that_sees_one_device_alone_takes_that(monkeypatch):
     set_variables(monkeypatch, SRUN)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert str(runtime.choose_device()) == "cuda:0"
+    assert str(programs.choose_device()) == "cuda:0"
 
 
 @pytest.mark.parametrize("variables, said", [
@@ -120,11 +121,11 @@ def test_a_task_that_sees_one_device_alone_takes_that(monkeypatch):
 def test_a_launchers_variable_that_is_no_number_is_named_and_help_works_all_the_same(variables, said, monkeypatch, capsys):
     set_variables(monkeypatch, variables)
     with pytest.raises(SystemExit) as end:
-        runtime.run(encode.main, ["--dataroot", "nowhere"])
+        programs.run(encode.main, ["--dataroot", "nowhere"])
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1 and said in lines[0], lines
     with pytest.raises(SystemExit) as end:
-        runtime.run(encode.main, ["--help"])
+        programs.run(encode.main, ["--help"])
     assert end.value.code == 0 and "--vae_batch_size" in capsys.readouterr().out
 
 
@@ -133,10 +134,10 @@ def test_a_local_rank_that_is_no_number_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="LOCAL_RANK: expected a whole number"):
-        runtime.choose_device()
+        programs.choose_device()
 
 
 def test_an_empty_setting_of_cublas_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    runtime.set_precision("fp32")
+    programs.set_precision("fp32")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

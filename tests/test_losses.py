@@ -9,10 +9,11 @@ import torch
 from conftest import PARITY
 
 import compute_training_loss
-from unlearn import UserError, losses, noise, sweeps
-from unlearn.losses import chunk_noise, loss_identity, score_rows
-from unlearn.models import Model, load_model
-from unlearn.sweeps import Sweep, cache_losses
+from unlearn import UserError, noise
+from unlearn.attribution import losses, sweeps
+from unlearn.attribution.losses import chunk_noise, loss_identity, score_rows
+from unlearn.models.pipelines import Model, load_model
+from unlearn.attribution.sweeps import Sweep, cache_losses
 
 GRID = [0, 250, 500, 750]
 

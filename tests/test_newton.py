@@ -14,19 +14,20 @@ from PIL import Image
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, newton
-from unlearn.chunks import write_tensor_chunk
+from unlearn import UserError
+from unlearn.attribution import newton
+from unlearn.storage.chunks import write_tensor_chunk
 from unlearn.commands import fisher as fisher_command
-from unlearn.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
-from unlearn.customization import customized
-from unlearn.figures import EXEMPLAR_RED
-from unlearn.models import tracked
-from unlearn.hashes import digest
-from unlearn.influence import find_warnings
-from unlearn.losses import sample_losses
-from unlearn.models import changed_weights, load_model, replaced_weights, select_parameters
-from unlearn.newton import CompatDraws, QueryDraws, newton_step, relative_change, unlearn
-from unlearn.reading import read_tensors
+from unlearn.attribution.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
+from unlearn.models.customization import customized
+from unlearn.report.figures import EXEMPLAR_RED
+from unlearn.models.pipelines import tracked
+from unlearn.storage.hashes import digest
+from unlearn.attribution.influence import find_warnings
+from unlearn.attribution.losses import sample_losses
+from unlearn.models.pipelines import changed_weights, load_model, replaced_weights, select_parameters
+from unlearn.attribution.newton import CompatDraws, QueryDraws, newton_step, relative_change, unlearn
+from unlearn.storage.reading import read_tensors
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"
 KV = 8  # parameters of the miniature UNet's cross-attention K and V

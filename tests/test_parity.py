@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.influence import best_view
+from unlearn.attribution.influence import best_view
 
 EXPECTED = PARITY / "expected"
 QUERIES = ["00000", "00001"]

@@ -18,18 +18,21 @@ from conftest import PARITY
 from PIL import Image, ImageOps, PngImagePlugin
 from test_house_rules import TREES, dotted
 
-from unlearn import UserError, encoding, examination, inputs, pictures
+from unlearn import UserError
+from unlearn.datasets import encoding, pictures
+from unlearn.commands import examination, inputs
 from unlearn.commands import encode
 from unlearn.commands.baselines import list_readings
-from unlearn.datasets import read_identity
-from unlearn.encoding import encode_training_set
-from unlearn.hashes import digest, hash_file
-from unlearn.inputs import check_pictures, encode_exemplars, encode_query, examine_pictures, prepare_training_set, resolve
-from unlearn.models import load_model, trained_resolution
-from unlearn.pictures import hash_picture, is_cropped, load_image, read_picture
-from unlearn.retrained import query_digests
-from unlearn.settings import read_settings
-from unlearn.tasks import load_tasks
+from unlearn.datasets.training_sets import read_identity
+from unlearn.datasets.encoding import encode_training_set
+from unlearn.storage.hashes import digest, hash_file
+from unlearn.commands.inputs import (check_pictures, encode_exemplars, encode_query, examine_pictures, prepare_training_set,
+                                     resolve)
+from unlearn.models.pipelines import load_model, trained_resolution
+from unlearn.datasets.pictures import hash_picture, is_cropped, load_image, read_picture
+from unlearn.evaluation.retrained import query_digests
+from unlearn.datasets.settings import read_settings
+from unlearn.datasets.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -241,7 +244,7 @@ def test_a_png_with_long_notes_is_read_and_one_that_unfolds_without_end_is_not(t
 
 def test_nothing_in_the_package_opens_a_picture_but_by_this_rule():
     opened = {name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "Image.open"}
-    assert opened == {"pictures"}
+    assert opened == {"unlearn.datasets.pictures"}
 
 
 @pytest.mark.parametrize("root", ["data/emoji", "data/emoji_small"])

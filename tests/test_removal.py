@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from unlearn import removal
-from unlearn.removal import equivalent_rows, random_changes, random_deviations, shared_variance
+from unlearn.evaluation import removal
+from unlearn.evaluation.removal import equivalent_rows, random_changes, random_deviations, shared_variance
 
 NUM_IMAGES, COUNTS = 362, (3, 12, 36, 90, 181)
 MEANS = (8.6e-3, 19.6e-3, 29.9e-3, 52.5e-3, 78e-3)  # of data/emoji_small, like the rest below

@@ -14,10 +14,11 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, reading
-from unlearn.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
-from unlearn.hashes import hash_file
-from unlearn.reading import read_npz
+from unlearn import UserError
+from unlearn.storage import reading
+from unlearn.storage.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
+from unlearn.storage.hashes import hash_file
+from unlearn.storage.reading import read_npz
 
 PROGRAM = Path(__file__).parent / "kill_and_resume.py"
 

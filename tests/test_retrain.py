@@ -16,13 +16,14 @@ from conftest import PARITY
 from diffusers import AutoencoderKL
 from test_bad_input import files, refused
 
-from unlearn import generation, retraining
-from unlearn.artifacts import write_json
+from unlearn.models import generation
+from unlearn.retraining import models
+from unlearn.storage.artifacts import write_json
 from unlearn.commands import generate, retrain
-from unlearn.datasets import open_training_set
-from unlearn.hashes import hash_file
-from unlearn.reading import read_json, read_tensors
-from unlearn.records import record_path, write_record
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.storage.hashes import hash_file
+from unlearn.storage.reading import read_json, read_tensors
+from unlearn.storage.records import record_path, write_record
 
 TINY = PARITY / "fixture/sd-tiny"
 RECIPE = {"train_epochs": 1, "train_lr": 1e-3, "train_batch_size": 20, "train_schedule": "linear"}
@@ -141,7 +142,7 @@ def test_stored_queries_that_are_not_finite_are_made_again_by_the_command_that_i
 
 
 def test_measures_that_are_not_finite_are_never_saved(world, place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(retraining, "query_losses", lambda *how: np.array([0.1, np.nan]))
+    monkeypatch.setattr(models, "query_losses", lambda *how: np.array([0.1, np.nan]))
     said = refused(capsys, retrain.main, ["full", *place, *QUICK, "--task_json", str(world / "tasks.json"), "--no_pictures"])
     assert "full-seed0: losses of 1 queries are NaN or infinite" in said and not (tmp_path / "results/retrained").exists()
 
@@ -183,8 +184,8 @@ def test_finished_models_are_neither_trained_nor_measured_again(world, place, tm
     flags = ["subsets", *place, *QUICK, "--task_json", str(world / "tasks.json"), "--count", "1"]
     retrain.main(flags)
     before = files(tmp_path)
-    monkeypatch.setattr(retraining, "train", lambda *arguments: pytest.fail("was trained again"))
-    monkeypatch.setattr(retraining, "query_losses", lambda *arguments: pytest.fail("was measured again"))
+    monkeypatch.setattr(models, "train", lambda *arguments: pytest.fail("was trained again"))
+    monkeypatch.setattr(models, "query_losses", lambda *arguments: pytest.fail("was measured again"))
     retrain.main(flags)
     assert files(tmp_path) == before
 

@@ -23,19 +23,21 @@ from transformers import PreTrainedTokenizerFast
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, inputs, runtime
-from unlearn.annotations import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, read_lines
-from unlearn.artifacts import write_json
+from unlearn import UserError
+from unlearn.commands import inputs
+from unlearn.runtime import programs
+from unlearn.datasets.captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, read_lines
+from unlearn.storage.artifacts import write_json
 from unlearn.commands import doctor, encode, generate
-from unlearn.datasets import label_rows, open_training_set
-from unlearn.encoders import find_unknown
-from unlearn.figures import draw_influence, wrap_text
-from unlearn.models import load_model
-from unlearn.pictures import FORMATS
-from unlearn.printing import LineFormatter, printable, show
-from unlearn.reading import read_array, read_json, read_text, resolve_inside
-from unlearn.records import record_path
-from unlearn.results import print_table, write_csv
+from unlearn.datasets.training_sets import label_rows, open_training_set
+from unlearn.datasets.encoders import find_unknown
+from unlearn.report.figures import draw_influence, wrap_text
+from unlearn.models.pipelines import load_model
+from unlearn.datasets.pictures import FORMATS
+from unlearn.runtime.printing import LineFormatter, printable, show
+from unlearn.storage.reading import read_array, read_json, read_text, resolve_inside
+from unlearn.storage.records import record_path
+from unlearn.report.results import print_table, write_csv
 
 ARRAYS = "laion_latents.npy", "laion_text_embeddings.npy"
 BOM = b"\xef\xbb\xbf"
@@ -306,7 +308,7 @@ def test_a_byte_order_mark_that_diffusers_does_not_read_is_named_and_what_is_adv
 
 
 def test_text_of_others_is_read_in_one_place():
-    own = {"claims", "meters", "artifacts", "examination"}  # what the system or this project wrote
+    own = {"unlearn.storage.leases", "unlearn.benchmark.meters", "unlearn.storage.artifacts", "unlearn.commands.examination"}  # what the system or this project wrote
     for name, tree in TREES.items():
         called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
         texts = {node.func.value.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
@@ -524,7 +526,7 @@ def test_what_is_shown_is_one_line_that_commands_no_terminal_and_text_stays_as_i
 def test_no_table_log_line_error_or_csv_cell_is_broken_by_what_it_holds(tmp_path, capsys):
     print_table(f"query: {NASTY}", ["rank", "caption"], [[1, NASTY], [2, "a cat"]])
     show(NASTY)
-    runtime.end_with(UserError(f"{NASTY}: no such file"))
+    programs.end_with(UserError(f"{NASTY}: no such file"))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 7 and len(err.splitlines()) == 1 and not set("\x1b\r\t\x07\u202e\u2028\x9b") & set(out + err)
     record = logging.LogRecord("unlearn", logging.INFO, "", 0, f"{NASTY}: done", None, None)
@@ -536,7 +538,7 @@ def test_no_table_log_line_error_or_csv_cell_is_broken_by_what_it_holds(tmp_path
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_progress_says_is_one_line(terminal, monkeypatch, caplog, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with caplog.at_level(logging.INFO, "unlearn"), runtime.progress(1, NASTY, "images") as bar:
+    with caplog.at_level(logging.INFO, "unlearn"), programs.progress(1, NASTY, "images") as bar:
         bar.update(1)
     shown = capsys.readouterr().err if terminal else caplog.messages[0]
     assert printable(NASTY) in shown and not set("\x1b\t\x07\u202e") & set(shown)
@@ -564,8 +566,8 @@ def test_both_scripts_end_well_on_a_terminal_that_cannot_show_a_caption(code, ro
     streams = [io.TextIOWrapper(io.BytesIO(), code) for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    runtime.run(compute_training_loss.main, [*argv, *LOSS_FLAGS])
-    runtime.run(compute_influence.main, [*argv, *INFLUENCE_FLAGS])
+    programs.run(compute_training_loss.main, [*argv, *LOSS_FLAGS])
+    programs.run(compute_influence.main, [*argv, *INFLUENCE_FLAGS])
     streams[0].flush()
     shown = streams[0].buffer.getvalue().decode(code)
     assert shown.count(CYRILLIC.encode(code, "backslashreplace").decode(code)) >= 4 and "\x1b" not in shown and r"\x1b[2J" in shown

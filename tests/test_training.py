@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn import UserError, losses
-from unlearn.training import Recipe, draw_batch, initial_weights, mean_losses, own_samples, random_members, train
+from unlearn import UserError
+from unlearn.attribution import losses
+from unlearn.retraining.training import Recipe, draw_batch, initial_weights, mean_losses, own_samples, random_members, train
 
 RECIPE = Recipe(epochs=2, rate=1e-3, batch_size=10, schedule="linear", seed=0, mixed_precision="no")
 

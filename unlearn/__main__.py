@@ -2,10 +2,10 @@
 
 import sys
 
-from . import UserError
+from .errors import UserError
 from .commands import baselines, benchmark, doctor, encode, evaluate, fisher, generate, index, retrain, tasks
-from .printing import make_streams_safe
-from .runtime import end_with, run
+from .runtime.printing import make_streams_safe
+from .runtime.programs import end_with, run
 
 COMMANDS = {"baselines": baselines, "benchmark": benchmark, "doctor": doctor, "encode": encode,
             "evaluate": evaluate, "fisher": fisher, "generate": generate, "index": index, "retrain": retrain, "tasks": tasks}

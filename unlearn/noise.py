@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 import torch
 
-from . import UserError
+from .errors import UserError
 
 SCHEME = "philox-per-image"
 KNOWN_ANSWER = "644d08b7a91a864c"  # `known_answer` of every NumPy that this project was tested with

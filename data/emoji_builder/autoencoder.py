@@ -5,7 +5,7 @@ import math
 import torch
 from diffusers import AutoencoderKL
 
-from .training import Progress, batch_generator, flip_half, load_checkpoint, save_checkpoint
+from unlearn.retraining.training import Progress, batch_generator, flip_half, load_checkpoint, save_checkpoint
 
 CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=32, layers_per_block=1, norm_num_groups=8,
               block_out_channels=(32, 48, 64), down_block_types=("DownEncoderBlock2D",) * 3,

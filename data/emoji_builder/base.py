@@ -9,7 +9,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .training import Progress, batch_generator, load_checkpoint, save_checkpoint
+from unlearn.retraining.training import Progress, batch_generator, load_checkpoint, save_checkpoint
 
 TOKEN_LENGTH, VOCABULARY_SIZE, TEXT_SIZE = 24, 1200, 80
 UNET = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96),

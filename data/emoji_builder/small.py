@@ -6,7 +6,7 @@ python -m data.emoji_builder.small
 import shutil
 from pathlib import Path
 
-from unlearn.annotations import list_folder, read_lines
+from unlearn.datasets.captions import list_folder, read_lines
 
 
 def main():

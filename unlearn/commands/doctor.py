@@ -10,13 +10,13 @@ has to be put right.
 import argparse
 import sys
 
-from ..encoding import own_root
-from ..examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory, examine_tasks,
-                           try_out)
-from ..inputs import add_flags, check_names, check_training_files
-from ..inventory import examine_results
-from ..printing import show
-from ..settings import read_settings
+from ..datasets.encoding import own_root
+from .examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory,
+                          examine_tasks, try_out)
+from .inputs import add_flags, check_names, check_training_files
+from .inventory import examine_results
+from ..runtime.printing import show
+from ..datasets.settings import read_settings
 
 
 def parse_arguments(argv):

@@ -20,21 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import UserError
-from ..baselines import encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries, word_scores
-from ..datasets import list_images
-from ..goldstandard import evaluate_retrained
-from ..hashes import digest
-from ..influence import is_indifferent, rank_images
-from ..inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
-from ..metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied, paired_table,
-                       query_metrics, summarise, summary_table)
-from ..models import load_model
-from ..printing import show
-from ..rankings import EFFECTS, check_candidates, count_warnings, read_ranking
-from ..results import write_csv
-from ..runtime import progress
-from ..tasks import group_by_model, load_tasks
+from ..errors import UserError
+from ..baselines.similarity import (encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries,
+                                    word_scores)
+from ..datasets.training_sets import list_images
+from ..evaluation.goldstandard import evaluate_retrained
+from ..storage.hashes import digest
+from ..attribution.influence import is_indifferent, rank_images
+from .inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
+from ..evaluation.metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied,
+                                  paired_table, query_metrics, summarise, summary_table)
+from ..models.pipelines import load_model
+from ..runtime.printing import show
+from ..evaluation.rankings import EFFECTS, check_candidates, count_warnings, read_ranking
+from ..report.results import write_csv
+from ..runtime.programs import progress
+from ..datasets.tasks import group_by_model, load_tasks
 
 OURS = "ours"
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another

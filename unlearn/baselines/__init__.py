@@ -1,0 +1,1 @@
+"""Other ways to rank training images, which the method is compared with."""

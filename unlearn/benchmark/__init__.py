@@ -1,0 +1,1 @@
+"""Workloads, procedures and meters of speed and fidelity."""

@@ -1,0 +1,1 @@
+"""Pipelines: loaded and checked, weights selected, changed and restored, customized models, generation."""

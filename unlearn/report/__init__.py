@@ -1,0 +1,1 @@
+"""What a query ends in: the picture, the table, the files."""

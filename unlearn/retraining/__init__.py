@@ -1,0 +1,1 @@
+"""Models trained again without some images, and what they are asked."""

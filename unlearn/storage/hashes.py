@@ -1,0 +1,61 @@
+"""Hashes of values, files and named tensors, by which records tell artefacts apart."""
+
+import hashlib
+import json
+import os
+import stat
+
+import torch
+
+from ..errors import UserError
+
+
+def digest(*parts):
+    """Hash (32 hexadecimal digits) of strings, numbers and JSON-like values, in order."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def digest_rows(rows):
+    """`digest(list(rows))` of an iterator, without holding them all."""
+    state = hashlib.blake2b(b"[[", digest_size=16)
+    for number, row in enumerate(rows):
+        state.update((b"," if number else b"") + json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+    state.update(b"]]")
+    return state.hexdigest()
+
+
+def hash_bytes(*parts):
+    """Hash (32 hexadecimal digits) of bytes, one part after the other: `hash_file` of a file that holds them."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def hash_file(path):
+    """Hash (32 hexadecimal digits) of a file's bytes. Raises UserError where it is a folder, pipe or device."""
+    state = hashlib.blake2b(digest_size=16)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: expected a file, found a folder, pipe or device")
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def hash_tensors(tensors):
+    """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order of the names."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(tensor.flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def named_weights(module):
+    """A module's weights by name. Transformers before 5.6 puts `text_model.` before every name of a CLIP text encoder: without it a
+    model has the same hash under any version."""
+    weights, prefix = module.state_dict(), "text_model."
+    return {name.removeprefix(prefix) if all(other.startswith(prefix) for other in weights) else name: value for name, value in weights.items()}

@@ -1,0 +1,156 @@
+"""Work that any number of processes share under claims, without talking to each other."""
+
+import os
+import random
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import UserError
+from .artifacts import own_part
+from .chunks import make_folder
+from .leases import EXPIRY, HEART, create_claim, is_dead, read_claim
+from ..runtime.programs import log
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
+
+
+class Share:
+    """Iterates over those of some pieces of work that this process is to do, each under a claim, until all are done by
+    whichever process; waits while others hold the rest.
+
+    folder: where claims stand, which must be there: where it vanishes, another process has finished it all, and the
+    iteration ends. names: {item: name of its claim}. is_done(item): whether it is done, asked before it is claimed and
+    again after. `release` is to be called after each item; leaving the context releases all. Threads may share it.
+    """
+
+    def __init__(self, folder, names, is_done):
+        self.folder, self.names, self.is_done = Path(folder), names, is_done
+        self.fresh, self.held = deque(names), deque()  # not looked at yet; others' when they were looked at
+        self.mine, self.seen = {}, {}  # item -> claim; claim -> (stamp, seconds for which it stood still, last look)
+        self.lock, self.closed, self.wait, self.chance = threading.Lock(), threading.Event(), SHORTEST_WAIT, random.Random()
+        self.told = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self.lock:
+            while not self.closed.is_set() and (self.fresh or self.held):
+                while self.fresh:
+                    item = self.fresh.popleft()
+                    if self.claim(item):
+                        self.wait = SHORTEST_WAIT
+                        return item
+                for _ in range(len(self.held)):
+                    item = self.held.popleft()
+                    if self.claim(item, again=True):
+                        self.wait = SHORTEST_WAIT
+                        return item
+                if not self.folder.is_dir():
+                    break
+                if self.held:
+                    if self.wait == LONGEST_WAIT and not self.told:
+                        self.tell()
+                    self.closed.wait(self.wait)
+                    self.wait = min(LONGEST_WAIT, 1.5 * self.wait)
+            raise StopIteration
+
+    def claim(self, item, again=False):
+        """Whether the item is now this process's to do; one that another process is at is put aside. again: whether it was
+        before, so that its owner's heart is listened to."""
+        path = self.folder / f"{self.names[item]}.claim"
+        if self.is_done(item):
+            path.unlink(missing_ok=True)  # of one who was killed, or stopped, between the end of its work and its release
+        elif create_claim(path) or again and self.is_abandoned(path) and self.take_over(path):
+            HEART.hold(path)
+            self.mine[item] = path
+            if not self.is_done(item):
+                return True
+            self.release(item)  # its owner finished it between the first look and this claim
+        else:
+            self.held.append(item)
+            # Where one is taken, its neighbours will be: what is next to look at is anywhere.
+            self.fresh.rotate(self.chance.randrange(len(self.fresh) or 1))
+        return False
+
+    def take(self, item):
+        """Whether an item that is asked for out of turn is now this process's to do."""
+        with self.lock:
+            return self.claim(item, again=True)
+
+    def is_abandoned(self, path):
+        """Whether a claim's owner is dead, or its heart has stood still for too long since this process first saw it so."""
+        found = read_claim(path)
+        if found is None:
+            return False
+        owner, stamp = found
+        (first, still, last), now = self.seen.get(path, (None, 0, 0)), time.monotonic()
+        # Of a long time without a look (the file server was away) only a little counts: its owner could not beat either.
+        still = still + min(now - last, 2 * LONGEST_WAIT) if first == stamp else 0
+        self.seen[path] = stamp, still, now
+        return is_dead(owner) or still > EXPIRY
+
+    def tell(self):
+        """Says, once, who is waited for."""
+        owners = {(read_claim(self.folder / f"{self.names[item]}.claim") or ({}, None))[0].get("host", "another host") for item in self.held}
+        log.info(f"waiting for {len(self.held)} pieces of work at {', '.join(sorted(map(str, owners)))} ({self.folder})")
+        self.told = True
+
+    def take_over(self, path):
+        """Claims what was abandoned; of several that try, one succeeds. Raises UserError where the old claim cannot be removed."""
+        aside = own_part(path)
+        try:
+            os.rename(path, aside)
+            if (read_claim(aside) or (None, None))[1] != self.seen[path][0]:  # meanwhile another has taken it over: this is its own
+                with suppress(OSError):
+                    os.link(aside, path)
+                aside.unlink()
+                return False
+            aside.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(f"{path}: its owner is gone, and it cannot be removed ({error.strerror}); remove it") from error
+        return create_claim(path)
+
+    def release(self, item):
+        """Removes the claim of an item that is done, or given up."""
+        path = self.mine.pop(item, None)
+        if path:
+            HEART.drop(path)
+
+    def stop(self):
+        """Ends the iteration, in other threads too; what is held stays so."""
+        self.closed.set()
+
+    def close(self):
+        """Ends the iteration and releases what is held."""
+        self.stop()
+        for item in list(self.mine):
+            self.release(item)
+
+
+def forget_claim(folder, name):
+    """Removes the claim of work that is known to be done: of one who was killed before it could. Where that may not be, as on a
+    read-only file system, it does no harm."""
+    with suppress(OSError):
+        (Path(folder) / f"{name}.claim").unlink()
+
+
+def do_once(folder, name, is_done, work):
+    """`work()` in one process, where it `is_done()` by none yet; the others wait for it."""
+    folder = Path(folder)
+    make_folder(folder)
+    with Share(folder, {name: name}, lambda item: is_done()) as share:
+        for item in share:
+            work()
+            share.release(item)
