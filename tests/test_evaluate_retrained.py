@@ -343,7 +343,7 @@ def test_without_tuning_queries_no_power_is_chosen_and_evaluate_says_how(tuned, 
     (lambda world: write_json(world.folder / "tuning.json", json.loads((world.folder / "tasks.json").read_text())[:1]),
      "tuning.json: queries/00000 is also in .*tasks.json; a power must be chosen on queries that are not reported"),
     (lambda world: (world.folder / "results/baselines/text/tuning/1/influence.npz").unlink(),
-     "tuning/1/influence.npz: no such file; make it: python -m unlearn baselines --methods text --task_json .*tuning.json"),
+     "tuning/1/influence.npz: no such file; make it: python -m unlearn baselines --task_json .*tuning.json .*--methods text"),
     (lambda world: world.edit("half-003.json", lambda record: record["losses"].pop("tuning/1")),
      "half-003.json: has no loss of query tuning/1"),
 ])
