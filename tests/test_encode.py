@@ -18,7 +18,7 @@ from test_bad_input import files, refused
 from unlearn import UserError
 from unlearn.datasets import encoding
 from unlearn.commands import examination
-from unlearn.datasets.captions import pair_images, read_coco
+from unlearn.datasets.captions import pair_images, read_coco, read_metadata
 from unlearn.commands import encode
 from unlearn.datasets.training_sets import list_images, open_training_set
 from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
@@ -336,6 +336,12 @@ def test_a_metadata_jsonl_gives_rows_in_its_order_whatever_the_folders(folder, m
 def test_a_metadata_jsonl_that_does_not_fit_is_named_with_what_is_wrong(entries, said, folder, capsys):
     write_lines(folder, entries)
     assert said in refused(capsys, encode.main, ["--dataroot", str(folder), "--device", "cpu"])
+
+
+def test_a_line_of_metadata_that_writes_a_key_twice_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog", "text": "a cat"}\n')
+    with pytest.raises(UserError, match="line 1: not valid JSON .the key text is written twice"):
+        read_metadata(tmp_path / "metadata.jsonl")
 
 
 def test_arrays_that_came_with_the_data_root_stay_unless_they_are_to_be_replaced(coco, encoded, model, monkeypatch, capsys):

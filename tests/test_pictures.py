@@ -29,7 +29,7 @@ from unlearn.storage.hashes import digest, hash_file
 from unlearn.commands.inputs import (check_pictures, encode_exemplars, encode_query, examine_pictures, prepare_training_set,
                                      resolve)
 from unlearn.models.pipelines import load_model, trained_resolution
-from unlearn.datasets.pictures import hash_picture, is_cropped, load_image, read_picture
+from unlearn.datasets.pictures import hash_picture, is_cropped, list_notes, load_image, read_picture
 from unlearn.evaluation.retrained import query_digests
 from unlearn.datasets.settings import read_settings
 from unlearn.datasets.tasks import load_tasks
@@ -175,8 +175,8 @@ def test_what_is_transparent_is_shown_on_white_and_gives_no_warning(name, tmp_pa
     (tmp_path / "picture.png").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image, is_transparent = read_picture(tmp_path / "picture.png")
-    assert colours(image) == expected and is_transparent
+        image, oddities = read_picture(tmp_path / "picture.png")
+    assert colours(image) == expected and "transparent" in oddities
     assert hash_picture(tmp_path / "picture.png") != hash_file(tmp_path / "picture.png")
 
 
@@ -191,8 +191,28 @@ def test_alpha_that_is_opaque_everywhere_changes_no_colour_and_is_not_told(tmp_p
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     pixels[..., 3] = 255
     Image.fromarray(pixels).save(tmp_path / "picture.png")
-    image, is_transparent = read_picture(tmp_path / "picture.png")
-    assert (np.asarray(image) == pixels[..., :3]).all() and not is_transparent
+    image, oddities = read_picture(tmp_path / "picture.png")
+    assert (np.asarray(image) == pixels[..., :3]).all() and not oddities
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "apng", "tif"])
+def test_of_several_frames_or_pages_the_first_is_read_and_it_is_told(suffix, tmp_path):
+    first, second = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)
+    first.paste(WHITE, (0, 0, 2, 4))
+    path = tmp_path / f"picture.{suffix}"
+    first.save(path, "PNG" if suffix == "apng" else None, save_all=True, append_images=[second], **({"lossless": True} if suffix == "webp" else {}))
+    image, oddities = read_picture(path)
+    assert (np.asarray(image) == np.asarray(first)).all() and oddities == {"frames"}
+    first.save(path, "PNG" if suffix == "apng" else None)
+    assert read_picture(path)[1] == set()
+
+
+def test_a_picture_of_one_colour_is_told(tmp_path):
+    logo = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    logo.paste((255, 255, 255, 255), (1, 1, 3, 3))
+    logo.save(tmp_path / "logo.png")
+    assert read_picture(tmp_path / "logo.png")[1] == {"transparent", "plain"}
+    assert list_notes("queries", 1, odd={"plain": ["logo.png"]}) == ["1 of 1 queries (logo.png): of one colour all over"]
 
 
 def pack_12_bits(values):
@@ -333,7 +353,7 @@ def test_cropped_and_transparent_queries_and_exemplars_are_told_by_name(root, ca
     with caplog.at_level("INFO", "unlearn"):
         check_pictures(tasks, root)
     assert f"1 of 2 queries ({tasks[0].synth_image_path}): a third or more is cut off" in caplog.text
-    assert f"exemplars ({tasks[0].exemplar_ids(root)[0]}): transparent, so" in caplog.text and len(caplog.records) == 2
+    assert f"exemplars ({tasks[0].exemplar_ids(root)[0]}): transparent, so" in caplog.text and len(caplog.records) == 4  # two of one colour
 
 
 def test_exemplars_of_different_models_that_share_a_name_are_all_looked_at(root):
@@ -342,7 +362,7 @@ def test_exemplars_of_different_models_that_share_a_name_are_all_looked_at(root)
     other.parent.mkdir()
     Image.new("RGBA", (40, 40)).save(other)
     first, second = (replace(task, exemplar_paths=(path,)) for path in (other, root.resolve() / "exemplar/tiny/0.png"))
-    [note] = examine_pictures([first, second], root)
+    note, _ = examine_pictures([first, second], root)
     assert note.startswith("1 of 2 exemplars (exemplar/other/0.png): transparent, so")
     other.write_bytes(b"no picture")
     for tasks in [first, second], [second, first]:

@@ -216,20 +216,21 @@ def compare_images(path, training_set, args):
 
 
 def examine_pictures(tasks, dataroot):
-    """Reads every query and exemplar once: lines on those that are transparent or cropped. Raises UserError, naming the file, where
+    """Reads every query and exemplar once: lines on those that are odd or cropped. Raises UserError, naming the file, where
     one is truncated or no image, or where stored arrays cannot hold a query."""
     check_stored(tasks, dataroot)
     kinds = {"queries": {task.synth_image_path: Path(dataroot) / task.synth_image_path for task in tasks},
              "exemplars": {id: path for task in tasks for id, path in zip(task.exemplar_ids(dataroot), task.exemplar_paths)}}
     stored, notes = {task.synth_image_path for task in tasks if task.latents is not None}, []
     for kind, paths in kinds.items():
-        cropped, transparent = [], []
+        cropped, odd = [], {}
         for name, path in paths.items():
-            image, is_transparent = read_picture(path)
+            image, oddities = read_picture(path)
             if name not in stored:  # such a query's latent is not made of its picture
                 cropped += [name] * is_cropped(image.size)
-                transparent += [name] * is_transparent
-        notes += list_notes(kind, len(paths), cropped, transparent, most=10)
+                for oddity in oddities:
+                    odd.setdefault(oddity, []).append(name)
+        notes += list_notes(kind, len(paths), cropped, odd, most=10)
     return notes
 
 

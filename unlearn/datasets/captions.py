@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..runtime.printing import shorten
-from ..storage.reading import MOST_TEXT, check_name, check_text, list_visible, read_json, read_text, resolve_inside
+from ..storage.reading import MOST_TEXT, check_name, check_text, list_visible, make_object, read_json, read_text, resolve_inside
 
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # pictures.FORMATS
 UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".ppm", ".pgm", ".dng", ".cr2", ".nef", ".arw"}
@@ -105,7 +105,7 @@ def read_metadata(path):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=make_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
         name, text = (value.get("file_name"), value.get("text")) if isinstance(value, dict) else (None, None)

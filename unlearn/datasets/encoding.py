@@ -18,7 +18,7 @@ from ..storage.artifacts import check_writable, whole_file
 from .training_sets import array_paths, read_identity
 from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
 from ..storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
-from .pictures import inspect_picture, list_notes, read_picture
+from .pictures import ODDITIES, inspect_picture, list_notes, read_picture
 from ..runtime.printing import shorten
 from ..storage.reading import read_array
 from ..storage.records import check_content, is_complete, record_path, write_record
@@ -40,14 +40,15 @@ def map_files(function, paths, description):
 
 
 def find_unreadable(paths):
-    """Why images cannot be read, {path: reason}, and those that are transparent, [path, ...]: each is decoded once."""
+    """Why images cannot be read, {path: reason}, and what is odd about the others, {oddity: [path, ...]}: each is decoded once."""
     def look(path):
         try:
             return None, read_picture(path)[1]
         except UserError as error:
-            return str(error), False
+            return str(error), set()
     found = list(zip(paths, map_files(look, paths, "checking images")))
-    return {path: reason for path, (reason, _) in found if reason}, [path for path, (_, is_transparent) in found if is_transparent]
+    return ({path: reason for path, (reason, _) in found if reason},
+            {oddity: [path for path, (_, oddities) in found if oddity in oddities] for oddity in ODDITIES})
 
 
 def list_pairs(dataroot, num_captions=0):
@@ -249,13 +250,13 @@ def encoding_plan(model, dataroot, captions, resolution):
 
 def choose_readable(paths, skip_corrupt, command):
     """Rows of the images that can be read. Raises UserError where some cannot and are not to be left out."""
-    unreadable, transparent = find_unreadable(paths)
+    unreadable, odd = find_unreadable(paths)
     if unreadable and (not skip_corrupt or len(unreadable) == len(paths)):
         names = ", ".join(path.name for path in list(unreadable)[1:4])
         raise UserError(f"{len(unreadable)} of {len(paths)} images cannot be read: {next(iter(unreadable.values()))}"
                         + (f"; next {names}" if names else "")
                         + f"; replace them, or leave them out: {command} --skip_corrupt")
-    for note in list_notes("training images", len(paths), transparent=[path.name for path in transparent]):
+    for note in list_notes("training images", len(paths), odd={oddity: [path.name for path in those] for oddity, those in odd.items()}):
         say(note)
     return [row for row, path in enumerate(paths) if path not in unreadable]
 

@@ -18,6 +18,11 @@ Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow warns above this and refus
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # bytes; Pillow's 1 MB is less than some programs' notes
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of what a file says beside its pixels, a line each time that it is read
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # not all of Pillow's: EPS would be run by Ghostscript
+ODDITIES = {  # of a picture, and what is said of it
+    "transparent": "transparent, so shown on white",
+    "frames": "of several frames or pages, of which only the first is used",
+    "plain": "of one colour all over",
+}
 LARGEST_ASPECT = 200  # a longer strip would unfold when its shorter side is resized
 ORIENTATION, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 274, 258, 262, 0  # tags of EXIF and TIFF
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -57,20 +62,24 @@ def load_image(path):
 
 
 def read_picture(path):
-    """(RGB image, whether some of it is transparent and so shown on white). Raises UserError as `load_image` does."""
+    """(RGB image, which of ODDITIES it has). Raises UserError as `load_image` does."""
+    oddities = set()
     with open_picture(path) as image:
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's MPO holds previews of the same picture
+            oddities.add("frames")
+            image.seek(0)
         scale_key(image)
         image.load()
         turn = TURNS.get(read_orientation(image))
         if image.mode[0] in "IF":
             image = eight_bits(path, image)
-        is_transparent = image.has_transparency_data
-        if is_transparent:
+        if image.has_transparency_data:
             image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-            is_transparent = image.getchannel("A").getextrema()[0] < 255
+            oddities |= {"transparent"} if image.getchannel("A").getextrema()[0] < 255 else set()
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        return image if turn is None else image.transpose(turn), is_transparent
+        oddities |= {"plain"} if all(low == high for low, high in image.getextrema()) else set()
+        return image if turn is None else image.transpose(turn), oddities
 
 
 def read_orientation(image):
@@ -189,14 +198,12 @@ def is_cropped(size):
     return 2 * max(size) >= 3 * min(size)
 
 
-def list_notes(kind, total, cropped=(), transparent=(), most=3):
-    """Lines on pictures that are not seen as they stand in their files; `most` names in each."""
+def list_notes(kind, total, cropped=(), odd=None, most=3):
+    """Lines on pictures that are not seen as they stand in their files; `most` names in each. odd: {one of ODDITIES: names}."""
     def count(names):
         return f"{len(names)} of {total} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
 
-    notes = []
-    if transparent:
-        notes.append(f"{count(transparent)}: transparent, so shown on white")
+    notes = [f"{count(odd[oddity])}: {text}" for oddity, text in ODDITIES.items() if odd and odd.get(oddity)]
     if cropped:
         notes.append(f"{count(cropped)}: a third or more is cut off, because only the square in the centre is used; where what counts is at "
                      "an edge, crop it yourself")
