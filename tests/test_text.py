@@ -228,7 +228,7 @@ def test_encoding_shows_the_first_pairs_and_counts_empty_and_cut_captions(root, 
     images([f"{number}.png" for number in range(5)], f"a cat\n\x1b[2J{'long ' * 14}\n\n{'a very long caption ' * 40}\nlast\n")
     with caplog.at_level(logging.INFO, "unlearn"):
         encode_root()
-    assert caplog.messages[1:6] == [
+    assert caplog.messages[2:7] == [
         '0.png -> "a cat"', f'1.png -> "\\x1b[2J{"long " * 10}lo…"', '2.png -> ""', "1 of 5 captions are empty",
         "1 of 5 captions are longer than the 77 tokens of the model's tokenizer; their ends are cut off"]
     caplog.clear()

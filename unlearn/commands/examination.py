@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tomllib
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,22 @@ def try_out(function, *args):
         return None, Finding(PROBLEM, " ".join(str(error).split()))
 
 
+def read_requirements():
+    """(range of Python, requirements): of pyproject.toml in a checkout, else of the installed package, which has no such file."""
+    if PYPROJECT.is_file():
+        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], list(map(Requirement, project["dependencies"]))
+    installed = metadata("unlearn")
+    return installed["Requires-Python"], [each for each in map(Requirement, installed.get_all("Requires-Dist", []))
+                                          if not each.marker or each.marker.evaluate({"extra": ""})]
+
+
 def examine_environment():
-    """Python, the packages that pyproject.toml asks for, and whether NumPy still draws the noise that caches were made with."""
-    project, found, findings = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"], [f"Python {platform.python_version()}"], []
-    if platform.python_version() not in SpecifierSet(project["requires-python"]):
-        findings.append(Finding(PROBLEM, f"Python {platform.python_version()}: expected {project['requires-python']}", "micromamba create -f env.yml"))
-    for requirement in map(Requirement, project["dependencies"]):
+    """Python, the packages that this one asks for, and whether NumPy still draws the noise that caches were made with."""
+    (python, requirements), found, findings = read_requirements(), [f"Python {platform.python_version()}"], []
+    if platform.python_version() not in SpecifierSet(python):
+        findings.append(Finding(PROBLEM, f"Python {platform.python_version()}: expected {python}", "micromamba create -f env.yml"))
+    for requirement in requirements:
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:

@@ -107,8 +107,9 @@ def tell_odd_captions(model, captions):
         log.warning(f"{cut} of {len(lines)} captions are longer than the {limit} tokens of the model's tokenizer; their ends are cut off")
     unknown = [(line, is_all) for batch in batches for line, (is_unknown, is_all) in zip(batch, find_unknown(tokenizer, batch)) if is_unknown]
     if unknown:
+        lost = sum(is_all for _, is_all in unknown)
         log.warning(f"{len(unknown)} of {len(lines)} captions have characters that the model's tokenizer does not know, first "
-                    f'"{shorten(unknown[0][0])}"; nothing of {sum(is_all for _, is_all in unknown)} of them is read')
+                    f'"{shorten(unknown[0][0])}"' + (f"; nothing of {lost} of them is read" if lost else ""))
 
 
 def has_given_arrays(dataroot):
