@@ -14,26 +14,51 @@ import argparse
 from pathlib import Path
 
 from unlearn import UserError, noise
-from unlearn.report import results
 from unlearn.advice import index_command
-from unlearn.models.customization import check_customization, check_tokens, customized
-from unlearn.storage.hashes import hash_file
 from unlearn.attribution.index import Index
-from unlearn.commands.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, compare_images,
-                                     encode_exemplars, encode_query, find_fisher, load_fisher, prepare_training_set, print_plan,
-                                     resolve, step_size)
-from unlearn.models.pipelines import SELECTIONS, load_model, select_parameters
 from unlearn.attribution.newton import relative_change
+from unlearn.attribution.scoring import (
+    AUDIT,
+    AUTOCAST,
+    MANY,
+    SCORINGS,
+    SHORTLIST,
+    TOGETHER,
+    check_scoring,
+    load_losses,
+    make_sweep,
+    own_losses,
+    score_queries,
+    score_shortlists,
+    scoring_settings,
+)
+from unlearn.attribution.unlearning import check_step, read_step, unlearn_queries, unlearning_settings
+from unlearn.commands.inputs import (
+    add_flags,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    compare_images,
+    encode_exemplars,
+    encode_query,
+    find_fisher,
+    load_fisher,
+    prepare_training_set,
+    print_plan,
+    resolve,
+    step_size,
+)
 from unlearn.datasets.queries import read_stored
+from unlearn.datasets.settings import AUTO_CHANGE
+from unlearn.datasets.tasks import group_by_model, load_tasks
+from unlearn.models.customization import check_customization, check_tokens, customized
+from unlearn.models.pipelines import SELECTIONS, load_model, select_parameters
+from unlearn.report import results
+from unlearn.runtime.programs import part_of, process_share, run
+from unlearn.storage.hashes import hash_file
 from unlearn.storage.reading import read_tensors
 from unlearn.storage.records import keep_complete
-from unlearn.runtime.programs import part_of, process_share, run
-from unlearn.attribution.scoring import (AUDIT, AUTOCAST, MANY, SCORINGS, SHORTLIST, TOGETHER, check_scoring, load_losses,
-                                         make_sweep, own_losses, score_queries, score_shortlists, scoring_settings)
-from unlearn.datasets.settings import AUTO_CHANGE
 from unlearn.storage.sharing import do_once, forget_claim
-from unlearn.datasets.tasks import group_by_model, load_tasks
-from unlearn.attribution.unlearning import check_step, read_step, unlearn_queries, unlearning_settings
 
 
 def parse_arguments(argv):

@@ -13,17 +13,25 @@ import argparse
 from pathlib import Path
 
 from unlearn.advice import loss_command
-from unlearn.models.customization import check_customization, check_tokens, customized
-from unlearn.commands.inputs import (add_flags, check_pictures, check_result_dir, check_training_files, encode_exemplars,
-                                     prepare_training_set, print_plan, resolve)
 from unlearn.attribution.losses import loss_identity
+from unlearn.attribution.sweeps import Sweep, adopt_losses, cache_losses
+from unlearn.commands.inputs import (
+    add_flags,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    encode_exemplars,
+    prepare_training_set,
+    print_plan,
+    resolve,
+)
+from unlearn.datasets.queries import read_stored
+from unlearn.datasets.tasks import group_by_model, load_tasks
+from unlearn.models.customization import check_customization, check_tokens, customized
 from unlearn.models.pipelines import load_model
 from unlearn.noise import timestep_grid
-from unlearn.datasets.queries import read_stored
-from unlearn.storage.records import record_path
 from unlearn.runtime.programs import log, part_of, run
-from unlearn.attribution.sweeps import Sweep, adopt_losses, cache_losses
-from unlearn.datasets.tasks import group_by_model, load_tasks
+from unlearn.storage.records import record_path
 
 
 def parse_arguments(argv):

@@ -28,8 +28,8 @@ import kill_and_resume as runs
 import numpy as np
 import torch
 
-from unlearn.runtime import programs
 from unlearn.commands import encode, evaluate, tasks
+from unlearn.runtime import programs
 
 SECONDS, MEMORY = 60, 4 << 30
 WEIRD = [None, -1, 0, 1, 2 ** 63, 10 ** 400, 1e308, float("inf"), float("nan"), 0.5, "", "x", "../../../../../etc/passwd", "/etc/passwd",

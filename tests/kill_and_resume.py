@@ -32,12 +32,11 @@ torch.set_num_threads(1)  # before any work: a fork does not survive the threads
 
 import compute_influence
 import compute_training_loss
-from unlearn.storage import artifacts
-from unlearn.commands import inputs
 from unlearn.attribution import losses, newton
+from unlearn.commands import fisher, index, inputs
 from unlearn.models import pipelines
 from unlearn.runtime import signals
-from unlearn.commands import fisher, index
+from unlearn.storage import artifacts
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
 MODEL = ["--dataroot", str(FIXTURE / "abc"), "--sd_version", str(FIXTURE / "sd-tiny"), "--device", "cpu", "--laion_subset_size", "12"]

@@ -19,13 +19,13 @@ import torch
 
 torch.set_num_threads(1)  # before any work: a fork does not survive the threads of its parent
 
-from unlearn.datasets.training_sets import open_training_set
-from unlearn.datasets.encoding import encode_training_set
 from unlearn.attribution.losses import loss_identity
+from unlearn.attribution.sweeps import Sweep, cache_losses
+from unlearn.datasets.encoding import encode_training_set
+from unlearn.datasets.settings import read_settings
+from unlearn.datasets.training_sets import open_training_set
 from unlearn.models.pipelines import load_model
 from unlearn.noise import timestep_grid
-from unlearn.datasets.settings import read_settings
-from unlearn.attribution.sweeps import Sweep, cache_losses
 
 
 def run_two(work):

@@ -16,17 +16,17 @@ from conftest import PARITY
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, advice
-from unlearn.baselines import methods
-from unlearn.storage import records
-from unlearn.datasets.captions import list_folder
-from unlearn.commands import baselines, doctor, encode, fisher, index
-from unlearn.commands.inputs import has_other_images
-from unlearn.retraining.plans import ranking_command
-from unlearn.evaluation.rankings import read_influence, warnings_of
-from unlearn.storage.records import MEANINGS, compare_identity, explain_difference, record_path
-from unlearn.retraining.models import recipe_of
 from unlearn.attribution.scoring import scoring_settings
 from unlearn.attribution.unlearning import unlearning_settings
+from unlearn.baselines import methods
+from unlearn.commands import baselines, doctor, encode, fisher, index
+from unlearn.commands.inputs import has_other_images
+from unlearn.datasets.captions import list_folder
+from unlearn.evaluation.rankings import read_influence, warnings_of
+from unlearn.retraining.models import recipe_of
+from unlearn.retraining.plans import ranking_command
+from unlearn.storage import records
+from unlearn.storage.records import MEANINGS, compare_identity, explain_difference, record_path
 
 PROGRAMS = {"compute_training_loss.py": compute_training_loss.main, "compute_influence.py": compute_influence.main,
             "fisher": fisher.main, "encode": encode.main, "index": index.main}

@@ -1,8 +1,8 @@
 """A user's mistake ends in one line that names the item, status 2, no model loaded where none is needed, nothing written."""
 
+import errno
 import functools
 import io
-import errno
 import json
 import os
 import pickle
@@ -22,11 +22,11 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.datasets import encoders
-from unlearn.commands import examination, inputs
-from unlearn.models import pipelines, checks
-from unlearn.runtime import programs
 from unlearn.attribution import sweeps
+from unlearn.commands import examination, inputs
+from unlearn.datasets import encoders
+from unlearn.models import checks, pipelines
+from unlearn.runtime import programs
 from unlearn.storage.artifacts import whole_file, write_array, write_json, write_tensors
 from unlearn.storage.records import write_record
 

@@ -12,12 +12,11 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, encode_images, files, no
 
 import compute_influence
 import compute_training_loss
-from unlearn.commands import inputs
-from unlearn.evaluation import rankings
-from unlearn.commands import evaluate
+from unlearn.commands import evaluate, inputs
 from unlearn.datasets.encoders import encode_prompts
-from unlearn.storage.reading import read_tensors
 from unlearn.datasets.tasks import load_tasks
+from unlearn.evaluation import rankings
+from unlearn.storage.reading import read_tensors
 
 FIRST, SECOND = json.loads((PARITY / "fixture/tasks.json").read_text())
 BASE = {"synth_image_path": FIRST["synth_image_path"], "prompt": "a photo of a blob"}

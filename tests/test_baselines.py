@@ -14,27 +14,33 @@ from conftest import PARITY
 from test_bad_input import encode_images
 
 from unlearn import UserError, noise
-from unlearn.baselines import gradients
-from unlearn.commands import inputs
-from unlearn.storage.artifacts import write_tensors
-from unlearn.baselines.similarity import cosine_scores, mean_features, normalise, text_blocks
-from unlearn.commands import baselines
 from unlearn.attribution.curvature import DiagonalFisher
-from unlearn.datasets.training_sets import TrainingSet
+from unlearn.attribution.newton import QueryDraws
+from unlearn.baselines import gradients
+from unlearn.baselines.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
+from unlearn.baselines.methods import (
+    METHODS,
+    OF_COSINES,
+    Run,
+    flatten,
+    influence_scores,
+    journey_gradient,
+    random_scores,
+    similarity_scores,
+)
+from unlearn.baselines.projection import Sketch
+from unlearn.baselines.similarity import cosine_scores, mean_features, normalise, text_blocks
+from unlearn.commands import baselines, inputs
 from unlearn.datasets.encoders import encode_images as encode_real_images
 from unlearn.datasets.encoders import encode_prompts
-from unlearn.models.generation import generate_latents, initial_noise
-from unlearn.baselines.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
-from unlearn.models.pipelines import tracked
-from unlearn.baselines.methods import (METHODS, OF_COSINES, Run, flatten, influence_scores, journey_gradient, random_scores,
-                                       similarity_scores)
-from unlearn.models.pipelines import TARGETS, load_model, select_parameters
-from unlearn.attribution.newton import QueryDraws
-from unlearn.baselines.projection import Sketch
+from unlearn.datasets.tasks import load_tasks
+from unlearn.datasets.training_sets import TrainingSet
 from unlearn.evaluation.rankings import read_influence
+from unlearn.models.generation import generate_latents, initial_noise
+from unlearn.models.pipelines import TARGETS, load_model, select_parameters, tracked
+from unlearn.storage.artifacts import write_tensors
 from unlearn.storage.reading import read_tensors
 from unlearn.storage.records import record_path, write_record
-from unlearn.datasets.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
 GRID, KV = [200, 700], "cross-attn-kv"

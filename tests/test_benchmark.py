@@ -10,17 +10,17 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from unlearn import UserError
-from unlearn.runtime import programs
-from unlearn.benchmark.architectures import CONFIGURATIONS, SELECTION, multiply_images, seeded_model, seeded_training_set
-from unlearn.benchmark.workloads import describe_fidelity
-from unlearn.commands import benchmark
 from unlearn.attribution.losses import sample_losses
+from unlearn.benchmark.architectures import CONFIGURATIONS, SELECTION, multiply_images, seeded_model, seeded_training_set
 from unlearn.benchmark.meters import anonymous_bytes, count_flops, hand_back_memory, measure_ceiling, metered
-from unlearn.models.pipelines import changed_weights, select_parameters
-from unlearn.noise import batch_noise
 from unlearn.benchmark.procedures import PROCEDURES, channels_last
 from unlearn.benchmark.published import published_losses, published_step, stock_layers
 from unlearn.benchmark.scaling import make_training_set
+from unlearn.benchmark.workloads import describe_fidelity
+from unlearn.commands import benchmark
+from unlearn.models.pipelines import changed_weights, select_parameters
+from unlearn.noise import batch_noise
+from unlearn.runtime import programs
 
 TINY = {"unet": {"sample_size": 4, "block_out_channels": (16, 32), "cross_attention_dim": 12, "layers_per_block": 1,
                  "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 
 from unlearn.evaluation import datamodels
-from unlearn.evaluation.datamodels import (average_ranks, choose_power, correlate, count_below, datamodeling_scores,
-                                           equivalent_number, fit_rising, leave_models_out, mean_interval, predict, raise_scores,
-                                           resampled_ranks, spearman)
+from unlearn.evaluation.datamodels import (
+    average_ranks,
+    choose_power,
+    correlate,
+    count_below,
+    datamodeling_scores,
+    equivalent_number,
+    fit_rising,
+    leave_models_out,
+    mean_interval,
+    predict,
+    raise_scores,
+    resampled_ranks,
+    spearman,
+)
 from unlearn.evaluation.metrics import student_quantile
 
 
@@ -155,7 +167,7 @@ def test_the_rising_fit_is_the_closest_of_all_that_never_fall():
     fitted = fit_rising(values, weights)
     assert (np.diff(fitted) >= 0).all() and fitted[0] == 1 and fitted[1:4] == pytest.approx(2) and fitted[4] == 5
     grid = np.arange(0, 5.1, 0.5)
-    closest = min((weights @ (np.array(rising) - values) ** 2 for rising in itertools.combinations_with_replacement(grid, 5)))
+    closest = min(weights @ (np.array(rising) - values) ** 2 for rising in itertools.combinations_with_replacement(grid, 5))
     assert weights @ (fitted - values) ** 2 == pytest.approx(closest)
 
 

@@ -13,11 +13,10 @@ from conftest import PARITY
 from test_bad_input import files
 
 import compute_training_loss
-from unlearn.storage import leases
-from unlearn.commands import examination
-from unlearn.models import pipelines
 from unlearn import noise
-from unlearn.commands import doctor
+from unlearn.commands import doctor, examination
+from unlearn.models import pipelines
+from unlearn.storage import leases
 from unlearn.storage.records import record_path, write_record
 
 TASKS = PARITY / "fixture/tasks.json"

@@ -16,19 +16,18 @@ from PIL import Image
 from test_bad_input import files, refused
 
 from unlearn import UserError
-from unlearn.datasets import encoding
-from unlearn.commands import examination
-from unlearn.datasets.captions import pair_images, read_coco, read_metadata
-from unlearn.commands import encode
-from unlearn.datasets.training_sets import list_images, open_training_set
-from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
-from unlearn.storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
+from unlearn.commands import encode, examination
 from unlearn.commands.inputs import count_images, find_fisher, prepare_training_set, resolve
-from unlearn.models.pipelines import load_model
+from unlearn.datasets import encoding
+from unlearn.datasets.captions import pair_images, read_coco, read_metadata
+from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
 from unlearn.datasets.pictures import hash_picture
+from unlearn.datasets.settings import read_settings
+from unlearn.datasets.training_sets import list_images, open_training_set
+from unlearn.models.pipelines import load_model
+from unlearn.storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from unlearn.storage.reading import read_json
 from unlearn.storage.records import record_path
-from unlearn.datasets.settings import read_settings
 
 LATENTS, EMBEDDINGS, CAPTIONS = "coco17_train_latents.npy", "coco17_train_text_embeddings.npy", "annotations/captions_train2017.json"
 

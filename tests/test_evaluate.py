@@ -14,17 +14,26 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.evaluation import metrics
-from unlearn.baselines.similarity import (cosine_scores, encode_blocks, feature_encoder, latent_blocks, latent_encoder,
-                                          mean_features, pixel_encoder, score_queries, word_scores)
-from unlearn.commands.evaluate import group_queries, kind_of, main, measure, measure_words
-from unlearn.datasets.training_sets import open_training_set
-from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.attribution.influence import best_view, rank_images
-from unlearn.models.pipelines import load_model
-from unlearn.storage.records import write_record
-from unlearn.report.results import median_change
+from unlearn.baselines.similarity import (
+    cosine_scores,
+    encode_blocks,
+    feature_encoder,
+    latent_blocks,
+    latent_encoder,
+    mean_features,
+    pixel_encoder,
+    score_queries,
+    word_scores,
+)
+from unlearn.commands.evaluate import group_queries, kind_of, main, measure, measure_words
+from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.datasets.tasks import Task
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.evaluation import metrics
+from unlearn.models.pipelines import load_model
+from unlearn.report.results import median_change
+from unlearn.storage.records import write_record
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
 NUM_EXEMPLARS, NUM_TRAINING = 5, 60

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from unlearn import UserError
-from unlearn.storage.artifacts import write_json
-from unlearn.commands.evaluate import main
 from unlearn.attribution.influence import rank_images
-from unlearn.storage.records import write_record
+from unlearn.commands.evaluate import main
+from unlearn.datasets.tasks import load_tasks
 from unlearn.evaluation.retrained import query_digests
 from unlearn.evaluation.scores import keep_order, random_scores
-from unlearn.datasets.tasks import load_tasks
+from unlearn.storage.artifacts import write_json
+from unlearn.storage.records import write_record
 
 NUM_IMAGES, NUM_QUERIES, TRAINING_SET = 41, 5, "set"
 QUERIES = [f"queries/{number:05d}" for number in range(NUM_QUERIES)]

@@ -7,8 +7,8 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn.models.generation import generate_latents, initial_noise
 from unlearn.attribution.influence import rank_images
+from unlearn.models.generation import generate_latents, initial_noise
 from unlearn.models.pipelines import load_model
 from unlearn.retraining.training import Recipe, random_members, train
 

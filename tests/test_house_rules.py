@@ -65,6 +65,11 @@ def test_a_package_imports_only_packages_below_it():
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def test_the_linter_finds_nothing():
+    finished = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--no-cache", ROOT], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_import_no_other_script_and_no_command(name):
     commands = {f"unlearn.commands.{path.stem}" for path in (ROOT / "unlearn/commands").glob("*.py") if "def main(" in path.read_text(encoding="utf-8")}

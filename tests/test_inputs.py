@@ -20,14 +20,14 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, fi
 import compute_influence
 import compute_training_loss
 from unlearn import UserError, advice
-from unlearn.datasets import encoding
 from unlearn.commands import inputs
-from unlearn.datasets.training_sets import open_training_set
-from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.commands.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
-from unlearn.storage.records import record_path
+from unlearn.datasets import encoding
+from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.datasets.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
 from unlearn.datasets.tasks import load_tasks
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.storage.records import record_path
 
 
 def parse(script, root, *given):

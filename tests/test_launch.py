@@ -17,8 +17,8 @@ from kill_and_resume import contents, differences
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.runtime import programs
 from unlearn.commands import encode
+from unlearn.runtime import programs
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(PARITY / "fixture/abc"),

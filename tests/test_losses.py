@@ -12,8 +12,8 @@ import compute_training_loss
 from unlearn import UserError, noise
 from unlearn.attribution import losses, sweeps
 from unlearn.attribution.losses import chunk_noise, loss_identity, score_rows
-from unlearn.models.pipelines import Model, load_model
 from unlearn.attribution.sweeps import Sweep, cache_losses
+from unlearn.models.pipelines import Model, load_model
 
 GRID = [0, 250, 500, 750]
 

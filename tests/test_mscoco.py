@@ -23,16 +23,16 @@ from test_download import ABU, Hub, command, pack
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.commands import encode, evaluate, fisher, retrain, tasks
-from unlearn.datasets.training_sets import open_training_set
 from unlearn.attribution.losses import sample_losses
-from unlearn.models.pipelines import load_model
-from unlearn.noise import image_noise
-from unlearn.evaluation.rankings import read_influence
-from unlearn.storage.reading import read_array, read_json
-from unlearn.runtime.programs import run
+from unlearn.commands import encode, evaluate, fisher, retrain, tasks
 from unlearn.datasets.settings import read_settings
+from unlearn.datasets.training_sets import open_training_set
+from unlearn.evaluation.rankings import read_influence
+from unlearn.models.pipelines import load_model
 from unlearn.models.unets import load_unet
+from unlearn.noise import image_noise
+from unlearn.runtime.programs import run
+from unlearn.storage.reading import read_array, read_json
 
 SCRIPT = Path(__file__).parent.parent / "data/download_mscoco.sh"
 INFLUENCE = "influence/sample/0/influence.npz"

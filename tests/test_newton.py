@@ -16,17 +16,16 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError
 from unlearn.attribution import newton
-from unlearn.storage.chunks import write_tensor_chunk
-from unlearn.commands import fisher as fisher_command
 from unlearn.attribution.curvature import DiagonalFisher, check_fisher, per_sample_gradients, squared_gradient_sums
-from unlearn.models.customization import customized
-from unlearn.report.figures import EXEMPLAR_RED
-from unlearn.models.pipelines import tracked
-from unlearn.storage.hashes import digest
 from unlearn.attribution.influence import find_warnings
 from unlearn.attribution.losses import sample_losses
-from unlearn.models.pipelines import changed_weights, load_model, replaced_weights, select_parameters
 from unlearn.attribution.newton import CompatDraws, QueryDraws, newton_step, relative_change, unlearn
+from unlearn.commands import fisher as fisher_command
+from unlearn.models.customization import customized
+from unlearn.models.pipelines import changed_weights, load_model, replaced_weights, select_parameters, tracked
+from unlearn.report.figures import EXEMPLAR_RED
+from unlearn.storage.chunks import write_tensor_chunk
+from unlearn.storage.hashes import digest
 from unlearn.storage.reading import read_tensors
 
 SD_TINY, ABC = str(PARITY / "fixture/sd-tiny"), PARITY / "fixture/abc"

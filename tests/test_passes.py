@@ -13,13 +13,13 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError
 from unlearn.attribution import losses, sweeps
-from unlearn.models import passes
-from unlearn.storage.leases import create_claim
-from unlearn.storage.hashes import hash_file
 from unlearn.attribution.losses import changed_losses, loss_sums
-from unlearn.models.pipelines import changed_weights, select_parameters
-from unlearn.models.passes import BlockedFeedForward, modules_before_text, sharing_prefix
 from unlearn.attribution.sweeps import Sweep, cache_columns, chunk_folder
+from unlearn.models import passes
+from unlearn.models.passes import BlockedFeedForward, modules_before_text, sharing_prefix
+from unlearn.models.pipelines import changed_weights, select_parameters
+from unlearn.storage.hashes import hash_file
+from unlearn.storage.leases import create_claim
 
 GRID = [0, 250, 500, 750]
 

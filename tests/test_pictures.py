@@ -19,20 +19,25 @@ from PIL import Image, ImageOps, PngImagePlugin
 from test_house_rules import TREES, dotted
 
 from unlearn import UserError
-from unlearn.datasets import encoding, pictures
-from unlearn.commands import examination, inputs
-from unlearn.commands import encode
+from unlearn.commands import encode, examination, inputs
 from unlearn.commands.baselines import list_readings
-from unlearn.datasets.training_sets import read_identity
+from unlearn.commands.inputs import (
+    check_pictures,
+    encode_exemplars,
+    encode_query,
+    examine_pictures,
+    prepare_training_set,
+    resolve,
+)
+from unlearn.datasets import encoding, pictures
 from unlearn.datasets.encoding import encode_training_set
-from unlearn.storage.hashes import digest, hash_file
-from unlearn.commands.inputs import (check_pictures, encode_exemplars, encode_query, examine_pictures, prepare_training_set,
-                                     resolve)
-from unlearn.models.pipelines import load_model, trained_resolution
 from unlearn.datasets.pictures import hash_picture, is_cropped, list_notes, load_image, read_picture
-from unlearn.evaluation.retrained import query_digests
 from unlearn.datasets.settings import read_settings
 from unlearn.datasets.tasks import load_tasks
+from unlearn.datasets.training_sets import read_identity
+from unlearn.evaluation.retrained import query_digests
+from unlearn.models.pipelines import load_model, trained_resolution
+from unlearn.storage.hashes import digest, hash_file
 
 ROOT = Path(__file__).parent.parent
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

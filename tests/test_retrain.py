@@ -16,11 +16,11 @@ from conftest import PARITY
 from diffusers import AutoencoderKL
 from test_bad_input import files, refused
 
+from unlearn.commands import generate, retrain
+from unlearn.datasets.training_sets import open_training_set
 from unlearn.models import generation
 from unlearn.retraining import models
 from unlearn.storage.artifacts import write_json
-from unlearn.commands import generate, retrain
-from unlearn.datasets.training_sets import open_training_set
 from unlearn.storage.hashes import hash_file
 from unlearn.storage.reading import read_json, read_tensors
 from unlearn.storage.records import record_path, write_record

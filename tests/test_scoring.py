@@ -13,18 +13,18 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError
 from unlearn.attribution import losses, shortlist, sweeps
-from unlearn.storage.artifacts import write_bytes
-from unlearn.commands import index as index_command
 from unlearn.attribution.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
 from unlearn.attribution.derivatives import gradient_dots, probe_signs, second_order_dots, text_gradients
 from unlearn.attribution.losses import sample_losses
-from unlearn.models.pipelines import changed_weights, select_parameters
-from unlearn.storage.reading import read_json, read_tensors
-from unlearn.storage.records import record_path, write_record
-from unlearn.report.results import describe_recall
 from unlearn.attribution.scoring import audit_seed
 from unlearn.attribution.shortlist import choose_images, estimate_recall, split_outsiders
 from unlearn.attribution.sweeps import Sweep
+from unlearn.commands import index as index_command
+from unlearn.models.pipelines import changed_weights, select_parameters
+from unlearn.report.results import describe_recall
+from unlearn.storage.artifacts import write_bytes
+from unlearn.storage.reading import read_json, read_tensors
+from unlearn.storage.records import record_path, write_record
 
 GRID = [0, 250, 500, 750]
 SOME = ["--laion_subset_size", "40"]  # two chunks

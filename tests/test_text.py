@@ -24,20 +24,19 @@ from transformers import PreTrainedTokenizerFast
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.commands import inputs
-from unlearn.runtime import programs
+from unlearn.commands import doctor, encode, generate, inputs
 from unlearn.datasets.captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, read_lines
-from unlearn.storage.artifacts import write_json
-from unlearn.commands import doctor, encode, generate
-from unlearn.datasets.training_sets import label_rows, open_training_set
 from unlearn.datasets.encoders import find_unknown
-from unlearn.report.figures import draw_influence, wrap_text
-from unlearn.models.pipelines import load_model
 from unlearn.datasets.pictures import FORMATS
+from unlearn.datasets.training_sets import label_rows, open_training_set
+from unlearn.models.pipelines import load_model
+from unlearn.report.figures import draw_influence, wrap_text
+from unlearn.report.results import print_table, write_csv
+from unlearn.runtime import programs
 from unlearn.runtime.printing import LineFormatter, printable, show
+from unlearn.storage.artifacts import write_json
 from unlearn.storage.reading import read_array, read_json, read_text, resolve_inside
 from unlearn.storage.records import record_path
-from unlearn.report.results import print_table, write_csv
 
 ARRAYS = "laion_latents.npy", "laion_text_embeddings.npy"
 BOM = b"\xef\xbb\xbf"

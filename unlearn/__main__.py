@@ -2,8 +2,8 @@
 
 import sys
 
-from .errors import UserError
 from .commands import baselines, benchmark, doctor, encode, evaluate, fisher, generate, index, retrain, tasks
+from .errors import UserError
 from .runtime.printing import make_streams_safe
 from .runtime.programs import end_with, run
 

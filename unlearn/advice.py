@@ -3,8 +3,8 @@
 import shlex
 from pathlib import Path
 
-from .runtime.programs import choose_device
 from .datasets.settings import OWN_DEFAULTS, read_settings
+from .runtime.programs import choose_device
 
 ENCODING = ("sd_version", "vae_batch_size", "device")
 IMAGES = (*ENCODING, "laion_subset_size")

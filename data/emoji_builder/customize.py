@@ -2,8 +2,8 @@
 
 import torch
 from diffusers import PNDMScheduler
-
 from unlearn.base import SCHEDULE, epsilon_loss, tokenize
+
 from unlearn.retraining.training import Progress, batch_generator
 
 TOKEN = "<new1>"

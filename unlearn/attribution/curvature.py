@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from ..errors import UserError
+from ..models.unets import check_shapes
 from ..storage.hashes import digest, hash_tensors
 from .losses import sample_losses
-from ..models.unets import check_shapes
 
 
 class GradientTaps:

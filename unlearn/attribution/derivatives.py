@@ -8,9 +8,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from .losses import sample_losses
-from ..noise import image_generator
 from ..models.text_attention import project_text
+from ..noise import image_generator
+from .losses import sample_losses
 
 PROJECTIONS = ("to_k", "to_v")
 PROBES = 2  # random directions for each sample's curvature: one more costs one more backward pass

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..runtime.programs import progress
 from ..storage.artifacts import write_bytes, write_tensors
 from ..storage.chunks import read_chunk
-from .compression import Compression, fit, multiply, pack, row_type
-from .derivatives import text_gradients
 from ..storage.hashes import digest, hash_file
-from .losses import chunk_noise, noise_identity, rows_of, score_rows
 from ..storage.reading import read_array, read_tensors, read_text
 from ..storage.records import check_record, keep_complete, record_path, write_record
-from ..runtime.programs import progress
 from ..storage.sharing import do_once, forget_claim
+from .compression import Compression, fit, multiply, pack, row_type
+from .derivatives import text_gradients
+from .losses import chunk_noise, noise_identity, rows_of, score_rows
 
 SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{6}-of-\d{6}\.npy)")
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted

@@ -8,17 +8,16 @@ from threading import Lock
 import numpy as np
 import torch
 
-from ..errors import UserError
 from .. import noise
-from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
-from .derivatives import PROJECTIONS, text_gradients
-from ..models.pipelines import tracked
-from ..storage.hashes import digest
-from .losses import sample_losses
-from ..models.pipelines import replaced_weights
-from ..runtime.programs import run_ahead, run_within_memory
 from ..datasets.settings import AUTO, AUTO_CHANGE
+from ..errors import UserError
+from ..models.pipelines import replaced_weights, tracked
 from ..models.text_attention import text_layers
+from ..runtime.programs import run_ahead, run_within_memory
+from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
+from ..storage.hashes import digest
+from .derivatives import PROJECTIONS, text_gradients
+from .losses import sample_losses
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
 CPU_PASS_DRAWS = 64  # on a CPU larger passes are no faster, and these leave one for every core

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from ..errors import UserError
 from ..advice import index_command, loss_command
-from .derivatives import PROBES, gradient_dots, second_order_dots
-from ..storage.hashes import digest, hash_file
-from .influence import best_view, loss_changes
-from .losses import changed_losses, chunk_noise, loss_identity, rows_of, score_rows
+from ..errors import UserError
 from ..models.pipelines import changed_weights
+from ..storage.hashes import digest, hash_file
 from ..storage.reading import read_array, read_tensors
 from ..storage.records import check_record, record_path
+from .derivatives import PROBES, gradient_dots, second_order_dots
+from .influence import best_view, loss_changes
+from .losses import changed_losses, chunk_noise, loss_identity, rows_of, score_rows
 from .shortlist import choose_images, estimate_recall
 from .sweeps import Sweep, adopt_losses, cache_columns, cache_losses
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from .. import noise
+from ..errors import UserError
+from ..runtime.programs import progress, run_ahead, run_within_memory
 from ..storage.artifacts import write_array
 from ..storage.chunks import make_folder, read_array_chunk, remove_folder, remove_folders, write_array_chunk
 from ..storage.hashes import digest
-from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
 from ..storage.reading import read_array
 from ..storage.records import check_record, is_complete, keep_complete, record_path, write_record
-from ..runtime.programs import progress, run_ahead, run_within_memory
 from ..storage.sharing import Share, do_once
+from .losses import chunk_noise, chunk_rows, loss_sums, score_rows
 
 REMEDY = "give --overwrite to replace it, or another --result_dir"
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
+from ..datasets.settings import AUTO, AUTO_CHANGE
 from ..errors import UserError
+from ..runtime.programs import progress
 from ..storage.artifacts import write_tensors
+from ..storage.records import keep_complete, name_input, read_record, record_path, write_record
+from ..storage.sharing import Share
 from .losses import noise_identity
 from .newton import CompatDraws, QueryDraws, check_change, remove_checkpoints, unlearn
-from ..storage.records import keep_complete, name_input, read_record, record_path, write_record
-from ..runtime.programs import progress
 from .scoring import AUTOCAST
-from ..datasets.settings import AUTO, AUTO_CHANGE
-from ..storage.sharing import Share
 
 
 def unlearning_settings(args):

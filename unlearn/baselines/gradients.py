@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..storage.artifacts import whole_file
-from ..storage.chunks import make_folder, read_array_chunk, remove_folders, write_array_chunk
+from ..attribution.losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
 from ..datasets.training_sets import check_pixels
 from ..models.generation import generate_latents
+from ..runtime.programs import progress
+from ..runtime.signals import finishing
+from ..storage.artifacts import whole_file
+from ..storage.chunks import make_folder, read_array_chunk, remove_folders, write_array_chunk
 from ..storage.hashes import digest
-from ..attribution.losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
 from ..storage.reading import read_array
 from ..storage.records import keep_complete, record_path, write_record
-from ..runtime.programs import progress
 from ..storage.sharing import Share, do_once
-from ..runtime.signals import finishing
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
 

@@ -13,19 +13,26 @@ import numpy as np
 import torch
 
 from .. import noise
-from .similarity import (cosine_scores, encode_blocks, latent_blocks, latent_encoder, mean_features, pixel_encoder,
-                         score_queries, text_blocks)
 from ..attribution.curvature import DiagonalFisher
+from ..attribution.losses import chunk_noise, noise_identity
+from ..attribution.newton import QueryDraws, query_gradient
 from ..datasets.training_sets import TrainingSet
 from ..models.generation import initial_noise
-from .gradients import cache_reduced, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
-from ..models.pipelines import tracked
-from ..storage.hashes import digest
-from ..attribution.losses import chunk_noise, noise_identity
-from ..models.pipelines import Model, select_parameters
-from ..attribution.newton import QueryDraws, query_gradient
-from .projection import Sketch
+from ..models.pipelines import Model, select_parameters, tracked
 from ..runtime.programs import progress
+from ..storage.hashes import digest
+from .gradients import cache_reduced, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
+from .projection import Sketch
+from .similarity import (
+    cosine_scores,
+    encode_blocks,
+    latent_blocks,
+    latent_encoder,
+    mean_features,
+    pixel_encoder,
+    score_queries,
+    text_blocks,
+)
 
 VIEWS = {"max": np.max, "mean": np.mean}  # how an image's score follows from those of its views
 INFLUENCE_WEIGHTS = "cross-attn-kv"

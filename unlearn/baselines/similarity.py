@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UserError
-from ..datasets.training_sets import check_pixels
 from ..datasets.encoders import encode_images, transform_image
 from ..datasets.pictures import load_image
+from ..datasets.training_sets import check_pixels
+from ..errors import UserError
 
 BLOCK_IMAGES = 64  # candidates in memory at once; part of no result
 LARGEST_PIXELS = 64  # pixels are compared at this resolution at the most

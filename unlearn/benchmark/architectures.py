@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from ..storage.artifacts import write_tensors
 from ..attribution.curvature import DiagonalFisher, squared_gradient_sums
 from ..datasets.training_sets import TrainingSet
 from ..models.generation import generate_latents, initial_noise
-from ..models.pipelines import Model, select_parameters
-from ..noise import timestep_grid
 from ..models.passes import replace_feed_forward
-from ..storage.reading import read_tensors
+from ..models.pipelines import Model, select_parameters
 from ..models.text_attention import share_texts
 from ..models.unets import load_unet
+from ..noise import timestep_grid
+from ..storage.artifacts import write_tensors
+from ..storage.reading import read_tensors
 
 SELECTION = "cross-attn-kv"
 DAMPING = 0.1

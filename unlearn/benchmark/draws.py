@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from .meters import metered
 from ..attribution.newton import CompatDraws, QueryDraws, query_gradient
 from ..runtime.programs import log
+from .meters import metered
 
 REFERENCE_DRAWS = 16_000  # [AbU]'s, on the AbC benchmark
 PUBLISHED_BATCH = 16

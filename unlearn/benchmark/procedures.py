@@ -6,18 +6,18 @@ from functools import cache, partial
 import numpy as np
 import torch
 
-from .workloads import count_sample_flops, precision_set, run_sweep, score_differences, score_each
 from ..attribution.derivatives import gradient_dots, second_order_dots
 from ..attribution.index import Index, build_index
 from ..attribution.influence import best_view, loss_changes
 from ..attribution.losses import CHUNK_IMAGES, changed_losses, loss_sums, rows_of
-from .meters import metered
-from ..models.pipelines import changed_weights
-from .published import batch_losses, default_flags, published_losses, published_step, stock_layers
-from ..runtime.programs import progress
 from ..attribution.scoring import AUDIT, AUTOCAST, TOGETHER
 from ..attribution.shortlist import choose_images
 from ..attribution.sweeps import Sweep
+from ..models.pipelines import changed_weights
+from ..runtime.programs import progress
+from .meters import metered
+from .published import batch_losses, default_flags, published_losses, published_step, stock_layers
+from .workloads import count_sample_flops, precision_set, run_sweep, score_differences, score_each
 
 WARM_UP_IMAGES = 4
 MOST_PUBLISHED_IMAGES = 2000  # what the published loop costs for more follows from its rate

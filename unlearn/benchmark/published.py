@@ -8,9 +8,9 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from ..models.passes import BlockedFeedForward, replace_feed_forward
 from ..models.pipelines import replaced_weights
 from ..noise import batch_noise
-from ..models.passes import BlockedFeedForward, replace_feed_forward
 from ..runtime.programs import set_precision, tune_allocator
 
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from ..datasets.training_sets import TrainingSet
 from ..attribution.derivatives import second_order_dots
 from ..attribution.losses import loss_sums
-from .meters import metered
-from ..noise import timestep_grid
-from ..storage.reading import read_array
-from ..runtime.programs import log
 from ..attribution.sweeps import Sweep
+from ..datasets.training_sets import TrainingSet
+from ..noise import timestep_grid
+from ..runtime.programs import log
+from ..storage.reading import read_array
+from .meters import metered
 
 GRIDS = (1, 2, 5, 10)  # timesteps of the smallest training set; the others have one
 WRITTEN_AT_ONCE = 1000  # images

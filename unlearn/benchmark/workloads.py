@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from .architectures import World
-from ..evaluation.datamodels import spearman
 from ..attribution.influence import best_view, loss_changes, rank_images
-from .meters import count_flops, measure_ceiling, metered
-from ..models.pipelines import changed_weights
 from ..attribution.newton import QueryDraws, relative_change, unlearn
-from ..runtime.programs import log, progress, set_precision
 from ..attribution.sweeps import Sweep
+from ..evaluation.datamodels import spearman
+from ..models.pipelines import changed_weights
+from ..runtime.programs import log, progress, set_precision
+from .architectures import World
+from .meters import count_flops, measure_ceiling, metered
 
 TOP = 100  # of the overlap; a fifth of the images where there are fewer than 500
 NATURAL = "natural"  # the step that users take, next to those scaled to a relative change

@@ -13,25 +13,46 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..storage.artifacts import whole_file
-from ..baselines.similarity import feature_encoder
-from ..models.customization import check_customization, check_tokens
-from ..datasets.encoding import has_given_arrays, map_files
-from ..models.generation import NUM_INFERENCE_STEPS, check_steps
-from ..storage.hashes import digest
 from ..attribution.influence import is_indifferent, rank_images
-from .inputs import (add_flags, check_pictures, check_result_dir, check_training_files, compare_images, encode_query,
-                     find_fisher, load_fisher, prepare_training_set, resolve)
 from ..attribution.losses import noise_identity
-from ..baselines.methods import (CENTRED, INFLUENCE_WEIGHTS, METHODS, OF_BASE_MODEL, OF_COSINES, OF_PICTURES, SETTINGS, SWEEP,
-                                 VIEWS, Run, picture_scores)
+from ..baselines.methods import (
+    CENTRED,
+    INFLUENCE_WEIGHTS,
+    METHODS,
+    OF_BASE_MODEL,
+    OF_COSINES,
+    OF_PICTURES,
+    SETTINGS,
+    SWEEP,
+    VIEWS,
+    Run,
+    picture_scores,
+)
+from ..baselines.similarity import feature_encoder
+from ..datasets.encoding import has_given_arrays, map_files
+from ..datasets.pictures import hash_picture, read_header
+from ..datasets.tasks import load_tasks
+from ..errors import UserError
+from ..models.customization import check_customization, check_tokens
+from ..models.generation import NUM_INFERENCE_STEPS, check_steps
 from ..models.pipelines import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
-from ..datasets.pictures import hash_picture, read_header
-from ..storage.records import keep_complete, record_path, write_record
 from ..runtime.programs import log
-from ..datasets.tasks import load_tasks
+from ..storage.artifacts import whole_file
+from ..storage.hashes import digest
+from ..storage.records import keep_complete, record_path, write_record
+from .inputs import (
+    add_flags,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    compare_images,
+    encode_query,
+    find_fisher,
+    load_fisher,
+    prepare_training_set,
+    resolve,
+)
 
 REMEDY = "give --overwrite to replace it, or another --result_dir"
 

@@ -20,22 +20,30 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..errors import UserError
-from ..benchmark.architectures import (CONFIGURATIONS, DAMPING, SELECTION, World, generate_queries, load_published,
-                                       multiply_images, seeded_world)
-from ..storage.artifacts import write_json
-from ..benchmark.workloads import make_row, prepare
+from ..attribution.scoring import SHORTLIST
+from ..benchmark.architectures import (
+    CONFIGURATIONS,
+    DAMPING,
+    SELECTION,
+    World,
+    generate_queries,
+    load_published,
+    multiply_images,
+    seeded_world,
+)
 from ..benchmark.draws import measure_draws
-from .inputs import add_flags, compare_images, count_images, find_fisher, load_fisher, prepare_training_set, resolve
+from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
+from ..benchmark.scaling import measure_scaling
+from ..benchmark.workloads import make_row, prepare
+from ..datasets.settings import AUTO
+from ..errors import UserError
 from ..evaluation.metrics import markdown_table
 from ..models.pipelines import load_model, select_parameters
 from ..noise import timestep_grid
-from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
-from ..storage.records import circumstances
 from ..runtime.programs import log
-from ..benchmark.scaling import measure_scaling
-from ..attribution.scoring import SHORTLIST
-from ..datasets.settings import AUTO
+from ..storage.artifacts import write_json
+from ..storage.records import circumstances
+from .inputs import add_flags, compare_images, count_images, find_fisher, load_fisher, prepare_training_set, resolve
 
 # Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a query's unlearning, as published.
 PRESETS = {

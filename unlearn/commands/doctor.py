@@ -11,12 +11,21 @@ import argparse
 import sys
 
 from ..datasets.encoding import own_root
-from .examination import (OK, PROBLEM, examine_data, examine_device, examine_disk, examine_environment, examine_memory,
-                          examine_tasks, try_out)
+from ..datasets.settings import read_settings
+from ..runtime.printing import show
+from .examination import (
+    OK,
+    PROBLEM,
+    examine_data,
+    examine_device,
+    examine_disk,
+    examine_environment,
+    examine_memory,
+    examine_tasks,
+    try_out,
+)
 from .inputs import add_flags, check_names, check_training_files
 from .inventory import examine_results
-from ..runtime.printing import show
-from ..datasets.settings import read_settings
 
 
 def parse_arguments(argv):

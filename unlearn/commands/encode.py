@@ -14,12 +14,19 @@ same command goes on where it was. The scripts do the same at first use.
 import argparse
 
 from ..advice import encode_command
+from ..datasets.encoding import (
+    check_given,
+    encode_training_set,
+    encoding_plan,
+    has_given_arrays,
+    list_pairs,
+    tell_overlooked,
+    tell_pairs,
+)
 from ..datasets.training_sets import array_paths
-from ..datasets.encoding import (check_given, encode_training_set, encoding_plan, has_given_arrays, list_pairs, tell_overlooked,
-                                 tell_pairs)
-from .inputs import add_flags, resolve, say_resolution
 from ..models.pipelines import load_model
 from ..runtime.programs import log, set_precision
+from .inputs import add_flags, resolve, say_resolution
 
 
 def parse_arguments(argv):

@@ -20,22 +20,39 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..baselines.similarity import (encode_blocks, feature_encoder, latent_blocks, latent_encoder, pixel_encoder, score_queries,
-                                    word_scores)
-from ..datasets.training_sets import list_images
-from ..evaluation.goldstandard import evaluate_retrained
-from ..storage.hashes import digest
 from ..attribution.influence import is_indifferent, rank_images
-from .inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
-from ..evaluation.metrics import (METRICS, chance_metrics, compare_methods, exemplar_ranks, highest_metrics, is_tied,
-                                  paired_table, query_metrics, summarise, summary_table)
-from ..models.pipelines import load_model
-from ..runtime.printing import show
-from ..evaluation.rankings import EFFECTS, check_candidates, count_warnings, read_ranking
-from ..report.results import write_csv
-from ..runtime.programs import progress
+from ..baselines.similarity import (
+    encode_blocks,
+    feature_encoder,
+    latent_blocks,
+    latent_encoder,
+    pixel_encoder,
+    score_queries,
+    word_scores,
+)
 from ..datasets.tasks import group_by_model, load_tasks
+from ..datasets.training_sets import list_images
+from ..errors import UserError
+from ..evaluation.goldstandard import evaluate_retrained
+from ..evaluation.metrics import (
+    METRICS,
+    chance_metrics,
+    compare_methods,
+    exemplar_ranks,
+    highest_metrics,
+    is_tied,
+    paired_table,
+    query_metrics,
+    summarise,
+    summary_table,
+)
+from ..evaluation.rankings import EFFECTS, check_candidates, count_warnings, read_ranking
+from ..models.pipelines import load_model
+from ..report.results import write_csv
+from ..runtime.printing import show
+from ..runtime.programs import progress
+from ..storage.hashes import digest
+from .inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
 
 OURS = "ours"
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another

@@ -17,21 +17,21 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ..errors import UserError
 from .. import noise
 from ..advice import encode_command, fisher_command
-from ..models.customization import check_tokens
-from ..datasets.training_sets import array_paths, open_arrays
 from ..datasets.encoding import check_given, count_pairs, has_given_arrays, list_pairs
-from .inputs import examine_pictures, find_fisher, has_other_images
+from ..datasets.settings import read_settings
+from ..datasets.tasks import group_by_model, load_tasks
+from ..datasets.training_sets import array_paths, open_arrays
+from ..errors import UserError
+from ..models.checks import PARTS, check_pipeline, read_parts
+from ..models.customization import check_tokens
 from ..models.pipelines import trained_resolution
+from ..models.unets import check_unet_folder
+from ..runtime.programs import choose_device
 from ..storage.reading import read_json
 from ..storage.records import check_content, record_path
-from ..runtime.programs import choose_device
-from ..datasets.settings import read_settings
-from ..models.checks import PARTS, check_pipeline, read_parts
-from ..datasets.tasks import group_by_model, load_tasks
-from ..models.unets import check_unet_folder
+from .inputs import examine_pictures, find_fisher, has_other_images
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import UserError
 from .. import noise
+from ..attribution.curvature import check_fisher, squared_gradient_sums
+from ..datasets.settings import is_published_root
+from ..errors import UserError
+from ..models.pipelines import SELECTIONS, load_model, select_parameters
+from ..runtime.programs import log, progress
+from ..runtime.signals import finishing
 from ..storage.artifacts import check_writable, write_tensors
 from ..storage.chunks import make_folder, read_tensor_chunk, remove_folders, write_tensor_chunk
-from ..attribution.curvature import check_fisher, squared_gradient_sums
 from ..storage.hashes import digest
-from .inputs import add_flags, check_training_files, own_fisher_path, prepare_training_set, resolve
-from ..models.pipelines import SELECTIONS, load_model, select_parameters
 from ..storage.records import check_record, is_complete, keep_complete, read_record, record_path, tell_name, write_record
-from ..runtime.programs import log, progress
-from ..datasets.settings import is_published_root
 from ..storage.sharing import Share, do_once
-from ..runtime.signals import finishing
+from .inputs import add_flags, check_training_files, own_fisher_path, prepare_training_set, resolve
 
 CHUNK_SAMPLES = 1000
 # Samples by default: as published on AbC; elsewhere five an image, as published on MSCOCO, but at least so many that the ranking no

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..storage.artifacts import whole_file, write_array, write_json
-from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
-from ..datasets.training_sets import check_pixels
 from ..datasets.encoders import encode_prompts
 from ..datasets.encoding import check_root_writable
+from ..datasets.training_sets import check_pixels
+from ..errors import UserError
+from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
-from ..storage.hashes import digest
-from .inputs import add_flags, resolve, say_resolution
 from ..models.pipelines import load_model
 from ..noise import SCHEME, known_answer
+from ..runtime.programs import log, progress
+from ..storage.artifacts import whole_file, write_array, write_json
+from ..storage.hashes import digest
 from ..storage.reading import MOST_TEXT, check_text, read_array, read_json, read_text, resolve_inside
 from ..storage.records import keep_complete, record_path, write_record
-from ..runtime.programs import log, progress
+from .inputs import add_flags, resolve, say_resolution
 
 
 def read_prompts(path, limit):

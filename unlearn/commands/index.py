@@ -9,15 +9,15 @@ Killed and run again, the same command goes on.
 import argparse
 from pathlib import Path
 
-from ..models.customization import check_customization, customized
 from ..attribution.index import build_index
-from .inputs import add_flags, check_training_files, compare_images, find_fisher, load_fisher, prepare_training_set, resolve
-from ..models.pipelines import load_model, select_parameters
-from ..noise import timestep_grid
-from ..runtime.programs import log
 from ..attribution.scoring import AUTOCAST
 from ..attribution.sweeps import Sweep
 from ..datasets.tasks import group_by_model, load_tasks
+from ..models.customization import check_customization, customized
+from ..models.pipelines import load_model, select_parameters
+from ..noise import timestep_grid
+from ..runtime.programs import log
+from .inputs import add_flags, check_training_files, compare_images, find_fisher, load_fisher, prepare_training_set, resolve
 
 
 def parse_arguments(argv):

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import encode_command, fisher_command
 from ..attribution.curvature import DiagonalFisher, check_fisher
-from ..datasets.training_sets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
 from ..datasets.encoders import encode_images, encode_prompts
 from ..datasets.encoding import check_given, count_pairs, encode_training_set, has_given_arrays, list_pairs
-from ..storage.hashes import digest
 from ..datasets.pictures import hash_picture, is_cropped, list_notes, read_picture
-from ..runtime.printing import show
 from ..datasets.queries import check_stored, read_stored
+from ..datasets.settings import AUTO, OWN_DEFAULTS, check_number, read_settings
+from ..datasets.training_sets import TrainingSet, array_paths, check_finite, choose_subset_size, open_arrays, open_training_set
+from ..errors import UserError
+from ..runtime.printing import show
+from ..runtime.programs import choose_device, log, say, set_precision
+from ..storage.hashes import digest
 from ..storage.reading import check_name, read_tensors
 from ..storage.records import NAMES, check_record, name_input, read_record, record_path
-from ..runtime.programs import choose_device, log, say, set_precision
-from ..datasets.settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 
 FLAGS = {  # flags shared by the scripts and commands: (type, help)
     "dataroot": (str, "data root (default data/abc)"),

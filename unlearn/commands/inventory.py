@@ -6,13 +6,13 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from ..errors import UserError
 from ..advice import index_command, influence_command, loss_command
+from ..errors import UserError
+from ..runtime.programs import progress
 from ..storage.leases import EXPIRY, is_dead, read_claim
-from .examination import NOTE, OK, PROBLEM, Finding, try_out
 from ..storage.reading import read_json
 from ..storage.records import check_content, is_complete
-from ..runtime.programs import progress
+from .examination import NOTE, OK, PROBLEM, Finding, try_out
 
 ARTEFACTS = (".npy", ".npz", ".safetensors", ".txt")
 CHUNK = re.compile(r"\d+-of-(\d+)\.(npy|sums)")

@@ -16,22 +16,30 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
 from .. import noise
 from ..advice import write_command
 from ..baselines.similarity import feature_encoder
+from ..datasets.tasks import load_tasks
+from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
-from .inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
-from ..retraining.measures import join_sets, load_pictures, sampling_of
 from ..models.pipelines import load_model
+from ..retraining.measures import join_sets, load_pictures, sampling_of
+from ..retraining.models import (
+    REMEDY,
+    finish,
+    is_measured,
+    measure_identity,
+    model_identity,
+    recipe_of,
+    train_stack,
+    weights_path,
+)
 from ..retraining.plans import PLANS, make_plans, make_stacks, ranking_command
-from ..storage.records import keep_complete
-from ..retraining.models import (REMEDY, finish, is_measured, measure_identity, model_identity, recipe_of, train_stack,
-                                 weights_path)
-from ..runtime.programs import log, process_share
-from ..datasets.tasks import load_tasks
 from ..retraining.training import SCHEDULES
+from ..runtime.programs import log, process_share
+from ..storage.records import keep_complete
+from .inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
 
 
 def print_cost(plans, untrained, unmeasured, training_set, tasks, args):

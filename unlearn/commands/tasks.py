@@ -11,11 +11,11 @@ From `json/test_*.json` and `path_to_prompts.json` of the data root, as `data/do
 import argparse
 from pathlib import Path, PurePosixPath
 
-from ..errors import UserError
 from ..datasets.captions import read_lines
+from ..datasets.tasks import strip_dataset
+from ..errors import UserError
 from ..storage.artifacts import write_json
 from ..storage.reading import MOST_TEXT, read_array, read_json, resolve_inside
-from ..datasets.tasks import strip_dataset
 
 # The models of the paper's queries: entries of json/TEST_CASE.json.
 CHOSEN_ENTRIES = {

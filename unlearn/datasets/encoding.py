@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .captions import PAIRS_SHOWN, READERS, find_overlooked, pair_images
-from ..storage.artifacts import check_writable, whole_file
-from .training_sets import array_paths, read_identity
-from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
-from ..storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
-from .pictures import ODDITIES, inspect_picture, list_notes, read_picture
 from ..runtime.printing import shorten
+from ..runtime.programs import log, progress, say
+from ..storage.artifacts import check_writable, whole_file
+from ..storage.hashes import digest, digest_rows, hash_file, hash_tensors, named_weights
 from ..storage.reading import read_array
 from ..storage.records import check_content, is_complete, record_path, write_record
-from ..runtime.programs import log, progress, say
-from .settings import read_settings
 from ..storage.sharing import do_once, forget_claim
+from .captions import PAIRS_SHOWN, READERS, find_overlooked, pair_images
+from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
+from .pictures import ODDITIES, inspect_picture, list_notes, read_picture
+from .settings import read_settings
+from .training_sets import array_paths, read_identity
 
 THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead
 

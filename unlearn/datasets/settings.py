@@ -4,8 +4,8 @@ import os
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
-from .captions import READERS
 from ..storage.reading import check_keys, check_name, check_text, read_json, resolve_inside
+from .captions import READERS
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both. resolution 0: the model's own.
 PUBLISHED = {"name": "abc", "pipeline": "CompVis/stable-diffusion-v1-4", "resolution": 0, "num_train": 400_000_000,

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .captions import label_images
 from ..storage.hashes import digest
 from ..storage.reading import read_array, read_json
 from ..storage.records import record_path
+from .captions import label_images
 from .settings import read_settings
 
 

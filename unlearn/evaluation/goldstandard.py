@@ -6,23 +6,37 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import write_command
+from ..attribution.influence import is_indifferent, is_undecided
+from ..datasets.tasks import load_tasks
+from ..errors import UserError
+from ..report.figures import draw_grid
+from ..report.results import load_picture, write_csv
+from ..runtime.printing import show
 from ..storage.artifacts import whole_file
 from .datamodels import choose_power, leave_models_out, mean_interval, predict, raise_scores, spearman
-from ..report.figures import draw_grid
-from ..attribution.influence import is_indifferent, is_undecided
 from .plots import draw_plots
-from ..runtime.printing import show
 from .rankings import count_warnings
-from .removal import (MEASURES, SAME_PICTURE, asked_queries, equivalent_rows, find_maker, find_references, floor_rows,
-                      group_models, measure_removals, other_full_rows, paired_rows, random_changes, random_deviations,
-                      removal_rows, retention_rows)
-from ..report.results import load_picture, write_csv
+from .removal import (
+    MEASURES,
+    SAME_PICTURE,
+    asked_queries,
+    equivalent_rows,
+    find_maker,
+    find_references,
+    floor_rows,
+    group_models,
+    measure_removals,
+    other_full_rows,
+    paired_rows,
+    random_changes,
+    random_deviations,
+    removal_rows,
+    retention_rows,
+)
 from .retrained import check_queries, check_removed_images, query_digests, read_retrained
 from .scores import OURS, RANDOM, random_scores, read_methods, write_scores
 from .tables import equivalent_table, lds_table, paired_table, removal_table, retention_table
-from ..datasets.tasks import load_tasks
 
 FEWEST_SUBSETS, FEWEST_TUNING = 3, 10
 LDS = ("lds", "low", "high", "ours_minus", "ours_minus_low", "ours_minus_high")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import influence_command
-from ..storage.hashes import digest, hash_file
 from ..attribution.influence import find_warnings
-from .metrics import exemplar_ranks, is_tied
+from ..errors import UserError
+from ..storage.hashes import digest, hash_file
 from ..storage.reading import read_json, read_npz
 from ..storage.records import check_record, record_path
+from .metrics import exemplar_ranks, is_tied
 
 KINDS = {"ids": ("U", 1), "influence": ("f", 1), "is_exemplar": ("b", 1), "rank": ("iu", 1)}  # of dtype, and axes
 SHOWN = ("query_loss_before", "query_loss_after", "relative_weight_change", "median_change")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..storage.hashes import digest
 from ..attribution.influence import rank_images
 from ..datasets.pictures import hash_picture
 from ..datasets.queries import AXES, open_stored
+from ..errors import UserError
+from ..storage.hashes import digest
 from ..storage.reading import list_visible, read_json
 from ..storage.records import FORMAT_VERSION, explain_difference
 from .scores import RANDOM

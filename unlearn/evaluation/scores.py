@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import influence_command, write_command
+from ..attribution.influence import rank_images
+from ..errors import UserError
 from ..storage.artifacts import whole_file
 from ..storage.hashes import digest
-from ..attribution.influence import rank_images
-from .rankings import read_influence, warnings_of
 from ..storage.reading import check_text, list_visible, read_json, read_npz
 from ..storage.records import check_record, explain_difference, keep_complete, names_of_file, record_path, write_record
+from .rankings import read_influence, warnings_of
 
 OURS, RANDOM = "ours", "random"
 # Of a record: what is the same for all queries of a method.

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from ..errors import UserError
-from ..storage.reading import list_visible, read_json
 from ..runtime.programs import is_out_of_memory
+from ..storage.reading import list_visible, read_json
 
 MODULES = (None, "diffusers", "transformers", "stable_diffusion")  # the last is the safety checker's, which is not loaded
 MOST_LAYERS, MOST_OF_A_SIZE = 100, 1_000_000  # in a model's configuration

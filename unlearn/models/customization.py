@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ..errors import UserError
 from ..datasets.encoders import count_tokens, find_unknown
-from ..storage.hashes import digest, hash_tensors
-from .pipelines import Model, replaced_weights
+from ..errors import UserError
 from ..runtime.printing import shorten
+from ..runtime.programs import log
+from ..storage.hashes import digest, hash_tensors
 from ..storage.reading import list_visible, read_tensors, resolve_inside
 from ..storage.records import NAMES, named_input
-from ..runtime.programs import log
+from .pipelines import Model, replaced_weights
 from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"

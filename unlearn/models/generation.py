@@ -5,9 +5,9 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from ..errors import UserError
 from .. import noise
 from ..datasets.encoders import encode_prompts
+from ..errors import UserError
 
 NUM_INFERENCE_STEPS = 50
 

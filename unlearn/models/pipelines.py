@@ -12,13 +12,13 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UserError
-from ..storage.hashes import digest, hash_tensors, named_weights
-from .passes import replace_feed_forward
-from ..storage.reading import read_json
-from ..runtime.programs import is_out_of_memory
 from ..datasets.settings import LARGEST_NUMBERS
+from ..errors import UserError
+from ..runtime.programs import is_out_of_memory
+from ..storage.hashes import digest, hash_tensors, named_weights
+from ..storage.reading import read_json
 from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline, parts_of
+from .passes import replace_feed_forward
 from .text_attention import project_text, share_texts
 from .unets import check_unet_folder, load_unet
 

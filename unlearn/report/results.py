@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import influence_command, loss_command
-from ..storage.artifacts import whole_file
-from .figures import TILE, draw_influence
 from ..attribution.influence import best_view, find_warnings, rank_images
 from ..datasets.pictures import load_image
-from ..runtime.printing import printable, show
-from ..storage.records import record_path, write_record
-from ..runtime.programs import log
 from ..datasets.settings import AUTO
+from ..errors import UserError
+from ..runtime.printing import printable, show
+from ..runtime.programs import log
+from ..storage.artifacts import whole_file
+from ..storage.records import record_path, write_record
+from .figures import TILE, draw_influence
 
 
 def load_picture(path):

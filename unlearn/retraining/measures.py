@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..storage.artifacts import whole_file
-from ..baselines.similarity import normalise
-from ..models.generation import NUM_INFERENCE_STEPS, save_picture
-from ..storage.hashes import digest
 from ..attribution.losses import chunk_noise, score_rows
+from ..baselines.similarity import normalise
 from ..datasets.pictures import load_image
+from ..errors import UserError
+from ..models.generation import NUM_INFERENCE_STEPS, save_picture
+from ..storage.artifacts import whole_file
+from ..storage.hashes import digest
 
 
 def join_sets(sets):

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from .. import noise
-from ..storage.artifacts import write_json, write_tensors
+from ..errors import UserError
+from ..evaluation.retrained import query_digests
 from ..models.generation import make_pictures
-from ..storage.hashes import digest
-from .measures import compare_pictures, query_losses, sampling_of, write_pictures
 from ..models.pipelines import replaced_weights
+from ..runtime.programs import progress
+from ..storage.artifacts import write_json, write_tensors
+from ..storage.hashes import digest
 from ..storage.reading import read_json, read_tensors
 from ..storage.records import FORMAT_VERSION, circumstances, compare_identity, record_path, write_record
-from ..evaluation.retrained import query_digests
-from ..runtime.programs import progress
+from .measures import compare_pictures, query_losses, sampling_of, write_pictures
 from .training import Recipe, train
 
 REMEDY = "give --overwrite to replace it, or another --output and --result_dir"

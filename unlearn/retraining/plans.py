@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from ..advice import influence_command, write_command
 from ..attribution.influence import is_undecided
+from ..errors import UserError
 from ..evaluation.rankings import count_warnings, read_influence, warnings_of
+from ..runtime.programs import log
 from ..storage.reading import read_json
 from ..storage.records import names_of_file, record_path
-from ..runtime.programs import log
 from .training import random_members
 
 

@@ -17,11 +17,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.func import functional_call, vmap
 
-from ..errors import UserError
 from .. import noise
+from ..errors import UserError
+from ..runtime.signals import finishing
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
 from ..storage.hashes import digest, hash_tensors
-from ..runtime.signals import finishing
 
 WARMUP_STEPS = 100
 SCHEDULES = {  # name -> factor of the learning rate at a step of so many

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import UserError
 from .. import __version__
+from ..errors import UserError
 from .artifacts import write_json
 from .hashes import hash_file
 from .reading import read_json

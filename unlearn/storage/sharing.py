@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..runtime.programs import log
 from .artifacts import own_part
 from .chunks import make_folder
 from .leases import EXPIRY, HEART, create_claim, is_dead, read_claim
-from ..runtime.programs import log
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
 
