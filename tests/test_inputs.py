@@ -346,3 +346,10 @@ def test_the_fisher_of_the_data_root_is_found_ours_before_the_published_one(root
     assert find_fisher(args) == root / "sd_fisher.safetensors"
     args.fisher_path = str(root / "sd_fisher.pt")
     assert find_fisher(args) == Path(args.fisher_path)
+
+
+def test_a_pipeline_that_is_a_link_to_nowhere_is_named_and_not_sought_on_the_hub(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"pipeline": "pipeline"}')
+    (tmp_path / "pipeline").symlink_to("../emoji/pipeline")
+    with pytest.raises(UserError, match="pipeline is a link to ../emoji/pipeline, which is not there; put what it leads to in its place"):
+        read_settings(tmp_path)

@@ -91,6 +91,8 @@ def read_settings(dataroot):
         resolve_inside(dataroot, PurePosixPath(settings[key]).parent, f"data set {path}: {key}")
     for key, file in FOLDERS.items():
         check_text(f"data set {path}: {key}", settings[key], is_path=True)
+        if (link := Path(dataroot) / settings[key]).is_symlink() and not link.exists():  # else it would be taken for a name on the hub
+            raise UserError(f"data set {path}: {key}: {link} is a link to {link.readlink()}, which is not there; put what it leads to in its place")
         if settings[key] and (Path(dataroot) / settings[key] / file).exists():
             settings[key] = str(Path(dataroot) / settings[key])
     return settings
