@@ -230,7 +230,7 @@ def run_in_fork(main, arguments, load, folder):
         return status, printed.read()
 
 
-LOAD_MODEL = runs.models.load_model
+LOAD_MODEL = runs.pipelines.load_model
 
 
 def judge(world, status, text, as_process=False):
