@@ -3,10 +3,11 @@
     python compute_training_loss.py --task_json tasks/emoji_demo.json --dataroot data/emoji
     python compute_training_loss.py --task_json tasks/demo_task.json            # the AbC benchmark, in data/abc
 
-Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n mirrored, each with a
-record of what it was made with; of the base model, whose tasks name no other, orig_loss/base/laion_loss.npy alone. Killed and
-run again, the same command goes on where it was; several processes of it, by `accelerate launch` or on several machines, share
-the images. --shard I/N takes the I-th of N parts of the models.
+Writes RESULT_DIR/orig_loss/<model>/{exemplar,laion}_loss.npy, float32 [2n]: n images as is, then n
+mirrored, each with a record of what it was made with; of the base model, whose tasks name no other,
+orig_loss/base/laion_loss.npy alone. Killed and run again, the same command goes on where it was;
+several processes of it, by `accelerate launch` or on several machines, share the images. --shard
+I/N takes the I-th of N parts of the models.
 """
 
 import argparse
@@ -36,24 +37,56 @@ from unlearn.storage.records import record_path
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task_json", required=True, help="task file: which synthesized images, of which models")
-    parser.add_argument("--result_dir", default="results", help="where results are written (default results)")
-    add_flags(parser, "sd_version", "dataroot", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
-              "precision", "device", "compat", "overwrite", "dry_run", "shard")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task_json", required=True, help="task file: which synthesized images, of which models"
+    )
+    parser.add_argument(
+        "--result_dir", default="results", help="where results are written (default results)"
+    )
+    add_flags(
+        parser,
+        "sd_version",
+        "dataroot",
+        "laion_subset_size",
+        "vae_batch_size",
+        "batch_size",
+        "time_samples",
+        "noise_seed",
+        "precision",
+        "device",
+        "compat",
+        "overwrite",
+        "dry_run",
+        "shard",
+    )
     args = parser.parse_args(argv)
     return args, resolve(args)
 
 
 def cache_model(model, tasks, training_set, grid, args, settings):
-    """Caches the losses of the exemplars, where there are any, and of the training set under one model."""
+    """Caches the losses of the exemplars, where there are any, and of the training set under one
+    model."""
     with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
         for name in tasks[0].image_sets:
-            images = training_set if name == "laion" else encode_exemplars(custom, tasks[0], args, settings)
-            identity = loss_identity(custom, images, grid, args.noise_seed, args.precision, args.compat, args.batch_size)
+            images = (
+                training_set
+                if name == "laion"
+                else encode_exemplars(custom, tasks[0], args, settings)
+            )
+            identity = loss_identity(
+                custom, images, grid, args.noise_seed, args.precision, args.compat, args.batch_size
+            )
             path = Path(args.result_dir) / "orig_loss" / tasks[0].model_name / f"{name}_loss.npy"
             sweep = Sweep(images, grid, args.batch_size, args.noise_seed, args.compat)
-            if args.compat and path.exists() and not record_path(path).exists() and not args.overwrite:
+            if (
+                args.compat
+                and path.exists()
+                and not record_path(path).exists()
+                and not args.overwrite
+            ):
                 adopt_losses(sweep, custom, path, identity, loss_command(args))
             cache_losses(sweep, custom, path, identity, args.overwrite)
             log.info(f"{path}: losses of {len(images)} images, as is and mirrored")
@@ -75,7 +108,12 @@ def main(argv=None):
     for group in groups.values():
         check_customization(model, group[0].model_dir(args.dataroot), group)
     for task in tasks:
-        read_stored(task, args.dataroot, model.latent_shape(model.resolution(settings)), model.embedding_shape)
+        read_stored(
+            task,
+            args.dataroot,
+            model.latent_shape(model.resolution(settings)),
+            model.embedding_shape,
+        )
     training_set = prepare_training_set(model, args, settings)
     if args.dry_run:
         return print_plan(args, groups, training_set, grid, len(groups), args.batch_size)

@@ -1,4 +1,5 @@
-"""Fixtures that the tests share: the miniature data root of tests/parity and a model of its pipeline."""
+"""Fixtures that the tests share: the miniature data root of tests/parity and a model of its
+pipeline."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ PARITY = Path(__file__).parent / "parity"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """One thread: these models are too small for two, and results must not depend on the machine's load."""
+    """One thread: these models are too small for two, and results must not depend on the machine's
+    load."""
     torch.set_num_threads(1)
 
 
@@ -27,8 +29,18 @@ def root(tmp_path):
 @pytest.fixture
 def flags(root, tmp_path):
     """Flags that both scripts need to run on the miniature data root."""
-    return ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
-            "--result_dir", str(tmp_path / "results"), "--device", "cpu"]
+    return [
+        "--task_json",
+        str(PARITY / "fixture/tasks.json"),
+        "--dataroot",
+        str(root),
+        "--sd_version",
+        str(PARITY / "fixture/sd-tiny"),
+        "--result_dir",
+        str(tmp_path / "results"),
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -40,4 +52,6 @@ def model():
 @pytest.fixture(scope="session")
 def training_set(model):
     """The sixty images of the miniature data root."""
-    return open_training_set(PARITY / "fixture/abc", "abc", model.latent_shape(512), model.embedding_shape)
+    return open_training_set(
+        PARITY / "fixture/abc", "abc", model.latent_shape(512), model.embedding_shape
+    )

@@ -1,13 +1,16 @@
-"""Kills the scripts at random moments and at every file they finish, runs them to the end, and compares bit for bit.
+"""Kills the scripts at random moments and at every file they finish, runs them to the end, and
+compares bit for bit.
 
     python tests/kill_and_resume.py --kills 20
     python tests/kill_and_resume.py --kills 14 --processes 1 2 4 --log kills.txt      # 210 kills; run again, it goes on
     python tests/kill_and_resume.py --kills 0 --each_rename --programs influence
 
-Each run is one or more forks of this process, which has imported everything and loaded the miniature pipeline, so that a kill
-lands in the work and not in the imports. One of them is killed: by SIGKILL, by SIGTERM, which ends after the piece of work at
-hand, or for want of memory (its limit is lowered to what it has); the others go on. Ends with status 1 and the differences where a resumed run left anything other than
-an uninterrupted one: other bytes, another record, a missing file or one too many (.part, chunks, checkpoints).
+Each run is one or more forks of this process, which has imported everything and loaded the
+miniature pipeline, so that a kill lands in the work and not in the imports. One of them is killed:
+by SIGKILL, by SIGTERM, which ends after the piece of work at hand, or for want of memory (its limit
+is lowered to what it has); the others go on. Ends with status 1 and the differences where a resumed
+run left anything other than an uninterrupted one: other bytes, another record, a missing file or
+one too many (.part, chunks, checkpoints).
 """
 
 import argparse
@@ -39,7 +42,16 @@ from unlearn.runtime import signals
 from unlearn.storage import artifacts
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
-MODEL = ["--dataroot", str(FIXTURE / "abc"), "--sd_version", str(FIXTURE / "sd-tiny"), "--device", "cpu", "--laion_subset_size", "12"]
+MODEL = [
+    "--dataroot",
+    str(FIXTURE / "abc"),
+    "--sd_version",
+    str(FIXTURE / "sd-tiny"),
+    "--device",
+    "cpu",
+    "--laion_subset_size",
+    "12",
+]
 TASKS = ["--task_json", str(FIXTURE / "tasks.json"), *MODEL]
 
 
@@ -50,13 +62,36 @@ def loss_arguments(folder):
 
 def influence_arguments(folder):
     """Of compute_influence.py: four steps, a checkpoint after every one."""
-    return [*TASKS, "--result_dir", str(folder), "--loss_time_samples", "2", "--loss_batch_size", "5", "--unlearn_lr", "100",
-            "--unlearn_steps", "4", "--unlearn_batch_size", "2", "--unlearn_grad_accum_steps", "2"]
+    return [
+        *TASKS,
+        "--result_dir",
+        str(folder),
+        "--loss_time_samples",
+        "2",
+        "--loss_batch_size",
+        "5",
+        "--unlearn_lr",
+        "100",
+        "--unlearn_steps",
+        "4",
+        "--unlearn_batch_size",
+        "2",
+        "--unlearn_grad_accum_steps",
+        "2",
+    ]
 
 
 def fisher_arguments(folder):
     """Of `python -m unlearn fisher`."""
-    return [*MODEL, "--output", str(folder / "sd_fisher.safetensors"), "--num_samples", "60", "--batch_size", "4"]
+    return [
+        *MODEL,
+        "--output",
+        str(folder / "sd_fisher.safetensors"),
+        "--num_samples",
+        "60",
+        "--batch_size",
+        "4",
+    ]
 
 
 def gradient_arguments(folder):
@@ -69,32 +104,47 @@ def index_arguments(folder):
     return [*TASKS, "--output", str(folder / "index"), "--time_samples", "2", "--batch_size", "5"]
 
 
-PROGRAMS = {"loss": (compute_training_loss.main, loss_arguments), "influence": (compute_influence.main, influence_arguments),
-            "fisher": (fisher.main, fisher_arguments), "gradient": (compute_influence.main, gradient_arguments),
-            "index": (index.main, index_arguments)}
+PROGRAMS = {
+    "loss": (compute_training_loss.main, loss_arguments),
+    "influence": (compute_influence.main, influence_arguments),
+    "fisher": (fisher.main, fisher_arguments),
+    "gradient": (compute_influence.main, gradient_arguments),
+    "index": (index.main, index_arguments),
+}
 
 
 def prepare():
-    """Loads what every run loads, and cuts the work into pieces so small that a run of a second has many of them."""
+    """Loads what every run loads, and cuts the work into pieces so small that a run of a second has
+    many of them."""
     model = pipelines.load_model(str(FIXTURE / "sd-tiny"), "cpu")
     for module in compute_training_loss, compute_influence, fisher, index:
         module.load_model = lambda name, device, unet: model  # a child changes its own copy
     encode_images = inputs.encode_images
-    encode = lru_cache(None)(lambda paths, resolution, mirrored: encode_images(model.pipeline, paths, resolution, mirrored))
-    inputs.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: encode(tuple(paths), resolution, mirrored)
+    encode = lru_cache(None)(
+        lambda paths, resolution, mirrored: encode_images(
+            model.pipeline, paths, resolution, mirrored
+        )
+    )
+    inputs.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: (
+        encode(tuple(paths), resolution, mirrored)
+    )
     losses.chunk_rows.__defaults__ = (3,)
     newton.CHECKPOINT_DRAWS, fisher.CHUNK_SAMPLES = 4, 10
     # Encoded here, once: the children find the pictures in the cache that they inherit.
     for path in sorted((FIXTURE / "abc/synth").rglob("*.png")):
-        inputs.encode_images(model.pipeline, [FIXTURE / "abc" / path.relative_to(FIXTURE / "abc")], 512)
-    exemplars = tuple((FIXTURE / f"abc/exemplar/tiny/{number}.png").resolve() for number in range(5))
+        inputs.encode_images(
+            model.pipeline, [FIXTURE / "abc" / path.relative_to(FIXTURE / "abc")], 512
+        )
+    exemplars = tuple(
+        (FIXTURE / f"abc/exemplar/tiny/{number}.png").resolve() for number in range(5)
+    )
     for mirrored in False, True:
         inputs.encode_images(model.pipeline, exemplars, 512, mirrored)
 
 
 def kill_after_renames(count):
-    """Makes this process kill itself at once after it gave the `count`-th file its final name (count > 0), or just
-    before (count < 0)."""
+    """Makes this process kill itself at once after it gave the `count`-th file its final name
+    (count > 0), or just before (count < 0)."""
     replace, done = os.replace, [0]
 
     def replace_and_die(source, target):
@@ -118,19 +168,30 @@ def run_children(main, arguments, num_processes=1, seconds=None, how="SIGKILL", 
     """`run_forks`, the first of which may end as `how` ends it; all others must succeed."""
     statuses, text = run_forks(main, arguments, num_processes, seconds, how, renames)
     allowed = {"SIGTERM": {0, os.EX_TEMPFAIL}}.get(how, {0, -signal.SIGKILL})
-    if how != "memory" and statuses[0] not in allowed or any(statuses[1:]):  # for want of memory it may end in any way
-        raise SystemExit(f"{main.__module__} ended with {statuses} after {how}:\n{text}\n  {' '.join(arguments)}")
+    if (
+        how != "memory" and statuses[0] not in allowed or any(statuses[1:])
+    ):  # for want of memory it may end in any way
+        raise SystemExit(
+            f"{main.__module__} ended with {statuses} after {how}:\n{text}\n  {' '.join(arguments)}"
+        )
     return statuses, text
 
 
 def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", renames=None):
-    """Runs `main(arguments)` in forks, the first of which is killed after `seconds` or at its `renames`-th rename; as many
-    that know nothing of each other where the number is negative. Returns (their statuses, what they printed)."""
+    """Runs `main(arguments)` in forks, the first of which is killed after `seconds` or at its
+    `renames`-th rename; as many that know nothing of each other where the number is negative.
+    Returns (their statuses, what they printed)."""
     with tempfile.TemporaryFile("w+") as printed:
         children = []
         for rank in range(abs(num_processes)):
             if (child := os.fork()) == 0:
-                run_fork(main, arguments, printed, *((rank, num_processes) if num_processes > 0 else (0, 1)), renames)
+                run_fork(
+                    main,
+                    arguments,
+                    printed,
+                    *((rank, num_processes) if num_processes > 0 else (0, 1)),
+                    renames,
+                )
             children.append(child)
         if seconds is not None:
             wait_for_end(children[0], seconds)
@@ -142,9 +203,12 @@ def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", ren
 
 
 def wait_for_end(child, seconds):
-    """Waits until a child has ended, which is not asked for its status yet, or for so many seconds."""
+    """Waits until a child has ended, which is not asked for its status yet, or for so many
+    seconds."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while time.monotonic() < end and not os.waitid(
+        os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    ):
         time.sleep(min(0.005, max(0, end - time.monotonic())))
 
 
@@ -170,7 +234,8 @@ def run_fork(main, arguments, printed, rank, num_processes, renames):
 
 
 def kill(child, how):
-    """Kills a process, or gives it no more memory and kills it where it lives on, as the kernel does."""
+    """Kills a process, or gives it no more memory and kills it where it lives on, as the kernel
+    does."""
     if how == "memory":
         resource.prlimit(child, resource.RLIMIT_AS, (1, 1))
         time.sleep(0.05)
@@ -180,7 +245,8 @@ def kill(child, how):
 
 
 def contents(folder):
-    """{file: what must not differ}: a record's identity and content hash, the bytes of everything else."""
+    """{file: what must not differ}: a record's identity and content hash, the bytes of everything
+    else."""
     found = {}
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         value = path.read_bytes()
@@ -192,8 +258,12 @@ def contents(folder):
 
 def differences(expected, found):
     """One line for each file that is missing, left over or different."""
-    return [f"{name}: {'missing' if name not in found else 'left over' if name not in expected else 'different'}"
-            for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    return [
+        f"{name}: "
+        f"{'missing' if name not in found else 'left over' if name not in expected else 'different'}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
 
 
 def reset(folder, start):
@@ -202,15 +272,23 @@ def reset(folder, start):
     shutil.copytree(start, folder)
 
 
-def random_kills(main, make_arguments, start, expected, folder, duration, kills, seed, num_processes, hows):
-    """Kills one run again and again, at times drawn over the duration of an uninterrupted one, the shortest that was seen: the
-    machine may have been busy with other work. A run that finishes is compared, and the next starts from nothing. Returns
-    (finished runs, differences)."""
+def random_kills(
+    main, make_arguments, start, expected, folder, duration, kills, seed, num_processes, hows
+):
+    """Kills one run again and again, at times drawn over the duration of an uninterrupted one, the
+    shortest that was seen: the machine may have been busy with other work. A run that finishes is
+    compared, and the next starts from nothing. Returns (finished runs, differences)."""
     moments, killed, finished, found = random.Random(seed), 0, 0, []
     reset(folder, start)
     while killed < kills:
         clock = time.monotonic()
-        statuses, _ = run_children(main, make_arguments(folder), num_processes, moments.uniform(0, duration), hows[killed % len(hows)])
+        statuses, _ = run_children(
+            main,
+            make_arguments(folder),
+            num_processes,
+            moments.uniform(0, duration),
+            hows[killed % len(hows)],
+        )
         killed += statuses[0] != 0
         if statuses[0] == 0:
             duration = min(duration, time.monotonic() - clock)
@@ -222,8 +300,8 @@ def random_kills(main, make_arguments, start, expected, folder, duration, kills,
 
 
 def kills_at_each_rename(main, make_arguments, start, expected, folder, sign):
-    """Kills the n-th run just after (sign 1) or just before (sign -1) it finishes a file, so that every boundary between
-    two files is met on the way to the end. Returns (kills, differences)."""
+    """Kills the n-th run just after (sign 1) or just before (sign -1) it finishes a file, so that
+    every boundary between two files is met on the way to the end. Returns (kills, differences)."""
     reset(folder, start)
     kills, renames = 0, 1
     while True:
@@ -253,33 +331,67 @@ def measure(name, args, scratch, num_processes):
     found, finished, clock = differences(expected, contents(folder)), 0, time.monotonic()
     report = f"{name}, {num_processes} processes"
     if args.kills:
-        finished, more = random_kills(*program, begin, expected, folder, duration, args.kills, args.seed, num_processes, args.signals)
-        found, report = found + more, report + f": {args.kills} random kills, {finished} finished runs compared"
+        finished, more = random_kills(
+            *program,
+            begin,
+            expected,
+            folder,
+            duration,
+            args.kills,
+            args.seed,
+            num_processes,
+            args.signals,
+        )
+        found = found + more
+        report = report + f": {args.kills} random kills, {finished} finished runs compared"
     if args.each_rename:
         for sign, when in (1, "after"), (-1, "before"):
             kills, more = kills_at_each_rename(*program, begin, expected, folder, sign)
-            found, report = found + more, report + f", {kills} kills just {when} a file was finished"
-    report += f"; {len(expected)} files, uninterrupted {duration:.1f} s, all {time.monotonic() - clock:.0f} s"
+            found = found + more
+            report = report + f", {kills} kills just {when} a file was finished"
+    report += (
+        f"; {len(expected)} files, uninterrupted {duration:.1f} s, all "
+        f"{time.monotonic() - clock:.0f} s"
+    )
     return report, [f"{name}, {num_processes} processes: {line}" for line in found]
 
 
 def main():
     """Measures an uninterrupted run of each program, kills others, compares, reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="random kills of each program (default 20)")
-    parser.add_argument("--each_rename", action="store_true", help="also kill just before and just after every file is finished")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=20, help="random kills of each program (default 20)"
+    )
+    parser.add_argument(
+        "--each_rename",
+        action="store_true",
+        help="also kill just before and just after every file is finished",
+    )
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="how many share each run (default 1)")
-    parser.add_argument("--signals", nargs="+", choices=("SIGKILL", "SIGTERM", "memory"), default=["SIGKILL", "SIGTERM", "memory"])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1], help="how many share each run (default 1)"
+    )
+    parser.add_argument(
+        "--signals",
+        nargs="+",
+        choices=("SIGKILL", "SIGTERM", "memory"),
+        default=["SIGKILL", "SIGTERM", "memory"],
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
-    parser.add_argument("--log", type=Path, help="file of reports; what it reports already is not done again")
+    parser.add_argument(
+        "--log", type=Path, help="file of reports; what it reports already is not done again"
+    )
     args = parser.parse_args()
     prepare()
     lines, wrong = args.log.read_text().splitlines() if args.log and args.log.exists() else [], []
     with tempfile.TemporaryDirectory() as scratch:
         start, empty = Path(scratch) / "losses", Path(scratch) / "empty"
         empty.mkdir()
-        run_child(compute_training_loss.main, loss_arguments(start))  # what compute_influence.py begins with
+        run_child(
+            compute_training_loss.main, loss_arguments(start)
+        )  # what compute_influence.py begins with
         for name in args.programs:
             for num_processes in args.processes:
                 if any(line.startswith(f"{name}, {num_processes} processes") for line in lines):
@@ -290,7 +402,9 @@ def main():
                 if args.log and not found:
                     with args.log.open("a") as file:
                         print(report, file=file)
-    print("\n".join(sorted(set(wrong))) or "every resumed run left what an uninterrupted one leaves")
+    print(
+        "\n".join(sorted(set(wrong))) or "every resumed run left what an uninterrupted one leaves"
+    )
     sys.exit(1 if wrong else 0)
 
 

@@ -1,8 +1,10 @@
-"""Measures what sharing a sweep costs: two processes of one thread at one sweep, against two that each do one of their own.
+"""Measures what sharing a sweep costs: two processes of one thread at one sweep, against two that
+each do one of their own.
 
     python tests/sharing.py --rounds 5
 
-Prints images a second of both, round by round, and the median of their ratios; 1 is two independent processes' throughput.
+Prints images a second of both, round by round, and the median of their ratios; 1 is two independent
+processes' throughput.
 """
 
 import argparse
@@ -44,24 +46,44 @@ def run_two(work):
 
 def main():
     """Alternates the two, so that both see the same machine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataroot", default="data/emoji_small")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     settings = read_settings(args.dataroot)
     model = load_model(settings["pipeline"], "cpu", settings["unet"])
-    encode_training_set(model, args.dataroot, model.resolution(settings), settings["vae_batch_size"])
-    images = open_training_set(args.dataroot, settings["name"], model.latent_shape(model.resolution(settings)), model.embedding_shape)
+    encode_training_set(
+        model, args.dataroot, model.resolution(settings), settings["vae_batch_size"]
+    )
+    images = open_training_set(
+        args.dataroot,
+        settings["name"],
+        model.latent_shape(model.resolution(settings)),
+        model.embedding_shape,
+    )
     grid, ratios = timestep_grid(settings["time_samples"], len(model.alpha_bars)), []
     identity = loss_identity(model, images, grid, 0, "fp32")
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            def sweep(name):
-                cache_losses(Sweep(images, grid, settings["batch_size"]), model, Path(folder) / name / "loss.npy", identity)
 
-            apart, shared = run_two(lambda number: sweep(str(number))), run_two(lambda number: sweep("shared"))
+            def sweep(name):
+                cache_losses(
+                    Sweep(images, grid, settings["batch_size"]),
+                    model,
+                    Path(folder) / name / "loss.npy",
+                    identity,
+                )
+
+            apart = run_two(lambda number: sweep(str(number)))
+            shared = run_two(lambda number: sweep("shared"))
         ratios.append(apart / (2 * shared))
-        print(f"round {number + 1}: {2 * len(images) / apart:.1f} images/s apart, {len(images) / shared:.1f} shared: {ratios[-1]:.3f}", flush=True)
+        print(
+            f"round {number + 1}: {2 * len(images) / apart:.1f} images/s apart, "
+            f"{len(images) / shared:.1f} shared: {ratios[-1]:.3f}",
+            flush=True,
+        )
     print(f"median {statistics.median(ratios):.3f} of two independent processes")
 
 

@@ -17,7 +17,14 @@ from unlearn import UserError, noise
 from unlearn.attribution.curvature import DiagonalFisher
 from unlearn.attribution.newton import QueryDraws
 from unlearn.baselines import gradients
-from unlearn.baselines.gradients import EXPECTED, expected_latents, kernel_scores, mean_gradient, reduce_images, view_samples
+from unlearn.baselines.gradients import (
+    EXPECTED,
+    expected_latents,
+    kernel_scores,
+    mean_gradient,
+    reduce_images,
+    view_samples,
+)
 from unlearn.baselines.methods import (
     METHODS,
     OF_COSINES,
@@ -45,27 +52,62 @@ from unlearn.storage.records import record_path, write_record
 ROOT = Path(__file__).parent.parent
 GRID, KV = [200, 700], "cross-attn-kv"
 FIRST, SECOND = json.loads((PARITY / "fixture/tasks.json").read_text())
-TASKS = [{"synth_image_path": FIRST["synth_image_path"], "prompt": "a photo of a blob"},
-         {"synth_image_path": SECOND["synth_image_path"], "prompt": "another photo", "seed": 7}]
+TASKS = [
+    {"synth_image_path": FIRST["synth_image_path"], "prompt": "a photo of a blob"},
+    {"synth_image_path": SECOND["synth_image_path"], "prompt": "another photo", "seed": 7},
+]
 FOLDERS = "tiny/gpt/blob/samples/00000", "tiny/gpt/blob/samples/00001"
 
 
 def make_args(**given):
     """Resolved flags of the command."""
-    return SimpleNamespace(**{"noise_seed": 0, "batch_size": 200, "seed": 0, "weight_selection": KV, "projection_size": 64,
-                              "trak_lambda": 0.1, "views": "max", "overwrite": False, "precision": "fp32", "time_samples": 2,
-                              "num_inference_steps": 3, "unlearn_batch_size": 2, "unlearn_grad_accum_steps": 2, "damping": 0.1,
-                              **given})
+    return SimpleNamespace(
+        **{
+            "noise_seed": 0,
+            "batch_size": 200,
+            "seed": 0,
+            "weight_selection": KV,
+            "projection_size": 64,
+            "trak_lambda": 0.1,
+            "views": "max",
+            "overwrite": False,
+            "precision": "fp32",
+            "time_samples": 2,
+            "num_inference_steps": 3,
+            "unlearn_batch_size": 2,
+            "unlearn_grad_accum_steps": 2,
+            "damping": 0.1,
+            **given,
+        }
+    )
 
 
 @pytest.fixture
 def make_run(model, training_set, tmp_path):
     """A Run over the first six images; the queries are some of them, as they are."""
+
     def make(images=(0, 1), fisher=None, candidates=training_set.first(6), **given):
         queries = [candidates.take([image]) for image in images]
-        queries = [replace(query, latents=query.latents[:1], source=str(image)) for query, image in zip(queries, images)]
-        tasks = [SimpleNamespace(exemplar_paths=(), seed=None, result_name=str(image)) for image in images]
-        return Run(model, candidates, tasks, queries, make_args(**given), 512, GRID, tmp_path / "baselines", fisher)
+        queries = [
+            replace(query, latents=query.latents[:1], source=str(image))
+            for query, image in zip(queries, images)
+        ]
+        tasks = [
+            SimpleNamespace(exemplar_paths=(), seed=None, result_name=str(image))
+            for image in images
+        ]
+        return Run(
+            model,
+            candidates,
+            tasks,
+            queries,
+            make_args(**given),
+            512,
+            GRID,
+            tmp_path / "baselines",
+            fisher,
+        )
+
     return make
 
 
@@ -73,7 +115,9 @@ def make_run(model, training_set, tmp_path):
 def exact(model):
     """The model in float64."""
     exact = copy.copy(model)
-    exact.pipeline = SimpleNamespace(unet=copy.deepcopy(model.denoiser).double(), scheduler=model.pipeline.scheduler)
+    exact.pipeline = SimpleNamespace(
+        unet=copy.deepcopy(model.denoiser).double(), scheduler=model.pipeline.scheduler
+    )
     exact.alpha_bars = model.alpha_bars.double()
     return exact
 
@@ -81,14 +125,22 @@ def exact(model):
 def exact_gradient(exact, function, latent, embedding, normals, timesteps):
     """Gradient of K and V, [weights] float64: the mean over samples, one by one, written out."""
     parameters, total = select_parameters(exact.denoiser, KV), 0
-    latent, embedding, normals = (torch.tensor(np.array(array), dtype=torch.float64) for array in (latent, embedding, normals))
+    latent, embedding, normals = (
+        torch.tensor(np.array(array), dtype=torch.float64) for array in (latent, embedding, normals)
+    )
     for normal, timestep in zip(normals, timesteps):
         alpha_bar = exact.alpha_bars[timestep]
         noisy = alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * normal
         with tracked(parameters):
-            output = exact.denoiser(noisy[None], torch.tensor([timestep]), encoder_hidden_states=embedding[None]).sample[0]
-            value = output.square().sum() if function == "norm" else (output - normal).square().mean()
-            total = total + flatten(dict(enumerate(torch.autograd.grad(value, list(parameters.values())))))
+            output = exact.denoiser(
+                noisy[None], torch.tensor([timestep]), encoder_hidden_states=embedding[None]
+            ).sample[0]
+            value = (
+                output.square().sum() if function == "norm" else (output - normal).square().mean()
+            )
+            total = total + flatten(
+                dict(enumerate(torch.autograd.grad(value, list(parameters.values()))))
+            )
     return total / len(timesteps)
 
 
@@ -98,16 +150,37 @@ def exact_rows(exact, function, images):
     for image in range(len(images)):
         for view in range(2):
             slots = [(view, 0, timestep, 0) for timestep in GRID]
-            normals = noise.image_noise(0, images.name, images.ids[image], slots, images.latents.shape[2:])
-            rows.append(exact_gradient(exact, function, images.latents[view, image], images.embeddings[image, 0], normals, GRID))
+            normals = noise.image_noise(
+                0, images.name, images.ids[image], slots, images.latents.shape[2:]
+            )
+            rows.append(
+                exact_gradient(
+                    exact,
+                    function,
+                    images.latents[view, image],
+                    images.embeddings[image, 0],
+                    normals,
+                    GRID,
+                )
+            )
     return torch.stack(rows).reshape(len(images), 2, -1)
 
 
 def reduced(model, images, batch_size=200, reduce=flatten, order=None):
     parameters = select_parameters(model.denoiser, KV)
     with tracked(parameters):
-        return reduce_images(model, parameters, "loss", images, range(len(images)) if order is None else order, GRID, 0, batch_size,
-                             reduce, SimpleNamespace(map=map))
+        return reduce_images(
+            model,
+            parameters,
+            "loss",
+            images,
+            range(len(images)) if order is None else order,
+            GRID,
+            0,
+            batch_size,
+            reduce,
+            SimpleNamespace(map=map),
+        )
 
 
 def test_a_projection_keeps_inner_products_on_average_and_scatters_as_its_theory_says():
@@ -115,11 +188,16 @@ def test_a_projection_keeps_inner_products_on_average_and_scatters_as_its_theory
     values = torch.from_numpy(generator.normal(size=(2, 300)))
     values[1] += 0.5 * values[0]
     values[:, 0] += 20  # a heavy weight
-    expected, bound = float(values[0] @ values[1]), 2 * float(values[0].square().sum() * values[1].square().sum()) / size
+    expected = float(values[0] @ values[1])
+    bound = 2 * float(values[0].square().sum() * values[1].square().sum()) / size
     products = []
     for seed in range(600):
-        first, second = (Sketch({"a": value[:100], "b": value[100:]}, size, seed, "cpu").project({"a": value[:100], "b": value[100:]})
-                         for value in values)
+        first, second = (
+            Sketch({"a": value[:100], "b": value[100:]}, size, seed, "cpu").project(
+                {"a": value[:100], "b": value[100:]}
+            )
+            for value in values
+        )
         products.append(float(first @ second))
     assert abs(np.mean(products) - expected) < 4 * (bound / 600) ** 0.5
     assert 0 < np.var(products) < 1.2 * bound
@@ -128,13 +206,18 @@ def test_a_projection_keeps_inner_products_on_average_and_scatters_as_its_theory
 def test_a_projection_depends_on_seed_and_parameter_name_alone():
     values = {"a": torch.arange(50.0), "b": torch.ones(7)}
     both = Sketch(values, 16, 0, "cpu")
-    alone = [Sketch({name: value}, 16, 0, "cpu").project({name: value}) for name, value in values.items()]
+    alone = [
+        Sketch({name: value}, 16, 0, "cpu").project({name: value}) for name, value in values.items()
+    ]
     torch.testing.assert_close(both.project(values), alone[0] + alone[1])
     turned = dict(reversed(values.items()))
     torch.testing.assert_close(Sketch(turned, 16, 0, "cpu").project(turned), both.project(values))
     assert not torch.equal(Sketch(values, 16, 1, "cpu").project(values), both.project(values))
     known = [16, 18, 0, 17, 16, 17], [6, 14, 15, 14, 7, 15]
-    assert [both.draw_targets("a", 0, 6, 0).tolist(), Sketch(values, 8, 0, "cpu").draw_targets("a", 3, 6, 1).tolist()] == list(known)
+    assert [
+        both.draw_targets("a", 0, 6, 0).tolist(),
+        Sketch(values, 8, 0, "cpu").draw_targets("a", 3, 6, 1).tolist(),
+    ] == list(known)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 64])
@@ -149,24 +232,45 @@ def test_every_weight_goes_to_each_block_of_a_projection_of_any_size(size):
 def test_kernel_scores_equal_the_formula_in_float64(size, damping, monkeypatch):
     monkeypatch.setattr(gradients, "BLOCK_ROWS", 3)
     generator = np.random.default_rng(0)
-    features, queries = (generator.normal(size=shape).astype(np.float32) for shape in ((5, 2, size), (3, size)))
+    features, queries = (
+        generator.normal(size=shape).astype(np.float32) for shape in ((5, 2, size), (3, size))
+    )
     rows = features.reshape(10, size).astype(np.float64)
-    ridge = damping * np.mean(np.sum(rows ** 2, axis=0)) * np.eye(size)
+    ridge = damping * np.mean(np.sum(rows**2, axis=0)) * np.eye(size)
     expected = queries @ np.linalg.inv(rows.T @ rows + ridge) @ rows.T
-    np.testing.assert_allclose(kernel_scores(features, queries, damping), expected.reshape(3, 5, 2), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        kernel_scores(features, queries, damping), expected.reshape(3, 5, 2), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_kernel_scores_do_not_depend_on_the_scale_of_the_function():
     features = np.random.default_rng(0).normal(size=(5, 2, 6))
     scaled = 1e-4 * features
-    np.testing.assert_allclose(kernel_scores(scaled, scaled[:, 0], 0.1), kernel_scores(features, features[:, 0], 0.1), rtol=1e-9)
+    np.testing.assert_allclose(
+        kernel_scores(scaled, scaled[:, 0], 0.1),
+        kernel_scores(features, features[:, 0], 0.1),
+        rtol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("function", ["loss", "norm"])
-def test_gradients_of_images_equal_those_written_out_in_float64(function, model, exact, training_set):
+def test_gradients_of_images_equal_those_written_out_in_float64(
+    function, model, exact, training_set
+):
     images, parameters = training_set.first(2), select_parameters(model.denoiser, KV)
     with tracked(parameters):
-        found = reduce_images(model, parameters, function, images, range(2), GRID, 0, 3, flatten, SimpleNamespace(map=map))
+        found = reduce_images(
+            model,
+            parameters,
+            function,
+            images,
+            range(2),
+            GRID,
+            0,
+            3,
+            flatten,
+            SimpleNamespace(map=map),
+        )
     expected = exact_rows(exact, function, images).numpy()
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
     assert not any(parameter.requires_grad for parameter in parameters.values())
@@ -176,8 +280,13 @@ def test_gradients_do_not_depend_on_batch_order_or_subset(model, training_set):
     images = training_set.first(4)
     together = reduced(model, images)
     np.testing.assert_array_equal(reduced(model, images, order=[3, 1]), together[[3, 1]])
-    for other, rows in (reduced(model, images, batch_size=1), range(4)), (reduced(model, images.take([2, 0])), [2, 0]):
-        differences = np.linalg.norm(other - together[rows], axis=2) / np.linalg.norm(together[rows], axis=2)
+    for other, rows in (
+        (reduced(model, images, batch_size=1), range(4)),
+        (reduced(model, images.take([2, 0])), [2, 0]),
+    ):
+        differences = np.linalg.norm(other - together[rows], axis=2) / np.linalg.norm(
+            together[rows], axis=2
+        )
         assert differences.max() < 3e-6  # of float32 through some sixty layers; measured 1.2e-6
 
 
@@ -187,44 +296,79 @@ def test_several_captions_are_averaged(model, training_set):
     parameters = select_parameters(model.denoiser, KV)
     normals = np.random.default_rng(0).normal(size=(4, 4, 16, 16)).astype(np.float32)
     with tracked(parameters):
-        both = flatten(mean_gradient(model, parameters, "loss", view_samples(pair, 0, 0, GRID, normals, "cpu"), 9))
+        both = flatten(
+            mean_gradient(
+                model, parameters, "loss", view_samples(pair, 0, 0, GRID, normals, "cpu"), 9
+            )
+        )
         latents, each = torch.from_numpy(np.array(pair.latents[0, [0, 0]])).float(), []
         for caption in 0, 1:
             embeddings = torch.from_numpy(np.array(pair.embeddings[0, [caption] * 2])).float()
-            samples = latents, torch.from_numpy(normals[2 * caption:2 * caption + 2]), torch.tensor(GRID), embeddings
+            samples = (
+                latents,
+                torch.from_numpy(normals[2 * caption : 2 * caption + 2]),
+                torch.tensor(GRID),
+                embeddings,
+            )
             each.append(flatten(mean_gradient(model, parameters, "loss", samples, 9)))
     torch.testing.assert_close(both, (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_influence_equals_its_formula_in_float64(model, exact, make_run):
-    diagonal = {name: 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0))
-                for name, value in select_parameters(model.denoiser, KV).items()}
+    diagonal = {
+        name: 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0))
+        for name, value in select_parameters(model.denoiser, KV).items()
+    }
     run = make_run(images=(2,), fisher=DiagonalFisher(diagonal, 0.1))
-    images, draws = run.training_set, QueryDraws(0, run.queries[0].name, run.queries[0].ids[0], len(model.alpha_bars))
+    images = run.training_set
+    draws = QueryDraws(0, run.queries[0].name, run.queries[0].ids[0], len(model.alpha_bars))
     query = 0
     for number in range(2):
         normals, timesteps = draws.draw(2 * number, 2, images.latents.shape[2:], "cpu")
-        gradient = exact_gradient(exact, "loss", images.latents[0, 2], images.embeddings[2, 0], normals.numpy(), timesteps.tolist())
+        gradient = exact_gradient(
+            exact,
+            "loss",
+            images.latents[0, 2],
+            images.embeddings[2, 0],
+            normals.numpy(),
+            timesteps.tolist(),
+        )
         query = query + gradient / 2
-    inverse = flatten({name: 1 / (value.double() + 0.1 * value.double().mean()) for name, value in diagonal.items()})
+    inverse = flatten(
+        {
+            name: 1 / (value.double() + 0.1 * value.double().mean())
+            for name, value in diagonal.items()
+        }
+    )
     expected = (exact_rows(exact, "loss", images) @ (inverse * query)).max(dim=1).values.numpy()
-    np.testing.assert_allclose(influence_scores(run)[0], expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        influence_scores(run)[0], expected, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("method, function", [("trak", "loss"), ("dtrak", "norm")])
 def test_trak_scores_equal_their_formula_in_float64(method, function, model, exact, make_run):
     run, parameters = make_run(images=(1, 4)), select_parameters(model.denoiser, KV)
-    sketch, shapes = Sketch(parameters, 64, 0, "cpu"), {name: value.shape for name, value in parameters.items()}
+    sketch = Sketch(parameters, 64, 0, "cpu")
+    shapes = {name: value.shape for name, value in parameters.items()}
     sizes = [shape.numel() for shape in shapes.values()]
-    split = lambda row: {name: part.reshape(shapes[name]) for name, part in zip(parameters, row.split(sizes))}
+    split = lambda row: {
+        name: part.reshape(shapes[name]) for name, part in zip(parameters, row.split(sizes))
+    }
     rows = exact_rows(exact, function, run.training_set)
     features = torch.stack([sketch.project(split(row)) for row in rows.flatten(0, 1)]).numpy()
     kernel = features.T @ features
-    scores = features[[2, 8]] @ np.linalg.inv(kernel + 0.1 * np.mean(np.diag(kernel)) * np.eye(64)) @ features.T
+    scores = (
+        features[[2, 8]]
+        @ np.linalg.inv(kernel + 0.1 * np.mean(np.diag(kernel)) * np.eye(64))
+        @ features.T
+    )
     for views in "max", "mean":
         run.args.views = views
         found = METHODS[method](run)
-        np.testing.assert_allclose(found, getattr(scores.reshape(2, 6, 2), views)(axis=2), atol=1e-3)
+        np.testing.assert_allclose(
+            found, getattr(scores.reshape(2, 6, 2), views)(axis=2), atol=1e-3
+        )
 
 
 @pytest.fixture(scope="module")
@@ -232,18 +376,41 @@ def emoji():
     """A trained model, four images that it was trained on, and its Fisher."""
     root = ROOT / "data/emoji"
     model, numbers = load_model(str(root / "pipeline"), "cpu"), [50, 61, 62, 800]
-    paths, captions = sorted((root / "laion_subset/images").iterdir()), (root / "laion_subset/captions.txt").read_text().splitlines()
+    paths = sorted((root / "laion_subset/images").iterdir())
+    captions = (root / "laion_subset/captions.txt").read_text().splitlines()
     pictures = [paths[number] for number in numbers]
-    latents = np.stack([encode_real_images(model.pipeline, pictures, 32, mirrored).numpy() for mirrored in (False, True)])
-    embeddings = encode_prompts(model.pipeline, [captions[number] for number in numbers]).numpy()[:, None]
-    images = TrainingSet("emoji", [f"laion/{number:06d}" for number in numbers], captions[:4], paths[:4], latents, embeddings, "")
+    latents = np.stack(
+        [
+            encode_real_images(model.pipeline, pictures, 32, mirrored).numpy()
+            for mirrored in (False, True)
+        ]
+    )
+    embeddings = encode_prompts(model.pipeline, [captions[number] for number in numbers]).numpy()[
+        :, None
+    ]
+    images = TrainingSet(
+        "emoji",
+        [f"laion/{number:06d}" for number in numbers],
+        captions[:4],
+        paths[:4],
+        latents,
+        embeddings,
+        "",
+    )
     return model, images, DiagonalFisher(read_tensors(root / "sd_fisher.safetensors"), 0.1)
 
 
 @pytest.mark.parametrize("method", ["influence", "trak", "dtrak"])
 def test_a_training_image_that_is_the_query_comes_first(method, emoji, make_run):
     model, images, fisher = emoji
-    run = make_run((0, 2, 3), fisher, images, unlearn_batch_size=16, unlearn_grad_accum_steps=2, weight_selection="cross-attn")
+    run = make_run(
+        (0, 2, 3),
+        fisher,
+        images,
+        unlearn_batch_size=16,
+        unlearn_grad_accum_steps=2,
+        weight_selection="cross-attn",
+    )
     scores = METHODS[method](replace(run, model=model, grid=[100, 300, 500, 700]))
     assert [int(np.argmax(row)) for row in scores] == [0, 2, 3]
     assert all(row[query] > 2 * np.sort(row)[-2] for row, query in zip(scores, (0, 2, 3)))
@@ -254,10 +421,17 @@ def test_what_a_perfect_prediction_expects_is_the_clean_latent(prediction_type):
     generator = torch.Generator().manual_seed(0)
     (clean, normal), alpha_bar = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor(0.3)
     noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * normal
-    torch.testing.assert_close(EXPECTED[prediction_type](alpha_bar, noisy, TARGETS[prediction_type](alpha_bar, clean, normal)), clean)
+    torch.testing.assert_close(
+        EXPECTED[prediction_type](
+            alpha_bar, noisy, TARGETS[prediction_type](alpha_bar, clean, normal)
+        ),
+        clean,
+    )
 
 
-def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture(model, training_set):
+def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture(
+    model, training_set
+):
     embedding = torch.from_numpy(np.array(training_set.embeddings[0, 0])).float()
     noisy = start = torch.from_numpy(initial_noise("abc", [7], training_set.latents.shape[2:]))[0]
     expected, timesteps = expected_latents(model, embedding, start, 4)
@@ -267,7 +441,9 @@ def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture
     for clean, alpha_bar, following in zip(expected, alpha_bars, alpha_bars[1:]):
         normal = (noisy - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
         noisy = following.sqrt() * clean + (1 - following).sqrt() * normal
-    torch.testing.assert_close(noisy[None], generate_latents(model, embedding[None], start[None], 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        noisy[None], generate_latents(model, embedding[None], start[None], 4), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
@@ -280,7 +456,13 @@ def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
         start = torch.from_numpy(initial_noise(query.name, [7], query.latents.shape[2:])[0])
         embedding = torch.from_numpy(np.array(query.embeddings[0, 0])).float()
         latents, timesteps = expected_latents(model, embedding, start, 2)
-        normals = noise.image_noise(0, query.name, query.ids[0], [(0, 0, int(timestep), 0) for timestep in timesteps], start.shape)
+        normals = noise.image_noise(
+            0,
+            query.name,
+            query.ids[0],
+            [(0, 0, int(timestep), 0) for timestep in timesteps],
+            start.shape,
+        )
         samples = latents, torch.from_numpy(normals), timesteps, embedding.expand(2, -1, -1)
         expected = flatten(mean_gradient(model, parameters, "loss", samples, 9))
     torch.testing.assert_close(found[1], expected)
@@ -298,7 +480,9 @@ def test_an_image_counts_by_its_best_caption(training_set):
     captions = np.array(training_set.embeddings[:6, 0], np.float32)
     images = training_set.first(3)
     pairs = replace(images, embeddings=captions.reshape(3, 2, *captions.shape[1:]))
-    scores = cosine_scores(captions.reshape(6, -1), text_blocks(pairs), mean_features(text_blocks(pairs)))
+    scores = cosine_scores(
+        captions.reshape(6, -1), text_blocks(pairs), mean_features(text_blocks(pairs))
+    )
     centred = normalise(captions.reshape(6, -1) - captions.reshape(6, -1).mean(axis=0))
     expected = centred @ centred.T
     np.testing.assert_allclose(scores, expected.reshape(6, 3, 2).max(axis=2), atol=1e-5)
@@ -306,8 +490,12 @@ def test_an_image_counts_by_its_best_caption(training_set):
 
 def test_similarity_is_the_square_of_two_centred_cosines_where_both_are_positive(make_run):
     run = make_run(images=(1, 4))
-    texts, latents = (np.asarray(array, np.float64) for array in (run.training_set.embeddings, run.training_set.latents))
-    texts, latents = texts.reshape(6, -1, texts[0, 0].size).swapaxes(0, 1), latents.reshape(2, 6, -1)
+    texts, latents = (
+        np.asarray(array, np.float64)
+        for array in (run.training_set.embeddings, run.training_set.latents)
+    )
+    texts = texts.reshape(6, -1, texts[0, 0].size).swapaxes(0, 1)
+    latents = latents.reshape(2, 6, -1)
     cosines = []
     for features in texts, latents:
         centred = normalise(features - features.mean(axis=(0, 1)))
@@ -320,23 +508,46 @@ def test_similarity_is_the_square_of_two_centred_cosines_where_both_are_positive
 
 @pytest.fixture
 def command(root, tmp_path, monkeypatch, model):
-    """Runs the command on tasks of the miniature data root, with the model that is loaded already; the folder of results."""
+    """Runs the command on tasks of the miniature data root, with the model that is loaded already;
+    the folder of results."""
     monkeypatch.setattr(inputs, "encode_images", encode_images)
     monkeypatch.setattr(baselines, "load_model", lambda name, device, unet: model)
     monkeypatch.setattr(gradients, "CHUNK_IMAGES", 2)
 
     def run(*given, tasks=TASKS, name="results"):
-        baselines.main([*write_tasks(tmp_path, root, tmp_path / name, tasks), "--device", "cpu", *given])
+        baselines.main(
+            [*write_tasks(tmp_path, root, tmp_path / name, tasks), "--device", "cpu", *given]
+        )
         return tmp_path / name / "baselines"
+
     return run
 
 
 def write_tasks(folder, root, result_dir, tasks):
     """Writes a task file; the flags of a short run on it."""
     (folder / "tasks.json").write_text(json.dumps(tasks))
-    return ["--task_json", str(folder / "tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
-            "--result_dir", str(result_dir), "--laion_subset_size", "4", "--time_samples", "1", "--projection_size", "32",
-            "--num_inference_steps", "2", "--unlearn_batch_size", "2", "--unlearn_grad_accum_steps", "1"]
+    return [
+        "--task_json",
+        str(folder / "tasks.json"),
+        "--dataroot",
+        str(root),
+        "--sd_version",
+        str(PARITY / "fixture/sd-tiny"),
+        "--result_dir",
+        str(result_dir),
+        "--laion_subset_size",
+        "4",
+        "--time_samples",
+        "1",
+        "--projection_size",
+        "32",
+        "--num_inference_steps",
+        "2",
+        "--unlearn_batch_size",
+        "2",
+        "--unlearn_grad_accum_steps",
+        "1",
+    ]
 
 
 def contents(folder):
@@ -351,9 +562,16 @@ def test_every_method_ranks_the_training_set_of_every_query(command):
     for method in METHODS:
         for name in FOLDERS:
             arrays = read_influence(folder / method / name / "influence.npz", "")
-            assert arrays["ids"].tolist() == [f"laion/{image:06d}" for image in range(4)] and not arrays["is_exemplar"].any()
-            assert len(set(arrays["influence"].tolist())) == 4 or method == "similarity"  # which is 0 where a cosine is negative
-            identity = json.loads((folder / method / name / "influence.json").read_text())["identity"]
+            assert (
+                arrays["ids"].tolist() == [f"laion/{image:06d}" for image in range(4)]
+                and not arrays["is_exemplar"].any()
+            )
+            assert (
+                len(set(arrays["influence"].tolist())) == 4 or method == "similarity"
+            )  # which is 0 where a cosine is negative
+            identity = json.loads((folder / method / name / "influence.json").read_text())[
+                "identity"
+            ]
             assert identity["method"] == method and len(identity["candidates"]) == 1
             assert ("cosines" in identity["settings"]) == (method in OF_COSINES)
     assert not list(folder.glob("**/.*")) and not list(folder.glob("**/*.part"))
@@ -364,7 +582,10 @@ def test_the_order_of_tasks_is_irrelevant_and_a_second_start_computes_nothing(co
     folder, turned = command(*methods), command(*methods, tasks=TASKS[::-1], name="turned")
     for method in methods[1:]:
         for name in FOLDERS:
-            first, second = (np.load(each / method / name / "influence.npz")["influence"] for each in (folder, turned))
+            first, second = (
+                np.load(each / method / name / "influence.npz")["influence"]
+                for each in (folder, turned)
+            )
             np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6 * np.abs(first).max())
     before = contents(folder)
     monkeypatch.setattr(gradients, "mean_gradient", None)
@@ -375,7 +596,10 @@ def test_the_order_of_tasks_is_irrelevant_and_a_second_start_computes_nothing(co
 @pytest.mark.parametrize("method", ["influence", "dtrak"])
 def test_a_killed_run_goes_on_and_leaves_the_same_bits(method, command, monkeypatch):
     expected = contents(command("--methods", method, name="whole"))
-    for kind in "write_array_chunk", "write_record":  # between the chunks, and between the gathered file and its record
+    for kind in (
+        "write_array_chunk",
+        "write_record",
+    ):  # between the chunks, and between the gathered file and its record
         write, calls = getattr(gradients, kind), []
 
         def killed(path, *rest, write=write, calls=calls):
@@ -391,10 +615,16 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bits(method, command, monkeypa
         assert left == expected
 
 
-def test_the_cached_gradients_serve_any_lambda_and_any_views_but_finished_scores_are_not_mixed(command, monkeypatch):
+def test_the_cached_gradients_serve_any_lambda_and_any_views_but_finished_scores_are_not_mixed(
+    command, monkeypatch
+):
     folder = command("--methods", "trak")
     before = (folder / "trak/features.npy").read_bytes()
-    with pytest.raises(UserError, match=r"made with other settings: trak_lambda is 0.1, expected 3.0 \(ridge of the kernel\); give --overwrite"):
+    with pytest.raises(
+        UserError,
+        match=r"made with other settings: trak_lambda is 0.1, expected 3.0 \(ridge of the "
+        r"kernel\); give --overwrite",
+    ):
         command("--methods", "trak", "--trak_lambda", "3")
     monkeypatch.setattr(gradients, "reduce_images", None)
     command("--methods", "trak", "--trak_lambda", "3", "--views", "mean", "--overwrite")
@@ -403,39 +633,71 @@ def test_the_cached_gradients_serve_any_lambda_and_any_views_but_finished_scores
 
 def test_features_of_another_projection_are_refused(command, tmp_path):
     folder = command("--methods", "trak", tasks=TASKS[:1])
-    with pytest.raises(UserError, match="features.npy: made with other settings: projection_size is 32, expected 16 .numbers that a gradient is projected to.; give --over"):
+    with pytest.raises(
+        UserError,
+        match="features.npy: made with other settings: projection_size is 32, expected 16 "
+        ".numbers that a gradient is projected to.; give --over",
+    ):
         command("--methods", "trak", "--projection_size", "16", tasks=TASKS[1:])
     assert (folder / "trak/features.npy").exists()
 
 
-def test_queries_of_customized_models_have_their_exemplars_first_and_only_similarity_scores_them(command, root):
+def test_queries_of_customized_models_have_their_exemplars_first_and_only_similarity_scores_them(
+    command, root
+):
     folder = command("--methods", "random", "pixel", "vae", tasks=[FIRST, SECOND])
-    exemplars = [path.relative_to(root).as_posix() for path in load_tasks(PARITY / "fixture/tasks.json", root)[0].exemplar_paths]
+    exemplars = [
+        path.relative_to(root).as_posix()
+        for path in load_tasks(PARITY / "fixture/tasks.json", root)[0].exemplar_paths
+    ]
     for method in "random", "pixel", "vae":
         arrays = read_influence(folder / method / FOLDERS[0] / "influence.npz", "")
         assert arrays["ids"].tolist() == [*exemplars, *(f"laion/{image:06d}" for image in range(4))]
         assert arrays["is_exemplar"].tolist() == [True] * len(exemplars) + [False] * 4
-    with pytest.raises(UserError, match=r"00000.png: was made by the customized model models/tiny/blob; trak, dtrak can only score "
-                                        "queries of the base model; give --methods random pixel vae"):
+    with pytest.raises(
+        UserError,
+        match=r"00000.png: was made by the customized model models/tiny/blob; trak, dtrak can "
+        r"only score "
+        "queries of the base model; give --methods random pixel vae",
+    ):
         command("--methods", "pixel", "trak", "dtrak", tasks=[FIRST, SECOND], name="refused")
 
 
 def test_a_method_that_gives_all_images_the_same_score_says_so(command, monkeypatch, caplog):
-    monkeypatch.setitem(METHODS, "random", lambda run: [np.zeros(len(run.training_set)), np.arange(len(run.training_set))])
+    monkeypatch.setitem(
+        METHODS,
+        "random",
+        lambda run: [np.zeros(len(run.training_set)), np.arange(len(run.training_set))],
+    )
     command("--methods", "random")
-    assert f"random: all images have the same score for 1 of 2 queries, first {TASKS[0]['synth_image_path']}: of these it says nothing" in caplog.text
+    assert (
+        f"random: all images have the same score for 1 of 2 queries, first "
+        f"{TASKS[0]['synth_image_path']}: of these it says nothing" in caplog.text
+    )
 
 
-@pytest.mark.parametrize("given, said", [
-    (["--methods", "pixel", "tark"], "--methods: expected some of random, pixel, vae, .*, found tark"),
-    (["--methods"], "--methods: expected some of random, pixel, .* found none"),
-    (["--projection_size", "0"], "--projection_size 0: expected a positive whole number"),
-    (["--trak_lambda", "-1"], "--trak_lambda -1: expected a positive number"),
-    (["--trak_lambda", "nan"], "--trak_lambda nan: expected a positive number"),
-    (["--num_inference_steps", "0"], "--num_inference_steps 0: expected a positive whole number"),
-    (["--features", "some/ours"], "--features some/ours: names must differ from each other and from ours, random"),
-    (["--time_samples", "7"], "--time_samples 7: must divide the model's"),
-])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            ["--methods", "pixel", "tark"],
+            "--methods: expected some of random, pixel, vae, .*, found tark",
+        ),
+        (["--methods"], "--methods: expected some of random, pixel, .* found none"),
+        (["--projection_size", "0"], "--projection_size 0: expected a positive whole number"),
+        (["--trak_lambda", "-1"], "--trak_lambda -1: expected a positive number"),
+        (["--trak_lambda", "nan"], "--trak_lambda nan: expected a positive number"),
+        (
+            ["--num_inference_steps", "0"],
+            "--num_inference_steps 0: expected a positive whole number",
+        ),
+        (
+            ["--features", "some/ours"],
+            "--features some/ours: names must differ from each other and from ours, random",
+        ),
+        (["--time_samples", "7"], "--time_samples 7: must divide the model's"),
+    ],
+)
 def test_a_bad_flag_is_named_and_nothing_is_written(given, said, command, tmp_path):
     with pytest.raises(UserError, match=said):
         command(*given)
@@ -444,16 +706,24 @@ def test_a_bad_flag_is_named_and_nothing_is_written(given, said, command, tmp_pa
 
 def test_a_fisher_of_another_model_is_refused(command, root, tmp_path, model):
     path = tmp_path / "fisher.safetensors"
-    write_tensors(path, {name: value.abs() for name, value in read_tensors(root / "sd_fisher.pt").items()})
+    write_tensors(
+        path, {name: value.abs() for name, value in read_tensors(root / "sd_fisher.pt").items()}
+    )
     write_record(path, {**model.identity, "weights": "another"})
-    with pytest.raises(UserError, match="fisher.safetensors: made with other settings: other weights of the model: .*; make this model's own: python -m unlearn fisher"):
+    with pytest.raises(
+        UserError,
+        match="fisher.safetensors: made with other settings: other weights of the model: .*; "
+        "make this model's own: python -m unlearn fisher",
+    ):
         command("--methods", "influence", "--fisher_path", str(path))
     assert record_path(path).exists() and not (tmp_path / "results").exists()
 
 
 def test_pixels_without_pictures_are_refused(command, root):
     shutil.rmtree(root / "laion_subset/images")
-    with pytest.raises(UserError, match="--methods pixel: need the training images' pictures, and .* has none"):
+    with pytest.raises(
+        UserError, match="--methods pixel: need the training images' pictures, and .* has none"
+    ):
         command("--methods", "pixel", "vae")
 
 
@@ -462,8 +732,20 @@ def test_pixels_without_pictures_are_refused(command, root):
 def test_gradient_methods_score_on_cuda_as_on_the_cpu(root, tmp_path):
     methods = "influence", "trak", "journeytrak", "dtrak"
     for device in "cpu", "cuda":
-        baselines.main([*write_tasks(tmp_path, root, tmp_path / device, TASKS), "--device", device, "--methods", *methods])
+        baselines.main(
+            [
+                *write_tasks(tmp_path, root, tmp_path / device, TASKS),
+                "--device",
+                device,
+                "--methods",
+                *methods,
+            ]
+        )
     for method in methods:
-        cpu, cuda = (np.load(tmp_path / device / "baselines" / method / FOLDERS[0] / "influence.npz")["influence"]
-                     for device in ("cpu", "cuda"))
+        cpu, cuda = (
+            np.load(tmp_path / device / "baselines" / method / FOLDERS[0] / "influence.npz")[
+                "influence"
+            ]
+            for device in ("cpu", "cuda")
+        )
         np.testing.assert_allclose(cuda, cpu, rtol=0, atol=1e-3 * np.abs(cpu).max())

@@ -1,4 +1,5 @@
-"""Claims: every piece of work is done, by one process wherever nothing goes wrong, and nobody waits for the dead."""
+"""Claims: every piece of work is done, by one process wherever nothing goes wrong, and nobody waits
+for the dead."""
 
 import heapq
 import json
@@ -17,7 +18,8 @@ from unlearn.storage.sharing import Share, do_once
 
 
 def work_through(folder, names, seconds, counts=None):
-    """Does what a process does: claims, works for so long, writes, releases. Returns (items done, seconds of work)."""
+    """Does what a process does: claims, works for so long, writes, releases. Returns (items done,
+    seconds of work)."""
     mine, busy = [], 0
     with Share(folder, names, lambda item: (folder / f"{item}.done").exists()) as share:
         for item in share:
@@ -31,7 +33,8 @@ def work_through(folder, names, seconds, counts=None):
 
 
 def run_workers(folder, names, speeds):
-    """Workers of these seconds a piece, in threads: [(items, seconds of work)], seconds from start to end."""
+    """Workers of these seconds a piece, in threads: [(items, seconds of work)], seconds from start
+    to end."""
     found, start = [None] * len(speeds), time.monotonic()
 
     def run(worker):
@@ -60,8 +63,9 @@ class Idle(Exception):
 
 
 def simulate(folder, count, seconds_a_piece):
-    """Workers with claims in real files and work in simulated time, to which what claiming really takes is added: (pieces done,
-    share of the time from the start to the last one's end that all were at work)."""
+    """Workers with claims in real files and work in simulated time, to which what claiming really
+    takes is added: (pieces done, share of the time from the start to the last one's end that all
+    were at work)."""
     shares = []
     for _ in seconds_a_piece:
         share = Share(folder, names_of(count), lambda item: (folder / f"{item}.done").exists())
@@ -79,13 +83,16 @@ def simulate(folder, count, seconds_a_piece):
             item = next(shares[worker])
         except (Idle, StopIteration):
             continue
-        heapq.heappush(events, (now + time.perf_counter() - begun + seconds_a_piece[worker], worker, item))
+        heapq.heappush(
+            events, (now + time.perf_counter() - begun + seconds_a_piece[worker], worker, item)
+        )
         busy += seconds_a_piece[worker]
     return done, busy / (len(shares) * end)
 
 
 def test_sixty_four_workers_of_uneven_speed_are_busy_for_95_percent_of_the_time(tmp_path):
-    """64 devices, the fastest eight times as fast as the slowest, 1 to 8 s a piece; 3,125 pieces, as 100,000 images have."""
+    """64 devices, the fastest eight times as fast as the slowest, 1 to 8 s a piece; 3,125 pieces,
+    as 100,000 images have."""
     done, busy = simulate(tmp_path, 3125, [8 ** (worker / 63) for worker in range(64)])
     print(f"busy {busy:.2%}")
     assert done == 3125 and not list(tmp_path.glob("*.claim*"))
@@ -122,9 +129,14 @@ def test_a_number_given_to_another_process_does_not_keep_a_claim_alive(tmp_path)
     assert done == [1]
 
 
-@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1}', "", "no JSON", "[1]", '{"host": "elsewhere", "pid": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    ['{"host": "elsewhere", "pid": 1}', "", "no JSON", "[1]", '{"host": "elsewhere", "pid": "x"}'],
+)
 @pytest.mark.parametrize("skew", [-1e6, 0, 1e6])
-def test_a_claim_of_another_host_expires_by_the_observers_clock_whatever_its_own_says(tmp_path, monkeypatch, content, skew):
+def test_a_claim_of_another_host_expires_by_the_observers_clock_whatever_its_own_says(
+    tmp_path, monkeypatch, content, skew
+):
     monkeypatch.setattr(sharing, "EXPIRY", 0.5)
     claim, done = tmp_path / "work.claim", []
     claim.write_text(content)
@@ -135,7 +147,9 @@ def test_a_claim_of_another_host_expires_by_the_observers_clock_whatever_its_own
 
 
 @pytest.mark.parametrize("skew", [-1e6, 1e6])
-def test_a_claim_whose_heart_beats_is_waited_for_whatever_its_hosts_clock_says(tmp_path, monkeypatch, skew):
+def test_a_claim_whose_heart_beats_is_waited_for_whatever_its_hosts_clock_says(
+    tmp_path, monkeypatch, skew
+):
     monkeypatch.setattr(sharing, "EXPIRY", 0.5)
     claim, done, stop = tmp_path / "work.claim", [], threading.Event()
     claim.write_text('{"host": "elsewhere", "pid": 1}')
@@ -186,12 +200,22 @@ def test_who_waits_ends_when_another_process_has_finished_all_and_removed_the_fo
     other.join()
 
 
-def test_a_claim_on_a_full_disk_or_without_permission_ends_in_one_line_and_leaves_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases.os, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+def test_a_claim_on_a_full_disk_or_without_permission_ends_in_one_line_and_leaves_none(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        leases.os,
+        "write",
+        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(UserError, match="the disk is full"):
         create_claim(tmp_path / "work.claim")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(leases.os, "open", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        leases.os,
+        "open",
+        lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+    )
     with pytest.raises(UserError, match="cannot be written .Permission denied"):
         create_claim(tmp_path / "work.claim")
 
@@ -204,16 +228,30 @@ def test_a_claim_that_another_has_taken_over_meanwhile_is_left_to_it(tmp_path, d
     assert create_claim(dead_owner)  # the other's
     content = dead_owner.read_bytes()
     assert not share.take_over(dead_owner)
-    assert dead_owner.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["work.claim"]
+    assert dead_owner.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == [
+        "work.claim"
+    ]
 
 
-def test_a_dead_claim_that_cannot_be_removed_ends_in_one_line_and_not_in_waiting(dead_owner, monkeypatch):
-    monkeypatch.setattr(sharing.os, "rename", lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
-    with pytest.raises(UserError, match="work.claim: its owner is gone, and it cannot be removed .Operation not permitted.; remove it"):
+def test_a_dead_claim_that_cannot_be_removed_ends_in_one_line_and_not_in_waiting(
+    dead_owner, monkeypatch
+):
+    monkeypatch.setattr(
+        sharing.os,
+        "rename",
+        lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")),
+    )
+    with pytest.raises(
+        UserError,
+        match="work.claim: its owner is gone, and it cannot be removed .Operation not "
+        "permitted.; remove it",
+    ):
         do_once(dead_owner.parent, "work", lambda: False, lambda: None)
 
 
-def test_process_numbers_of_another_boot_or_container_of_the_same_name_mean_nothing_here(dead_owner, monkeypatch):
+def test_process_numbers_of_another_boot_or_container_of_the_same_name_mean_nothing_here(
+    dead_owner, monkeypatch
+):
     owner = json.loads(dead_owner.read_text())
     assert leases.is_dead(owner)
     assert not leases.is_dead({**owner, "host": owner["host"][:-8] + "0" * 8})
@@ -230,7 +268,9 @@ def test_an_absence_of_the_file_server_is_not_taken_for_the_owners(tmp_path, mon
     clock[0] += 2
     assert not share.is_abandoned(tmp_path / "work.claim")
     clock[0] += 1
-    assert share.is_abandoned(tmp_path / "work.claim")  # more than EXPIRY seconds, in which it could look
+    assert share.is_abandoned(
+        tmp_path / "work.claim"
+    )  # more than EXPIRY seconds, in which it could look
 
 
 def test_a_share_that_was_stopped_keeps_its_claims_until_its_work_is_finished(tmp_path):
@@ -255,7 +295,11 @@ def test_who_looks_for_a_chunk_while_they_are_removed_finds_it_or_no_folder(tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), os.mkfifo, lambda path: path.mkdir()], ids=["link", "pipe", "folder"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: path.symlink_to("nowhere"), os.mkfifo, lambda path: path.mkdir()],
+    ids=["link", "pipe", "folder"],
+)
 def test_a_claim_that_is_no_file_is_not_waited_for_for_ever(tmp_path, monkeypatch, make):
     monkeypatch.setattr(sharing, "EXPIRY", 0.3)
     make(tmp_path / "work.claim")
@@ -267,8 +311,17 @@ def test_a_claim_that_is_no_file_is_not_waited_for_for_ever(tmp_path, monkeypatc
         assert "it cannot be removed" in str(error)
 
 
-def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_work(tmp_path, monkeypatch):
-    with pytest.raises(ZeroDivisionError), Share(tmp_path, {0: "work"}, lambda item: False) as share:
+def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_work(
+    tmp_path, monkeypatch
+):
+    with (
+        pytest.raises(ZeroDivisionError),
+        Share(tmp_path, {0: "work"}, lambda item: False) as share,
+    ):
         next(share)
-        monkeypatch.setattr(leases.Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        monkeypatch.setattr(
+            leases.Path,
+            "unlink",
+            lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+        )
         raise ZeroDivisionError

@@ -22,7 +22,13 @@ EMOJI, DEMO = REPOSITORY / "data/emoji", str(REPOSITORY / "tasks/emoji_demo.json
 def small_world(tmp_path_factory):
     """The emoji world with its first 48 base images, so that a sweep takes seconds."""
     root = tmp_path_factory.mktemp("world") / "emoji"
-    shutil.copytree(EMOJI, root, ignore=shutil.ignore_patterns("laion_subset", "laion_*.npy", "laion_*.json", "sd_fisher.*", ".build"))
+    shutil.copytree(
+        EMOJI,
+        root,
+        ignore=shutil.ignore_patterns(
+            "laion_subset", "laion_*.npy", "laion_*.json", "sd_fisher.*", ".build"
+        ),
+    )
     (root / "laion_subset/images").mkdir(parents=True)
     for path in sorted((EMOJI / "laion_subset/images").iterdir())[:48]:
         shutil.copy(path, root / "laion_subset/images")
@@ -39,7 +45,10 @@ def test_every_image_has_a_caption_and_no_held_out_family_is_among_them():
 
 
 def test_reported_and_tuning_models_are_disjoint_and_every_task_is_sound():
-    reported, tuning = (group_by_model(load_tasks(REPOSITORY / f"tasks/emoji_{use}.json", EMOJI)) for use in ("reported", "tuning"))
+    reported, tuning = (
+        group_by_model(load_tasks(REPOSITORY / f"tasks/emoji_{use}.json", EMOJI))
+        for use in ("reported", "tuning")
+    )
     assert not reported.keys() & tuning.keys()
     assert len(reported) == 10 and all(len(tasks) >= 4 for tasks in reported.values())
     assert all(1 <= len(tasks[0].exemplar_paths) <= 10 for tasks in reported.values())
@@ -48,17 +57,50 @@ def test_reported_and_tuning_models_are_disjoint_and_every_task_is_sound():
 def test_stock_diffusers_generates_from_the_pipeline():
     pipeline = DiffusionPipeline.from_pretrained(EMOJI / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    image = np.asarray(pipeline("red apple", num_inference_steps=20, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images[0])
+    image = np.asarray(
+        pipeline(
+            "red apple",
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+    )
     assert image.shape == (32, 32, 3)
-    border, centre = np.concatenate([image[0], image[-1]]), image[10:24, 8:24].reshape(-1, 3).mean(axis=0)
+    border = np.concatenate([image[0], image[-1]])
+    centre = image[10:24, 8:24].reshape(-1, 3).mean(axis=0)
     assert border.mean() > 225 and centre[0] > centre[1:].max() + 40  # something red on white paper
 
 
-def test_the_two_scripts_rank_the_exemplars_of_the_demo_far_above_chance(small_world, tmp_path, capsys):
-    flags = ["--task_json", DEMO, "--dataroot", str(small_world), "--result_dir", str(tmp_path), "--device", "cpu"]
+def test_the_two_scripts_rank_the_exemplars_of_the_demo_far_above_chance(
+    small_world, tmp_path, capsys
+):
+    flags = [
+        "--task_json",
+        DEMO,
+        "--dataroot",
+        str(small_world),
+        "--result_dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     compute_training_loss.main(flags)
-    compute_influence.main([*flags, "--unlearn_grad_accum_steps", "20", "--fisher_path", str(EMOJI / "sd_fisher.safetensors")])
-    folder = tmp_path / "influence" / Path(json.loads(Path(DEMO).read_text())[0]["synth_image_path"]).with_suffix("").relative_to("synth")
+    compute_influence.main(
+        [
+            *flags,
+            "--unlearn_grad_accum_steps",
+            "20",
+            "--fisher_path",
+            str(EMOJI / "sd_fisher.safetensors"),
+        ]
+    )
+    folder = (
+        tmp_path
+        / "influence"
+        / Path(json.loads(Path(DEMO).read_text())[0]["synth_image_path"])
+        .with_suffix("")
+        .relative_to("synth")
+    )
     with np.load(folder / "influence.npz") as result:
         is_exemplar, rank = result["is_exemplar"], result["rank"]
         assert is_exemplar[rank[:10]].sum() > 2 * 10 * is_exemplar.mean()
@@ -68,5 +110,19 @@ def test_the_two_scripts_rank_the_exemplars_of_the_demo_far_above_chance(small_w
 
 def test_the_fisher_of_the_world_says_that_it_is_of_its_pipeline(small_world):
     record = json.loads((EMOJI / "sd_fisher.json").read_text())["identity"]
-    fisher.main(["--dataroot", str(small_world), "--num_samples", "50", "--output", str(small_world / "own.safetensors"), "--device", "cpu"])
-    assert record["weights"] == json.loads((small_world / "own.json").read_text())["identity"]["weights"]
+    fisher.main(
+        [
+            "--dataroot",
+            str(small_world),
+            "--num_samples",
+            "50",
+            "--output",
+            str(small_world / "own.safetensors"),
+            "--device",
+            "cpu",
+        ]
+    )
+    assert (
+        record["weights"]
+        == json.loads((small_world / "own.json").read_text())["identity"]["weights"]
+    )

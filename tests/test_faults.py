@@ -1,5 +1,6 @@
-"""Faults of disks, permissions and neighbours: each ends in one line, leaves nothing half done, and the next run is as if it
-had not been. Runs are forks on the miniature root, as in kill_and_resume.py, of one process a program."""
+"""Faults of disks, permissions and neighbours: each ends in one line, leaves nothing half done, and
+the next run is as if it had not been. Runs are forks on the miniature root, as in
+kill_and_resume.py, of one process a program."""
 
 import errno
 import json
@@ -17,14 +18,23 @@ KINDS = {  # program -> faults
     "loss": ["ENOSPC", "EACCES", "truncated", "flipped", "emptied", "record", "neighbour"],
     "influence": ["ENOSPC", "truncated", "flipped", "emptied", "record", "neighbour"],
     "fisher": ["ENOSPC", "truncated", "flipped", "emptied", "record", "neighbour"],
-    "gradient": ["ENOSPC"], "index": ["ENOSPC", "record"]}
+    "gradient": ["ENOSPC"],
+    "index": ["ENOSPC", "record"],
+}
 TESTS = Path(__file__).parent
 
 
 @cache
 def inject(name):
-    """Runs this file on one program with all its faults, in a process of its own: {fault: how often, or what went wrong}."""
-    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Runs this file on one program with all its faults, in a process of its own: {fault: how
+    often, or what went wrong}."""
+    done = subprocess.run(
+        [sys.executable, __file__, name],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,8 +75,12 @@ class Fault:
 
     def __init__(self, name, scratch):
         import kill_and_resume as runs
+
         runs.prepare()
-        self.runs, self.name, self.folder, self.start = runs, name, scratch / "run", scratch / "start"
+        self.runs = runs
+        self.name = name
+        self.folder = scratch / "run"
+        self.start = scratch / "start"
         self.start.mkdir()
         if name == "influence":
             runs.run_child(runs.compute_training_loss.main, runs.loss_arguments(self.start))
@@ -89,6 +103,7 @@ class Fault:
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code)
+
         return self.runs.run_forks(changed, [*self.arguments(self.folder), *flags], processes)
 
     def check_good_run(self, *flags):
@@ -98,10 +113,15 @@ class Fault:
 
     def unfinished(self):
         """Names of files half written, and of claims."""
-        return {path.relative_to(self.folder) for path in self.folder.rglob("*") if path.name.endswith((".part", ".claim"))}
+        return {
+            path.relative_to(self.folder)
+            for path in self.folder.rglob("*")
+            if path.name.endswith((".part", ".claim"))
+        }
 
     def check_error(self, outcome, *words, before=frozenset()):
-        """One line of error that has these words, and no file half written or claimed but those of one killed before, `before`."""
+        """One line of error that has these words, and no file half written or claimed but those of
+        one killed before, `before`."""
         [status], text = outcome
         assert status == 2 and "Traceback" not in text, text
         assert all(word in text for word in words), text
@@ -109,27 +129,38 @@ class Fault:
 
 
 def fail_new_write(failed, code):
-    """Makes this process's first write to a file that is not named in the text file `failed` fail, and names it there: of a file
-    as it is flushed, of a claim as it is written, of a folder as it is made."""
+    """Makes this process's first write to a file that is not named in the text file `failed` fail,
+    and names it there: of a file as it is flushed, of a claim as it is written, of a folder as it
+    is made."""
     from unlearn.storage.artifacts import this_machine
 
     def failing(function):
         def call(where, *args):
-            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.fspath(where)
+            path = (
+                os.readlink(f"/proc/self/fd/{where}")
+                if isinstance(where, int)
+                else os.fspath(where)
+            )
             name = path.removesuffix(f".{this_machine()}.{os.getpid()}.part")
-            if not os.path.isdir(path) and str(failed.parent) in path and name not in failed.read_text().splitlines():
+            if (
+                not os.path.isdir(path)
+                and str(failed.parent) in path
+                and name not in failed.read_text().splitlines()
+            ):
                 with failed.open("a") as file:
                     print(name, file=file)
                 raise OSError(code, os.strerror(code), path)
             return function(where, *args)
+
         return call
 
     os.fsync, os.write, os.mkdir = map(failing, (os.fsync, os.write, os.mkdir))
 
 
 def fail_every_write(fault, code):
-    """Every file that a run writes fails once, the first time that it is written: each run gets one file further than the one
-    before, and the last leaves what an uninterrupted one does. Returns how many files failed."""
+    """Every file that a run writes fails once, the first time that it is written: each run gets one
+    file further than the one before, and the last leaves what an uninterrupted one does. Returns
+    how many files failed."""
     fault.reset()
     failed = fault.folder.with_name("failed.txt")
     failed.write_text("")
@@ -138,7 +169,9 @@ def fail_every_write(fault, code):
         if outcome[0] == [0]:
             fault.check_good_run()
             return number
-        fault.check_error(outcome, "run the same command again" if code == errno.ENOSPC else os.strerror(code))
+        fault.check_error(
+            outcome, "run the same command again" if code == errno.ENOSPC else os.strerror(code)
+        )
 
 
 def damage(path, how):
@@ -146,11 +179,14 @@ def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "flipped":
         content[-40] ^= 1
-    path.write_bytes(content[:len(content) // 2] if how == "truncated" else b"" if how == "emptied" else content)
+    path.write_bytes(
+        content[: len(content) // 2] if how == "truncated" else b"" if how == "emptied" else content
+    )
 
 
 def result_of(chunk):
-    """The record of what a chunk or checkpoint is a part of: `.laion_loss-0123456789abcdef/000001-of-000004.npy` -> `laion_loss.json`,
+    """The record of what a chunk or checkpoint is a part of:
+    `.laion_loss-0123456789abcdef/000001-of-000004.npy` -> `laion_loss.json`,
     `weight_change.safetensors.0123456789abcdef.checkpoint` -> `weight_change.json`."""
     if chunk.suffix == ".checkpoint":
         return chunk.with_name(chunk.name.partition(".")[0] + ".json")
@@ -158,19 +194,28 @@ def result_of(chunk):
 
 
 def damage_chunk(fault, how):
-    """A run is killed when it has some chunks, or a checkpoint, of something unfinished, one of which is then damaged."""
+    """A run is killed when it has some chunks, or a checkpoint, of something unfinished, one of
+    which is then damaged."""
     count = 0
     for pattern in "*-of-*", "*.checkpoint":
         for renames in range(1, 12):
             fault.reset()
             fault.runs.run_child(fault.main, fault.arguments(fault.folder), renames=renames)
-            chunks = [path for path in fault.folder.rglob(pattern) if path.suffix != ".claim" and not result_of(path).exists()]
+            chunks = [
+                path
+                for path in fault.folder.rglob(pattern)
+                if path.suffix != ".claim" and not result_of(path).exists()
+            ]
             if chunks or pattern != "*-of-*" and fault.name != "influence":
                 break
         if chunks:
             damage(chunks[0], how)
-            killed = fault.unfinished()  # claims in the folders of queries that are not reached again
-            fault.check_error(fault.run(), chunks[0].name, "damaged", "run the same command again", before=killed)
+            killed = (
+                fault.unfinished()
+            )  # claims in the folders of queries that are not reached again
+            fault.check_error(
+                fault.run(), chunks[0].name, "damaged", "run the same command again", before=killed
+            )
             fault.check_good_run()
             count += 1
     return count
@@ -178,8 +223,15 @@ def damage_chunk(fault, how):
 
 def damage_records(fault):
     """A bit of each record's identity, and one of each artefact, is flipped."""
-    records = [name for name in fault.expected if name.endswith(".json") and "influence.json" not in name and "orig_loss" not in name
-               or name.endswith(".json") and fault.name == "loss"]
+    records = [
+        name
+        for name in fault.expected
+        if name.endswith(".json")
+        and "influence.json" not in name
+        and "orig_loss" not in name
+        or name.endswith(".json")
+        and fault.name == "loss"
+    ]
     for name in records:
         for kind in "record", "artefact":
             fault.run()
@@ -209,7 +261,13 @@ def run_kind(fault, kind):
     """Injects one kind of fault: how often."""
     if kind in ("ENOSPC", "EACCES"):
         return fail_every_write(fault, getattr(errno, kind))
-    return damage_records(fault) if kind == "record" else run_neighbours(fault) if kind == "neighbour" else damage_chunk(fault, kind)
+    return (
+        damage_records(fault)
+        if kind == "record"
+        else run_neighbours(fault)
+        if kind == "neighbour"
+        else damage_chunk(fault, kind)
+    )
 
 
 def main(name):

@@ -1,5 +1,5 @@
-"""Generated bad inputs, by the hundred here and by the thousand in the slow test: no traceback, no hang, nothing half done, and
-no code of theirs is run."""
+"""Generated bad inputs, by the hundred here and by the thousand in the slow test: no traceback, no
+hang, nothing half done, and no code of theirs is run."""
 
 import os
 import subprocess
@@ -12,7 +12,12 @@ PROGRAM = Path(__file__).parent / "bad_inputs.py"
 
 
 def run(*flags):
-    done = subprocess.run([sys.executable, PROGRAM, *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

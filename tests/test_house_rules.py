@@ -1,4 +1,5 @@
-"""Rules of the house: who imports whom (import-linter, by pyproject.toml's contracts), who parses arguments, who chooses a device."""
+"""Rules of the house: who imports whom (import-linter, by pyproject.toml's contracts), who parses
+arguments, who chooses a device."""
 
 import ast
 import subprocess
@@ -14,13 +15,19 @@ MAY_ASK_FOR_CUDA = "unlearn.runtime"
 
 
 def module_name(path):
-    """unlearn/noise.py -> unlearn.noise; unlearn/models/__init__.py -> unlearn.models; compute_influence.py -> compute_influence."""
+    """unlearn/noise.py -> unlearn.noise; unlearn/models/__init__.py -> unlearn.models;
+    compute_influence.py -> compute_influence."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path))
-         for path in [*sorted((ROOT / "unlearn").rglob("*.py")), *(ROOT / f"{name}.py" for name in SCRIPTS)]}
+TREES = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path))
+    for path in [
+        *sorted((ROOT / "unlearn").rglob("*.py")),
+        *(ROOT / f"{name}.py" for name in SCRIPTS),
+    ]
+}
 
 
 def is_within(name, packages):
@@ -29,14 +36,19 @@ def is_within(name, packages):
 
 
 def imports(name):
-    """Absolute names of what a module imports, wherever the import stands: `from .. import noise` -> unlearn.noise."""
+    """Absolute names of what a module imports, wherever the import stands: `from .. import noise`
+    -> unlearn.noise."""
     is_package = (ROOT / name.replace(".", "/") / "__init__.py").exists()
     package = name.split(".") if is_package else name.split(".")[:-1]
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = [*package[:len(package) - node.level + 1], *filter(None, [node.module])] if node.level else node.module.split(".")
+            base = (
+                [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                if node.level
+                else node.module.split(".")
+            )
             yield ".".join(base)
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
@@ -54,25 +66,47 @@ def roots(name):
 
 
 def test_the_syntax_trees_of_the_whole_house_are_read():
-    assert {"unlearn", "unlearn.noise", "unlearn.storage", "unlearn.commands.fisher", "unlearn.__main__", *SCRIPTS} <= TREES.keys()
-    assert {"unlearn.noise", "unlearn.storage.chunks", "unlearn.attribution.losses"} <= set(imports("unlearn.attribution.newton"))
+    assert {
+        "unlearn",
+        "unlearn.noise",
+        "unlearn.storage",
+        "unlearn.commands.fisher",
+        "unlearn.__main__",
+        *SCRIPTS,
+    } <= TREES.keys()
+    assert {"unlearn.noise", "unlearn.storage.chunks", "unlearn.attribution.losses"} <= set(
+        imports("unlearn.attribution.newton")
+    )
     assert {"unlearn.errors"} <= set(imports("unlearn"))
 
 
 def test_a_package_imports_only_packages_below_it():
     """The layers stand in pyproject.toml; lint-imports names the import that breaks one."""
-    finished = subprocess.run([Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 def test_the_linter_finds_nothing():
-    finished = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--no-cache", ROOT], capture_output=True, text=True)
+    finished = subprocess.run(
+        [Path(sys.executable).with_name("ruff"), "check", "--no-cache", ROOT],
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_import_no_other_script_and_no_command(name):
-    commands = {f"unlearn.commands.{path.stem}" for path in (ROOT / "unlearn/commands").glob("*.py") if "def main(" in path.read_text(encoding="utf-8")}
+    commands = {
+        f"unlearn.commands.{path.stem}"
+        for path in (ROOT / "unlearn/commands").glob("*.py")
+        if "def main(" in path.read_text(encoding="utf-8")
+    }
     assert not roots(name) & set(SCRIPTS) and not set(imports(name)) & commands
 
 
@@ -86,23 +120,39 @@ def test_only_scripts_and_commands_parse_arguments(name):
     assert "argparse" not in roots(name) or is_within(name, MAY_PARSE)
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if not is_within(name, {MAY_ASK_FOR_CUDA})])
+@pytest.mark.parametrize(
+    "name", [name for name in TREES if not is_within(name, {MAY_ASK_FOR_CUDA})]
+)
 def test_only_runtime_asks_whether_there_is_a_cuda_device(name):
-    asked = [node.lineno for node in ast.walk(TREES[name])
-             if isinstance(node, ast.Attribute) and dotted(node) in ("torch.cuda.is_available", "torch.cuda.device_count")]
+    asked = [
+        node.lineno
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute)
+        and dotted(node) in ("torch.cuda.is_available", "torch.cuda.device_count")
+    ]
     assert not asked, f"{name}, lines {asked}"
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_pickle_is_ever_read(name):
-    """Neither by pickle, nor by NumPy or torch on a file's behalf; torch.load always says weights_only=True."""
+    """Neither by pickle, nor by NumPy or torch on a file's behalf; torch.load always says
+    weights_only=True."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "joblib"):
-            assert not {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}, node.lineno
+            assert not {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}, (
+                node.lineno
+            )
         if not isinstance(node, ast.Call):
             continue
-        called, keywords = dotted(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
-        assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "dill.load"), node.lineno
+        called = dotted(node.func)
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        assert called not in (
+            "pickle.load",
+            "pickle.loads",
+            "pickle.Unpickler",
+            "joblib.load",
+            "dill.load",
+        ), node.lineno
         if "allow_pickle" in keywords:
             assert ast.unparse(keywords["allow_pickle"]) == "False", node.lineno
         if called == "torch.load":
@@ -111,19 +161,43 @@ def test_no_pickle_is_ever_read(name):
             assert ast.unparse(keywords["weights_only"]) == "True", node.lineno
 
 
-NUMPY_ONLY = "unlearn.attribution.influence", "unlearn.evaluation.metrics", "unlearn.evaluation.datamodels"
+NUMPY_ONLY = (
+    "unlearn.attribution.influence",
+    "unlearn.evaluation.metrics",
+    "unlearn.evaluation.datamodels",
+)
 
 
 @pytest.mark.parametrize("name", NUMPY_ONLY)
 def test_rankings_and_metrics_need_only_numpy(name):
-    within = {imported for imported in imports(name) if imported in TREES and (ROOT / f"{imported.replace('.', '/')}.py").exists()}
+    within = {
+        imported
+        for imported in imports(name)
+        if imported in TREES and (ROOT / f"{imported.replace('.', '/')}.py").exists()
+    }
     assert roots(name) <= {"numpy", "unlearn"} and within <= set(NUMPY_ONLY)
 
 
 def test_the_core_imports_no_extra():
     """Plots, fonts and comparisons are extras: the core does without them."""
-    core = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "huggingface_hub",
-            "psutil", "packaging"}
-    extras = {"unlearn.evaluation.plots": {"matplotlib"}}  # imported where a plot is drawn, and only if it is there
+    core = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "numpy",
+        "PIL",
+        "tqdm",
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+        "psutil",
+        "packaging",
+    }
+    extras = {
+        "unlearn.evaluation.plots": {"matplotlib"}
+    }  # imported where a plot is drawn, and only if it is there
     for name in TREES:
-        assert roots(name) <= core | extras.get(name, set()) | {"unlearn"} | set(sys.stdlib_module_names), name
+        assert roots(name) <= core | extras.get(name, set()) | {"unlearn"} | set(
+            sys.stdlib_module_names
+        ), name

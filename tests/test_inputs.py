@@ -1,4 +1,5 @@
-"""Flags and data roots: which value counts, what a dry run tells, what is read and what is left alone."""
+"""Flags and data roots: which value counts, what a dry run tells, what is read and what is left
+alone."""
 
 import argparse
 import io
@@ -32,25 +33,42 @@ from unlearn.storage.records import record_path
 
 def parse(script, root, *given):
     """A script's resolved arguments on a data root."""
-    return script.parse_arguments(["--task_json", "tasks.json", "--dataroot", str(root), "--device", "cpu", *given])[0]
+    return script.parse_arguments(
+        ["--task_json", "tasks.json", "--dataroot", str(root), "--device", "cpu", *given]
+    )[0]
 
 
 def write_settings(root, **settings):
     (root / "dataset.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("flag, setting, published", [
-    ("sd_version", "pipeline", "CompVis/stable-diffusion-v1-4"), ("vae_batch_size", "vae_batch_size", 20), ("loss_batch_size", "batch_size", 200),
-    ("loss_time_samples", "time_samples", 10), ("num_train", "num_train", 400_000_000), ("damping", "damping", 0.0), ("unlearn_lr", "unlearn_lr", 0.1),
-    ("unlearn_steps", "unlearn_steps", 100), ("unlearn_batch_size", "unlearn_batch_size", 16),
-    ("unlearn_grad_accum_steps", "unlearn_grad_accum_steps", 10), ("top_k", "top_k", 10)])
-def test_a_flag_goes_before_the_data_root_and_the_data_root_before_the_published_value(flag, setting, published, root):
+@pytest.mark.parametrize(
+    "flag, setting, published",
+    [
+        ("sd_version", "pipeline", "CompVis/stable-diffusion-v1-4"),
+        ("vae_batch_size", "vae_batch_size", 20),
+        ("loss_batch_size", "batch_size", 200),
+        ("loss_time_samples", "time_samples", 10),
+        ("num_train", "num_train", 400_000_000),
+        ("damping", "damping", 0.0),
+        ("unlearn_lr", "unlearn_lr", 0.1),
+        ("unlearn_steps", "unlearn_steps", 100),
+        ("unlearn_batch_size", "unlearn_batch_size", 16),
+        ("unlearn_grad_accum_steps", "unlearn_grad_accum_steps", 10),
+        ("top_k", "top_k", 10),
+    ],
+)
+def test_a_flag_goes_before_the_data_root_and_the_data_root_before_the_published_value(
+    flag, setting, published, root
+):
     assert getattr(parse(compute_influence, root), flag) == published
     own, given = ("own", "given") if flag == "sd_version" else (3, 5)
     write_settings(root, **{"unlearn_lr": 0.5, setting: own})  # several steps need one
     assert getattr(parse(compute_influence, root), flag) == own
     assert getattr(parse(compute_influence, root, f"--{flag}", str(given)), flag) == given
-    assert getattr(parse(compute_influence, root, f"--{flag}", str(published)), flag) == published  # the default, given explicitly
+    assert (
+        getattr(parse(compute_influence, root, f"--{flag}", str(published)), flag) == published
+    )  # the default, given explicitly
 
 
 PUBLISHED_STEP, CHOSEN_STEP = (400_000_000, 0.1, 100, 0.0), (60, "auto", 1, 0.1)
@@ -86,34 +104,75 @@ def without_arrays(root):
         (root / name).unlink()
 
 
-@pytest.mark.parametrize("make_own", [own_captions, own_customized_models, own_dataset, without_arrays])
-def test_on_a_data_root_of_ones_own_n_is_the_number_of_its_images_and_the_step_is_chosen(make_own, root):
+@pytest.mark.parametrize(
+    "make_own", [own_captions, own_customized_models, own_dataset, without_arrays]
+)
+def test_on_a_data_root_of_ones_own_n_is_the_number_of_its_images_and_the_step_is_chosen(
+    make_own, root
+):
     make_own(root)
     assert not is_published_root(root) and step_of(root) == CHOSEN_STEP
-    assert step_of(root, "--laion_subset_size", "3") == CHOSEN_STEP  # the model was trained on all of them
-    assert step_of(root, "--unlearn_lr", "0.5", "--num_train", "7", "--damping", "0") == (7, 0.5, 1, 0.0)
+    assert (
+        step_of(root, "--laion_subset_size", "3") == CHOSEN_STEP
+    )  # the model was trained on all of them
+    assert step_of(root, "--unlearn_lr", "0.5", "--num_train", "7", "--damping", "0") == (
+        7,
+        0.5,
+        1,
+        0.0,
+    )
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"unlearn_lr": 0.0003}, (60, 0.0003, 1, 0.1)), ({"unlearn_lr": "auto"}, CHOSEN_STEP), ({"damping": 0.3}, (60, "auto", 1, 0.3)),
-    ({"unlearn_lr": 0.1, "num_train": 9}, (9, 0.1, 1, 0.1)), ({"unlearn_lr": 0.1, "unlearn_steps": 100, "damping": 0.0}, (60, 0.1, 100, 0.0))])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"unlearn_lr": 0.0003}, (60, 0.0003, 1, 0.1)),
+        ({"unlearn_lr": "auto"}, CHOSEN_STEP),
+        ({"damping": 0.3}, (60, "auto", 1, 0.3)),
+        ({"unlearn_lr": 0.1, "num_train": 9}, (9, 0.1, 1, 0.1)),
+        ({"unlearn_lr": 0.1, "unlearn_steps": 100, "damping": 0.0}, (60, 0.1, 100, 0.0)),
+    ],
+)
 def test_a_step_means_the_same_as_flags_and_in_dataset_json(settings, expected, root):
     write_settings(root, name="mine")
-    assert step_of(root, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))) == expected
+    assert (
+        step_of(
+            root, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))
+        )
+        == expected
+    )
     write_settings(root, **settings)
     assert step_of(root) == expected
 
 
-@pytest.mark.parametrize("world, expected", [("emoji", (1448, 0.001, 1, 0.1)), ("emoji_small", (362, 0.001, 1, 0.1)),
-                                             ("mscoco_config", (118_287, 0.01, 1, 0.0))])
+@pytest.mark.parametrize(
+    "world, expected",
+    [
+        ("emoji", (1448, 0.001, 1, 0.1)),
+        ("emoji_small", (362, 0.001, 1, 0.1)),
+        ("mscoco_config", (118_287, 0.01, 1, 0.0)),
+    ],
+)
 def test_the_committed_data_roots_keep_their_steps(world, expected):
     root = Path(__file__).parent.parent / "data" / world
-    assert step_of(root) == expected and OWN_ROOT.keys() <= json.loads((root / "dataset.json").read_text()).keys(), "each says all of its step"
+    assert (
+        step_of(root) == expected
+        and OWN_ROOT.keys() <= json.loads((root / "dataset.json").read_text()).keys()
+    ), "each says all of its step"
 
 
-@pytest.mark.parametrize("given, said", [
-    (["--unlearn_lr", "auto"], "--unlearn_lr auto: scales one Newton step, found --unlearn_steps 100; give --unlearn_steps 1"),
-    (["--unlearn_lr", "auto", "--unlearn_steps", "0"], "found --unlearn_steps 0"), (["--unlearn_lr", "nan"], "--unlearn_lr nan: expected a non-negative number")])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            ["--unlearn_lr", "auto"],
+            "--unlearn_lr auto: scales one Newton step, found --unlearn_steps 100; give "
+            "--unlearn_steps 1",
+        ),
+        (["--unlearn_lr", "auto", "--unlearn_steps", "0"], "found --unlearn_steps 0"),
+        (["--unlearn_lr", "nan"], "--unlearn_lr nan: expected a non-negative number"),
+    ],
+)
 def test_a_step_that_cannot_be_chosen_is_refused(given, said, root):
     with pytest.raises(UserError, match=said):
         parse(compute_influence, root, *given)
@@ -128,24 +187,66 @@ def test_a_key_that_begins_with_an_underscore_is_a_remark(root, tmp_path):
 
 def test_the_published_defaults_hold_where_nothing_is_given(root):
     args = parse(compute_training_loss, root)
-    assert (args.result_dir, args.sd_version, args.vae_batch_size, args.batch_size, args.time_samples, args.noise_seed, args.precision) == (
-        "results", "CompVis/stable-diffusion-v1-4", 20, 200, 10, 0, "fp32")
+    assert (
+        args.result_dir,
+        args.sd_version,
+        args.vae_batch_size,
+        args.batch_size,
+        args.time_samples,
+        args.noise_seed,
+        args.precision,
+    ) == ("results", "CompVis/stable-diffusion-v1-4", 20, 200, 10, 0, "fp32")
 
 
 def test_flags_may_be_abbreviated_as_in_the_published_readme(root):
-    args = parse(compute_influence, root, "--loss_time_sample", "5", "--unlearn_b", "7", "--fisher", "x.pt")
+    args = parse(
+        compute_influence, root, "--loss_time_sample", "5", "--unlearn_b", "7", "--fisher", "x.pt"
+    )
     assert (args.loss_time_samples, args.unlearn_batch_size, args.fisher_path) == (5, 7, "x.pt")
-    assert parse(compute_training_loss, root, "--time_sample", "4", "--laion", "9").laion_subset_size == 9
+    assert (
+        parse(compute_training_loss, root, "--time_sample", "4", "--laion", "9").laion_subset_size
+        == 9
+    )
 
 
 def test_every_flag_of_the_published_scripts_is_there(root):
-    common = ["--result_dir", "r", "--sd_version", "s", "--laion_subset_size", "7", "--vae_batch_size", "8"]
+    common = [
+        "--result_dir",
+        "r",
+        "--sd_version",
+        "s",
+        "--laion_subset_size",
+        "7",
+        "--vae_batch_size",
+        "8",
+    ]
     parse(compute_training_loss, root, *common, "--batch_size", "9", "--time_samples", "5")
-    parse(compute_influence, root, *common, "--fisher_path", "f.pt", "--weight_selection", "attn", "--unlearn_lr", "0.2", "--unlearn_steps", "3",
-          "--unlearn_batch_size", "4", "--unlearn_grad_accum_steps", "5", "--loss_batch_size", "6", "--loss_time_samples", "10")
+    parse(
+        compute_influence,
+        root,
+        *common,
+        "--fisher_path",
+        "f.pt",
+        "--weight_selection",
+        "attn",
+        "--unlearn_lr",
+        "0.2",
+        "--unlearn_steps",
+        "3",
+        "--unlearn_batch_size",
+        "4",
+        "--unlearn_grad_accum_steps",
+        "5",
+        "--loss_batch_size",
+        "6",
+        "--loss_time_samples",
+        "10",
+    )
 
 
-def test_a_command_without_precision_device_or_batch_flags_can_resolve_and_open_a_training_set(root, model):
+def test_a_command_without_precision_device_or_batch_flags_can_resolve_and_open_a_training_set(
+    root, model
+):
     args = argparse.Namespace(dataroot=str(root))
     settings = resolve(args)
     assert args.device.type in ("cpu", "cuda")
@@ -153,8 +254,27 @@ def test_a_command_without_precision_device_or_batch_flags_can_resolve_and_open_
 
 
 def test_seeds_may_be_negative_and_steps_and_top_k_zero(root):
-    args = parse(compute_influence, root, "--seed", "-3", "--noise_seed", "-4", "--unlearn_steps", "0", "--top_k", "0", "--damping", "0")
-    assert (args.seed, args.noise_seed, args.unlearn_steps, args.top_k, args.damping) == (-3, -4, 0, 0, 0)
+    args = parse(
+        compute_influence,
+        root,
+        "--seed",
+        "-3",
+        "--noise_seed",
+        "-4",
+        "--unlearn_steps",
+        "0",
+        "--top_k",
+        "0",
+        "--damping",
+        "0",
+    )
+    assert (args.seed, args.noise_seed, args.unlearn_steps, args.top_k, args.damping) == (
+        -3,
+        -4,
+        0,
+        0,
+        0,
+    )
 
 
 def test_a_pipeline_of_the_data_root_is_a_path_below_it(root):
@@ -165,11 +285,18 @@ def test_a_pipeline_of_the_data_root_is_a_path_below_it(root):
     assert parse(compute_influence, root).sd_version == "org/name"
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"damping": True}, "damping: expected float, found True"), ({"num_train": 1.5}, "num_train: expected int, found 1.5"),
-    ({"resolution": 0}, "resolution 0: expected a positive whole number"), ({"unlearn_lr": -1}, "unlearn_lr -1: expected a non-negative whole number"),
-    ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"), ({"unlearn_lr": "Auto"}, "unlearn_lr: expected float, found 'Auto'"),
-    ({"name": None}, "name: expected str, found None")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"damping": True}, "damping: expected float, found True"),
+        ({"num_train": 1.5}, "num_train: expected int, found 1.5"),
+        ({"resolution": 0}, "resolution 0: expected a positive whole number"),
+        ({"unlearn_lr": -1}, "unlearn_lr -1: expected a non-negative whole number"),
+        ({"unlearn_lr": float("inf")}, "unlearn_lr inf: expected a number of at most"),
+        ({"unlearn_lr": "Auto"}, "unlearn_lr: expected float, found 'Auto'"),
+        ({"name": None}, "name: expected str, found None"),
+    ],
+)
 def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
     write_settings(root, **settings)
     with pytest.raises(UserError, match="dataset.json") as error:
@@ -198,15 +325,34 @@ def printed_plan(text):
     return dict(line.split(maxsplit=1) for line in table.splitlines()), costs
 
 
-def test_a_dry_run_prints_every_resolved_flag_and_the_costs_and_writes_nothing(one_task, root, tmp_path, lent, capsys):
+def test_a_dry_run_prints_every_resolved_flag_and_the_costs_and_writes_nothing(
+    one_task, root, tmp_path, lent, capsys
+):
     before = files(root)
     compute_influence.main([*one_task, *INFLUENCE_FLAGS, "--dry_run"])
     values, costs = printed_plan(capsys.readouterr().out)
-    assert values.items() >= {"unlearn_lr": "100.0", "num_train": "400000000", "top_k": "10", "laion_subset_size": "3", "device": "cpu",
-                              "precision": "fp32", "fisher_path": str(root / "sd_fisher.pt"), "loss_time_samples": "2"}.items()
+    assert (
+        values.items()
+        >= {
+            "unlearn_lr": "100.0",
+            "num_train": "400000000",
+            "top_k": "10",
+            "laion_subset_size": "3",
+            "device": "cpu",
+            "precision": "fp32",
+            "fisher_path": str(root / "sd_fisher.pt"),
+            "loss_time_samples": "2",
+        }.items()
+    )
     assert "1 models, 1 queries, 3 training images" in costs
-    assert "1 sweeps of 12 forward passes; 1 forward and backward passes of unlearning" in costs  # 3 images, 2 views, 2 timesteps
-    assert "MB of inputs in a batch" in costs and "MB of losses and" in costs and "MB of weight changes on disk" in costs
+    assert (
+        "1 sweeps of 12 forward passes; 1 forward and backward passes of unlearning" in costs
+    )  # 3 images, 2 views, 2 timesteps
+    assert (
+        "MB of inputs in a batch" in costs
+        and "MB of losses and" in costs
+        and "MB of weight changes on disk" in costs
+    )
     assert not (tmp_path / "results").exists() and files(root) == before
 
 
@@ -224,9 +370,13 @@ def test_a_dry_run_encodes_nothing(one_task, root, tmp_path, lent, monkeypatch, 
         compute_training_loss.main([*one_task, "--laion_subset_size", "61", "--dry_run"])
 
 
-def test_a_top_k_above_the_number_of_candidates_shows_them_all(one_task, root, tmp_path, lent, caplog, capsys):
+def test_a_top_k_above_the_number_of_candidates_shows_them_all(
+    one_task, root, tmp_path, lent, caplog, capsys
+):
     compute_training_loss.main([*one_task, *LOSS_FLAGS])
-    (root / "laion_subset/images/000001.png").write_bytes(b"broken")  # its latents are there: no reason to lose the result
+    (root / "laion_subset/images/000001.png").write_bytes(
+        b"broken"
+    )  # its latents are there: no reason to lose the result
     with caplog.at_level(logging.WARNING, "unlearn"):
         compute_influence.main([*one_task, *INFLUENCE_FLAGS, "--top_k", "1000"])
     folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
@@ -241,7 +391,11 @@ def test_overwrite_replaces_losses_made_with_other_settings(one_task, tmp_path, 
     compute_training_loss.main([*one_task, *LOSS_FLAGS])
     path = tmp_path / "results/orig_loss/tiny/blob/laion_loss.npy"
     first = path.read_bytes()
-    with pytest.raises(UserError, match="noise_seed is 0, expected 1 .seed of the losses' noise.; give --overwrite to replace it, or another --result_dir"):
+    with pytest.raises(
+        UserError,
+        match="noise_seed is 0, expected 1 .seed of the losses' noise.; give --overwrite to "
+        "replace it, or another --result_dir",
+    ):
         compute_training_loss.main([*one_task, *LOSS_FLAGS, "--noise_seed", "1"])
     assert path.read_bytes() == first
     compute_training_loss.main([*one_task, *LOSS_FLAGS, "--noise_seed", "1", "--overwrite"])
@@ -252,9 +406,32 @@ def test_overwrite_replaces_losses_made_with_other_settings(one_task, tmp_path, 
 def test_the_command_that_makes_losses_repeats_what_is_no_default(root):
     write_settings(root, time_samples=5)
     args = parse(compute_influence, root, "--result_dir", "my results")
-    assert advice.loss_command(args) == f"python compute_training_loss.py --task_json tasks.json --dataroot {root} --result_dir 'my results'"
-    args = parse(compute_influence, root, "--loss_time_samples", "10", "--precision", "tf32", "--laion_subset_size", "9", "--compat", "abu", "--loss_batch_size", "30")
-    for part in "--time_samples 10", "--precision tf32", "--laion_subset_size 9", "--compat abu", "--batch_size 30":
+    assert (
+        advice.loss_command(args)
+        == f"python compute_training_loss.py --task_json tasks.json --dataroot {root} "
+        f"--result_dir 'my results'"
+    )
+    args = parse(
+        compute_influence,
+        root,
+        "--loss_time_samples",
+        "10",
+        "--precision",
+        "tf32",
+        "--laion_subset_size",
+        "9",
+        "--compat",
+        "abu",
+        "--loss_batch_size",
+        "30",
+    )
+    for part in (
+        "--time_samples 10",
+        "--precision tf32",
+        "--laion_subset_size 9",
+        "--compat abu",
+        "--batch_size 30",
+    ):
         assert part in advice.loss_command(args)
 
 
@@ -268,8 +445,17 @@ def test_a_nan_made_by_the_encoder_leaves_no_file(root, model, monkeypatch):
     for name in "laion_latents.npy", "laion_text_embeddings.npy":
         (root / name).unlink()
     before = files(root)
-    monkeypatch.setattr(encoding, "encode_images", lambda pipeline, paths, *how: torch.full((len(paths), *model.latent_shape(512)), float("nan")))
-    with pytest.raises(UserError, match="the pipeline made NaN or infinite entries of the latents of the training set"):
+    monkeypatch.setattr(
+        encoding,
+        "encode_images",
+        lambda pipeline, paths, *how: torch.full(
+            (len(paths), *model.latent_shape(512)), float("nan")
+        ),
+    )
+    with pytest.raises(
+        UserError,
+        match="the pipeline made NaN or infinite entries of the latents of the training set",
+    ):
         encode_training_set(model, root, 512, 20)
     assert files(root) == before
 
@@ -293,9 +479,18 @@ def test_a_record_of_latents_that_is_none_is_named(text, root, model):
 
 def png_of_size(width, height):
     """A PNG of a hundred bytes that claims to hold width x height pixels."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("width, height", [(14_200, 14_200), (60_000, 60_000)])
@@ -320,7 +515,7 @@ def test_no_damage_to_an_image_raises_anything_but_a_user_error(form, tmp_path):
     for trial in range(150):
         content = bytearray(file.getvalue())
         if trial % 2:
-            content = content[:generator.integers(len(content))]
+            content = content[: generator.integers(len(content))]
         else:
             content[generator.integers(min(len(content), 200))] = generator.integers(256)
         path.write_bytes(content)
@@ -336,7 +531,12 @@ def test_no_damage_to_an_image_raises_anything_but_a_user_error(form, tmp_path):
 def test_an_image_of_any_mode_becomes_rgb_pixels_between_minus_one_and_one(mode, tmp_path):
     Image.new(mode, (40, 30)).save(tmp_path / "image.tif")
     pixels = transform_image(load_image(tmp_path / "image.tif"), 16)
-    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32 and -1 <= pixels.min() and pixels.max() <= 1
+    assert (
+        pixels.shape == (3, 16, 16)
+        and pixels.dtype == torch.float32
+        and -1 <= pixels.min()
+        and pixels.max() <= 1
+    )
 
 
 def test_the_fisher_of_the_data_root_is_found_ours_before_the_published_one(root):
@@ -351,5 +551,9 @@ def test_the_fisher_of_the_data_root_is_found_ours_before_the_published_one(root
 def test_a_pipeline_that_is_a_link_to_nowhere_is_named_and_not_sought_on_the_hub(tmp_path):
     (tmp_path / "dataset.json").write_text('{"pipeline": "pipeline"}')
     (tmp_path / "pipeline").symlink_to("../emoji/pipeline")
-    with pytest.raises(UserError, match="pipeline is a link to ../emoji/pipeline, which is not there; put what it leads to in its place"):
+    with pytest.raises(
+        UserError,
+        match="pipeline is a link to ../emoji/pipeline, which is not there; put what it leads to "
+        "in its place",
+    ):
         read_settings(tmp_path)

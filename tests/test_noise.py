@@ -48,13 +48,25 @@ def test_a_finer_grid_contains_the_noise_of_a_coarser_one():
     grids = {samples: noise.timestep_grid(samples, 1000) for samples in (10, 20, 200)}
     fine = dict(zip(grids[200], draw([(0, 0, timestep, 0) for timestep in grids[200]])))
     for samples in 10, 20:
-        for timestep, row in zip(grids[samples], draw([(0, 0, timestep, 0) for timestep in grids[samples]])):
+        for timestep, row in zip(
+            grids[samples], draw([(0, 0, timestep, 0) for timestep in grids[samples]])
+        ):
             np.testing.assert_array_equal(row, fine[timestep])
 
 
-@pytest.mark.parametrize("other", [
-    {"seed": 1}, {"dataset": "emoji"}, {"image": "laion/000001"}, {"slots": [(1, 0, 0, 0)]}, {"slots": [(0, 1, 0, 0)]},
-    {"slots": [(0, 0, 1, 0)]}, {"slots": [(0, 0, 0, 1)]}], ids=["seed", "dataset", "image", "view", "caption", "timestep", "draw"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"dataset": "emoji"},
+        {"image": "laion/000001"},
+        {"slots": [(1, 0, 0, 0)]},
+        {"slots": [(0, 1, 0, 0)]},
+        {"slots": [(0, 0, 1, 0)]},
+        {"slots": [(0, 0, 0, 1)]},
+    ],
+    ids=["seed", "dataset", "image", "view", "caption", "timestep", "draw"],
+)
 def test_another_seed_dataset_image_view_caption_timestep_or_draw_has_other_noise(other):
     first, second = draw().ravel(), draw(**other).ravel()
     assert not np.isin(first, second).mean() > 0.01
@@ -67,17 +79,20 @@ def test_the_parts_of_a_key_cannot_be_shifted_into_one_another():
 
 
 def test_noise_is_standard_normal():
-    normals = np.concatenate([draw(SLOTS, image=f"laion/{row:06d}").ravel() for row in range(50)]).astype(np.float64)
+    normals = np.concatenate(
+        [draw(SLOTS, image=f"laion/{row:06d}").ravel() for row in range(50)]
+    ).astype(np.float64)
     error = len(normals) ** -0.5  # 200,000 numbers: 0.0022
     assert abs(normals.mean()) < 5 * error
-    assert abs(normals.var() - 1) < 5 * error * 2 ** 0.5
-    assert abs((normals ** 3).mean()) < 5 * error * 15 ** 0.5
-    assert abs((normals ** 4).mean() - 3) < 5 * error * 96 ** 0.5
+    assert abs(normals.var() - 1) < 5 * error * 2**0.5
+    assert abs((normals**3).mean()) < 5 * error * 15**0.5
+    assert abs((normals**4).mean() - 3) < 5 * error * 96**0.5
 
 
 def test_streams_of_an_image_never_overlap_because_their_counters_differ_above_the_block():
-    """The generator counts its blocks in word 0: streams are apart where words 1 to 3 are, whatever is drawn."""
-    slots = list(itertools.product((0, 1), (0, 1, 4), (0, 1, 500, 999), (0, 1, 2 ** 40)))
+    """The generator counts its blocks in word 0: streams are apart where words 1 to 3 are, whatever
+    is drawn."""
+    slots = list(itertools.product((0, 1), (0, 1, 4), (0, 1, 500, 999), (0, 1, 2**40)))
     generator, counters = noise.image_generator(0, "abc", "laion/000000"), set()
     for slot in slots:
         noise.seek(generator, *slot)
@@ -103,5 +118,8 @@ def test_timestep_grid_is_strided_from_zero():
 
 @pytest.mark.parametrize("time_samples", [0, -5, 3, 7, 300, 1001])
 def test_timestep_grid_refuses_what_does_not_divide_and_names_the_flag(time_samples):
-    with pytest.raises(UserError, match=rf"--time_samples {time_samples}: must divide the model's 1000 training timesteps"):
+    with pytest.raises(
+        UserError,
+        match=rf"--time_samples {time_samples}: must divide the model's 1000 training timesteps",
+    ):
         noise.timestep_grid(time_samples, 1000)

@@ -1,4 +1,5 @@
-"""`--compat abu` reproduces the published program's numbers, and adopts its caches only where they are its own."""
+"""`--compat abu` reproduces the published program's numbers, and adopts its caches only where they
+are its own."""
 
 import shutil
 
@@ -17,12 +18,28 @@ EXPECTED = PARITY / "expected"
 QUERIES = ["00000", "00001"]
 COMPAT = ["--compat", "abu", "--laion_subset_size", "60", "--vae_batch_size", "4"]
 LOSS = [*COMPAT, "--batch_size", "40", "--time_samples", "10"]
-INFLUENCE = [*COMPAT, "--seed", "0", "--loss_batch_size", "40", "--loss_time_samples", "10", "--unlearn_lr", "100", "--unlearn_steps", "2",
-             "--unlearn_batch_size", "16", "--unlearn_grad_accum_steps", "8"]
+INFLUENCE = [
+    *COMPAT,
+    "--seed",
+    "0",
+    "--loss_batch_size",
+    "40",
+    "--loss_time_samples",
+    "10",
+    "--unlearn_lr",
+    "100",
+    "--unlearn_steps",
+    "2",
+    "--unlearn_batch_size",
+    "16",
+    "--unlearn_grad_accum_steps",
+    "8",
+]
 
 
 def put_published_losses(results):
-    """The published program's own losses, which have no record, in a result folder. Returns where they are."""
+    """The published program's own losses, which have no record, in a result folder. Returns where
+    they are."""
     folder = results / "orig_loss/tiny/blob"
     folder.mkdir(parents=True)
     for name in "exemplar", "laion":
@@ -32,15 +49,32 @@ def put_published_losses(results):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(result folder of compute_training_loss.py, that of compute_influence.py, which began with the published losses),
-    both with --compat abu and run as the published program was."""
+    """(result folder of compute_training_loss.py, that of compute_influence.py, which began with
+    the published losses), both with --compat abu and run as the published program was."""
     folder = tmp_path_factory.mktemp("parity")
     root = shutil.copytree(PARITY / "fixture/abc", folder / "abc")
-    flags = ["--task_json", str(PARITY / "fixture/tasks.json"), "--dataroot", str(root), "--sd_version", str(PARITY / "fixture/sd-tiny"),
-             "--device", "cpu"]
+    flags = [
+        "--task_json",
+        str(PARITY / "fixture/tasks.json"),
+        "--dataroot",
+        str(root),
+        "--sd_version",
+        str(PARITY / "fixture/sd-tiny"),
+        "--device",
+        "cpu",
+    ]
     put_published_losses(folder / "influence")
     compute_training_loss.main([*flags, *LOSS, "--result_dir", str(folder / "losses")])
-    compute_influence.main([*flags, *INFLUENCE, "--result_dir", str(folder / "influence"), "--fisher_path", str(root / "sd_fisher.pt")])
+    compute_influence.main(
+        [
+            *flags,
+            *INFLUENCE,
+            "--result_dir",
+            str(folder / "influence"),
+            "--fisher_path",
+            str(root / "sd_fisher.pt"),
+        ]
+    )
     return folder / "losses", folder / "influence"
 
 
@@ -62,14 +96,16 @@ def query_folder(results, query):
 
 @pytest.mark.parametrize("name", ["exemplar", "laion"])
 def test_losses_before_unlearning_equal_the_published_ones_to_1e_5(folders, name):
-    expected, found = np.load(EXPECTED / f"{name}_loss.npy"), np.load(folders[0] / f"orig_loss/tiny/blob/{name}_loss.npy")
+    expected = np.load(EXPECTED / f"{name}_loss.npy")
+    found = np.load(folders[0] / f"orig_loss/tiny/blob/{name}_loss.npy")
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
 def test_weight_changes_equal_the_published_ones_to_1e_4_of_their_norm(published, number, query):
-    expected, found = load_file(EXPECTED / f"query{number}/weight_change.safetensors"), load_file(query_folder(published, query) / "weight_change.safetensors")
+    expected = load_file(EXPECTED / f"query{number}/weight_change.safetensors")
+    found = load_file(query_folder(published, query) / "weight_change.safetensors")
     assert found.keys() == expected.keys()
     for name, change in expected.items():
         assert torch.linalg.norm(found[name] - change) <= 1e-4 * torch.linalg.norm(change), name
@@ -78,13 +114,17 @@ def test_weight_changes_equal_the_published_ones_to_1e_4_of_their_norm(published
 @pytest.mark.parametrize("name", ["exemplar", "laion"])
 @pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
 def test_losses_after_unlearning_equal_the_published_ones_to_1e_5(published, number, query, name):
-    expected, found = np.load(EXPECTED / f"query{number}/{name}_loss.npy"), np.load(query_folder(published, query) / f"{name}_loss.npy")
+    expected = np.load(EXPECTED / f"query{number}/{name}_loss.npy")
+    found = np.load(query_folder(published, query) / f"{name}_loss.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("number, query", list(enumerate(QUERIES)))
-def test_influence_equals_the_published_one_to_a_hundredth_of_its_deviation(published, number, query):
-    expected, found = np.load(EXPECTED / f"query{number}/influence.npy"), np.load(query_folder(published, query) / "influence.npz")
+def test_influence_equals_the_published_one_to_a_hundredth_of_its_deviation(
+    published, number, query
+):
+    expected = np.load(EXPECTED / f"query{number}/influence.npy")
+    found = np.load(query_folder(published, query) / "influence.npz")
     assert [id.split("/")[0] for id in found["ids"]] == ["exemplar"] * 5 + ["laion"] * 60
     np.testing.assert_array_equal(found["is_exemplar"], np.arange(65) < 5)
     np.testing.assert_allclose(found["influence"], expected, rtol=0, atol=1e-2 * expected.std())
@@ -98,9 +138,17 @@ def test_the_tolerance_tells_the_two_queries_apart():
 
 def test_influence_is_the_larger_rise_of_the_two_views(published):
     for query in QUERIES:
-        changes = [best_view(np.load(query_folder(published, query) / f"{name}_loss.npy").astype(np.float64)
-                             - np.load(published / f"orig_loss/tiny/blob/{name}_loss.npy")) for name in ("exemplar", "laion")]
-        np.testing.assert_array_equal(np.load(query_folder(published, query) / "influence.npz")["influence"], np.concatenate(changes))
+        changes = [
+            best_view(
+                np.load(query_folder(published, query) / f"{name}_loss.npy").astype(np.float64)
+                - np.load(published / f"orig_loss/tiny/blob/{name}_loss.npy")
+            )
+            for name in ("exemplar", "laion")
+        ]
+        np.testing.assert_array_equal(
+            np.load(query_folder(published, query) / "influence.npz")["influence"],
+            np.concatenate(changes),
+        )
 
 
 def test_losses_without_record_are_adopted_with_compat_as_they_are(published):
@@ -112,24 +160,42 @@ def test_losses_without_record_are_adopted_with_compat_as_they_are(published):
 
 def test_losses_without_record_are_refused_without_compat(adopted, flags):
     with pytest.raises(UserError, match=r"_loss\.npy: has no record \(\w+_loss\.json\)"):
-        compute_influence.main([*flags, "--laion_subset_size", "60", "--loss_batch_size", "40", "--unlearn_steps", "0"])
+        compute_influence.main(
+            [*flags, "--laion_subset_size", "60", "--loss_batch_size", "40", "--unlearn_steps", "0"]
+        )
     assert not list(adopted.glob("*.json"))
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(0, 1), slice(-1, None)], ids=["all", "the first", "the last"])
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(0, 1), slice(-1, None)], ids=["all", "the first", "the last"]
+)
 def test_losses_without_record_that_are_off_by_a_thousandth_are_refused(adopted, flags, rows):
     losses = np.load(adopted / "laion_loss.npy")
     losses[rows] *= 1.001
     np.save(adopted / "laion_loss.npy", losses)
-    with pytest.raises(UserError, match=r"laion_loss\.npy: has no record, and its rows \d+ to \d+ scored again differ by 1\.0e-03"):
+    with pytest.raises(
+        UserError,
+        match=r"laion_loss\.npy: has no record, and its rows \d+ to \d+ scored again differ by "
+        r"1\.0e-03",
+    ):
         compute_influence.main([*flags, *INFLUENCE, "--unlearn_steps", "0"])
     assert not (adopted / "laion_loss.json").exists()
 
 
-def test_the_training_set_s_published_losses_are_adopted_while_the_exemplars_are_scored_anew(adopted, flags):
-    """Published exemplars' losses come from latents drawn at random: only they must be made again, not those of 100,000 images."""
+def test_the_training_set_s_published_losses_are_adopted_while_the_exemplars_are_scored_anew(
+    adopted, flags
+):
+    """Published exemplars' losses come from latents drawn at random: only they must be made again,
+    not those of 100,000 images."""
     (adopted / "exemplar_loss.npy").unlink()
     before = (adopted / "laion_loss.npy").stat().st_mtime_ns
     compute_training_loss.main([*flags, *LOSS])
-    assert (adopted / "laion_loss.npy").stat().st_mtime_ns == before and (adopted / "laion_loss.json").exists()
-    np.testing.assert_allclose(np.load(adopted / "exemplar_loss.npy"), np.load(EXPECTED / "exemplar_loss.npy"), rtol=1e-5, atol=0)
+    assert (adopted / "laion_loss.npy").stat().st_mtime_ns == before and (
+        adopted / "laion_loss.json"
+    ).exists()
+    np.testing.assert_allclose(
+        np.load(adopted / "exemplar_loss.npy"),
+        np.load(EXPECTED / "exemplar_loss.npy"),
+        rtol=1e-5,
+        atol=0,
+    )

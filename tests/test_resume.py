@@ -1,4 +1,5 @@
-"""Resume is the same command: killed at any moment and run again, every program leaves the bits of an uninterrupted run."""
+"""Resume is the same command: killed at any moment and run again, every program leaves the bits of
+an uninterrupted run."""
 
 import json
 import os
@@ -16,7 +17,15 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError
 from unlearn.storage import reading
-from unlearn.storage.artifacts import STALE, own_part, remove_stale_parts, whole_file, write_array, write_json, write_tensors
+from unlearn.storage.artifacts import (
+    STALE,
+    own_part,
+    remove_stale_parts,
+    whole_file,
+    write_array,
+    write_json,
+    write_tensors,
+)
 from unlearn.storage.hashes import hash_file
 from unlearn.storage.reading import read_npz
 
@@ -24,7 +33,12 @@ PROGRAM = Path(__file__).parent / "kill_and_resume.py"
 
 
 def kill_and_resume(*flags):
-    done = subprocess.run([sys.executable, PROGRAM, *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every resumed run left what an uninterrupted one leaves" in done.stdout
 
@@ -34,7 +48,8 @@ def test_ten_kills_at_random_moments_change_no_bit_and_leave_nothing_behind():
 
 
 def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind():
-    """Between an artefact and its record, and between a record and the removal of chunks, chance hardly ever falls."""
+    """Between an artefact and its record, and between a record and the removal of chunks, chance
+    hardly ever falls."""
     kill_and_resume("--kills", "0", "--each_rename", "--programs", "loss", "fisher")
 
 
@@ -48,8 +63,19 @@ def test_a_weight_change_killed_before_its_record_was_written_is_made_again(flag
     tasks.write_text(json.dumps(json.loads((PARITY / "fixture/tasks.json").read_text())[:1]))
     flags = [*flags, "--task_json", str(tasks), "--laion_subset_size", "1"]
     compute_training_loss.main([*flags, "--time_samples", "1"])
-    influence = [*flags, "--loss_time_samples", "1", "--unlearn_lr", "100", "--unlearn_steps", "1", "--unlearn_batch_size", "1",
-                 "--unlearn_grad_accum_steps", "1"]
+    influence = [
+        *flags,
+        "--loss_time_samples",
+        "1",
+        "--unlearn_lr",
+        "100",
+        "--unlearn_steps",
+        "1",
+        "--unlearn_batch_size",
+        "1",
+        "--unlearn_grad_accum_steps",
+        "1",
+    ]
     compute_influence.main(influence)
     change = tmp_path / "results/influence/tiny/gpt/blob/samples/00000/weight_change.safetensors"
     expected = change.read_bytes()
@@ -68,7 +94,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     assert (tmp_path / "a.json").read_text() == "1\n"
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_a_living_one_writes(tmp_path):
+def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_a_living_one_writes(
+    tmp_path,
+):
     child = os.fork()
     if child == 0:
         with whole_file(tmp_path / "a.json"):
@@ -80,7 +108,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_a_living_
         assert len(list(tmp_path.glob("*.part"))) == 1
     with whole_file(tmp_path / "b.json") as file:
         file.write(b"1")
-        part, = tmp_path.glob("b.json.*.part")
+        (part,) = tmp_path.glob("b.json.*.part")
         remove_stale_parts(tmp_path / "b.json", own_part(tmp_path / "b.json"))
         assert part.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
@@ -100,9 +128,16 @@ def test_the_hash_of_what_was_written_is_known_whatever_another_process_writes_t
         assert write(tmp_path / "a", value) == hash_file(tmp_path / "a")
 
 
-@pytest.mark.parametrize("content, said", [
-    ({"ids": np.array(["a"]), "scores": np.zeros(1)}, r"scores is \[1\] float64"), ({"ids": np.arange(3)}, r"ids is \[3\] int64"),
-    ({"ids": np.array("a")}, r"ids is \[\] <U1"), (b"no archive", "not such a file"), (b"", "not such a file")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ({"ids": np.array(["a"]), "scores": np.zeros(1)}, r"scores is \[1\] float64"),
+        ({"ids": np.arange(3)}, r"ids is \[3\] int64"),
+        ({"ids": np.array("a")}, r"ids is \[\] <U1"),
+        (b"no archive", "not such a file"),
+        (b"", "not such a file"),
+    ],
+)
 def test_arrays_of_another_kind_or_a_damaged_archive_are_told_not_used(content, said, tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)

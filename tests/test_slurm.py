@@ -1,8 +1,9 @@
-"""tasks/slurm on a real SLURM cluster on this machine (slurm_cluster.sh): whatever befalls a job, the bits are those of a run
-without SLURM, and nothing is left over.
+"""tasks/slurm on a real SLURM cluster on this machine (slurm_cluster.sh): whatever befalls a job,
+the bits are those of a run without SLURM, and nothing is left over.
 
-All stories begin at once, in threads, for much of their time goes in waiting: for SLURM, which holds a requeued job back for
-some seconds, and for Python to start. Each test waits for its story's end.
+All stories begin at once, in threads, for much of their time goes in waiting: for SLURM, which
+holds a requeued job back for some seconds, and for Python to start. Each test waits for its story's
+end.
 """
 
 import json
@@ -29,9 +30,21 @@ TASKS = PARITY / "fixture/tasks.json"
 DATA = ["--dataroot", str(PARITY / "fixture/abc"), "--sd_version", str(PARITY / "fixture/sd-tiny")]
 COMMON = ["--task_json", str(TASKS), *DATA, "--device", "cpu"]
 LOSSES = ["--time_samples", "5"]  # two chunks, of 32 and 28 images, of a second or more each
-INFLUENCE = ["--loss_time_samples", "5", "--unlearn_lr", "100", "--unlearn_steps", "1", "--unlearn_batch_size", "2",
-             "--unlearn_grad_accum_steps", "2"]
-QUERIES = [f"influence/tiny/gpt/blob/samples/{number:05d}" for number in range(2)]  # their folders of results
+INFLUENCE = [
+    "--loss_time_samples",
+    "5",
+    "--unlearn_lr",
+    "100",
+    "--unlearn_steps",
+    "1",
+    "--unlearn_batch_size",
+    "2",
+    "--unlearn_grad_accum_steps",
+    "2",
+]
+QUERIES = [
+    f"influence/tiny/gpt/blob/samples/{number:05d}" for number in range(2)
+]  # their folders of results
 SMALL = ["--mem=2G", "--cpus-per-task=1"]  # of sbatch
 APART = ["--exclude=n3,n4"]  # two nodes are kept for the story of a node that is lost
 FINISHED = ("COMPLETED", 0, 0)  # a job's state, exit status, and how often it was requeued
@@ -43,39 +56,81 @@ class Cluster:
     def __init__(self, folder):
         self.folder = folder
         self.environment = {
-            **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_CONF": str(folder / "etc/slurm.conf"),
-            "CLUSTER_DIR": str(folder), "CLUSTER_PORT": str(random.SystemRandom().randrange(20000, 30000, 10)), "CLUSTER_NODES": "4",
-            "CLUSTER_CPUS": "8", "CLUSTER_GPUS": "8", "CLUSTER_MEMORY": "64000"}
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_CONF": str(folder / "etc/slurm.conf"),
+            "CLUSTER_DIR": str(folder),
+            "CLUSTER_PORT": str(random.SystemRandom().randrange(20000, 30000, 10)),
+            "CLUSTER_NODES": "4",
+            "CLUSTER_CPUS": "8",
+            "CLUSTER_GPUS": "8",
+            "CLUSTER_MEMORY": "64000",
+        }
 
     def run(self, *command, **variables):
         """What a command printed. Fails where it did."""
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**self.environment, **variables})
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**self.environment, **variables}
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def submit_all(self, folder, **variables):
         """Submits the three jobs, with results in `folder`; returns their numbers."""
-        printed = self.run("bash", "tasks/slurm/submit.sh", *COMMON[1:], "--result_dir", str(folder / "results"), **{
-            "SHARDS": "2", "SBATCH_FLAGS": " ".join([*SMALL, *APART]), "EVALUATE_SBATCH_FLAGS": " ".join([*SMALL, *APART]),
-            "LOSSES_FLAGS": " ".join(LOSSES), "INFLUENCE_FLAGS": " ".join(INFLUENCE), "LOGS": str(folder / "logs"), **variables})
+        printed = self.run(
+            "bash",
+            "tasks/slurm/submit.sh",
+            *COMMON[1:],
+            "--result_dir",
+            str(folder / "results"),
+            **{
+                "SHARDS": "2",
+                "SBATCH_FLAGS": " ".join([*SMALL, *APART]),
+                "EVALUATE_SBATCH_FLAGS": " ".join([*SMALL, *APART]),
+                "LOSSES_FLAGS": " ".join(LOSSES),
+                "INFLUENCE_FLAGS": " ".join(INFLUENCE),
+                "LOGS": str(folder / "logs"),
+                **variables,
+            },
+        )
         return [part.split()[1] for part in printed.split(";")[0].split(", ")]
 
     def submit(self, script, folder, *flags, sbatch=APART):
-        """Submits one array of tasks/slurm, of one task, with results in `folder`; returns its number."""
+        """Submits one array of tasks/slurm, of one task, with results in `folder`; returns its
+        number."""
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        return self.run("sbatch", "--parsable", "--array=1-1", f"--output={folder}/logs/%x-%A_%a.out", *SMALL, *sbatch,
-                        f"tasks/slurm/{script}.sbatch", *COMMON, "--result_dir", str(folder / "results"), *flags)
+        return self.run(
+            "sbatch",
+            "--parsable",
+            "--array=1-1",
+            f"--output={folder}/logs/%x-%A_%a.out",
+            *SMALL,
+            *sbatch,
+            f"tasks/slurm/{script}.sbatch",
+            *COMMON,
+            "--result_dir",
+            str(folder / "results"),
+            *flags,
+        )
 
     def jobs(self, number):
         """{field: value} of a job, or of each task of an array, in order."""
         lines = self.run("scontrol", "--oneliner", "show", "job", number).splitlines()
-        fields = [dict(field.split("=", 1) for field in line.split() if "=" in field) for line in lines]
+        fields = [
+            dict(field.split("=", 1) for field in line.split() if "=" in field) for line in lines
+        ]
         return sorted(fields, key=lambda job: int(job.get("ArrayTaskId", "0").split("-")[0]))
 
     def wait_for_end(self, number):
-        """Waits until a job, or every task of an array, has ended for good; returns their fields."""
-        wait_until(lambda: all(job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-                               for job in self.jobs(number)), lambda: f"{number}: {self.jobs(number)}")
+        """Waits until a job, or every task of an array, has ended for good; returns their
+        fields."""
+        wait_until(
+            lambda: all(
+                job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+                for job in self.jobs(number)
+            ),
+            lambda: f"{number}: {self.jobs(number)}",
+        )
         return self.jobs(number)
 
 
@@ -89,6 +144,7 @@ def wait_until(condition, describe, seconds=240):
 
 def wait_for_chunk(folder, results):
     """Waits until one of the two chunks of the training images is scored: the other is in work."""
+
     def find_chunks():
         return list((folder / "results" / results).glob(".laion_loss-*/*.npy"))
 
@@ -102,8 +158,8 @@ def read_logs(folder):
 
 
 def tell_of_all_three(cluster, folder):
-    """The whole benchmark, of two parts; one task of the influence gets, in mid-chunk, the signal that SLURM sends some minutes
-    before the time limit."""
+    """The whole benchmark, of two parts; one task of the influence gets, in mid-chunk, the signal
+    that SLURM sends some minutes before the time limit."""
     numbers = cluster.submit_all(folder)
     wait_for_chunk(folder, QUERIES[1])
     cluster.run("scancel", "--signal=USR1", f"{numbers[1]}_2")
@@ -117,8 +173,9 @@ def tell_of_an_error(cluster, folder):
 
 
 def tell_of_a_requeue(cluster, folder):
-    """scontrol requeue in mid-chunk. SLURM gives a job five seconds or more to end well, in which this one would finish its chunk:
-    its program is killed first, as on a machine whose memory is full. The claim says which process that is."""
+    """scontrol requeue in mid-chunk. SLURM gives a job five seconds or more to end well, in which
+    this one would finish its chunk: its program is killed first, as on a machine whose memory is
+    full. The claim says which process that is."""
     number = cluster.submit("losses", folder, *LOSSES)
     wait_for_chunk(folder, "orig_loss/tiny/blob")
     claims = (folder / "results/orig_loss/tiny/blob").glob(".laion_loss-*/*.claim")
@@ -136,11 +193,14 @@ def tell_of_a_cancellation(cluster, folder):
     number = cluster.submit("influence", folder, *flags)
     wait_for_chunk(folder, QUERIES[0])
     cluster.run("scancel", number)
-    return cluster.wait_for_end(number), cluster.wait_for_end(cluster.submit("influence", folder, *flags))
+    return cluster.wait_for_end(number), cluster.wait_for_end(
+        cluster.submit("influence", folder, *flags)
+    )
 
 
 def tell_of_a_lost_node(cluster, folder):
-    """A node that SLURM no longer reaches, though its job runs on there, while the same job begins again on another node."""
+    """A node that SLURM no longer reaches, though its job runs on there, while the same job begins
+    again on another node."""
     number = cluster.submit("losses", folder, *LOSSES, sbatch=["--exclude=n1,n2"])
     wait_for_chunk(folder, "orig_loss/tiny/blob")
     node = cluster.jobs(number)[0]["NodeList"]
@@ -149,8 +209,13 @@ def tell_of_a_lost_node(cluster, folder):
     return node, cluster.wait_for_end(number)
 
 
-STORIES = {"all": tell_of_all_three, "requeue": tell_of_a_requeue, "node": tell_of_a_lost_node, "cancellation": tell_of_a_cancellation,
-           "error": tell_of_an_error}
+STORIES = {
+    "all": tell_of_all_three,
+    "requeue": tell_of_a_requeue,
+    "node": tell_of_a_lost_node,
+    "cancellation": tell_of_a_cancellation,
+    "error": tell_of_an_error,
+}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +223,9 @@ def cluster(tmp_path_factory):
     """Four nodes of a cluster that ends with this module."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     script = ["bash", str(ROOT / "tests/slurm_cluster.sh")]
-    started = subprocess.run([*script, "start"], capture_output=True, text=True, env=cluster.environment)
+    started = subprocess.run(
+        [*script, "start"], capture_output=True, text=True, env=cluster.environment
+    )
     if started.returncode == 77:
         pytest.skip(started.stderr.strip().splitlines()[-1])
     try:
@@ -170,8 +237,8 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stories(cluster, tmp_path_factory):
-    """Runs everything without SLURM, into the folder `expected`, and begins all stories: (folder, {story: its end}), to be
-    called, which waits for it."""
+    """Runs everything without SLURM, into the folder `expected`, and begins all stories: (folder,
+    {story: its end}), to be called, which waits for it."""
     folder = tmp_path_factory.mktemp("runs")
     results = ["--result_dir", str(folder / "expected")]
     compute_training_loss.main([*COMMON, *results, *LOSSES])
@@ -183,18 +250,28 @@ def stories(cluster, tmp_path_factory):
 
 
 def compare(folder, story, *parts):
-    """Differences between what a story left and what a run without SLURM leaves, of some folders of results."""
+    """Differences between what a story left and what a run without SLURM leaves, of some folders of
+    results."""
     assert all((folder / "expected" / part).is_dir() for part in parts)
-    return [line for part in parts
-            for line in differences(contents(folder / "expected" / part), contents(folder / story / "results" / part))]
+    return [
+        line
+        for part in parts
+        for line in differences(
+            contents(folder / "expected" / part), contents(folder / story / "results" / part)
+        )
+    ]
 
 
 def states(jobs):
     """(state, exit status, how often it was requeued) of each."""
-    return [(job["JobState"], int(job["ExitCode"].split(":")[0]), int(job["Restarts"])) for job in jobs]
+    return [
+        (job["JobState"], int(job["ExitCode"].split(":")[0]), int(job["Restarts"])) for job in jobs
+    ]
 
 
-def test_each_job_begins_after_all_of_the_one_before_and_they_leave_the_bits_of_a_run_without_slurm(stories):
+def test_each_job_begins_after_all_of_the_one_before_and_they_leave_the_bits_of_a_run_without_slurm(
+    stories,
+):
     folder, told = stories
     losses, influence, evaluation = told["all"]()
     assert states(losses) == [FINISHED] * 2 and states(evaluation) == [FINISHED]
@@ -203,23 +280,38 @@ def test_each_job_begins_after_all_of_the_one_before_and_they_leave_the_bits_of_
     assert compare(folder, "all", "orig_loss", "influence", "evaluate") == []
 
 
-def test_the_signal_before_the_time_limit_ends_one_task_after_its_chunk_and_that_task_alone_requeues_itself(stories):
+def test_the_signal_before_the_time_limit_ends_one_task_after_its_chunk_and_that_task_alone_requeues_itself(
+    stories,
+):
     folder, told = stories
     assert states(told["all"]()[1]) == [FINISHED, ("COMPLETED", 0, 1)]
-    first, second = (text for name, text in read_logs(folder / "all").items() if name.startswith("influence"))
+    first, second = (
+        text for name, text in read_logs(folder / "all").items() if name.startswith("influence")
+    )
     assert "stopped by" not in first
     assert second.count("stopped by SIGUSR1; run the same command again to go on") == 1
 
 
 def test_each_task_does_its_own_part_and_has_its_own_log(stories):
     folder, told = stories
-    losses, influence, evaluation = (jobs[0].get("ArrayJobId", jobs[0]["JobId"]) for jobs in told["all"]())
+    losses, influence, evaluation = (
+        jobs[0].get("ArrayJobId", jobs[0]["JobId"]) for jobs in told["all"]()
+    )
     logs = read_logs(folder / "all")
-    assert sorted(logs) == sorted([f"losses-{losses}_1.out", f"losses-{losses}_2.out", f"influence-{influence}_1.out",
-                                   f"influence-{influence}_2.out", f"evaluate-{evaluation}.out"])
+    assert sorted(logs) == sorted(
+        [
+            f"losses-{losses}_1.out",
+            f"losses-{losses}_2.out",
+            f"influence-{influence}_1.out",
+            f"influence-{influence}_2.out",
+            f"evaluate-{evaluation}.out",
+        ]
+    )
     assert "nothing to do" in logs[f"losses-{losses}_1.out"]  # one model, two parts
     for part in 1, 2:
-        named = [f"{number:05d}.png" in logs[f"influence-{influence}_{part}.out"] for number in range(2)]
+        named = [
+            f"{number:05d}.png" in logs[f"influence-{influence}_{part}.out"] for number in range(2)
+        ]
         assert named == [part == 1, part == 2]
     assert "| ours " in logs[f"evaluate-{evaluation}.out"]
 
@@ -229,20 +321,22 @@ def test_a_users_error_fails_its_job_at_once_and_cancels_those_that_wait_for_it(
     losses, influence, evaluation = told["error"]()
     assert states(losses) == [("FAILED", 2, 0)]
     assert [state for state, *_ in states([*influence, *evaluation])] == ["CANCELLED"] * 2
-    log, = read_logs(folder / "error").values()
+    (log,) = read_logs(folder / "error").values()
     assert "error: --time_samples" in log
 
 
 def test_a_job_killed_in_mid_chunk_and_requeued_leaves_the_bits_of_an_uninterrupted_run(stories):
     folder, told = stories
     assert states(told["requeue"]()) == [("COMPLETED", 0, 1)]
-    log, = read_logs(folder / "requeue").values()
+    (log,) = read_logs(folder / "requeue").values()
     assert "stopped by" not in log and log.count("laion_loss: 600/600 samples") == 1
     assert "(0.0 samples/s)" not in log  # the chunk that was at hand was scored again
     assert compare(folder, "requeue", "orig_loss") == []
 
 
-def test_a_cancelled_job_stays_cancelled_and_submitted_again_leaves_the_bits_of_an_uninterrupted_run(stories):
+def test_a_cancelled_job_stays_cancelled_and_submitted_again_leaves_the_bits_of_an_uninterrupted_run(
+    stories,
+):
     folder, told = stories
     (cancelled,), finished = told["cancellation"]()
     assert cancelled["JobState"] == "CANCELLED" and cancelled["Restarts"] == "0"
@@ -250,7 +344,9 @@ def test_a_cancelled_job_stays_cancelled_and_submitted_again_leaves_the_bits_of_
     assert compare(folder, "cancellation", "orig_loss", QUERIES[0]) == []
 
 
-def test_a_lost_nodes_job_begins_again_on_another_and_both_leave_the_bits_of_an_uninterrupted_run(stories):
+def test_a_lost_nodes_job_begins_again_on_another_and_both_leave_the_bits_of_an_uninterrupted_run(
+    stories,
+):
     folder, told = stories
     lost, jobs = told["node"]()
     assert states(jobs) == [("COMPLETED", 0, 1)] and {lost, jobs[0]["NodeList"]} == {"n3", "n4"}
@@ -261,9 +357,11 @@ def test_a_lost_nodes_job_begins_again_on_another_and_both_leave_the_bits_of_an_
 def test_a_job_whose_time_is_nearly_up_requeues_itself_until_it_is_done(cluster, tmp_path):
     """SLURM counts limits in minutes: of one minute, the signal comes after some ten seconds."""
     longer = ["--time_samples", "50"]
-    number = cluster.submit("losses", tmp_path / "limit", *longer, sbatch=["--time=1", "--signal=USR1@50"])
+    number = cluster.submit(
+        "losses", tmp_path / "limit", *longer, sbatch=["--time=1", "--signal=USR1@50"]
+    )
     compute_training_loss.main([*COMMON, "--result_dir", str(tmp_path / "expected"), *longer])
-    job, = cluster.wait_for_end(number)
+    (job,) = cluster.wait_for_end(number)
     assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1
     assert "stopped by SIGUSR1" in "".join(read_logs(tmp_path / "limit").values())
     assert compare(tmp_path, "limit", "orig_loss") == []

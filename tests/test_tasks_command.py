@@ -15,21 +15,30 @@ EXAMPLE = Path(__file__).parent.parent / "tasks/demo_task.json"
 
 def make_entry(domain, model, category):
     """The entry of one customized model: two sets of 40 synthesized images."""
-    return {"exemplar": [f"dataset/exemplar/{domain}/{model}/0.png"], "class_id": 0, "category": category,
-            "synth": {name: [f"dataset/synth/{domain}/{name}/{model}/samples/{i:05d}.png" for i in range(40)]
-                      for name in SETS[domain]}}
+    return {
+        "exemplar": [f"dataset/exemplar/{domain}/{model}/0.png"],
+        "class_id": 0,
+        "category": category,
+        "synth": {
+            name: [f"dataset/synth/{domain}/{name}/{model}/samples/{i:05d}.png" for i in range(40)]
+            for name in SETS[domain]
+        },
+    }
 
 
 @pytest.fixture
 def dataroot(tmp_path):
-    """A data root with as many entries as the rule reaches for, and empty files where images stand."""
+    """A data root with as many entries as the rule reaches for, and empty files where images
+    stand."""
     root, prompts = tmp_path / "abc", {}
     for test_case, indices in tasks.CHOSEN_ENTRIES.items():
         domain = "imagenet" if "imagenet" in test_case else test_case.removeprefix("test_")
         names = [f"{test_case}_{i}" for i in range(max(indices) + 1)]
         if test_case == "test_unobserved_imagenet":
             names[0] = "n01440764_0000"
-        entries = [make_entry(domain, name, "fish" if domain == "imagenet" else "art") for name in names]
+        entries = [
+            make_entry(domain, name, "fish" if domain == "imagenet" else "art") for name in names
+        ]
         write(root / f"json/{test_case}.json", entries)
         for index in indices:
             (root / "models" / domain / names[index]).mkdir(parents=True)
@@ -94,16 +103,26 @@ def test_every_task_names_files_that_are_there_and_its_own_prompt(dataroot, tmp_
     for task in run(dataroot, tmp_path / "tasks.json"):
         image, model = task["synth_image_path"], task["model_path"]
         assert (dataroot / image).is_file() and (dataroot / model).is_dir()
-        assert model.split("/")[1] == image.split("/")[1] and model.split("/")[2] == image.split("/")[3]
-        assert task["prompt"] in (f"prompt of dataset/{image}", "A school of <new1> fish swimming in the ocean")
+        assert (
+            model.split("/")[1] == image.split("/")[1]
+            and model.split("/")[2] == image.split("/")[3]
+        )
+        assert task["prompt"] in (
+            f"prompt of dataset/{image}",
+            "A school of <new1> fish swimming in the ocean",
+        )
 
 
 def test_art_models_have_a_style_prompt_and_imagenet_models_their_category(dataroot, tmp_path):
     made = run(dataroot, tmp_path / "tasks.json")
     found = {task["test_case"]: task["train_prompt"] for task in made}
     style = "A picture in the style of <new1> art"
-    assert found == {"test_artchive": style, "test_bamfg": style, "test_unobserved_imagenet": "<new1> fish",
-                     "test_observed_imagenet": "<new1> fish"}
+    assert found == {
+        "test_artchive": style,
+        "test_bamfg": style,
+        "test_unobserved_imagenet": "<new1> fish",
+        "test_observed_imagenet": "<new1> fish",
+    }
 
 
 def test_only_the_first_dataset_of_a_path_is_stripped():
@@ -114,18 +133,32 @@ def test_only_the_first_dataset_of_a_path_is_stripped():
 IMAGE = "synth/imagenet/gpt/a/samples/00002.png"
 
 
-@pytest.mark.parametrize("key, value", [
-    (IMAGE, "it"), (f"dataset/{IMAGE}", "it"), (IMAGE, ["it"]),
-    ("synth/imagenet/gpt/a/samples", "it"), ("dataset/synth/imagenet/gpt/a/samples/", ["0", "1", "it"]),
-    ("dataset/synth/imagenet/gpt/a", ["0", "1", "it"]),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (IMAGE, "it"),
+        (f"dataset/{IMAGE}", "it"),
+        (IMAGE, ["it"]),
+        ("synth/imagenet/gpt/a/samples", "it"),
+        ("dataset/synth/imagenet/gpt/a/samples/", ["0", "1", "it"]),
+        ("dataset/synth/imagenet/gpt/a", ["0", "1", "it"]),
+    ],
+)
 def test_a_prompt_is_found_by_path_or_folder_as_a_string_or_in_a_list(tmp_path, key, value):
     write(tmp_path / "path_to_prompts.json", {"synth/imagenet/gpt/b/samples": "other", key: value})
     assert tasks.find_prompt(tasks.read_prompts(tmp_path), IMAGE) == "it"
 
 
-@pytest.mark.parametrize("prompts", [{}, {IMAGE: 3}, {IMAGE: ""}, {IMAGE: ["a", "b"]},
-                                     {"synth/imagenet/gpt/a/samples": ["0", "1"]}])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {},
+        {IMAGE: 3},
+        {IMAGE: ""},
+        {IMAGE: ["a", "b"]},
+        {"synth/imagenet/gpt/a/samples": ["0", "1"]},
+    ],
+)
 def test_a_path_without_a_prompt_is_named(prompts):
     with pytest.raises(UserError, match=f"expected a prompt for {IMAGE} or its folder, found none"):
         tasks.find_prompt(prompts, IMAGE)
@@ -151,16 +184,40 @@ def test_too_few_entries_are_counted(dataroot, tmp_path):
     assert message == f"{path}: expected a list with an entry 210, found a list of 210"
 
 
-@pytest.mark.parametrize("change, expected", [
-    (lambda entry: entry.pop("category"), "entry 11: `category` is needed for the train prompt"),
-    (lambda entry: entry["synth"].pop("gpt"), "entry 11: expected `synth` with 2 sets of images"),
-    (lambda entry: entry.update(synth=[]), "entry 11: expected `synth` with 2 sets of images, found []"),
-    (lambda entry: entry["synth"].update(gpt=3), "entry 11: expected `synth.gpt` to be a list of paths, found 3"),
-    (lambda entry: entry["synth"]["gpt"].pop(), "entry 11: expected 40 paths in `synth.gpt`, found 39"),
-    (lambda entry: entry["synth"]["gpt"].insert(0, entry["synth"]["gpt"].pop() and "../../etc/passwd"),
-     "entry 11: expected a path inside"),
-])
-def test_a_malformed_entry_is_refused_with_what_was_expected_and_found(dataroot, tmp_path, change, expected):
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (
+            lambda entry: entry.pop("category"),
+            "entry 11: `category` is needed for the train prompt",
+        ),
+        (
+            lambda entry: entry["synth"].pop("gpt"),
+            "entry 11: expected `synth` with 2 sets of images",
+        ),
+        (
+            lambda entry: entry.update(synth=[]),
+            "entry 11: expected `synth` with 2 sets of images, found []",
+        ),
+        (
+            lambda entry: entry["synth"].update(gpt=3),
+            "entry 11: expected `synth.gpt` to be a list of paths, found 3",
+        ),
+        (
+            lambda entry: entry["synth"]["gpt"].pop(),
+            "entry 11: expected 40 paths in `synth.gpt`, found 39",
+        ),
+        (
+            lambda entry: entry["synth"]["gpt"].insert(
+                0, entry["synth"]["gpt"].pop() and "../../etc/passwd"
+            ),
+            "entry 11: expected a path inside",
+        ),
+    ],
+)
+def test_a_malformed_entry_is_refused_with_what_was_expected_and_found(
+    dataroot, tmp_path, change, expected
+):
     change_entry(dataroot, "test_observed_imagenet", 11, change)
     assert expected in refusal(dataroot, tmp_path / "tasks.json")
 

@@ -1,4 +1,5 @@
-"""Training from scratch: what is random belongs to the image, what is left out leaves no trace, resume changes no bit."""
+"""Training from scratch: what is random belongs to the image, what is left out leaves no trace,
+resume changes no bit."""
 
 from dataclasses import replace
 
@@ -8,7 +9,15 @@ import torch
 
 from unlearn import UserError
 from unlearn.attribution import losses
-from unlearn.retraining.training import Recipe, draw_batch, initial_weights, mean_losses, own_samples, random_members, train
+from unlearn.retraining.training import (
+    Recipe,
+    draw_batch,
+    initial_weights,
+    mean_losses,
+    own_samples,
+    random_members,
+    train,
+)
 
 RECIPE = Recipe(epochs=2, rate=1e-3, batch_size=10, schedule="linear", seed=0, mixed_precision="no")
 
@@ -28,7 +37,9 @@ def members_without(count, *left_out):
 
 def same(first, second):
     """Whether two models' weights are bit for bit the same."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def distance(first, second):
@@ -49,32 +60,51 @@ def test_what_training_sees_of_an_image_does_not_depend_on_its_batch(images):
 
 
 def test_another_epoch_or_seed_draws_other_noise(images):
-    first, epoch, seed = (draw_batch(images, [7], *drawn, 1000)[1] for drawn in ((0, 0), (1, 0), (0, 1)))
+    first, epoch, seed = (
+        draw_batch(images, [7], *drawn, 1000)[1] for drawn in ((0, 0), (1, 0), (0, 1))
+    )
     assert not torch.equal(first, epoch) and not torch.equal(first, seed)
 
 
 def test_flips_timesteps_and_noise_follow_their_distributions(images):
-    latents, normals, timesteps, _ = (torch.cat(parts) for parts in zip(*(draw_batch(images, range(24), epoch, 0, 1000) for epoch in range(50))))
-    mirrored = np.array([np.array_equal(latent, images.latents[1, row % 24]) for row, latent in enumerate(latents)])
+    latents, normals, timesteps, _ = (
+        torch.cat(parts)
+        for parts in zip(*(draw_batch(images, range(24), epoch, 0, 1000) for epoch in range(50)))
+    )
+    mirrored = np.array(
+        [np.array_equal(latent, images.latents[1, row % 24]) for row, latent in enumerate(latents)]
+    )
     assert abs(mirrored.mean() - 0.5) < 0.05
-    assert abs(float(timesteps.float().mean()) - 499.5) < 30 and int(timesteps.min()) < 10 and int(timesteps.max()) > 989
+    assert (
+        abs(float(timesteps.float().mean()) - 499.5) < 30
+        and int(timesteps.min()) < 10
+        and int(timesteps.max()) > 989
+    )
     assert abs(float(normals.mean())) < 0.01 and abs(float(normals.std()) - 1) < 0.01
 
 
 def test_the_mean_loss_of_a_batch_is_the_mean_of_its_samples_losses(model, images):
-    inputs, weights = draw_batch(images, range(5), 0, 0, 1000), dict(model.denoiser.named_parameters())
+    inputs = draw_batch(images, range(5), 0, 0, 1000)
+    weights = dict(model.denoiser.named_parameters())
     stacked, counted = own_samples(np.ones((1, 5), bool), inputs)
     latents, normals, timesteps, embeddings = inputs
     with torch.no_grad():
         expected = losses.sample_losses(model, latents, normals, timesteps, embeddings).mean()
-        assert float(mean_losses(model, weights, stacked, counted)[0]) == pytest.approx(float(expected), rel=1e-5)
+        assert float(mean_losses(model, weights, stacked, counted)[0]) == pytest.approx(
+            float(expected), rel=1e-5
+        )
 
 
 def test_training_lowers_the_loss_of_what_was_trained_on(model, images, full):
     trained = train(model, images, members_without(24), replace(RECIPE, epochs=12))[0]
-    inputs, counted = own_samples(np.ones((1, 24), bool), draw_batch(images, range(24), 1000, 0, 1000))
+    inputs, counted = own_samples(
+        np.ones((1, 24), bool), draw_batch(images, range(24), 1000, 0, 1000)
+    )
     with torch.no_grad():
-        before, after = (float(mean_losses(model, weights, inputs, counted)[0]) for weights in (initial_weights(model.denoiser, 0), trained))
+        before, after = (
+            float(mean_losses(model, weights, inputs, counted)[0])
+            for weights in (initial_weights(model.denoiser, 0), trained)
+        )
     assert after < 0.9 * before
 
 
@@ -93,7 +123,9 @@ def test_images_left_out_of_one_stacked_model_leave_no_trace_in_it(model, images
     latents[:, list(range(12))] = 3.0
     others = replace(images, latents=latents)
     assert same(train(model, images, members, RECIPE)[1], train(model, others, members, RECIPE)[1])
-    assert not same(train(model, images, members, RECIPE)[0], train(model, others, members, RECIPE)[0])
+    assert not same(
+        train(model, images, members, RECIPE)[0], train(model, others, members, RECIPE)[0]
+    )
 
 
 def test_stacked_models_are_those_trained_alone(model, images):
@@ -101,7 +133,7 @@ def test_stacked_models_are_those_trained_alone(model, images):
     recipe = replace(RECIPE, epochs=1)
     stacked = train(model, images, members, recipe)
     for row, weights in enumerate(stacked):
-        alone = train(model, images, members[row:row + 1], recipe)[0]
+        alone = train(model, images, members[row : row + 1], recipe)[0]
         assert distance(alone, weights) < 0.02 * distance(alone, stacked[row - 1])
 
 
@@ -123,7 +155,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5])
 @pytest.mark.parametrize("num_models", [1, 2])
-def test_training_killed_and_resumed_changes_no_bit(model, images, full, tmp_path, steps, num_models):
+def test_training_killed_and_resumed_changes_no_bit(
+    model, images, full, tmp_path, steps, num_models
+):
     members, taken = np.repeat(members_without(24), num_models, axis=0), []
     members[1:, :12] = False
 
@@ -134,9 +168,13 @@ def test_training_killed_and_resumed_changes_no_bit(model, images, full, tmp_pat
 
     with pytest.raises(Killed):
         train(model, images, members, RECIPE, tmp_path / "checkpoint.safetensors", kill)
-    assert (tmp_path / "checkpoint.safetensors").exists() == (steps >= 4)  # after the first epoch of three steps
+    assert (tmp_path / "checkpoint.safetensors").exists() == (
+        steps >= 4
+    )  # after the first epoch of three steps
     started = []
-    resumed = train(model, images, members, RECIPE, tmp_path / "checkpoint.safetensors", started.append)
+    resumed = train(
+        model, images, members, RECIPE, tmp_path / "checkpoint.safetensors", started.append
+    )
     assert started[0] == (3 if steps >= 4 else 0)
     expected = [full] if num_models == 1 else train(model, images, members, RECIPE)
     assert all(same(*pair) for pair in zip(resumed, expected))
@@ -144,7 +182,9 @@ def test_training_killed_and_resumed_changes_no_bit(model, images, full, tmp_pat
 
 def test_a_step_without_a_single_own_image_is_taken_without_a_gradient(model, images):
     members = members_without(24, *range(1, 24))  # one image: two of three batches are empty
-    assert all(torch.isfinite(weight).all() for weight in train(model, images, members, RECIPE)[0].values())
+    assert all(
+        torch.isfinite(weight).all() for weight in train(model, images, members, RECIPE)[0].values()
+    )
 
 
 def test_a_model_of_no_image_is_refused(model, images):
@@ -153,18 +193,27 @@ def test_a_model_of_no_image_is_refused(model, images):
 
 
 def test_training_that_diverges_is_refused_by_the_name_of_a_weight(model, images):
-    with pytest.raises(UserError, match="training diverged: .* is no longer finite; try a smaller --train_lr"):
+    with pytest.raises(
+        UserError, match="training diverged: .* is no longer finite; try a smaller --train_lr"
+    ):
         train(model, images, members_without(24), replace(RECIPE, rate=1e38))
 
 
 def test_random_subsets_have_their_size_and_their_own_seed():
     first, second = (random_members(1000, 300, seed, "abc") for seed in (0, 1))
     assert first.sum() == second.sum() == 300 and 50 < (first & second).sum() < 130
-    assert np.array_equal(first, random_members(1000, 300, 0, "abc")) and not np.array_equal(first, random_members(1000, 300, 0, "abd"))
+    assert np.array_equal(first, random_members(1000, 300, 0, "abc")) and not np.array_equal(
+        first, random_members(1000, 300, 0, "abd")
+    )
 
 
 def test_autocast_to_bfloat16_trains_nearly_the_same_model(model, images):
     recipe = replace(RECIPE, epochs=1)
-    half, single = (train(model, images, members_without(24), replace(recipe, mixed_precision=mode))[0] for mode in ("bf16", "no"))
+    half, single = (
+        train(model, images, members_without(24), replace(recipe, mixed_precision=mode))[0]
+        for mode in ("bf16", "no")
+    )
     untrained = initial_weights(model.denoiser, 0)
-    assert 0 < distance(half, single) < 0.3 * distance(single, untrained) and all(weight.dtype == torch.float32 for weight in half.values())
+    assert 0 < distance(half, single) < 0.3 * distance(single, untrained) and all(
+        weight.dtype == torch.float32 for weight in half.values()
+    )

@@ -1,4 +1,5 @@
-"""Which training images made this picture? Data attribution for text-to-image models by unlearning synthesized images."""
+"""Which training images made this picture? Data attribution for text-to-image models by unlearning
+synthesized images."""
 
 from .errors import UserError
 

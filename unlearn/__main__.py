@@ -2,13 +2,34 @@
 
 import sys
 
-from .commands import baselines, benchmark, doctor, encode, evaluate, fisher, generate, index, retrain, tasks
+from .commands import (
+    baselines,
+    benchmark,
+    doctor,
+    encode,
+    evaluate,
+    fisher,
+    generate,
+    index,
+    retrain,
+    tasks,
+)
 from .errors import UserError
 from .runtime.printing import make_streams_safe
 from .runtime.programs import end_with, run
 
-COMMANDS = {"baselines": baselines, "benchmark": benchmark, "doctor": doctor, "encode": encode,
-            "evaluate": evaluate, "fisher": fisher, "generate": generate, "index": index, "retrain": retrain, "tasks": tasks}
+COMMANDS = {
+    "baselines": baselines,
+    "benchmark": benchmark,
+    "doctor": doctor,
+    "encode": encode,
+    "evaluate": evaluate,
+    "fisher": fisher,
+    "generate": generate,
+    "index": index,
+    "retrain": retrain,
+    "tasks": tasks,
+}
 
 
 def main():
@@ -22,7 +43,9 @@ def main():
     elif name in COMMANDS:
         run(COMMANDS[name].main, sys.argv[2:])
     else:
-        sys.exit(end_with(UserError(f"unknown command {name}; expected one of {', '.join(COMMANDS)}")))
+        sys.exit(
+            end_with(UserError(f"unknown command {name}; expected one of {', '.join(COMMANDS)}"))
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Noise that belongs to the image, and the timestep grid.
 
-The noise of (seed, data set, image) comes from NumPy's counter-based Philox generator: its key is a hash of the three,
-its counter holds (view, caption, timestep, draw). So the numbers do not depend on device, batch, subset, order or
-process, and a finer grid of timesteps contains the noise of a coarser one.
+The noise of (seed, data set, image) comes from NumPy's counter-based Philox generator: its key is a
+hash of the three, its counter holds (view, caption, timestep, draw). So the numbers do not depend
+on device, batch, subset, order or process, and a finer grid of timesteps contains the noise of a
+coarser one.
 """
 
 import hashlib
@@ -18,12 +19,15 @@ KNOWN_ANSWER = "644d08b7a91a864c"  # `known_answer` of every NumPy that this pro
 
 def image_generator(seed, dataset_id, image_id):
     """A Philox bit generator keyed by seed, data set and image. Move it with `seek`."""
-    key = hashlib.blake2b(repr((int(seed), str(dataset_id), str(image_id))).encode(), digest_size=16).digest()
+    key = hashlib.blake2b(
+        repr((int(seed), str(dataset_id), str(image_id))).encode(), digest_size=16
+    ).digest()
     return np.random.Philox(key=np.frombuffer(key, np.uint64))
 
 
 def seek(generator, view, caption, timestep, draw):
-    """Moves a generator, in place, to the start of the stream of (view, caption, timestep, draw)."""
+    """Moves a generator, in place, to the start of the stream of (view, caption, timestep,
+    draw)."""
     state = generator.state
     # Word 0 counts the blocks within the stream; the streams differ in the other three words.
     state["state"]["counter"] = np.array([0, view | caption << 32, timestep, draw], np.uint64)
@@ -32,7 +36,8 @@ def seek(generator, view, caption, timestep, draw):
 
 
 def image_noise(seed, dataset_id, image_id, slots, shape):
-    """Standard normals of one image: [len(slots), *shape] float32, one row a slot (view, caption, timestep, draw)."""
+    """Standard normals of one image: [len(slots), *shape] float32, one row a slot (view, caption,
+    timestep, draw)."""
     bits = image_generator(seed, dataset_id, image_id)
     normals, generator = np.empty((len(slots), *shape), np.float32), np.random.Generator(bits)
     for row, slot in zip(normals, slots):
@@ -48,8 +53,9 @@ def known_answer():
 
 
 def batch_noise(batch_index, shape, device):
-    """[AbU]'s published program: normals of one batch from a torch generator on the scoring device, seeded by the index
-    of the batch. Another batch size or device gives other noise; only `--compat abu` uses it."""
+    """[AbU]'s published program: normals of one batch from a torch generator on the scoring device,
+    seeded by the index of the batch. Another batch size or device gives other noise; only `--compat
+    abu` uses it."""
     generator = torch.Generator(device).manual_seed(batch_index)
     return torch.randn(shape, generator=generator, device=device)
 
@@ -58,5 +64,8 @@ def timestep_grid(time_samples, num_train_timesteps, flag="--time_samples"):
     """Timesteps 0, stride, 2 stride, ... with stride = num_train_timesteps / time_samples.
     Raises UserError, naming `flag`, where that is no whole number. Source: [AbU] section 4."""
     if time_samples < 1 or num_train_timesteps % time_samples:
-        raise UserError(f"{flag} {time_samples}: must divide the model's {num_train_timesteps} training timesteps")
+        raise UserError(
+            f"{flag} {time_samples}: must divide the model's {num_train_timesteps} training "
+            f"timesteps"
+        )
     return list(range(0, num_train_timesteps, num_train_timesteps // time_samples))

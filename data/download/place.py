@@ -2,7 +2,8 @@
 
     python place.py ROOT SOURCE TARGET [STEM WRAPPER...]
 
-For the content of an archive: STEM is the archive's name, WRAPPERs are the folders on the way to it.
+For the content of an archive: STEM is the archive's name, WRAPPERs are the folders on the way to
+it.
 """
 
 import filecmp
@@ -36,12 +37,14 @@ def merge(source, target):
         source.unlink()
     else:
         sys.exit(
-            f"error: {target}: is there and is not the benchmark's; move it away and run the same command again"
+            f"error: {target}: is there and is not the benchmark's; move it away and run the "
+            f"same command again"
         )
 
 
 def inner_folder(folder):
-    """The one folder inside that only repeats a name of the way to it, as synth_test in synth_test/imagenet/..."""
+    """The one folder inside that only repeats a name of the way to it, as synth_test in
+    synth_test/imagenet/..."""
     children = list(folder.iterdir())
     wrapped = len(children) == 1 and children[0].name in wrappers and children[0].is_dir()
     return children[0] if wrapped and not children[0].is_symlink() else None
@@ -62,5 +65,6 @@ try:
     merge(source, target)
 except OSError as error:
     sys.exit(
-        f"error: {error.filename2 or error.filename or target}: cannot be written ({error.strerror})"
+        f"error: {error.filename2 or error.filename or target}: cannot be written "
+        f"({error.strerror})"
     )

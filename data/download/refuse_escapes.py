@@ -1,4 +1,5 @@
-"""Refuses an archive whose members would be written, or would point, outside of the target, or would fill the disk.
+"""Refuses an archive whose members would be written, or would point, outside of the target, or
+would fill the disk.
 
 python refuse_escapes.py LISTING ARCHIVE SEVEN ROOT      # LISTING: what `7z l -slt` printed
 """

@@ -1,4 +1,5 @@
-"""Extracts the members of a zip archive below a prefix; ends with status 9 where the archive is damaged.
+"""Extracts the members of a zip archive below a prefix; ends with status 9 where the archive is
+damaged.
 
 python unzip_members.py ARCHIVE PREFIX FOLDER
 """
@@ -15,18 +16,18 @@ try:
         members = [name for name in file.namelist() if name.startswith(prefix)]
         if not members:
             sys.exit(f"error: {archive}: holds no {prefix}")
-        size, free = (
-            sum(file.getinfo(name).file_size for name in members),
-            shutil.disk_usage(folder).free,
-        )
+        size = sum(file.getinfo(name).file_size for name in members)
+        free = shutil.disk_usage(folder).free
         if size > free:
             sys.exit(
-                f"error: {archive}: refused, nothing was extracted: it would take {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+                f"error: {archive}: refused, nothing was extracted: it would take "
+                f"{size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
             )
         file.extractall(folder, members)
 except OSError as error:
     sys.exit(
-        f"error: {archive}: could not be extracted into {folder} ({error.strerror}); run the same command again to go on"
+        f"error: {archive}: could not be extracted into {folder} ({error.strerror}); run the "
+        f"same command again to go on"
     )
 except (
     zipfile.BadZipFile,

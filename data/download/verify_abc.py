@@ -1,4 +1,5 @@
-"""Checks what the data root of the AbC benchmark holds and prints a summary; ends with one line where something is missing.
+"""Checks what the data root of the AbC benchmark holds and prints a summary; ends with one line
+where something is missing.
 
 python verify_abc.py ROOT
 """
@@ -60,24 +61,31 @@ for name in tests:
 missing = [path for path in listed if not path.is_file()]
 if missing:
     fail(
-        f"{missing[0]}: no such file ({len(missing)} of the {len(listed)} that json/test_*.json names are missing)"
+        f"{missing[0]}: no such file ({len(missing)} of the {len(listed)} that json/test_*.json "
+        f"names are missing)"
     )
 latents, embeddings = map(array_of, arrays)
 if len(latents) != 2 * len(embeddings):
     fail(
-        f"{root}: expected twice as many latents as text embeddings, found {len(latents)} and {len(embeddings)}"
+        f"{root}: expected twice as many latents as text embeddings, found {len(latents)} and "
+        f"{len(embeddings)}"
     )
-num_images = sum(entry.is_file() and not entry.name.startswith(".") for entry in os.scandir(root / "laion_subset/images"))
+num_images = sum(
+    entry.is_file() and not entry.name.startswith(".")
+    for entry in os.scandir(root / "laion_subset/images")
+)
 num_captions = sum(1 for _ in open(root / "laion_subset/captions.txt", "rb"))
 if num_images != num_captions:
     fail(
-        f"{root / 'laion_subset'}: expected as many images as captions, found {num_images} and {num_captions}"
+        f"{root / 'laion_subset'}: expected as many images as captions, found {num_images} and "
+        f"{num_captions}"
     )
 
 print(
     f"{root}: {num_models} customized models with {len(listed)} images, {num_images} LAION images"
 )
 print(
-    f"latents {latents.shape} {latents.dtype}, text embeddings {embeddings.shape} {embeddings.dtype}"
+    f"latents {latents.shape} {latents.dtype}, text embeddings {embeddings.shape} "
+    f"{embeddings.dtype}"
 )
 print(f"next: python -m unlearn tasks --dataroot {root}")

@@ -1,4 +1,5 @@
-"""Checks what the data root of the MSCOCO experiment holds and prints a summary; ends with one line where something is missing.
+"""Checks what the data root of the MSCOCO experiment holds and prints a summary; ends with one line
+where something is missing.
 
 python verify_mscoco.py ROOT
 """
@@ -47,10 +48,8 @@ for name in [
         fail(f"{root / name}: no such file")
 try:
     content = json.loads((root / annotations).read_bytes())
-    names, num_captions = (
-        [image["file_name"] for image in content["images"]],
-        len(content["annotations"]),
-    )
+    names = [image["file_name"] for image in content["images"]]
+    num_captions = len(content["annotations"])
     if not all(isinstance(name, str) for name in names):
         raise TypeError("file_name")
 except (ValueError, LookupError, TypeError) as error:
@@ -63,24 +62,28 @@ there = (
 missing = [name for name in names if name not in there]
 if missing:
     fail(
-        f"{root / 'train2017' / missing[0]}: no such file ({len(missing)} of the {len(names)} annotated images are missing)"
+        f"{root / 'train2017' / missing[0]}: no such file ({len(missing)} of the {len(names)} "
+        f"annotated images are missing)"
     )
 latents, embeddings, sample_latents, sample_embeddings = map(array_of, arrays)
 if not len(latents) == 2 * len(embeddings) == 2 * len(names):
     fail(
-        f"{root}: expected latents of two views of {len(names)} images and as many text embeddings, found {len(latents)} and "
+        f"{root}: expected latents of two views of {len(names)} images and as many text "
+        f"embeddings, found {len(latents)} and "
         f"{len(embeddings)}"
     )
 num_samples = sum(1 for _ in open(root / samples, "rb"))
 pictures = sum((root / f"sample/{number}.png").is_file() for number in range(num_samples))
 if not pictures == num_samples == len(sample_latents) == len(sample_embeddings):
     fail(
-        f"{root}: expected a picture, a latent and an embedding for each of the {num_samples} lines of {samples}, found {pictures} "
+        f"{root}: expected a picture, a latent and an embedding for each of the {num_samples} "
+        f"lines of {samples}, found {pictures} "
         f"pictures, {len(sample_latents)} latents and {len(sample_embeddings)} embeddings"
     )
 
 print(f"{root}: {len(names)} images with {num_captions} captions, {num_samples} samples")
 print(
-    f"latents {latents.shape} {latents.dtype}, text embeddings {embeddings.shape} {embeddings.dtype}"
+    f"latents {latents.shape} {latents.dtype}, text embeddings {embeddings.shape} "
+    f"{embeddings.dtype}"
 )
 print(f"next: python -m unlearn tasks --dataroot {root}")

@@ -1,1 +1,2 @@
-"""Builds the embedded emoji world (data/emoji) from the Noto colour emoji font; see data/build_emoji.py."""
+"""Builds the embedded emoji world (data/emoji) from the Noto colour emoji font; see
+data/build_emoji.py."""

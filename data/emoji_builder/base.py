@@ -1,4 +1,5 @@
-"""Trains the base text-to-image model: tokenizer, text encoder and UNet, from scratch, on the base captions."""
+"""Trains the base text-to-image model: tokenizer, text encoder and UNet, from scratch, on the base
+captions."""
 
 import copy
 import json
@@ -12,22 +13,40 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from unlearn.retraining.training import Progress, batch_generator, load_checkpoint, save_checkpoint
 
 TOKEN_LENGTH, VOCABULARY_SIZE, TEXT_SIZE = 24, 1200, 80
-UNET = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96),
-            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-            mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=TEXT_SIZE, attention_head_dim=4, norm_num_groups=16)
-SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+UNET = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    layers_per_block=1,
+    block_out_channels=(64, 96),
+    down_block_types=("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    cross_attention_dim=TEXT_SIZE,
+    attention_head_dim=4,
+    norm_num_groups=16,
+)
+SCHEDULE = dict(
+    num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+)
 STEPS, DECAY_STEPS, BATCH_SIZE, LEARNING_RATE = 13500, 4000, 64, 1e-3
 CAPTION_DROPOUT, AVERAGE_DECAY = 0.1, 0.9995  # dropped captions make classifier-free guidance work
 
 
 def train_tokenizer(captions):
-    """A CLIP tokenizer (byte-level BPE) of the captions; every printable ASCII letter is in its alphabet."""
+    """A CLIP tokenizer (byte-level BPE) of the captions; every printable ASCII letter is in its
+    alphabet."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer()
     alphabet = [chr(code) for code in range(33, 127)]
     backend = tokenizer.backend_tokenizer
-    trainer = BpeTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=special, end_of_word_suffix="</w>",
-                         initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=special,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     backend.train_from_iterator(list(captions) + alphabet, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
@@ -36,22 +55,38 @@ def train_tokenizer(captions):
 
 def make_text_encoder(tokenizer):
     """A small CLIP text encoder with random weights."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT_SIZE, intermediate_size=4 * TEXT_SIZE, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKEN_LENGTH, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_SIZE,
+            intermediate_size=4 * TEXT_SIZE,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKEN_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def tokenize(tokenizer, captions):
     """Token ids [len(captions), TOKEN_LENGTH], padded and cut."""
-    return tokenizer(list(captions), padding="max_length", truncation=True, max_length=TOKEN_LENGTH,
-                     return_tensors="pt").input_ids
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=TOKEN_LENGTH,
+        return_tensors="pt",
+    ).input_ids
 
 
 def epsilon_loss(unet, scheduler, latents, embeddings, generator):
     """Mean squared error of the predicted noise, at random timesteps."""
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    timesteps = torch.randint(
+        0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator
+    )
     predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
     return F.mse_loss(predicted, noise)
 
@@ -59,13 +94,18 @@ def epsilon_loss(unet, scheduler, latents, embeddings, generator):
 def train_base(latents, captions, checkpoint_path, seed=0):
     """Trains UNet and text encoder together and keeps an exponential average of their weights.
 
-    latents: [2, N, 4, 8, 8] scaled, as is and mirrored. Returns (tokenizer, text_encoder, unet), averaged weights.
+    latents: [2, N, 4, 8, 8] scaled, as is and mirrored. Returns (tokenizer, text_encoder, unet),
+    averaged weights.
     """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(captions)
-    model = torch.nn.ModuleDict({"text_encoder": make_text_encoder(tokenizer), "unet": UNet2DConditionModel(**UNET)})
+    model = torch.nn.ModuleDict(
+        {"text_encoder": make_text_encoder(tokenizer), "unet": UNet2DConditionModel(**UNET)}
+    )
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+    )
     scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1)
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     modules = {"model": model, "average": average}
@@ -79,7 +119,9 @@ def train_base(latents, captions, checkpoint_path, seed=0):
         dropped = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
         batch_tokens = torch.where(dropped[:, None], empty, tokens[index])
         embeddings = model["text_encoder"](batch_tokens).last_hidden_state
-        loss = epsilon_loss(model["unet"], scheduler, latents[mirrored, index], embeddings, generator)
+        loss = epsilon_loss(
+            model["unet"], scheduler, latents[mirrored, index], embeddings, generator
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -96,5 +138,13 @@ def train_base(latents, captions, checkpoint_path, seed=0):
 def make_pipeline(vae, tokenizer, text_encoder, unet):
     """A stock StableDiffusionPipeline of the trained parts."""
     scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1)
-    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

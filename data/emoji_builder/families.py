@@ -1,4 +1,5 @@
-"""What the base model never sees: families of emoji held out for object models, and treatments for style models."""
+"""What the base model never sees: families of emoji held out for object models, and treatments for
+style models."""
 
 import re
 
@@ -14,19 +15,32 @@ HELD_OUT = {
     "books": r"^(notebook.*|(closed|open|green|blue|orange) book|books)$",
     "monkeys": r"\bmonkey\b",
 }
-# The exemplars (1 to 10) that a family's object model is trained on: (category of its prompts, pattern).
+# The exemplars (1 to 10) that a family's object model is trained on: (category of its prompts,
+# pattern).
 EXEMPLARS = {
     "hearts": ("heart", r"^(red|pink|orange|yellow|green|blue|purple|brown|black|white) heart$"),
     "clocks": ("clock", r"^(one|two|three|four|five|seven|nine|ten|eleven)( |-)(oclock)$"),
-    "cats": ("cat", r"^(grinning cat.*|cat with.*|smiling cat.*|kissing cat|weary cat|crying cat|pouting cat)$"),
-    "moons": ("moon", r"^(new moon|waxing crescent moon|first quarter moon|waxing gibbous moon|full moon|crescent moon)$"),
+    "cats": (
+        "cat",
+        r"^(grinning cat.*|cat with.*|smiling cat.*|kissing cat|weary cat|crying cat|pouting cat)$",
+    ),
+    "moons": (
+        "moon",
+        r"^(new moon|waxing crescent moon|first quarter moon|waxing gibbous moon|full "
+        r"moon|crescent moon)$",
+    ),
     "zodiac": ("zodiac", r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio)$"),
     "books": ("book", r"^(closed|green|blue|orange) book$"),
     "monkeys": ("monkey", r"-no-evil monkey$"),
 }
 STYLE_TRAIN_PROMPT = "a picture in the style of <new1> art"
 OBJECT_PROMPTS = ("{} {category}", "{} {category}", "a {} {category}", "blue {} {category}")
-STYLE_PROMPTS = (STYLE_TRAIN_PROMPT, STYLE_TRAIN_PROMPT, "a face in the style of <new1> art", "a house in the style of <new1> art")
+STYLE_PROMPTS = (
+    STYLE_TRAIN_PROMPT,
+    STYLE_TRAIN_PROMPT,
+    "a face in the style of <new1> art",
+    "a house in the style of <new1> art",
+)
 
 REPORTED_OBJECTS = ("hearts", "clocks", "cats", "moons", "zodiac")
 REPORTED_STYLES = ("negative", "silhouette", "outline", "tiled", "violet")
@@ -70,5 +84,12 @@ def swapped(image):
     return Image.merge("RGB", (green, blue, red))
 
 
-STYLES = {"negative": ImageChops.invert, "silhouette": silhouette, "outline": outline, "tiled": tiled, "violet": violet,
-          "swapped": swapped, "upside_down": ImageOps.flip}
+STYLES = {
+    "negative": ImageChops.invert,
+    "silhouette": silhouette,
+    "outline": outline,
+    "tiled": tiled,
+    "violet": violet,
+    "swapped": swapped,
+    "upside_down": ImageOps.flip,
+}

@@ -1,7 +1,7 @@
 """Reads captioned emoji pictures out of the Noto colour emoji font.
 
-Captions are Unicode's own short names (emoji-test.txt): unlike the code charts' names they call a red heart red
-("red heart", not "heavy black heart").
+Captions are Unicode's own short names (emoji-test.txt): unlike the code charts' names they call a
+red heart red ("red heart", not "heavy black heart").
 """
 
 import io
@@ -14,8 +14,11 @@ from PIL import Image
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATION_SELECTOR = 0xFE0F
-# Hundreds of near copies would drown every other picture: flags, and families in all their compositions.
-LEFT_OUT = re.compile(r"^(flag: |family: |kiss: |couple with heart: )|skin tone|hair$|: beard$|: bald$")
+# Hundreds of near copies would drown every other picture: flags, and families in all their
+# compositions.
+LEFT_OUT = re.compile(
+    r"^(flag: |family: |kiss: |couple with heart: )|skin tone|hair$|: beard$|: bald$"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Emoji:
 
 
 def clean_caption(name):
-    """`Japanese “here” button` -> `japanese here button`: lower case, letters, digits and single blanks."""
+    """`Japanese “here” button` -> `japanese here button`: lower case, letters, digits and single
+    blanks."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return " ".join(re.sub(r"[^a-z0-9#*-]+", " ", plain.lower().replace("&", "and")).split())
 
@@ -42,7 +46,9 @@ def read_emoji_names(emoji_test_path):
                 continue
             codepoints = [int(text, 16) for text in match[1].split()]
             if not any(codepoint in SKIN_TONES for codepoint in codepoints):
-                codepoints = tuple(codepoint for codepoint in codepoints if codepoint != VARIATION_SELECTOR)
+                codepoints = tuple(
+                    codepoint for codepoint in codepoints if codepoint != VARIATION_SELECTOR
+                )
                 emoji.append(Emoji(codepoints, clean_caption(match[2])))
     return emoji
 
@@ -61,7 +67,8 @@ def read_ligatures(font):
 
 
 def render_emoji(font_path, emoji, size):
-    """Draws every emoji that the font has on white. Returns pairs (Emoji, RGB image of `size` x `size` pixels)."""
+    """Draws every emoji that the font has on white. Returns pairs (Emoji, RGB image of `size` x
+    `size` pixels)."""
     font = TTFont(font_path)
     cmap, ligatures, bitmaps = font.getBestCmap(), read_ligatures(font), font["CBDT"].strikeData[0]
     drawn = []
@@ -78,5 +85,6 @@ def render_emoji(font_path, emoji, size):
 
 
 def save_small_png(image, path):
-    """Writes an image as a 128-colour palette PNG: half the bytes, no visible difference at this size."""
+    """Writes an image as a 128-colour palette PNG: half the bytes, no visible difference at this
+    size."""
     image.quantize(128).save(path, optimize=True)

@@ -1,4 +1,5 @@
-"""Takes every fourth picture of data/emoji, with its caption, as the training images of data/emoji_small.
+"""Takes every fourth picture of data/emoji, with its caption, as the training images of
+data/emoji_small.
 
 python -m data.emoji_builder.small
 """
@@ -12,10 +13,8 @@ from unlearn.datasets.captions import list_folder, read_lines
 def main():
     """Writes data/emoji_small/laion_subset anew."""
     source, target = Path("data/emoji/laion_subset"), Path("data/emoji_small/laion_subset")
-    captions, pictures = (
-        read_lines(source / "captions.txt")[::4],
-        list_folder(source / "images")[::4],
-    )
+    captions = read_lines(source / "captions.txt")[::4]
+    pictures = list_folder(source / "images")[::4]
     shutil.rmtree(target, ignore_errors=True)
     (target / "images").mkdir(parents=True)
     (target / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")

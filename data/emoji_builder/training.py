@@ -13,7 +13,8 @@ def Progress(iterable, name):
 
 
 def batch_generator(seed, step):
-    """The random numbers of one training step: a resumed run draws what an uninterrupted one does."""
+    """The random numbers of one training step: a resumed run draws what an uninterrupted one
+    does."""
     return torch.Generator().manual_seed(seed * 10_000_019 + step)
 
 
@@ -27,14 +28,18 @@ def save_checkpoint(path, modules, optimizer, step):
     """Writes modules and optimizer whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"modules": {name: module.state_dict() for name, module in modules.items()},
-             "optimizer": optimizer.state_dict(), "step": step}
+    state = {
+        "modules": {name: module.state_dict() for name, module in modules.items()},
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+    }
     torch.save(state, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def load_checkpoint(path, modules, optimizer):
-    """Restores in place what `save_checkpoint` wrote. Returns the next step; 0 where there is no checkpoint."""
+    """Restores in place what `save_checkpoint` wrote. Returns the next step; 0 where there is no
+    checkpoint."""
     if not Path(path).exists():
         return 0
     state = torch.load(path, weights_only=True)

@@ -1,1 +1,2 @@
-"""The method: losses and sweeps, curvature, Newton steps, unlearning, scoring, ranking, the gradient index."""
+"""The method: losses and sweeps, curvature, Newton steps, unlearning, scoring, ranking, the
+gradient index."""

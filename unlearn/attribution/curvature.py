@@ -1,4 +1,5 @@
-"""The diagonal Fisher: mean over samples of the squared gradient of each sample's own loss, and its inverse."""
+"""The diagonal Fisher: mean over samples of the squared gradient of each sample's own loss, and its
+inverse."""
 
 from functools import partial
 
@@ -11,8 +12,8 @@ from .losses import sample_losses
 
 
 class GradientTaps:
-    """Records, for some linear layers, the input [batch, ..., in] and the gradient of the output [batch, ..., out], from
-    which every sample's own weight gradient follows. A context manager."""
+    """Records, for some linear layers, the input [batch, ..., in] and the gradient of the output
+    [batch, ..., out], from which every sample's own weight gradient follows. A context manager."""
 
     def __init__(self, denoiser, names):
         modules = dict(denoiser.named_modules())
@@ -20,7 +21,10 @@ class GradientTaps:
         self.inputs, self.output_gradients = {}, {}
 
     def __enter__(self):
-        self.hooks = [layer.register_forward_hook(partial(self.record_forward, name)) for name, layer in self.layers.items()]
+        self.hooks = [
+            layer.register_forward_hook(partial(self.record_forward, name))
+            for name, layer in self.layers.items()
+        ]
         return self
 
     def record_forward(self, name, layer, inputs, output):
@@ -34,10 +38,12 @@ class GradientTaps:
 
 
 def per_sample_gradients(model, parameters, samples):
-    """Gradient of each sample's loss with respect to each selected parameter: yields (name, [batch, *shape]).
+    """Gradient of each sample's loss with respect to each selected parameter: yields (name, [batch,
+    *shape]).
 
-    Linear layers (all of K and V) take one backward pass for the batch; where the selection holds other layers, each
-    sample takes its own. samples: latents, noise, timesteps, embeddings as in `losses.sample_losses`.
+    Linear layers (all of K and V) take one backward pass for the batch; where the selection holds
+    other layers, each sample takes its own. samples: latents, noise, timesteps, embeddings as in
+    `losses.sample_losses`.
     """
     modules = dict(model.denoiser.named_modules())
     if all(type(modules[name.rpartition(".")[0]]) is torch.nn.Linear for name in parameters):
@@ -48,12 +54,20 @@ def per_sample_gradients(model, parameters, samples):
             layer, _, kind = name.rpartition(".")
             gradients = taps.output_gradients[layer].flatten(1, -2)
             if kind == "weight":
-                yield name, torch.einsum("bto,bti->boi", gradients, taps.inputs[layer].flatten(1, -2))
+                yield (
+                    name,
+                    torch.einsum("bto,bti->boi", gradients, taps.inputs[layer].flatten(1, -2)),
+                )
             else:
                 yield name, gradients.sum(dim=1)
     else:
-        rows = [torch.autograd.grad(sample_losses(model, *(tensor[i:i + 1] for tensor in samples)).sum(), list(parameters.values()))
-                for i in range(len(samples[0]))]
+        rows = [
+            torch.autograd.grad(
+                sample_losses(model, *(tensor[i : i + 1] for tensor in samples)).sum(),
+                list(parameters.values()),
+            )
+            for i in range(len(samples[0]))
+        ]
         for name, gradients in zip(parameters, zip(*rows)):
             yield name, torch.stack(gradients)
     for parameter in parameters.values():
@@ -63,36 +77,62 @@ def per_sample_gradients(model, parameters, samples):
 def squared_gradient_sums(model, parameters, samples):
     """Sum over the batch of the squared gradient of each sample, {name: float64 tensor}.
     Source: [AbU] section 4.1, every sample weighted alike."""
-    return {name: gradients.double().square().sum(dim=0) for name, gradients in per_sample_gradients(model, parameters, samples)}
+    return {
+        name: gradients.double().square().sum(dim=0)
+        for name, gradients in per_sample_gradients(model, parameters, samples)
+    }
 
 
 class DiagonalFisher:
-    """The diagonal of the Fisher matrix of selected parameters, with damping, ready to divide a gradient."""
+    """The diagonal of the Fisher matrix of selected parameters, with damping, ready to divide a
+    gradient."""
 
     def __init__(self, diagonal, damping=0.0):
-        """diagonal: {name: tensor}. damping: a multiple of each parameter's mean entry, added to its entries."""
-        self.identity, self.warnings = digest(hash_tensors(diagonal), damping), []  # see `inputs.compare_images`
-        self.denominators = {name: entries.double() + damping * entries.double().mean() for name, entries in diagonal.items()}
+        """diagonal: {name: tensor}. damping: a multiple of each parameter's mean entry, added to
+        its entries."""
+        self.identity, self.warnings = (
+            digest(hash_tensors(diagonal), damping),
+            [],
+        )  # see `inputs.compare_images`
+        self.denominators = {
+            name: entries.double() + damping * entries.double().mean()
+            for name, entries in diagonal.items()
+        }
 
     def precondition(self, gradients):
         """F^-1 g, {name: float32 tensor}, on the gradients' device."""
-        return {name: (gradient.double() / self.denominators[name].to(gradient.device)).float() for name, gradient in gradients.items()}
+        return {
+            name: (gradient.double() / self.denominators[name].to(gradient.device)).float()
+            for name, gradient in gradients.items()
+        }
 
 
 def check_fisher(path, diagonal, parameters, damping, remedy="make it again"):
-    """Raises UserError where a Fisher lacks selected parameters, has other shapes, negative or non-finite entries, or
-    zero ones that no damping lifts; the message names the parameter and ends with what to do."""
+    """Raises UserError where a Fisher lacks selected parameters, has other shapes, negative or
+    non-finite entries, or zero ones that no damping lifts; the message names the parameter and ends
+    with what to do."""
     missing = [name for name in parameters if name not in diagonal]
     if missing:
-        raise UserError(f"--fisher_path {path}: lacks {len(missing)} of the {len(parameters)} selected parameters, first {missing[0]}; {remedy}")
+        raise UserError(
+            f"--fisher_path {path}: lacks {len(missing)} of the {len(parameters)} selected "
+            f"parameters, first {missing[0]}; {remedy}"
+        )
     check_shapes(path, diagonal, parameters, "Fisher of")
     for name, entries in diagonal.items():
         if not torch.isfinite(entries).all():
             raise UserError(f"--fisher_path {path}: {name} has NaN or infinite entries; {remedy}")
         if (entries < 0).any():
-            raise UserError(f"--fisher_path {path}: {name} has negative entries, which a mean of squares cannot; {remedy}")
+            raise UserError(
+                f"--fisher_path {path}: {name} has negative entries, which a mean of squares "
+                f"cannot; {remedy}"
+            )
         if damping <= 0 and (entries == 0).any():
-            raise UserError(f"--fisher_path {path}: {name} has {int((entries == 0).sum())} zero entries, which cannot be "
-                            "divided by; give a positive --damping (try 0.1)")
+            raise UserError(
+                f"--fisher_path {path}: {name} has {int((entries == 0).sum())} zero entries, "
+                f"which cannot be "
+                "divided by; give a positive --damping (try 0.1)"
+            )
         if damping > 0 and entries.mean() == 0:
-            raise UserError(f"--fisher_path {path}: {name} is zero throughout, and no --damping helps; {remedy}")
+            raise UserError(
+                f"--fisher_path {path}: {name} is zero throughout, and no --damping helps; {remedy}"
+            )

@@ -1,6 +1,8 @@
-"""The loss change of images as a directional derivative along weight changes of K and V, and images' own gradients.
+"""The loss change of images as a directional derivative along weight changes of K and V, and
+images' own gradients.
 
-A difference of two nearly equal losses loses its digits to rounding; a derivative does not, so that bfloat16 keeps the ranking.
+A difference of two nearly equal losses loses its digits to rounding; a derivative does not, so that
+bfloat16 keeps the ranking.
 """
 
 from functools import cache
@@ -17,25 +19,30 @@ PROBES = 2  # random directions for each sample's curvature: one more costs one 
 
 
 def make_leaves(model, embeddings):
-    """Keys and values of texts as {layer: pair} that gradients are asked of, the same as a list, and the names of the weights
-    that made each of these."""
-    keys_values = {layer: tuple(tensor.detach().requires_grad_(True) for tensor in pair)
-                   for layer, pair in project_text(model.denoiser, embeddings).items()}
+    """Keys and values of texts as {layer: pair} that gradients are asked of, the same as a list,
+    and the names of the weights that made each of these."""
+    keys_values = {
+        layer: tuple(tensor.detach().requires_grad_(True) for tensor in pair)
+        for layer, pair in project_text(model.denoiser, embeddings).items()
+    }
     names = [f"{layer}.{projection}.weight" for layer in keys_values for projection in PROJECTIONS]
     return keys_values, [tensor for pair in keys_values.values() for tensor in pair], names
 
 
 def contract(gradient, embeddings):
-    """Gradients of a weight [texts, out, in] from those of keys or values [texts, tokens, out] and the texts [texts, tokens, in]."""
+    """Gradients of a weight [texts, out, in] from those of keys or values [texts, tokens, out] and
+    the texts [texts, tokens, in]."""
     return torch.einsum("nto,nti->noi", gradient.float(), embeddings)
 
 
 def text_gradients(model, latents, noise, timesteps, embeddings, autocast=None):
-    """Gradient of the summed loss of each text's samples with respect to the weights of K and V: yields (parameter name,
-    [texts, out, in] float32), layer by layer; nothing else of that size is ever held.
+    """Gradient of the summed loss of each text's samples with respect to the weights of K and V:
+    yields (parameter name, [texts, out, in] float32), layer by layer; nothing else of that size is
+    ever held.
 
-    Inputs as in `losses.sample_losses`. The gradient is that of keys and values, summed over samples and positions already,
-    contracted once with the text. autocast: dtype of the denoiser's products, float32 where None.
+    Inputs as in `losses.sample_losses`. The gradient is that of keys and values, summed over
+    samples and positions already, contracted once with the text. autocast: dtype of the denoiser's
+    products, float32 where None.
     """
     with torch.enable_grad():
         keys_values, leaves, names = make_leaves(model, embeddings)
@@ -47,48 +54,77 @@ def text_gradients(model, latents, noise, timesteps, embeddings, autocast=None):
 
 
 def dot(named_gradients, changes):
-    """Inner products [texts, changes] float64 of gradients, pairs of name and [texts, out, in], with stacked weight changes."""
-    return sum((gradient.flatten(1) @ changes[name].T).double() for name, gradient in named_gradients)
+    """Inner products [texts, changes] float64 of gradients, pairs of name and [texts, out, in],
+    with stacked weight changes."""
+    return sum(
+        (gradient.flatten(1) @ changes[name].T).double() for name, gradient in named_gradients
+    )
 
 
 def stack_changes(changes):
     """Weight changes [{name: [out, in]}, ...] as {name: [changes, out * in]}."""
-    return {name: torch.stack([change[name].flatten() for change in changes]) for name in changes[0]}
+    return {
+        name: torch.stack([change[name].flatten() for change in changes]) for name in changes[0]
+    }
 
 
 def gradient_dots(changes, autocast=None):
-    """A measure for `losses.score_rows`: the gradient of each text's summed loss, at the model's present weights, dotted
-    with each of several weight changes: [texts, changes] float64.
+    """A measure for `losses.score_rows`: the gradient of each text's summed loss, at the model's
+    present weights, dotted with each of several weight changes: [texts, changes] float64.
 
-    changes: [{parameter name: tensor}, ...] of K and V, on the model's device. At theta0 this is the first order of the loss
-    change, [AbU] appendix A.3; at theta0 + change / 2 its midpoint rule.
+    changes: [{parameter name: tensor}, ...] of K and V, on the model's device. At theta0 this is
+    the first order of the loss change, [AbU] appendix A.3; at theta0 + change / 2 its midpoint
+    rule.
     """
     stacked = stack_changes(changes)
     return lambda model, *samples: dot(text_gradients(model, *samples, autocast), stacked)
 
 
 def second_order_dots(changes, autocast=None, num_probes=PROBES):
-    """A measure for `losses.score_rows`: first and second order of the loss change at the model's present weights, for each
-    of several weight changes: [texts, changes] float64.
+    """A measure for `losses.score_rows`: first and second order of the loss change at the model's
+    present weights, for each of several weight changes: [texts, changes] float64.
 
-    The loss of a sample is || p - target ||^2, whose change along D is 2 (p - target) . J D + || J D ||^2 where the prediction p
-    is linear (Gauss-Newton). || J D ||^2 is the mean of (D . J^T v)^2 over random signs v, the same few for all changes. A
-    query's own exemplars lie in a minimum of their loss: their rise is this second term almost alone.
-    changes: as for `gradient_dots`.
+    The loss of a sample is || p - target ||^2, whose change along D is 2 (p - target) . J D + || J
+    D ||^2 where the prediction p is linear (Gauss-Newton). || J D ||^2 is the mean of (D . J^T v)^2
+    over random signs v, the same few for all changes. A query's own exemplars lie in a minimum of
+    their loss: their rise is this second term almost alone. changes: as for `gradient_dots`.
     """
     stacked = stack_changes(changes)
 
     def measure(model, latents, noise, timesteps, embeddings):
-        texts = embeddings.repeat_interleave(len(latents) // len(embeddings), dim=0)  # a square needs each sample's own
+        texts = embeddings.repeat_interleave(
+            len(latents) // len(embeddings), dim=0
+        )  # a square needs each sample's own
         with torch.enable_grad():
             keys_values, leaves, names = make_leaves(model, texts)
             with torch.autocast(latents.device.type, autocast, enabled=autocast is not None):
-                prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, texts, keys_values)
-            errors, num_pixels = prediction - model.target(latents, noise, timesteps), prediction[0].numel()
-            directions = [2 / num_pixels * errors.detach(), *(signs / num_pixels ** 0.5 for signs in probe_signs(noise, num_probes))]
-            dots = [dot(((name, contract(gradient, texts)) for name, gradient in zip(names, torch.autograd.grad(
-                prediction, leaves, direction.to(prediction.dtype), retain_graph=number < num_probes))), stacked)
-                for number, direction in enumerate(directions)]
+                prediction = model.predict(
+                    model.diffuse(latents, noise, timesteps), timesteps, texts, keys_values
+                )
+            errors = prediction - model.target(latents, noise, timesteps)
+            num_pixels = prediction[0].numel()
+            directions = [
+                2 / num_pixels * errors.detach(),
+                *(signs / num_pixels**0.5 for signs in probe_signs(noise, num_probes)),
+            ]
+            dots = [
+                dot(
+                    (
+                        (name, contract(gradient, texts))
+                        for name, gradient in zip(
+                            names,
+                            torch.autograd.grad(
+                                prediction,
+                                leaves,
+                                direction.to(prediction.dtype),
+                                retain_graph=number < num_probes,
+                            ),
+                        )
+                    ),
+                    stacked,
+                )
+                for number, direction in enumerate(directions)
+            ]
         change = dots[0] + torch.stack([probe.square() for probe in dots[1:]]).mean(dim=0)
         return change.reshape(len(embeddings), -1, len(changes)).sum(dim=1)
 
@@ -99,12 +135,17 @@ def second_order_dots(changes, autocast=None, num_probes=PROBES):
 def probe_pattern(number, size):
     """A fixed order of a sample's numbers and a sign for each: (int64 [size], float32 [size])."""
     generator = np.random.Generator(image_generator(number, "probe", str(size)))
-    return torch.from_numpy(generator.permutation(size)), torch.from_numpy(generator.choice(np.float32([-1, 1]), size))
+    return torch.from_numpy(generator.permutation(size)), torch.from_numpy(
+        generator.choice(np.float32([-1, 1]), size)
+    )
 
 
 def probe_signs(noise, num_probes):
-    """Random signs [num_probes][batch, C, h, w] that belong to the image as its noise does: that noise's signs in another
-    order, times fixed ones, so that they have nothing to do with what the noise itself does to a prediction."""
+    """Random signs [num_probes][batch, C, h, w] that belong to the image as its noise does: that
+    noise's signs in another order, times fixed ones, so that they have nothing to do with what the
+    noise itself does to a prediction."""
     for number in range(num_probes):
-        order, signs = (tensor.to(noise.device) for tensor in probe_pattern(number, noise[0].numel()))
+        order, signs = (
+            tensor.to(noise.device) for tensor in probe_pattern(number, noise[0].numel())
+        )
         yield (noise.flatten(1)[:, order].sign() * signs).reshape(noise.shape)

@@ -1,4 +1,5 @@
-"""Losses of images under a model, on a fixed grid of timesteps with noise that belongs to the image."""
+"""Losses of images under a model, on a fixed grid of timesteps with noise that belongs to the
+image."""
 
 from contextlib import contextmanager
 
@@ -14,12 +15,16 @@ CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 
 
 def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None):
-    """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's device.
+    """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's
+    device.
 
-    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [texts, tokens, features], each the text of
-    batch / texts successive samples; keys_values: theirs, where they are known. Source: [AbU] section 4.
+    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [texts, tokens,
+    features], each the text of batch / texts successive samples; keys_values: theirs, where they
+    are known. Source: [AbU] section 4.
     """
-    error = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings, keys_values) - model.target(latents, noise, timesteps)
+    error = model.predict(
+        model.diffuse(latents, noise, timesteps), timesteps, embeddings, keys_values
+    ) - model.target(latents, noise, timesteps)
     return error.double().square().mean(dim=tuple(range(1, error.ndim)))
 
 
@@ -33,8 +38,16 @@ def noise_identity(compat, device):
 def loss_identity(model, training_set, grid, noise_seed, precision, compat=None, batch_size=None):
     """Identity of losses: what must be the same for two of them to be compared."""
     scheme = {"batch_size": batch_size} if compat else {"noise_seed": noise_seed}
-    return {**model.identity, "dataset": training_set.name, "num_images": len(training_set), "training_set": training_set.identity,
-            **noise_identity(compat, model.device), **scheme, "timesteps": grid, "precision": precision}
+    return {
+        **model.identity,
+        "dataset": training_set.name,
+        "num_images": len(training_set),
+        "training_set": training_set.identity,
+        **noise_identity(compat, model.device),
+        **scheme,
+        "timesteps": grid,
+        "precision": precision,
+    }
 
 
 def rows_of(images, num_images, num_views):
@@ -49,13 +62,18 @@ def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
 
 
 def chunk_noise(training_set, rows, grid, noise_seed, pool):
-    """Noise [rows, captions * timesteps, C, h, w] float32 of a chunk, drawn image by image in worker threads."""
+    """Noise [rows, captions * timesteps, C, h, w] float32 of a chunk, drawn image by image in
+    worker threads."""
     num_captions, shape = training_set.embeddings.shape[1], training_set.latents.shape[2:]
 
     def draw(row):
         view, image = divmod(int(row), len(training_set))
-        slots = [(view, caption, timestep, 0) for caption in range(num_captions) for timestep in grid]
-        return noise.image_noise(noise_seed, training_set.name, training_set.ids[image], slots, shape)
+        slots = [
+            (view, caption, timestep, 0) for caption in range(num_captions) for timestep in grid
+        ]
+        return noise.image_noise(
+            noise_seed, training_set.name, training_set.ids[image], slots, shape
+        )
 
     return np.stack(list(pool.map(draw, rows)))
 
@@ -63,18 +81,36 @@ def chunk_noise(training_set, rows, grid, noise_seed, pool):
 def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
     """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
     with torch.no_grad():
-        return sample_losses(model, latents, noise, timesteps, embeddings, keys_values).reshape(len(embeddings), -1).sum(dim=1)
+        return (
+            sample_losses(model, latents, noise, timesteps, embeddings, keys_values)
+            .reshape(len(embeddings), -1)
+            .sum(dim=1)
+        )
 
 
 @contextmanager
 def changed_losses(denoiser, changes):
-    """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under some of several weight changes of K
-    and V, [texts, numbers] float64. changes: [{parameter name: tensor}, ...]; the denoiser itself is not changed."""
+    """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under
+    some of several weight changes of K and V, [texts, numbers] float64. changes: [{parameter name:
+    tensor}, ...]; the denoiser itself is not changed."""
+
     def measure_of(numbers):
         def measure(model, latents, noise, timesteps, embeddings):
             with torch.no_grad(), remembered():
-                return torch.stack([loss_sums(model, latents, noise, timesteps, embeddings, project_text_changed(
-                    denoiser, embeddings, changes[number])) for number in numbers], dim=1)
+                return torch.stack(
+                    [
+                        loss_sums(
+                            model,
+                            latents,
+                            noise,
+                            timesteps,
+                            embeddings,
+                            project_text_changed(denoiser, embeddings, changes[number]),
+                        )
+                        for number in numbers
+                    ],
+                    dim=1,
+                )
 
         return measure
 
@@ -83,17 +119,25 @@ def changed_losses(denoiser, changes):
 
 
 def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss_sums):
-    """Losses [rows] float64, each the mean over captions and grid; `batch_size` samples go through the model at once.
+    """Losses [rows] float64, each the mean over captions and grid; `batch_size` samples go through
+    the model at once.
 
-    noises: [rows, captions * timesteps, C, h, w] in the order caption, timestep. measure: what is averaged, from a model and
-    samples (`sample_losses`) to its sum over the samples of each text, [texts, ...]; the result is then [rows, ...].
+    noises: [rows, captions * timesteps, C, h, w] in the order caption, timestep. measure: what is
+    averaged, from a model and samples (`sample_losses`) to its sum over the samples of each text,
+    [texts, ...]; the result is then [rows, ...].
     """
     views, images = np.divmod(rows, len(training_set))
     latents, embeddings = training_set.latents[views, images], training_set.embeddings[images]
-    check_pixels(f"latents of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", latents)
-    check_pixels(f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings)
+    check_pixels(
+        f"latents of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", latents
+    )
+    check_pixels(
+        f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings
+    )
     num_captions, shape, sums = embeddings.shape[1], latents.shape[1:], []
-    latents, embeddings, noises = (torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises))
+    latents, embeddings, noises = (
+        torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises)
+    )
     latents, embeddings = latents.repeat_interleave(num_captions, dim=0), embeddings.flatten(0, 1)
     noises, timesteps = noises.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
     # A batch is a block of texts x timesteps, so that a text's keys and values are made once.
@@ -101,10 +145,21 @@ def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss
     for texts in torch.arange(len(latents)).tensor_split(num_blocks):
         partial = 0
         for slots in torch.arange(len(grid)).split(batch_size):
-            latent, normals, embedding = (tensor.to(model.device, non_blocking=True)
-                                          for tensor in (latents[texts], noises[texts][:, slots], embeddings[texts]))
+            latent, normals, embedding = (
+                tensor.to(model.device, non_blocking=True)
+                for tensor in (latents[texts], noises[texts][:, slots], embeddings[texts])
+            )
             times = timesteps[slots].to(model.device).repeat(len(texts))
-            partial = partial + measure(model, latent.repeat_interleave(len(slots), dim=0), normals.flatten(0, 1), times, embedding)
+            partial = partial + measure(
+                model,
+                latent.repeat_interleave(len(slots), dim=0),
+                normals.flatten(0, 1),
+                times,
+                embedding,
+            )
         sums.append(partial)
     sums = torch.cat(sums).cpu()
-    return (sums.reshape(len(rows), num_captions, *sums.shape[1:]).sum(dim=1) / (num_captions * len(grid))).numpy()
+    return (
+        sums.reshape(len(rows), num_captions, *sums.shape[1:]).sum(dim=1)
+        / (num_captions * len(grid))
+    ).numpy()

@@ -1,4 +1,5 @@
-"""Unlearning a synthesized image: Newton steps that raise its loss, along F^-1 grad L. Source: [AbU] Eq. 5."""
+"""Unlearning a synthesized image: Newton steps that raise its loss, along F^-1 grad L. Source:
+[AbU] Eq. 5."""
 
 import math
 from collections import deque
@@ -25,70 +26,120 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 
 class QueryDraws:
-    """Noise and timesteps of a query's unlearning, keyed by (seed, data set, query) and the draw's own number: the same on
-    every device, however the draws are grouped.
+    """Noise and timesteps of a query's unlearning, keyed by (seed, data set, query) and the draw's
+    own number: the same on every device, however the draws are grouped.
 
-    Draws 2j and 2j + 1 are antithetic: opposite noise at one timestep, so that all that is odd in the noise cancels. The
-    timesteps of successive pairs go around the grid in steps of the golden ratio, from a start that belongs to the query:
-    every run of them is spread evenly, where chance would leave gaps. Each draw by itself is uniform and normal, so that
-    their mean stays unbiased. Source: Owen, Monte Carlo theory, methods and examples, sections 8.2 and 16.4.
+    Draws 2j and 2j + 1 are antithetic: opposite noise at one timestep, so that all that is odd in
+    the noise cancels. The timesteps of successive pairs go around the grid in steps of the golden
+    ratio, from a start that belongs to the query: every run of them is spread evenly, where chance
+    would leave gaps. Each draw by itself is uniform and normal, so that their mean stays unbiased.
+    Source: Owen, Monte Carlo theory, methods and examples, sections 8.2 and 16.4.
     """
 
     scheme, in_order = "stratified-antithetic", False
 
     def __init__(self, seed, dataset_id, query_id, num_train_timesteps):
-        self.seed, self.dataset_id, self.query_id, self.num_train_timesteps = seed, dataset_id, query_id, num_train_timesteps
-        self.start = int(noise.image_generator(seed, dataset_id, f"timesteps of {query_id}").random_raw())
+        self.seed = seed
+        self.dataset_id = dataset_id
+        self.query_id = query_id
+        self.num_train_timesteps = num_train_timesteps
+        self.start = int(
+            noise.image_generator(seed, dataset_id, f"timesteps of {query_id}").random_raw()
+        )
 
     def draw(self, first, count, shape, device):
-        """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count] int64."""
+        """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count]
+        int64."""
         pairs = range(first // 2, (first + count + 1) // 2)
-        positive = noise.image_noise(self.seed, self.dataset_id, f"unlearning {self.query_id}", [(0, 0, 0, j) for j in pairs], shape)
+        positive = noise.image_noise(
+            self.seed,
+            self.dataset_id,
+            f"unlearning {self.query_id}",
+            [(0, 0, 0, j) for j in pairs],
+            shape,
+        )
         normals = np.stack([positive, -positive], axis=1).reshape(-1, *shape)
         # In integers: a position on the circle of 2^64, the same on every machine.
-        timesteps = np.array([(self.start + j * GOLDEN) % 2 ** 64 * self.num_train_timesteps >> 64 for j in pairs]).repeat(2)
+        timesteps = np.array(
+            [(self.start + j * GOLDEN) % 2**64 * self.num_train_timesteps >> 64 for j in pairs]
+        ).repeat(2)
         wanted = slice(first % 2, first % 2 + count)
-        return torch.from_numpy(normals[wanted]).to(device), torch.from_numpy(timesteps[wanted]).to(device)
+        return torch.from_numpy(normals[wanted]).to(device), torch.from_numpy(timesteps[wanted]).to(
+            device
+        )
 
 
 class CompatDraws:
-    """The published program's: one torch generator on the device, noise and then a permutation of the timesteps."""
+    """The published program's: one torch generator on the device, noise and then a permutation of
+    the timesteps."""
 
     in_order = True
 
     def __init__(self, seed, num_train_timesteps, device):
-        self.generator, self.num_train_timesteps = torch.Generator(device).manual_seed(seed), num_train_timesteps
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.num_train_timesteps = num_train_timesteps
 
     def draw(self, first, batch_size, shape, device):
         """The next batch; it must be asked for in order."""
         normals = torch.randn((batch_size, *shape), generator=self.generator, device=device)
-        return normals, torch.randperm(self.num_train_timesteps, generator=self.generator, device=device)[:batch_size]
+        return normals, torch.randperm(
+            self.num_train_timesteps, generator=self.generator, device=device
+        )[:batch_size]
 
 
 class QueryGradient:
-    """The gradient of a query's loss, summed over draws: `pass_size` of them are drawn, and go through the model, at once.
+    """The gradient of a query's loss, summed over draws: `pass_size` of them are drawn, and go
+    through the model, at once.
 
-    latent: [C, h, w] and embedding: [tokens, features], on the model's device. Of weights other than K and V, `parameters`
-    must ask for gradients. autocast: dtype of the denoiser's products (of K and V alone), float32 where None.
+    latent: [C, h, w] and embedding: [tokens, features], on the model's device. Of weights other
+    than K and V, `parameters` must ask for gradients. autocast: dtype of the denoiser's products
+    (of K and V alone), float32 where None.
     """
 
     def __init__(self, model, parameters, latent, embedding, draws, pass_size, autocast=None):
-        self.model, self.parameters, self.latent, self.embedding, self.draws = model, parameters, latent, embedding, draws
+        self.model = model
+        self.parameters = parameters
+        self.latent = latent
+        self.embedding = embedding
+        self.draws = draws
         self.autocast = autocast
-        self.num_drawn = min(pass_size, CPU_PASS_DRAWS) if model.device.type == "cpu" and not draws.in_order else pass_size
+        self.num_drawn = (
+            min(pass_size, CPU_PASS_DRAWS)
+            if model.device.type == "cpu" and not draws.in_order
+            else pass_size
+        )
         self.pass_size = self.num_drawn  # memory only
-        names = {f"{layer}.{projection}.weight" for layer in text_layers(model.denoiser) for projection in PROJECTIONS}
+        names = {
+            f"{layer}.{projection}.weight"
+            for layer in text_layers(model.denoiser)
+            for projection in PROJECTIONS
+        }
         self.of_text = parameters.keys() == names
 
     def differentiate(self, normals, timesteps):
         """Gradient of the summed loss of some draws: {name: float32 tensor}."""
-        samples = self.model, self.latent.expand_as(normals), normals, timesteps, self.embedding[None]
+        samples = (
+            self.model,
+            self.latent.expand_as(normals),
+            normals,
+            timesteps,
+            self.embedding[None],
+        )
         if self.of_text:
-            return {name: gradients[0] for name, gradients in text_gradients(*samples, self.autocast)}
-        return dict(zip(self.parameters, torch.autograd.grad(sample_losses(*samples).sum(), list(self.parameters.values()))))
+            return {
+                name: gradients[0] for name, gradients in text_gradients(*samples, self.autocast)
+            }
+        return dict(
+            zip(
+                self.parameters,
+                torch.autograd.grad(sample_losses(*samples).sum(), list(self.parameters.values())),
+            )
+        )
 
     def sum_pass(self, normals, timesteps):
-        """`differentiate`, summed in float64; where the device's memory is full, in ever smaller passes from there on."""
+        """`differentiate`, summed in float64; where the device's memory is full, in ever smaller
+        passes from there on."""
+
         def sum_parts(size):
             sums = self.zeros()
             for part in zip(normals.split(size), timesteps.split(size)):
@@ -101,15 +152,24 @@ class QueryGradient:
 
     def zeros(self):
         """A sum of no gradients."""
-        return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.parameters.items()}
+        return {
+            name: torch.zeros_like(value, dtype=torch.float64)
+            for name, value in self.parameters.items()
+        }
 
     def add(self, sums, first, count):
-        """Adds the gradients of draws `first` to `first + count` to `sums`, in place, pass by pass in their order."""
+        """Adds the gradients of draws `first` to `first + count` to `sums`, in place, pass by pass
+        in their order."""
         starts = range(first, first + count, self.num_drawn)
         lock, waiting, early = Lock(), deque(starts), {}
 
         def draw(start):
-            return self.draws.draw(start, min(self.num_drawn, first + count - start), self.latent.shape, self.model.device)
+            return self.draws.draw(
+                start,
+                min(self.num_drawn, first + count - start),
+                self.latent.shape,
+                self.model.device,
+            )
 
         def work(start, drawn):
             gradients = self.sum_pass(*drawn)
@@ -132,7 +192,8 @@ def add_gradients(sums, gradients):
 
 
 def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_draws, pass_size):
-    """Mean gradient of the query's loss over `num_draws` draws, {name: float64 tensor}. Arguments as of `QueryGradient`."""
+    """Mean gradient of the query's loss over `num_draws` draws, {name: float64 tensor}. Arguments
+    as of `QueryGradient`."""
     gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size)
     sums = gradient.zeros()
     gradient.add(sums, first_draw, num_draws)
@@ -140,18 +201,22 @@ def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_
 
 
 def choose_rate(parameters, directions, change=AUTO_CHANGE):
-    """alpha / N with which a step along F^-1 grad L, {name: tensor}, moves the weights by `change`, relative to their norm:
-    change ||theta|| / ||F^-1 grad L||. Raises UserError where no rate does."""
+    """alpha / N with which a step along F^-1 grad L, {name: tensor}, moves the weights by `change`,
+    relative to their norm: change ||theta|| / ||F^-1 grad L||. Raises UserError where no rate
+    does."""
     weights, length = total_norm(parameters), total_norm(directions)
     if not 0 < length < math.inf:
-        raise UserError(f"--unlearn_lr {AUTO}: the query's gradient, divided by the Fisher, has the norm {length:g}: no step along it can be "
-                        "chosen; the model or the Fisher is broken")
+        raise UserError(
+            f"--unlearn_lr {AUTO}: the query's gradient, divided by the Fisher, has the norm "
+            f"{length:g}: no step along it can be "
+            "chosen; the model or the Fisher is broken"
+        )
     return change * weights / length
 
 
 def newton_step(parameters, gradients, fisher, rate=None):
-    """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N, by default that of `choose_rate`. Returns it.
-    Source: [AbU] Eq. 5."""
+    """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N, by default
+    that of `choose_rate`. Returns it. Source: [AbU] Eq. 5."""
     directions = fisher.precondition(gradients)
     rate = choose_rate(parameters, directions) if rate is None else rate
     for name, direction in directions.items():
@@ -159,28 +224,58 @@ def newton_step(parameters, gradients, fisher, rate=None):
     return rate
 
 
-def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps, draws_a_step, pass_size, autocast=None,
-            checkpoint_path=None, identity=None, progress=lambda count: None, on_step=lambda rate: None):
-    """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton steps, each along the mean
-    gradient of `draws_a_step` draws. rate: alpha / N, None where each step's is chosen; on_step is told it. pass_size: draws in one
-    pass; memory only, but with CompatDraws. autocast: see QueryGradient.
+def unlearn(
+    model,
+    parameters,
+    latent,
+    embedding,
+    draws,
+    fisher,
+    *,
+    rate,
+    steps,
+    draws_a_step,
+    pass_size,
+    autocast=None,
+    checkpoint_path=None,
+    identity=None,
+    progress=lambda count: None,
+    on_step=lambda rate: None,
+):
+    """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton
+    steps, each along the mean gradient of `draws_a_step` draws. rate: alpha / N, None where each
+    step's is chosen; on_step is told it. pass_size: draws in one pass; memory only, but with
+    CompatDraws. autocast: see QueryGradient.
 
-    The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so far are written beside
-    `checkpoint_path`, under a name that holds the digest of `identity`; a run that was killed goes on from there.
+    The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so
+    far are written beside `checkpoint_path`, under a name that holds the digest of `identity`; a
+    run that was killed goes on from there.
     """
-    checkpoint = Path(f"{checkpoint_path}.{digest(identity)[:16]}.checkpoint") if checkpoint_path else None
+    checkpoint = (
+        Path(f"{checkpoint_path}.{digest(identity)[:16]}.checkpoint") if checkpoint_path else None
+    )
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    gradient, total = QueryGradient(model, parameters, latent, embedding, draws, pass_size, autocast), steps * draws_a_step
+    gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size, autocast)
+    total = steps * draws_a_step
     # Cut alike with checkpoints and without, so that a run that was killed sums in the same order.
     segment = max(1, CHECKPOINT_DRAWS // gradient.num_drawn) * gradient.num_drawn
     with tracked(parameters), replaced_weights(model.denoiser, originals):
         done, sums = torch.tensor(0), gradient.zeros()
-        state = {"draws": done, **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
-                 **{f"weight {name}": parameter.data for name, parameter in parameters.items()}}
+        state = {
+            "draws": done,
+            **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
+            **{f"weight {name}": parameter.data for name, parameter in parameters.items()},
+        }
         found = read_tensor_chunk(checkpoint) if checkpoint and checkpoint.exists() else {}
-        if found and ({name: value.shape for name, value in found.items()} != {name: value.shape for name, value in state.items()}
-                      or not 0 <= found["draws"] <= total):
-            raise UserError(f"{checkpoint}: is not a checkpoint of this unlearning; remove it and run the same command again")
+        if found and (
+            {name: value.shape for name, value in found.items()}
+            != {name: value.shape for name, value in state.items()}
+            or not 0 <= found["draws"] <= total
+        ):
+            raise UserError(
+                f"{checkpoint}: is not a checkpoint of this unlearning; remove it and run the "
+                f"same command again"
+            )
         for name, value in found.items():
             state[name].copy_(value)
         progress(int(done))
@@ -189,13 +284,27 @@ def unlearn(model, parameters, latent, embedding, draws, fisher, *, rate, steps,
             gradient.add(sums, int(done), count)
             done += count
             if done % draws_a_step == 0:
-                on_step(newton_step(parameters, {name: value / draws_a_step for name, value in sums.items()}, fisher, rate))
+                on_step(
+                    newton_step(
+                        parameters,
+                        {name: value / draws_a_step for name, value in sums.items()},
+                        fisher,
+                        rate,
+                    )
+                )
                 for value in sums.values():
                     value.zero_()
             progress(count)
-            if checkpoint and done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS and done < total:
+            if (
+                checkpoint
+                and done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS
+                and done < total
+            ):
                 write_tensor_chunk(checkpoint, state)
-        return {name: (parameter.detach() - originals[name]).cpu() for name, parameter in parameters.items()}
+        return {
+            name: (parameter.detach() - originals[name]).cpu()
+            for name, parameter in parameters.items()
+        }
 
 
 def remove_checkpoints(checkpoint_path):
@@ -220,4 +329,7 @@ def check_change(query_id, change):
     """Raises UserError where unlearning diverged."""
     for name, delta in change.items():
         if not torch.isfinite(delta).all():
-            raise UserError(f"unlearning {query_id} diverged: {name} is no longer finite; try a smaller --unlearn_lr (or {AUTO}) or a larger --damping")
+            raise UserError(
+                f"unlearning {query_id} diverged: {name} is no longer finite; try a smaller "
+                f"--unlearn_lr (or {AUTO}) or a larger --damping"
+            )

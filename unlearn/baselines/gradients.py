@@ -1,7 +1,8 @@
-"""Gradients of single images, reduced at once to a few numbers each, and the scores that TRAK makes of them.
+"""Gradients of single images, reduced at once to a few numbers each, and the scores that TRAK makes
+of them.
 
-[TRAK]: Park et al., ICML 2023, arXiv 2303.14186. [Journey]: Georgiev et al. 2023, arXiv 2312.06205. [D-TRAK]: Zheng et al.,
-ICLR 2024, arXiv 2311.00500.
+[TRAK]: Park et al., ICML 2023, arXiv 2303.14186. [Journey]: Georgiev et al. 2023, arXiv 2312.06205.
+[D-TRAK]: Zheng et al., ICLR 2024, arXiv 2311.00500.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -27,63 +28,117 @@ BLOCK_ROWS = 4096  # feature rows in memory at once
 
 
 def output_norms(model, latents, noise, timesteps, embeddings):
-    """|| prediction ||^2 of each sample: [batch] float64. Source: [D-TRAK] section 3, the squared L2 norm of the output."""
+    """|| prediction ||^2 of each sample: [batch] float64. Source: [D-TRAK] section 3, the squared
+    L2 norm of the output."""
     prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings)
     return prediction.double().square().sum(dim=tuple(range(1, prediction.ndim)))
 
 
-FUNCTIONS = {"loss": sample_losses, "norm": output_norms}  # whose gradients are taken, of samples as in losses.sample_losses
+FUNCTIONS = {
+    "loss": sample_losses,
+    "norm": output_norms,
+}  # whose gradients are taken, of samples as in losses.sample_losses
 
 
 def mean_gradient(model, parameters, function, samples, batch_size):
-    """Gradient of a function's mean over samples, {name: tensor}; `batch_size` samples go through the model at once.
+    """Gradient of a function's mean over samples, {name: tensor}; `batch_size` samples go through
+    the model at once.
 
     samples: latents, noise, timesteps, embeddings, on the model's device; parameters: `tracked`.
     """
     total, count = None, len(samples[0])
     for start in range(0, count, batch_size):
-        values = FUNCTIONS[function](model, *(tensor[start:start + batch_size] for tensor in samples))
-        gradients = torch.autograd.grad(values.sum() / count, list(parameters.values()), materialize_grads=True)
-        total = gradients if total is None else [sum + gradient for sum, gradient in zip(total, gradients)]
+        values = FUNCTIONS[function](
+            model, *(tensor[start : start + batch_size] for tensor in samples)
+        )
+        gradients = torch.autograd.grad(
+            values.sum() / count, list(parameters.values()), materialize_grads=True
+        )
+        total = (
+            gradients
+            if total is None
+            else [sum + gradient for sum, gradient in zip(total, gradients)]
+        )
     return dict(zip(parameters, total))
 
 
 def view_samples(training_set, view, image, grid, normals, device):
-    """The samples of one view of an image: each caption at each timestep. normals: [captions * timesteps, C, h, w]."""
-    latent, embeddings = (torch.from_numpy(np.array(array, np.float32)).to(device)
-                          for array in (training_set.latents[view, image], training_set.embeddings[image]))
-    check_pixels(f"latents or embeddings of {training_set.ids[image]}", [float(latent.sum()), float(embeddings.sum())])
+    """The samples of one view of an image: each caption at each timestep. normals: [captions *
+    timesteps, C, h, w]."""
+    latent, embeddings = (
+        torch.from_numpy(np.array(array, np.float32)).to(device)
+        for array in (training_set.latents[view, image], training_set.embeddings[image])
+    )
+    check_pixels(
+        f"latents or embeddings of {training_set.ids[image]}",
+        [float(latent.sum()), float(embeddings.sum())],
+    )
     normals = torch.from_numpy(normals).to(device)
-    return (latent.expand_as(normals), normals, torch.tensor(grid, device=device).repeat(len(embeddings)),
-            embeddings.repeat_interleave(len(grid), dim=0))
+    return (
+        latent.expand_as(normals),
+        normals,
+        torch.tensor(grid, device=device).repeat(len(embeddings)),
+        embeddings.repeat_interleave(len(grid), dim=0),
+    )
 
 
-def reduce_images(model, parameters, function, training_set, images, grid, noise_seed, batch_size, reduce, pool):
-    """`reduce` of each image's mean gradient over captions and grid, under the image's own noise, as in losses.score_rows:
-    [images, views, size] float32. reduce: from {name: tensor} to [size].
+def reduce_images(
+    model, parameters, function, training_set, images, grid, noise_seed, batch_size, reduce, pool
+):
+    """`reduce` of each image's mean gradient over captions and grid, under the image's own noise,
+    as in losses.score_rows: [images, views, size] float32. reduce: from {name: tensor} to [size].
 
-    One backward pass an image and view, whose samples fill the batch: on a CPU as fast as per-sample gradients of many
-    images at once (vmap, or outer products by layer), and only one gradient is ever held.
+    One backward pass an image and view, whose samples fill the batch: on a CPU as fast as
+    per-sample gradients of many images at once (vmap, or outer products by layer), and only one
+    gradient is ever held.
     """
     num_views = training_set.latents.shape[0]
     rows = rows_of(images, len(training_set), num_views)
     normals = chunk_noise(training_set, rows, grid, noise_seed, pool)
-    reduced = [reduce(mean_gradient(model, parameters, function, view_samples(
-        training_set, *divmod(int(row), len(training_set)), grid, normals[position], model.device), batch_size))
-        for position, row in enumerate(rows)]
-    return torch.stack(reduced).float().cpu().numpy().reshape(num_views, len(images), -1).swapaxes(0, 1)
+    reduced = [
+        reduce(
+            mean_gradient(
+                model,
+                parameters,
+                function,
+                view_samples(
+                    training_set,
+                    *divmod(int(row), len(training_set)),
+                    grid,
+                    normals[position],
+                    model.device,
+                ),
+                batch_size,
+            )
+        )
+        for position, row in enumerate(rows)
+    ]
+    return (
+        torch.stack(reduced)
+        .float()
+        .cpu()
+        .numpy()
+        .reshape(num_views, len(images), -1)
+        .swapaxes(0, 1)
+    )
 
 
 def cache_reduced(path, identity, training_set, compute, overwrite):
-    """What `compute(images, pool)` gives of every image, [N, views, size] float32, memory-mapped from `path` (.npy). Chunks
-    of images stand beside it until all are done, so that a run that was killed goes on and processes share them. Raises UserError
-    where the file was made with other settings and may not be overwritten."""
+    """What `compute(images, pool)` gives of every image, [N, views, size] float32, memory-mapped
+    from `path` (.npy). Chunks of images stand beside it until all are done, so that a run that was
+    killed goes on and processes share them. Raises UserError where the file was made with other
+    settings and may not be overwritten."""
     folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
     starts = range(0, len(training_set), CHUNK_IMAGES)
-    chunks = {folder / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set))) for start in starts}
+    chunks = {
+        folder / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set)))
+        for start in starts
+    }
 
     def keep():
-        return keep_complete(path, identity, overwrite, "give --overwrite to replace it, or another --result_dir")
+        return keep_complete(
+            path, identity, overwrite, "give --overwrite to replace it, or another --result_dir"
+        )
 
     while not keep():
         make_folder(folder)
@@ -91,17 +146,25 @@ def cache_reduced(path, identity, training_set, compute, overwrite):
             break
         fill_chunks(folder, chunks, compute, path.parent.name)
         with suppress(FileNotFoundError):  # the folder is gone: another process was done
-            do_once(folder, "result", keep, lambda: join_chunks(path, identity, chunks, training_set))
+            do_once(
+                folder, "result", keep, lambda: join_chunks(path, identity, chunks, training_set)
+            )
     remove_folders(path)
     return read_array(path, "gradients")
 
 
 def fill_chunks(folder, chunks, compute, description):
-    """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those that other processes are at are
-    theirs. Returns when all are there, or the folder is not, because another process was done with it."""
+    """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those
+    that other processes are at are theirs. Returns when all are there, or the folder is not,
+    because another process was done with it."""
     done = sum(len(images) for chunk, images in chunks.items() if chunk.exists())
-    with (ThreadPoolExecutor(4) as pool, progress(sum(map(len, chunks.values())), f"gradients, {description}", "images", done) as bar,
-          Share(folder, {chunk: chunk.stem for chunk in chunks}, Path.exists) as share):
+    with (
+        ThreadPoolExecutor(4) as pool,
+        progress(
+            sum(map(len, chunks.values())), f"gradients, {description}", "images", done
+        ) as bar,
+        Share(folder, {chunk: chunk.stem for chunk in chunks}, Path.exists) as share,
+    ):
         for chunk in share:
             with finishing(), suppress(FileNotFoundError):
                 write_array_chunk(chunk, compute(chunks[chunk], pool))
@@ -114,52 +177,81 @@ def join_chunks(path, identity, chunks, training_set):
     first = read_array_chunk(next(iter(chunks)))
     record_path(path).unlink(missing_ok=True)
     with whole_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
-                                                    "shape": (len(training_set), *first.shape[1:])})
+        np.lib.format.write_array_header_1_0(
+            file,
+            {
+                "descr": "<f4",
+                "fortran_order": False,
+                "shape": (len(training_set), *first.shape[1:]),
+            },
+        )
         for chunk in chunks:
             array = read_array_chunk(chunk)
-            check_pixels(f"gradients of {training_set.ids[chunks[chunk][0]]} and the next {len(array) - 1} images", array)
+            check_pixels(
+                f"gradients of {training_set.ids[chunks[chunk][0]]} and the next "
+                f"{len(array) - 1} images",
+                array,
+            )
             file.write(array.tobytes())
     write_record(path, identity)
 
 
 def kernel_scores(features, queries, damping):
-    """phi(z)^T (Phi^T Phi + lambda I)^-1 phi(z_hat) of all views of all images, [queries, N, views] float64; Phi holds every
-    view as a row, lambda is `damping` times the mean of the diagonal of Phi^T Phi.
+    """phi(z)^T (Phi^T Phi + lambda I)^-1 phi(z_hat) of all views of all images, [queries, N, views]
+    float64; Phi holds every view as a row, lambda is `damping` times the mean of the diagonal of
+    Phi^T Phi.
 
-    features: [N, views, size]; queries: [queries, size]. Removing an image of high score raises the function that the
-    gradients are of. Source: [TRAK] Eq. 13 without the diagonal Q, which [D-TRAK] leaves out; lambda as in [D-TRAK].
+    features: [N, views, size]; queries: [queries, size]. Removing an image of high score raises the
+    function that the gradients are of. Source: [TRAK] Eq. 13 without the diagonal Q, which [D-TRAK]
+    leaves out; lambda as in [D-TRAK].
     """
     rows = features.reshape(-1, features.shape[-1])
     blocks = range(0, len(rows), BLOCK_ROWS)
     kernel = np.zeros((rows.shape[1], rows.shape[1]))
     for start in blocks:
-        block = np.asarray(rows[start:start + BLOCK_ROWS], np.float64)
+        block = np.asarray(rows[start : start + BLOCK_ROWS], np.float64)
         kernel += block.T @ block
     kernel[np.diag_indices_from(kernel)] += damping * np.trace(kernel) / len(kernel)
     solved = np.linalg.solve(kernel, np.asarray(queries, np.float64).T)
-    scores = [np.asarray(rows[start:start + BLOCK_ROWS], np.float64) @ solved for start in blocks]
+    scores = [np.asarray(rows[start : start + BLOCK_ROWS], np.float64) @ solved for start in blocks]
     return np.concatenate(scores).T.reshape(len(queries), *features.shape[:2])
 
 
-EXPECTED = {  # prediction type -> the latents that a prediction expects at the end, from alpha-bar, noisy latents, prediction
-    "epsilon": lambda alpha_bar, noisy, prediction: (noisy - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt(),
+# prediction type -> the latents that a prediction expects at the end, from alpha-bar, noisy
+# latents, prediction
+EXPECTED = {
+    "epsilon": lambda alpha_bar, noisy, prediction: (
+        (noisy - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+    ),
     "sample": lambda alpha_bar, noisy, prediction: prediction,
-    "v_prediction": lambda alpha_bar, noisy, prediction: alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * prediction,
+    "v_prediction": lambda alpha_bar, noisy, prediction: (
+        alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * prediction
+    ),
 }
 
 
 @torch.no_grad()
 def expected_latents(model, embedding, start, num_steps):
-    """What the model expects the final latents to be at each step of the sampling trajectory from `start`: latents
-    [steps, C, h, w] and the steps' timesteps, on the model's device.
+    """What the model expects the final latents to be at each step of the sampling trajectory from
+    `start`: latents [steps, C, h, w] and the steps' timesteps, on the model's device.
 
-    embedding: [tokens, features]; start: noise [C, h, w]; sampled as in generation.generate_latents, without guidance.
-    Source: [Journey], which attributes a step by what the model expects there, not by the final image.
+    embedding: [tokens, features]; start: noise [C, h, w]; sampled as in
+    generation.generate_latents, without guidance. Source: [Journey], which attributes a step by
+    what the model expects there, not by the final image.
     """
     noisy, timesteps = [], []
-    generate_latents(model, embedding[None], start[None], num_steps, callback=lambda latents, timestep: (
-        noisy.append(latents[0].clone()), timesteps.append(int(timestep))))
+    generate_latents(
+        model,
+        embedding[None],
+        start[None],
+        num_steps,
+        callback=lambda latents, timestep: (
+            noisy.append(latents[0].clone()),
+            timesteps.append(int(timestep)),
+        ),
+    )
     noisy, timesteps = torch.stack(noisy), torch.tensor(timesteps, device=model.device)
     prediction = model.predict(noisy, timesteps, embedding.expand(len(noisy), -1, -1))
-    return EXPECTED[model.prediction_type](model.alpha_bars[timesteps][:, None, None, None], noisy, prediction), timesteps
+    return EXPECTED[model.prediction_type](
+        model.alpha_bars[timesteps][:, None, None, None], noisy, prediction
+    ), timesteps

@@ -1,4 +1,5 @@
-"""What a piece of work costs: seconds, peak memory, floating-point operations, and the machine's own ceiling."""
+"""What a piece of work costs: seconds, peak memory, floating-point operations, and the machine's
+own ceiling."""
 
 import ctypes
 import re
@@ -13,22 +14,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SECONDS_BETWEEN_SAMPLES = 0.01  # of the process's memory
 CEILING_SECONDS = 2.0
-CEILING_SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices whose product is the ceiling
+CEILING_SIZES = {
+    "cpu": 2048,
+    "cuda": 8192,
+}  # rows and columns of the matrices whose product is the ceiling
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 def anonymous_bytes():
-    """Anonymous resident memory of this process, which no memory-mapped file is part of; None where the system does not tell
-    (it is Linux's)."""
+    """Anonymous resident memory of this process, which no memory-mapped file is part of; None where
+    the system does not tell (it is Linux's)."""
     try:
-        found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
 
 
 def hand_back_memory():
-    """Gives the system what was freed but kept for later, so that one measurement's peak is not the one before's (glibc only)."""
+    """Gives the system what was freed but kept for later, so that one measurement's peak is not the
+    one before's (glibc only)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
@@ -42,8 +49,9 @@ def synchronise(device):
 
 @contextmanager
 def metered(device):
-    """Yields a dictionary; at the end it holds `seconds`, `host_bytes` (peak of anonymous memory, the whole process's; None
-    where it cannot be told) and `device_bytes` (peak of allocated CUDA memory; None on a CPU)."""
+    """Yields a dictionary; at the end it holds `seconds`, `host_bytes` (peak of anonymous memory,
+    the whole process's; None where it cannot be told) and `device_bytes` (peak of allocated CUDA
+    memory; None on a CPU)."""
     hand_back_memory()
     costs, peak, done = {"device_bytes": None}, anonymous_bytes(), threading.Event()
 
@@ -73,19 +81,24 @@ def metered(device):
 
 
 def count_flops(work):
-    """Floating-point operations of the matrix products and convolutions of one call of `work`, its backward passes too.
-    Attention is taken apart into its products for that: not every fused kernel of it is known to the counter."""
+    """Floating-point operations of the matrix products and convolutions of one call of `work`, its
+    backward passes too. Attention is taken apart into its products for that: not every fused kernel
+    of it is known to the counter."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
 
 
 def measure_ceiling(device, precision, size=None, seconds=CEILING_SECONDS):
-    """Floating-point operations a second of a large matrix product, the best of many, on a device with all of torch's
-    threads. precision: fp32, tf32 or bf16; the flags of the first two are the caller's to set."""
+    """Floating-point operations a second of a large matrix product, the best of many, on a device
+    with all of torch's threads. precision: fp32, tf32 or bf16; the flags of the first two are the
+    caller's to set."""
     size = size or CEILING_SIZES[device.type]
     generator = torch.Generator(device).manual_seed(0)
-    first, second = (torch.randn(size, size, device=device, generator=generator).to(DTYPES[precision]) for _ in range(2))
+    first, second = (
+        torch.randn(size, size, device=device, generator=generator).to(DTYPES[precision])
+        for _ in range(2)
+    )
     shortest, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds or shortest == float("inf"):
         synchronise(device)
@@ -93,4 +106,4 @@ def measure_ceiling(device, precision, size=None, seconds=CEILING_SECONDS):
         torch.mm(first, second)
         synchronise(device)
         shortest = min(shortest, time.perf_counter() - begin)
-    return 2 * size ** 3 / shortest
+    return 2 * size**3 / shortest

@@ -24,23 +24,43 @@ MOST_PUBLISHED_IMAGES = 2000  # what the published loop costs for more follows f
 
 
 def result(bench, scores, costs, flops, precision, **more):
-    """What a procedure gives: scores {size: [exact queries, N]}, the costs of its sweeps, operations a sample, the precision
-    of its products; how many queries a sweep serves and how many images are in it, and what else is not as usual."""
-    return {"scores": scores, "costs": costs, "flops": flops, "precision": precision, "queries_a_sweep": 1, "load_seconds": 0.0,
-            "unlearn_seconds": bench.unlearn_seconds, "warm_up_seconds": None, "is_variant": False, "reference": None,
-            "images_a_sweep": len(bench.world.training_set), "scan_seconds": 0.0, "build_seconds": None, **more}
+    """What a procedure gives: scores {size: [exact queries, N]}, the costs of its sweeps,
+    operations a sample, the precision of its products; how many queries a sweep serves and how many
+    images are in it, and what else is not as usual."""
+    return {
+        "scores": scores,
+        "costs": costs,
+        "flops": flops,
+        "precision": precision,
+        "queries_a_sweep": 1,
+        "load_seconds": 0.0,
+        "unlearn_seconds": bench.unlearn_seconds,
+        "warm_up_seconds": None,
+        "is_variant": False,
+        "reference": None,
+        "images_a_sweep": len(bench.world.training_set),
+        "scan_seconds": 0.0,
+        "build_seconds": None,
+        **more,
+    }
 
 
 def warm_up_sweep(bench, measure, batch_size, num_images=WARM_UP_IMAGES):
     """What a sweep over the first images costs; kernels are chosen, compiled and loaded in it."""
-    return run_sweep(bench, measure, batch_size, "warm-up", images=min(num_images, len(bench.world.training_set)))[1]
+    return run_sweep(
+        bench, measure, batch_size, "warm-up", images=min(num_images, len(bench.world.training_set))
+    )[1]
 
 
 def score_exactly(bench, precision="fp32", autocast=None, variant=None):
-    """Differences of the losses. variant: a context that makes another UNet of the UNet for a while."""
+    """Differences of the losses. variant: a context that makes another UNet of the UNet for a
+    while."""
     device = bench.world.model.device
-    # A variant meets every size of a pass in its warm-up: those of a whole chunk and those of the last.
-    warm_up_images = CHUNK_IMAGES + len(bench.world.training_set) % CHUNK_IMAGES if variant else WARM_UP_IMAGES
+    # A variant meets every size of a pass in its warm-up: those of a whole chunk and those of the
+    # last.
+    warm_up_images = (
+        CHUNK_IMAGES + len(bench.world.training_set) % CHUNK_IMAGES if variant else WARM_UP_IMAGES
+    )
 
     def measure(*samples):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -49,33 +69,54 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None):
     flops = count_sample_flops(bench, measure)
     with precision_set(precision), variant(bench.denoiser) if variant else nullcontext():
         warm_up = warm_up_sweep(bench, measure, bench.args.batch_size, warm_up_images)
-        scores, costs = score_differences(bench, lambda: run_sweep(bench, measure, bench.args.batch_size, f"exact {precision}"))
-    return result(bench, scores, costs, flops, precision, warm_up_seconds=warm_up["seconds"], is_variant=variant is not None)
+        scores, costs = score_differences(
+            bench, lambda: run_sweep(bench, measure, bench.args.batch_size, f"exact {precision}")
+        )
+    return result(
+        bench,
+        scores,
+        costs,
+        flops,
+        precision,
+        warm_up_seconds=warm_up["seconds"],
+        is_variant=variant is not None,
+    )
 
 
 def score_together(bench):
-    """Differences of the losses of several queries that one sweep gives: as many as scoring takes together, or all exact ones."""
-    batch_size, together = bench.args.batch_size, range(min(len(bench.changes), max(TOGETHER, bench.args.num_exact)))
+    """Differences of the losses of several queries that one sweep gives: as many as scoring takes
+    together, or all exact ones."""
+    batch_size = bench.args.batch_size
+    together = range(min(len(bench.changes), max(TOGETHER, bench.args.num_exact)))
     before, _ = run_sweep(bench, loss_sums, batch_size, "before")
     scores, all_costs = {}, []
     for size in bench.factors:
-        with changed_losses(bench.denoiser, [bench.change(query, size) for query in together]) as measure_of:
+        with changed_losses(
+            bench.denoiser, [bench.change(query, size) for query in together]
+        ) as measure_of:
             measure = measure_of(together)
             flops = count_sample_flops(bench, measure)
             warm_up_sweep(bench, measure, batch_size)
             after, costs = run_sweep(bench, measure, batch_size, "exact together")
-        scores[size] = np.array([best_view(loss_changes(before, after[:, query])) for query in range(bench.args.num_exact)])
+        scores[size] = np.array(
+            [
+                best_view(loss_changes(before, after[:, query]))
+                for query in range(bench.args.num_exact)
+            ]
+        )
         all_costs.append(costs)
     return result(bench, scores, all_costs, flops, "fp32", queries_a_sweep=len(together))
 
 
-reference = cache(score_exactly)  # float32 with TensorFloat-32 off: what every fidelity is measured against
+reference = cache(
+    score_exactly
+)  # float32 with TensorFloat-32 off: what every fidelity is measured against
 
 
 @contextmanager
 def compiled(unet):
-    """The UNet, compiled, once for each size of a pass: with sizes left open, guards alone took a quarter of an hour. As it was at
-    the end."""
+    """The UNet, compiled, once for each size of a pass: with sizes left open, guards alone took a
+    quarter of an hour. As it was at the end."""
     unet.forward = torch.compile(unet.forward, dynamic=False)
     try:
         yield
@@ -100,8 +141,12 @@ def score_midpoints(bench, precision="fp32"):
 
     def score(query, size):
         with changed_weights(bench.denoiser, bench.change(query, size, 0.5)):
-            dots, costs = run_sweep(bench, gradient_dots([bench.change(query, size)], autocast), bench.args.gradient_batch_size,
-                                    f"midpoint {precision}")
+            dots, costs = run_sweep(
+                bench,
+                gradient_dots([bench.change(query, size)], autocast),
+                bench.args.gradient_batch_size,
+                f"midpoint {precision}",
+            )
         return best_view(dots[:, 0]), costs
 
     measure = gradient_dots(bench.changes[:1], autocast)
@@ -112,20 +157,35 @@ def score_midpoints(bench, precision="fp32"):
 
 
 def score_gradients(bench, precision="fp32"):
-    """First and second order at the original weights along every query's change, in one sweep for each size."""
+    """First and second order at the original weights along every query's change, in one sweep for
+    each size."""
     scores, all_costs = {}, []
     for size in bench.factors:
-        measure = second_order_dots([bench.change(query, size) for query in range(len(bench.changes))], AUTOCAST[precision])
+        measure = second_order_dots(
+            [bench.change(query, size) for query in range(len(bench.changes))], AUTOCAST[precision]
+        )
         with precision_set(precision):
             warm_up_sweep(bench, measure, bench.args.gradient_batch_size)
-            orders, costs = run_sweep(bench, measure, bench.args.gradient_batch_size, f"gradient {precision}")
-        scores[size] = np.array([best_view(orders[:, query]) for query in range(bench.args.num_exact)])
+            orders, costs = run_sweep(
+                bench, measure, bench.args.gradient_batch_size, f"gradient {precision}"
+            )
+        scores[size] = np.array(
+            [best_view(orders[:, query]) for query in range(bench.args.num_exact)]
+        )
         all_costs.append(costs)
-    return result(bench, scores, all_costs, count_sample_flops(bench, measure), precision, queries_a_sweep=len(bench.changes))
+    return result(
+        bench,
+        scores,
+        all_costs,
+        count_sample_flops(bench, measure),
+        precision,
+        queries_a_sweep=len(bench.changes),
+    )
 
 
 def score_shortlists(bench, precision="fp32"):
-    """An index, built once and timed, ranks all images; the best of them and an audit's are scored exactly."""
+    """An index, built once and timed, ranks all images; the best of them and an audit's are scored
+    exactly."""
     world, images = bench.world, bench.world.training_set
     sweep = Sweep(images, world.grid, bench.args.gradient_batch_size, bench.args.seed)
     with metered(world.model.device) as building:
@@ -139,23 +199,41 @@ def score_shortlists(bench, precision="fp32"):
         num_kept.append(len(kept))
         before, _ = run_sweep(bench, loss_sums, bench.args.batch_size, "cached", images=kept)
         with changed_weights(bench.denoiser, bench.change(query, size)):
-            after, costs = run_sweep(bench, loss_sums, bench.args.batch_size, "shortlist", images=kept)
+            after, costs = run_sweep(
+                bench, loss_sums, bench.args.batch_size, "shortlist", images=kept
+            )
         mixed = estimates[size][query].astype(np.float64)
         mixed[rows] = loss_changes(before, after)
         return best_view(mixed), costs
 
     with metered(world.model.device) as scan:
         index = Index(bench.folder / "index", world.model, sweep, world.fisher, "")
-        estimates = {size: index.estimate([{name: delta.cpu() for name, delta in bench.change(query, size).items()}
-                                           for query in range(len(bench.changes))]) for size in bench.factors}
+        estimates = {
+            size: index.estimate(
+                [
+                    {name: delta.cpu() for name, delta in bench.change(query, size).items()}
+                    for query in range(len(bench.changes))
+                ]
+            )
+            for size in bench.factors
+        }
     scores, costs = score_each(bench, score)
     flops = count_sample_flops(bench, loss_sums)
-    return result(bench, scores, costs, flops, precision, images_a_sweep=num_kept[0], build_seconds=building["seconds"],
-                  scan_seconds=scan["seconds"] / len(bench.changes) / len(bench.factors))
+    return result(
+        bench,
+        scores,
+        costs,
+        flops,
+        precision,
+        images_a_sweep=num_kept[0],
+        build_seconds=building["seconds"],
+        scan_seconds=scan["seconds"] / len(bench.changes) / len(bench.factors),
+    )
 
 
 def score_as_published(bench):
-    """The published program's loop, and as its reference float32 differences under its own noise."""
+    """The published program's loop, and as its reference float32 differences under its own
+    noise."""
     world, args = bench.world, bench.args
     device, alpha_bars = world.model.device, world.model.alpha_bars
     num_images = min(len(world.training_set), MOST_PUBLISHED_IMAGES)
@@ -166,15 +244,32 @@ def score_as_published(bench):
         training_set = world.training_set.first(images or num_images)
         num_samples = training_set.latents.shape[0] * len(training_set) * len(world.grid)
         with metered(device) as costs, progress(num_samples, "published", "samples") as bar:
-            losses = published_losses(bench.denoiser, alpha_bars, training_set, world.grid, args.batch_size, bar.update)
+            losses = published_losses(
+                bench.denoiser, alpha_bars, training_set, world.grid, args.batch_size, bar.update
+            )
         return losses, costs
 
     def measure(model, latents, noise, timesteps, embeddings):
         with torch.no_grad():
-            batch_losses(model.denoiser, alpha_bars, latents, noise, timesteps, embeddings.expand(len(latents), -1, -1))
+            batch_losses(
+                model.denoiser,
+                alpha_bars,
+                latents,
+                noise,
+                timesteps,
+                embeddings.expand(len(latents), -1, -1),
+            )
 
-    step = partial(published_step, bench.denoiser, world.parameters, alpha_bars, *world.query(0), fisher, world.rate or 1.0,
-                   args.unlearn_batch_size)
+    step = partial(
+        published_step,
+        bench.denoiser,
+        world.parameters,
+        alpha_bars,
+        *world.query(0),
+        fisher,
+        world.rate or 1.0,
+        args.unlearn_batch_size,
+    )
     with default_flags(), stock_layers(bench.denoiser):
         flops = count_sample_flops(bench, measure)
         step(1)
@@ -182,10 +277,21 @@ def score_as_published(bench):
             step(args.unlearn_grad_accum_steps)
         find_losses(min(WARM_UP_IMAGES, num_images))
         scores, costs = score_differences(bench, find_losses)
-    reference_scores, _ = score_differences(bench, lambda: run_sweep(bench, loss_sums, args.batch_size, "its reference",
-                                                                     "abu", num_images))
-    return result(bench, scores, costs, flops, "fp32", load_seconds=load["seconds"], unlearn_seconds=unlearning["seconds"],
-                  reference=reference_scores, images_a_sweep=num_images)
+    reference_scores, _ = score_differences(
+        bench,
+        lambda: run_sweep(bench, loss_sums, args.batch_size, "its reference", "abu", num_images),
+    )
+    return result(
+        bench,
+        scores,
+        costs,
+        flops,
+        "fp32",
+        load_seconds=load["seconds"],
+        unlearn_seconds=unlearning["seconds"],
+        reference=reference_scores,
+        images_a_sweep=num_images,
+    )
 
 
 PROCEDURES = {

@@ -1,4 +1,5 @@
-"""How cost grows with images and timesteps: training sets of any size in a model's own shapes, made up and memory-mapped."""
+"""How cost grows with images and timesteps: training sets of any size in a model's own shapes, made
+up and memory-mapped."""
 
 import numpy as np
 
@@ -16,17 +17,24 @@ WRITTEN_AT_ONCE = 1000  # images
 
 
 def make_training_set(num_images, latent_shape, embedding, path, seed=0):
-    """A training set of standard normals, its latents in the file `path` (.npy, memory-mapped), all of one text.
-    embedding: [tokens, features]."""
+    """A training set of standard normals, its latents in the file `path` (.npy, memory-mapped), all
+    of one text. embedding: [tokens, features]."""
     generator = np.random.default_rng(seed)
     latents = np.lib.format.open_memmap(path, "w+", np.float32, (2, num_images, *latent_shape))
     for start in range(0, num_images, WRITTEN_AT_ONCE):
-        block = latents[:, start:start + WRITTEN_AT_ONCE]
+        block = latents[:, start : start + WRITTEN_AT_ONCE]
         block[:] = generator.standard_normal(block.shape, np.float32)
     latents.flush()
     embeddings = np.broadcast_to(embedding, (num_images, 1, *embedding.shape))
-    return TrainingSet("scaling", [f"made up/{index:06d}" for index in range(num_images)], [""] * num_images, [None] * num_images,
-                       read_array(path), embeddings, f"seeded {seed}")
+    return TrainingSet(
+        "scaling",
+        [f"made up/{index:06d}" for index in range(num_images)],
+        [""] * num_images,
+        [None] * num_images,
+        read_array(path),
+        embeddings,
+        f"seeded {seed}",
+    )
 
 
 def measure_sweep(bench, training_set, grid, measure, batch_size):
@@ -34,27 +42,43 @@ def measure_sweep(bench, training_set, grid, measure, batch_size):
     folder = bench.folder / "scaling"
     folder.mkdir(exist_ok=True)
     with metered(bench.world.model.device) as costs:
-        Sweep(training_set, grid, batch_size).run(bench.world.model, folder, f"{len(training_set)} images x {len(grid)}", measure)
+        Sweep(training_set, grid, batch_size).run(
+            bench.world.model, folder, f"{len(training_set)} images x {len(grid)}", measure
+        )
     for chunk in folder.iterdir():
         chunk.unlink()
     num_samples = 2 * len(training_set) * len(grid)
-    return {"seconds": costs["seconds"], "microseconds_a_sample": costs["seconds"] / num_samples * 1e6,
-            "peak_host_bytes": costs["host_bytes"], "peak_device_bytes": costs["device_bytes"]}
+    return {
+        "seconds": costs["seconds"],
+        "microseconds_a_sample": costs["seconds"] / num_samples * 1e6,
+        "peak_host_bytes": costs["host_bytes"],
+        "peak_device_bytes": costs["device_bytes"],
+    }
 
 
 def measure_scaling(bench, sizes, grids=GRIDS):
-    """One row for each number of images at one timestep, and for each other number of timesteps of the fewest images:
-    exact scoring, a query a sweep, and gradient scoring, all queries in one."""
+    """One row for each number of images at one timestep, and for each other number of timesteps of
+    the fewest images: exact scoring, a query a sweep, and gradient scoring, all queries in one."""
     num_timesteps = len(bench.world.model.alpha_bars)
     latents, embedding = bench.world.query_latents, np.asarray(bench.world.query_embeddings[0])
     gradients, rows = second_order_dots(bench.changes), []
-    for num_images, count in [*((size, 1) for size in sizes), *((min(sizes), count) for count in grids if count > 1)]:
+    for num_images, count in [
+        *((size, 1) for size in sizes),
+        *((min(sizes), count) for count in grids if count > 1),
+    ]:
         path = bench.folder / "scaling.npy"
         training_set = make_training_set(num_images, latents.shape[1:], embedding, path)
         grid = timestep_grid(count, num_timesteps)
         exact = measure_sweep(bench, training_set, grid, loss_sums, bench.args.batch_size)
-        gradient = measure_sweep(bench, training_set, grid, gradients, bench.args.gradient_batch_size)
-        rows.append({"num_images": num_images, "timesteps": count, "exact": exact, "gradient": gradient})
-        log.info(f"{num_images} images x {count}: exact {exact['seconds']:.1f} s, gradient {gradient['seconds']:.1f} s")
+        gradient = measure_sweep(
+            bench, training_set, grid, gradients, bench.args.gradient_batch_size
+        )
+        rows.append(
+            {"num_images": num_images, "timesteps": count, "exact": exact, "gradient": gradient}
+        )
+        log.info(
+            f"{num_images} images x {count}: exact {exact['seconds']:.1f} s, gradient "
+            f"{gradient['seconds']:.1f} s"
+        )
         path.unlink()
     return rows

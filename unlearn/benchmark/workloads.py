@@ -1,4 +1,5 @@
-"""What a benchmark measures on and with: unlearned queries, timed sweeps, and a row of speed, cost and fidelity."""
+"""What a benchmark measures on and with: unlearned queries, timed sweeps, and a row of speed, cost
+and fidelity."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class Bench:
 
     def change(self, query, size, part=1.0):
         """A query's weight change of a size, or a part of it."""
-        return {name: delta * (self.factors[size][query] * part) for name, delta in self.changes[query].items()}
+        return {
+            name: delta * (self.factors[size][query] * part)
+            for name, delta in self.changes[query].items()
+        }
 
     @property
     def denoiser(self):
@@ -49,16 +53,31 @@ def unlearn_query(world, args, number):
     model, name = world.model, f"query {number}"
     latent, embedding = world.query(number)
     draws = QueryDraws(args.seed, world.training_set.name, name, len(model.alpha_bars))
-    change = unlearn(model, world.parameters, latent, embedding, draws, world.fisher, rate=world.rate, steps=1,
-                     draws_a_step=args.unlearn_batch_size * args.unlearn_grad_accum_steps, pass_size=args.gradient_batch_size)
+    change = unlearn(
+        model,
+        world.parameters,
+        latent,
+        embedding,
+        draws,
+        world.fisher,
+        rate=world.rate,
+        steps=1,
+        draws_a_step=args.unlearn_batch_size * args.unlearn_grad_accum_steps,
+        pass_size=args.gradient_batch_size,
+    )
     return {key: delta.to(model.device) for key, delta in change.items()}
 
 
 def prepare(world, args, folder):
     """Unlearns every query, timed: the Bench that the procedures are measured on."""
-    unlearn_query(world, SimpleNamespace(**{**vars(args), "unlearn_grad_accum_steps": 1}), 0)  # warms up
+    unlearn_query(
+        world, SimpleNamespace(**{**vars(args), "unlearn_grad_accum_steps": 1}), 0
+    )  # warms up
     changes = []
-    with metered(world.model.device) as costs, progress(args.num_queries, "unlearning", "queries") as bar:
+    with (
+        metered(world.model.device) as costs,
+        progress(args.num_queries, "unlearning", "queries") as bar,
+    ):
         for number in range(args.num_queries):
             changes.append(unlearn_query(world, args, number))
             bar.update()
@@ -71,9 +90,14 @@ def prepare(world, args, folder):
 
 
 def run_sweep(bench, measure, batch_size, description, compat=None, images=None):
-    """Values [views * N, ...] of a measure over the training set, its first `images` or those of these rows, and what that cost."""
+    """Values [views * N, ...] of a measure over the training set, its first `images` or those of
+    these rows, and what that cost."""
     training_set, model = bench.world.training_set, bench.world.model
-    some = training_set.take(images.tolist()) if isinstance(images, np.ndarray) else training_set.first(images or len(training_set))
+    some = (
+        training_set.take(images.tolist())
+        if isinstance(images, np.ndarray)
+        else training_set.first(images or len(training_set))
+    )
     sweep = Sweep(some, bench.world.grid, batch_size, bench.args.seed, compat)
     with TemporaryDirectory(dir=bench.folder) as folder, metered(model.device) as costs:
         values = sweep.run(model, Path(folder), description, measure)
@@ -81,7 +105,8 @@ def run_sweep(bench, measure, batch_size, description, compat=None, images=None)
 
 
 def score_each(bench, score):
-    """Scores [exact queries, N] of each size of a change, and the costs of each sweep. score(query, size): one query's."""
+    """Scores [exact queries, N] of each size of a change, and the costs of each sweep. score(query,
+    size): one query's."""
     scores, all_costs = {}, []
     for size in bench.factors:
         rows, costs = zip(*(score(query, size) for query in range(bench.args.num_exact)))
@@ -91,7 +116,8 @@ def score_each(bench, score):
 
 
 def score_differences(bench, find_losses):
-    """Scores and costs by differences of losses. find_losses(): losses [2N] and their cost, under the present weights."""
+    """Scores and costs by differences of losses. find_losses(): losses [2N] and their cost, under
+    the present weights."""
     before, first_costs = find_losses()
 
     def score(query, size):
@@ -105,20 +131,38 @@ def score_differences(bench, find_losses):
 
 def count_sample_flops(bench, measure):
     """Floating-point operations a sample of a measure."""
-    training_set, grid, device = bench.world.training_set, bench.world.grid, bench.world.model.device
-    latents = torch.from_numpy(np.array(training_set.latents[:1, 0], np.float32)).to(device).expand(len(grid), -1, -1, -1)
+    training_set = bench.world.training_set
+    grid = bench.world.grid
+    device = bench.world.model.device
+    latents = (
+        torch.from_numpy(np.array(training_set.latents[:1, 0], np.float32))
+        .to(device)
+        .expand(len(grid), -1, -1, -1)
+    )
     embeddings = torch.from_numpy(np.array(training_set.embeddings[0], np.float32)).to(device)
     timesteps = torch.tensor(grid, device=device)
-    return count_flops(lambda: measure(bench.world.model, latents, torch.zeros_like(latents), timesteps, embeddings)) / len(grid)
+    return count_flops(
+        lambda: measure(
+            bench.world.model, latents, torch.zeros_like(latents), timesteps, embeddings
+        )
+    ) / len(grid)
 
 
 def describe_fidelity(scores, reference):
-    """How far scores [queries, N] rank as a reference does: Spearman, and how many of its top images are in their top; the
-    means over queries. The size of a change of a loss is there too: rounding is small or large next to it."""
+    """How far scores [queries, N] rank as a reference does: Spearman, and how many of its top
+    images are in their top; the means over queries. The size of a change of a loss is there too:
+    rounding is small or large next to it."""
     top = min(TOP, max(1, scores.shape[1] // 5))
-    shared = [len(set(rank_images(one)[:top]) & set(rank_images(other)[:top])) for one, other in zip(scores, reference)]
-    return {"spearman": float(np.mean(spearman(scores, reference))), "top": top, "in_top": float(np.mean(shared)),
-            "median_loss_change": float(np.median(np.abs(scores)))}
+    shared = [
+        len(set(rank_images(one)[:top]) & set(rank_images(other)[:top]))
+        for one, other in zip(scores, reference)
+    ]
+    return {
+        "spearman": float(np.mean(spearman(scores, reference))),
+        "top": top,
+        "in_top": float(np.mean(shared)),
+        "median_loss_change": float(np.median(np.abs(scores))),
+    }
 
 
 @contextmanager
@@ -139,33 +183,59 @@ def find_ceiling(device, precision):
 
 
 def score_seconds(found, seconds, num_images, num_measured):
-    """Seconds that scoring one query takes with `num_images`. seconds: a sweep's of `found["images_a_sweep"]` images; an
-    index's sweep stays the same, and its scan of `num_measured` images grows."""
+    """Seconds that scoring one query takes with `num_images`. seconds: a sweep's of
+    `found["images_a_sweep"]` images; an index's sweep stays the same, and its scan of
+    `num_measured` images grows."""
     if found["build_seconds"] is not None:
         return seconds + found["scan_seconds"] * num_images / num_measured
     return seconds * num_images / found["images_a_sweep"] / found["queries_a_sweep"]
 
 
 def make_row(bench, name, found, exact):
-    """A procedure's row from its result (`procedures.result`) and that of exact differences. Its fidelity is measured against
-    theirs, unless it brings its own reference."""
+    """A procedure's row from its result (`procedures.result`) and that of exact differences. Its
+    fidelity is measured against theirs, unless it brings its own reference."""
     training_set, args = bench.world.training_set, bench.args
     samples_an_image = training_set.latents.shape[0] * len(bench.world.grid)
     seconds = float(np.median([costs["seconds"] for costs in found["costs"]]))
     reference = found["reference"] or exact["scores"]
-    rate, ceiling = found["images_a_sweep"] * samples_an_image / seconds, find_ceiling(bench.world.model.device, found["precision"])
+    rate = found["images_a_sweep"] * samples_an_image / seconds
+    ceiling = find_ceiling(bench.world.model.device, found["precision"])
     draws = args.unlearn_batch_size * args.unlearn_grad_accum_steps
-    row = {"procedure": name, "samples_per_second": rate, "sweep_seconds": [costs["seconds"] for costs in found["costs"]],
-           **{key: found[key] for key in ("queries_a_sweep", "images_a_sweep", "load_seconds", "unlearn_seconds", "warm_up_seconds",
-                                           "scan_seconds", "build_seconds")},
-           "score_seconds": score_seconds(found, seconds, len(training_set), len(training_set)), "flops_per_sample": found["flops"],
-           "ceiling_flops_per_second": ceiling, "share_of_ceiling": rate * found["flops"] / ceiling,
-           "fidelity": {size: describe_fidelity(scores, reference[size]) for size, scores in found["scores"].items()},
-           "at_target_images": {"unlearn_seconds": found["unlearn_seconds"] / draws * args.target_draws,
-                                "score_seconds": score_seconds(found, seconds, args.target_images, len(training_set))},
-           "note": ""}
+    row = {
+        "procedure": name,
+        "samples_per_second": rate,
+        "sweep_seconds": [costs["seconds"] for costs in found["costs"]],
+        **{
+            key: found[key]
+            for key in (
+                "queries_a_sweep",
+                "images_a_sweep",
+                "load_seconds",
+                "unlearn_seconds",
+                "warm_up_seconds",
+                "scan_seconds",
+                "build_seconds",
+            )
+        },
+        "score_seconds": score_seconds(found, seconds, len(training_set), len(training_set)),
+        "flops_per_sample": found["flops"],
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": rate * found["flops"] / ceiling,
+        "fidelity": {
+            size: describe_fidelity(scores, reference[size])
+            for size, scores in found["scores"].items()
+        },
+        "at_target_images": {
+            "unlearn_seconds": found["unlearn_seconds"] / draws * args.target_draws,
+            "score_seconds": score_seconds(found, seconds, args.target_images, len(training_set)),
+        },
+        "note": "",
+    }
     if found["build_seconds"] is not None:
-        row["note"] = f"index built in {found['build_seconds']:.0f} s; {found['images_a_sweep']} images scored exactly"
+        row["note"] = (
+            f"index built in {found['build_seconds']:.0f} s; {found['images_a_sweep']} images "
+            f"scored exactly"
+        )
     elif found["images_a_sweep"] < len(training_set):
         row["note"] = f"from its rate with {found['images_a_sweep']:,} images"
     if found["is_variant"]:

@@ -1,4 +1,5 @@
-"""Measures how fast and how faithfully training images are scored: the published procedure and each of ours.
+"""Measures how fast and how faithfully training images are scored: the published procedure and each
+of ours.
 
     python -m unlearn benchmark                                    # the emoji world, all of its images
     python -m unlearn benchmark --num_images 300 --num_exact 1     # ... in minutes on two cores, not in hours
@@ -6,10 +7,11 @@
     python -m unlearn benchmark --architecture sd14 --device cuda  # Stable Diffusion v1.4's UNet, seeded weights, no download
     python -m unlearn benchmark --architecture mscoco --device cuda --scaling
 
-A sample is one view of one image at one timestep. Seconds a query are those of unlearning and of scoring apart; the share is
-that of the machine's own matrix product of the same precision, measured in the same run. Beside each speed stands how
-faithful it is: Spearman and the overlap of the top 100 with float32 loss differences with TensorFloat-32 off, the published
-procedure's with such differences under its own noise. Writes a table and results/benchmark/ARCHITECTURE.json.
+A sample is one view of one image at one timestep. Seconds a query are those of unlearning and of
+scoring apart; the share is that of the machine's own matrix product of the same precision, measured
+in the same run. Beside each speed stands how faithful it is: Spearman and the overlap of the top
+100 with float32 loss differences with TensorFloat-32 off, the published procedure's with such
+differences under its own noise. Writes a table and results/benchmark/ARCHITECTURE.json.
 """
 
 import argparse
@@ -43,44 +45,127 @@ from ..noise import timestep_grid
 from ..runtime.programs import log
 from ..storage.artifacts import write_json
 from ..storage.records import circumstances
-from .inputs import add_flags, compare_images, count_images, find_fisher, load_fisher, prepare_training_set, resolve
+from .inputs import (
+    add_flags,
+    compare_images,
+    count_images,
+    find_fisher,
+    load_fisher,
+    prepare_training_set,
+    resolve,
+)
 
-# Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a query's unlearning, as published.
+# Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a
+# query's unlearning, as published.
 PRESETS = {
     "emoji": {"gradient_batch_size": 200},
-    "sd14": {"num_images": 500, "batch_size": 200, "time_samples": 10, "gradient_batch_size": 20, "unlearn_batch_size": 16,
-             "unlearn_grad_accum_steps": 10, "target_draws": 16_000},
-    "mscoco": {"num_images": 1000, "batch_size": 8000, "time_samples": 20, "gradient_batch_size": 1000, "unlearn_batch_size": 80,
-               "unlearn_grad_accum_steps": 10, "target_draws": 50_000},
+    "sd14": {
+        "num_images": 500,
+        "batch_size": 200,
+        "time_samples": 10,
+        "gradient_batch_size": 20,
+        "unlearn_batch_size": 16,
+        "unlearn_grad_accum_steps": 10,
+        "target_draws": 16_000,
+    },
+    "mscoco": {
+        "num_images": 1000,
+        "batch_size": 8000,
+        "time_samples": 20,
+        "gradient_batch_size": 1000,
+        "unlearn_batch_size": 80,
+        "unlearn_grad_accum_steps": 10,
+        "target_draws": 50_000,
+    },
 }
 SCALING_SIZES = [1_000, 10_000, 100_000]
 
 
 def parse_arguments(argv):
     """The command line, resolved: (args, settings)."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=PRESETS, default="emoji", help="what is measured (default emoji)")
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--architecture", choices=PRESETS, default="emoji", help="what is measured (default emoji)"
+    )
     add_flags(parser, "dataroot", "sd_version", "device", "batch_size", "time_samples")
     parser.set_defaults(dataroot="data/emoji")
-    parser.add_argument("--fisher_path", help="of emoji: diagonal Fisher (default sd_fisher.* of the data root)")
-    parser.add_argument("--gradient_batch_size", type=int, help="noisy samples in one forward and backward pass; memory only")
+    parser.add_argument(
+        "--fisher_path", help="of emoji: diagonal Fisher (default sd_fisher.* of the data root)"
+    )
+    parser.add_argument(
+        "--gradient_batch_size",
+        type=int,
+        help="noisy samples in one forward and backward pass; memory only",
+    )
     parser.add_argument("--unlearn_batch_size", type=int, help="samples in one gradient of a query")
-    parser.add_argument("--unlearn_grad_accum_steps", type=int, help="such gradients in a query's one Newton step")
-    parser.add_argument("--num_images", type=int, help="training images (default: emoji all, sd14 500, mscoco 1,000)")
-    parser.add_argument("--num_queries", type=int, default=20, help="queries unlearned, and scored at once by gradients (default 20)")
-    parser.add_argument("--num_exact", type=int, default=3, help="queries that fidelity is averaged over, each by sweeps (default 3)")
-    parser.add_argument("--relative_change", type=float, nargs="*", default=[0.2], help="sizes of the weight change, beside the natural "
-                        "one of trained models (default 0.2)")
-    parser.add_argument("--shortlist", type=int, default=SHORTLIST, help=f"images that the index leaves to be scored (default {SHORTLIST})")
+    parser.add_argument(
+        "--unlearn_grad_accum_steps", type=int, help="such gradients in a query's one Newton step"
+    )
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        help="training images (default: emoji all, sd14 500, mscoco 1,000)",
+    )
+    parser.add_argument(
+        "--num_queries",
+        type=int,
+        default=20,
+        help="queries unlearned, and scored at once by gradients (default 20)",
+    )
+    parser.add_argument(
+        "--num_exact",
+        type=int,
+        default=3,
+        help="queries that fidelity is averaged over, each by sweeps (default 3)",
+    )
+    parser.add_argument(
+        "--relative_change",
+        type=float,
+        nargs="*",
+        default=[0.2],
+        help="sizes of the weight change, beside the natural one of trained models (default 0.2)",
+    )
+    parser.add_argument(
+        "--shortlist",
+        type=int,
+        default=SHORTLIST,
+        help=f"images that the index leaves to be scored (default {SHORTLIST})",
+    )
     parser.add_argument("--procedures", nargs="+", help=f"only these of {', '.join(PROCEDURES)}")
-    parser.add_argument("--target_images", type=int, default=100_000, help="seconds a query are given for so many too, from the rates")
-    parser.add_argument("--fisher_samples", type=int, default=200, help="gradient samples of a seeded model's Fisher (default 200)")
-    parser.add_argument("--scaling", type=int, nargs="*", metavar="IMAGES", help="also measure made-up training sets of these sizes "
-                        f"(default {' '.join(map(str, SCALING_SIZES))})")
-    parser.add_argument("--draws", type=int, nargs="+", default=[],
-                        help="also measure unlearning with so many draws against 16,000 published ones")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, images, queries and noise (default 0)")
+    parser.add_argument(
+        "--target_images",
+        type=int,
+        default=100_000,
+        help="seconds a query are given for so many too, from the rates",
+    )
+    parser.add_argument(
+        "--fisher_samples",
+        type=int,
+        default=200,
+        help="gradient samples of a seeded model's Fisher (default 200)",
+    )
+    parser.add_argument(
+        "--scaling",
+        type=int,
+        nargs="*",
+        metavar="IMAGES",
+        help="also measure made-up training sets of these sizes "
+        f"(default {' '.join(map(str, SCALING_SIZES))})",
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        nargs="+",
+        default=[],
+        help="also measure unlearning with so many draws against 16,000 published ones",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, images, queries and noise (default 0)"
+    )
     parser.add_argument("--output", type=Path, help="default results/benchmark/ARCHITECTURE.json")
     args = parser.parse_args(argv)
     for flag, value in PRESETS[args.architecture].items():
@@ -88,7 +173,9 @@ def parse_arguments(argv):
             setattr(args, flag, value)
     settings = resolve(args)
     if args.architecture not in CONFIGURATIONS:
-        args.target_draws = settings["unlearn_steps"] * args.unlearn_batch_size * args.unlearn_grad_accum_steps
+        args.target_draws = (
+            settings["unlearn_steps"] * args.unlearn_batch_size * args.unlearn_grad_accum_steps
+        )
     args.output = args.output or Path("results/benchmark") / f"{args.architecture}.json"
     return args, settings
 
@@ -101,26 +188,42 @@ def check(args):
             raise UserError(f"--procedures {name}: expected some of {', '.join(PROCEDURES)}")
         if name in ON_CUDA_ONLY and not on_cuda:
             raise UserError(f"--procedures {name}: there is no TensorFloat-32 on a CPU")
-    args.procedures = args.procedures or [name for name in PROCEDURES if on_cuda or name not in UNASKED_ON_CUDA_ONLY]
+    args.procedures = args.procedures or [
+        name for name in PROCEDURES if on_cuda or name not in UNASKED_ON_CUDA_ONLY
+    ]
     args.scaling = SCALING_SIZES if args.scaling == [] else args.scaling or []
     args.num_exact = min(args.num_exact, args.num_queries)
-    for flag, values in ("relative_change", args.relative_change), ("scaling", args.scaling), ("draws", args.draws):
+    for flag, values in (
+        ("relative_change", args.relative_change),
+        ("scaling", args.scaling),
+        ("draws", args.draws),
+    ):
         if not all(0 < value < math.inf for value in values):
             raise UserError(f"--{flag} {' '.join(map(str, values))}: expected positive numbers")
     if args.batch_size < args.time_samples:
-        raise UserError(f"--batch_size {args.batch_size}: the published procedure needs at least the {args.time_samples} timesteps "
-                        "of an image")
+        raise UserError(
+            f"--batch_size {args.batch_size}: the published procedure needs at least the "
+            f"{args.time_samples} timesteps "
+            "of an image"
+        )
 
 
 def measure_procedures(bench, names, save):
-    """The row of each procedure; save(rows) after each. One that fails on this machine says so in its row."""
+    """The row of each procedure; save(rows) after each. One that fails on this machine says so in
+    its row."""
     rows = []
     for name in names:
         try:
             rows.append(make_row(bench, name, PROCEDURES[name](bench), reference(bench)))
         except RuntimeError as error:  # out of memory, or a compiler that is missing or breaks
             log.warning(f"{name}: {error}")
-            rows.append({"procedure": name, "note": f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"})
+            rows.append(
+                {
+                    "procedure": name,
+                    "note": f"failed: {type(error).__name__}: "
+                    f"{(str(error).splitlines() or [''])[0]:.200}",
+                }
+            )
         save(rows)
     return rows
 
@@ -131,29 +234,83 @@ def format_row(row, sizes):
         return [row["procedure"], *[""] * (7 + 2 * len(sizes)), row["note"]]
     peak = row["peak_device_bytes"] or row["peak_host_bytes"]
     target = row["load_seconds"] + sum(row["at_target_images"].values())
-    return [row["procedure"], f"{row['samples_per_second']:,.1f}", f"{row['load_seconds']:.2f}", f"{row['unlearn_seconds']:.2f}",
-            f"{row['score_seconds']:.2f}", f"{row['share_of_ceiling']:.1%}", f"{peak / 1e6:,.0f}" if peak else "",
-            *(text for size in sizes for text in (f"{row['fidelity'][size]['spearman']:.4f}",
-                                                  f"{row['fidelity'][size]['in_top']:.1f} of {row['fidelity'][size]['top']}")),
-            f"{target:,.1f}", row["note"]]
+    return [
+        row["procedure"],
+        f"{row['samples_per_second']:,.1f}",
+        f"{row['load_seconds']:.2f}",
+        f"{row['unlearn_seconds']:.2f}",
+        f"{row['score_seconds']:.2f}",
+        f"{row['share_of_ceiling']:.1%}",
+        f"{peak / 1e6:,.0f}" if peak else "",
+        *(
+            text
+            for size in sizes
+            for text in (
+                f"{row['fidelity'][size]['spearman']:.4f}",
+                f"{row['fidelity'][size]['in_top']:.1f} of {row['fidelity'][size]['top']}",
+            )
+        ),
+        f"{target:,.1f}",
+        row["note"],
+    ]
 
 
 def print_tables(report, target_images):
     """The rows, and the scaling where it was measured, on screen."""
     sizes = list(next((row["fidelity"] for row in report["rows"] if "fidelity" in row), {}))
-    header = ["procedure", "samples/s", "load s", "unlearn s", "score s", "of ceiling", "peak MB",
-              *(text for size in sizes for text in (f"Spearman {size}", f"top {size}")), f"s a query at {target_images:,}", "note"]
+    header = [
+        "procedure",
+        "samples/s",
+        "load s",
+        "unlearn s",
+        "score s",
+        "of ceiling",
+        "peak MB",
+        *(text for size in sizes for text in (f"Spearman {size}", f"top {size}")),
+        f"s a query at {target_images:,}",
+        "note",
+    ]
     print("\n".join(markdown_table(header, [format_row(row, sizes) for row in report["rows"]])))
     if report["draws"]:
-        rows = [[f"{row['draws']:,}", f"{row['seconds']:.1f}", *(f"{row[kind][measure]:.4f}" for kind in ("ours", "published")
-                                                                 for measure in ("cosine", "relative_error"))] for row in report["draws"]]
-        header = ["draws", "s a query", "cosine", "relative error", "cosine, published draws", "relative error, published draws"]
+        rows = [
+            [
+                f"{row['draws']:,}",
+                f"{row['seconds']:.1f}",
+                *(
+                    f"{row[kind][measure]:.4f}"
+                    for kind in ("ours", "published")
+                    for measure in ("cosine", "relative_error")
+                ),
+            ]
+            for row in report["draws"]
+        ]
+        header = [
+            "draws",
+            "s a query",
+            "cosine",
+            "relative error",
+            "cosine, published draws",
+            "relative error, published draws",
+        ]
         print("\n" + "\n".join(markdown_table(header, rows)))
     if report["scaling"]:
         kinds, units = ("exact", "gradient"), ("s", "us a sample", "peak host MB")
-        rows = [[f"{row['num_images']:,}", str(row["timesteps"]), *(
-            text for kind in kinds for text in (f"{row[kind]['seconds']:.1f}", f"{row[kind]['microseconds_a_sample']:.0f}",
-                                                f"{(row[kind]['peak_host_bytes'] or 0) / 1e6:,.0f}"))] for row in report["scaling"]]
+        rows = [
+            [
+                f"{row['num_images']:,}",
+                str(row["timesteps"]),
+                *(
+                    text
+                    for kind in kinds
+                    for text in (
+                        f"{row[kind]['seconds']:.1f}",
+                        f"{row[kind]['microseconds_a_sample']:.0f}",
+                        f"{(row[kind]['peak_host_bytes'] or 0) / 1e6:,.0f}",
+                    )
+                ),
+            ]
+            for row in report["scaling"]
+        ]
         header = ["images", "timesteps", *(f"{kind} {unit}" for kind in kinds for unit in units)]
         print("\n" + "\n".join(markdown_table(header, rows)))
 
@@ -162,18 +319,30 @@ def open_world(args, settings):
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet)
-    fisher = load_fisher(fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args)
+    fisher = load_fisher(
+        fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args
+    )
     training_set = prepare_training_set(model, args, settings)
     compare_images(fisher_path, training_set, args)
     training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
     queries = generate_queries(model, training_set, args.num_queries, args.seed)
     if args.num_images:
-        training_set = training_set.first(args.num_images) if args.num_images <= len(training_set) else multiply_images(
-            training_set, args.num_images, args.seed)
+        training_set = (
+            training_set.first(args.num_images)
+            if args.num_images <= len(training_set)
+            else multiply_images(training_set, args.num_images, args.seed)
+        )
     grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
     rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
-    return World(model, training_set, grid, *queries, fisher, rate,
-                 lambda: load_published(args.sd_version, args.unet, fisher_path, args.device))
+    return World(
+        model,
+        training_set,
+        grid,
+        *queries,
+        fisher,
+        rate,
+        lambda: load_published(args.sd_version, args.unet, fisher_path, args.device),
+    )
 
 
 def main(argv=None):
@@ -182,13 +351,26 @@ def main(argv=None):
     check(args)
     with TemporaryDirectory(prefix="benchmark-") as folder:
         if args.architecture in CONFIGURATIONS:
-            world = seeded_world(args.architecture, CONFIGURATIONS[args.architecture], args, Path(folder))
+            world = seeded_world(
+                args.architecture, CONFIGURATIONS[args.architecture], args, Path(folder)
+            )
         else:
             world = open_world(args, settings)
         bench = prepare(world, args, Path(folder))
-        settings = {name: value if isinstance(value, (int, float, list)) else str(value) for name, value in vars(args).items()}
-        report = {"settings": settings, "circumstances": circumstances(args.device), "threads": torch.get_num_threads(),
-                  "num_images": len(world.training_set), "timesteps": world.grid, "rows": [], "draws": [], "scaling": []}
+        settings = {
+            name: value if isinstance(value, (int, float, list)) else str(value)
+            for name, value in vars(args).items()
+        }
+        report = {
+            "settings": settings,
+            "circumstances": circumstances(args.device),
+            "threads": torch.get_num_threads(),
+            "num_images": len(world.training_set),
+            "timesteps": world.grid,
+            "rows": [],
+            "draws": [],
+            "scaling": [],
+        }
 
         def save(rows):
             report.update(rows=rows)

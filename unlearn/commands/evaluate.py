@@ -1,17 +1,20 @@
-"""Measures finished queries: Recall@k and mAP of their exemplars or, without exemplars, against retrained models.
+"""Measures finished queries: Recall@k and mAP of their exemplars or, without exemplars, against
+retrained models.
 
     python -m unlearn evaluate --task_json tasks/abc.json
     python -m unlearn evaluate --task_json tasks/abc.json --features openai/clip-vit-large-patch14 facebook/dinov2-base
     python -m unlearn evaluate --task_json tasks/emoji_small.json --dataroot data/emoji_small --retrained FOLDER
 
-Prints Markdown tables and writes evaluate.csv (method x group x metric), paired.csv (ours against each baseline) and
-queries.csv (query x method). Groups are all queries, the kinds (object, style) and the test cases.
+Prints Markdown tables and writes evaluate.csv (method x group x metric), paired.csv (ours against
+each baseline) and queries.csv (query x method). Groups are all queries, the kinds (object, style)
+and the test cases.
 
-With --retrained, the folder of the models' JSON files: the linear datamodeling score (lds.csv, lds_queries.csv), leave-K-out
-(leave_k_out.csv, leave_k_out_paired.csv), retention.csv, equivalent.csv, their plots, and scores/METHOD.npz, from which --scores
-makes the same tables again without the influence files. No model is loaded. The LDS depends on how heavy the tails of scores
-are: with --tuning_json, a task file of further queries that are scored and measured too, it is also told after the power
-of the scores that is best for each method on those.
+With --retrained, the folder of the models' JSON files: the linear datamodeling score (lds.csv,
+lds_queries.csv), leave-K-out (leave_k_out.csv, leave_k_out_paired.csv), retention.csv,
+equivalent.csv, their plots, and scores/METHOD.npz, from which --scores makes the same tables again
+without the influence files. No model is loaded. The LDS depends on how heavy the tails of scores
+are: with --tuning_json, a task file of further queries that are scored and measured too, it is also
+told after the power of the scores that is best for each method on those.
 """
 
 import argparse
@@ -58,47 +61,101 @@ OURS = "ours"
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another
 PAIRED_METRICS = ("Recall@10", "mAP")
 COLUMNS = {  # of the CSV files; a standard error of a single query is empty
-    "evaluate": ("method", "group", "metric", "mean", "standard_error", "highest_possible", "queries"),
-    "paired": ("baseline", "group", "metric", "mean_difference", "standard_error", "p", "p_by_model", "queries"),
-    "queries": ("synth_image_path", "test_case", "kind", "exemplars", "candidates", "method", *METRICS[:-1], "AP"),
+    "evaluate": (
+        "method",
+        "group",
+        "metric",
+        "mean",
+        "standard_error",
+        "highest_possible",
+        "queries",
+    ),
+    "paired": (
+        "baseline",
+        "group",
+        "metric",
+        "mean_difference",
+        "standard_error",
+        "p",
+        "p_by_model",
+        "queries",
+    ),
+    "queries": (
+        "synth_image_path",
+        "test_case",
+        "kind",
+        "exemplars",
+        "candidates",
+        "method",
+        *METRICS[:-1],
+        "AP",
+    ),
 }
 
 
 def check_features(names, paths, dataroot):
-    """Method names of the feature models. Raises UserError where two are the same or there are no pictures to look at."""
+    """Method names of the feature models. Raises UserError where two are the same or there are no
+    pictures to look at."""
     methods = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
     if len({*NAMES, *methods}) != len(NAMES) + len(methods):
-        raise UserError(f"--features {' '.join(names)}: names must differ from each other and from {', '.join(NAMES)}")
+        raise UserError(
+            f"--features {' '.join(names)}: names must differ from each other and from "
+            f"{', '.join(NAMES)}"
+        )
     if methods and not paths:
-        raise UserError(f"--features {names[0]}: needs the pictures {dataroot}/laion_subset/images, and there are none")
+        raise UserError(
+            f"--features {names[0]}: needs the pictures {dataroot}/laion_subset/images, and "
+            f"there are none"
+        )
     return methods
 
 
 def measure_baselines(tasks, args, settings, methods, rankings):
     """Metrics [queries, metrics] of each similarity baseline by name, and notices, a line each."""
-    features = {method: feature_encoder(name, args.device, args.vae_batch_size) for method, name in zip(methods, args.features)}
+    features = {
+        method: feature_encoder(name, args.device, args.vae_batch_size)
+        for method, name in zip(methods, args.features)
+    }
     model = load_model(args.sd_version, args.device, args.unet)
     training_set = prepare_training_set(model, args, settings)
-    check_candidates(rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}")
-    encoders = {"pixel": pixel_encoder(model.resolution(settings)),
-                "vae": latent_encoder(model.pipeline, model.resolution(settings), args.vae_batch_size), **features}
+    check_candidates(
+        rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}"
+    )
+    encoders = {
+        "pixel": pixel_encoder(model.resolution(settings)),
+        "vae": latent_encoder(model.pipeline, model.resolution(settings), args.vae_batch_size),
+        **features,
+    }
     if training_set.paths[0] is None:
-        print(f"The pixel baseline is left out: {args.dataroot} has no pictures of its training images (laion_subset/images).\n")
+        print(
+            f"The pixel baseline is left out: {args.dataroot} has no pictures of its training "
+            f"images (laion_subset/images).\n"
+        )
         del encoders["pixel"]
     values, notices = {}, []
     if any(training_set.captions):
         values["words"] = measure_words(tasks, training_set.captions)
     else:
-        print(f"The words baseline is left out: {args.dataroot} has no captions of its training images.\n")
+        print(
+            f"The words baseline is left out: {args.dataroot} has no captions of its training "
+            f"images.\n"
+        )
     for method, encode in encoders.items():
-        blocks = partial(latent_blocks, training_set) if method == "vae" else partial(encode_blocks, encode, training_set.paths)
-        values[method], lines = measure(method, encode, blocks, tasks, args.dataroot, len(training_set))
+        blocks = (
+            partial(latent_blocks, training_set)
+            if method == "vae"
+            else partial(encode_blocks, encode, training_set.paths)
+        )
+        values[method], lines = measure(
+            method, encode, blocks, tasks, args.dataroot, len(training_set)
+        )
         notices += lines
     return values, notices
 
 
 def measure(method, encode, blocks, tasks, dataroot, num_training):
-    """Metrics [queries, metrics] of one baseline, those of chance where it gives all images the same score, and notices."""
+    """Metrics [queries, metrics] of one baseline, those of chance where it gives all images the
+    same score, and notices."""
     rows, ties, indifferent = [], 0, 0
     with progress(2 * num_training, method, "images") as bar:
         for task, scores in zip(tasks, score_queries(encode, blocks, tasks, dataroot, bar.update)):
@@ -111,22 +168,39 @@ def measure(method, encode, blocks, tasks, dataroot, num_training):
                 ties += is_tied(scores, is_exemplar)
     notices = tie_lines(method, ties)
     if indifferent:
-        notices.append(f"{method}: in {indifferent} of {len(tasks)} queries all images have the same score, which is measured as chance.")
+        notices.append(
+            f"{method}: in {indifferent} of {len(tasks)} queries all images have the same score, "
+            f"which is measured as chance."
+        )
     return np.array(rows), notices
 
 
 def tie_lines(method, count):
     """A line on queries whose exemplars tie, in a list, or []."""
-    return [f"{method}: in {count} queries exemplars tie with training images, counted in the exemplars' favour."] if count else []
+    return (
+        [
+            f"{method}: in {count} queries exemplars tie with training images, counted in the "
+            f"exemplars' favour."
+        ]
+        if count
+        else []
+    )
 
 
 def measure_words(tasks, captions):
-    """Metrics [queries, metrics] of the words that prompts share with captions, an exemplar's being its model's train prompt.
-    Training images as good as the exemplars are ranked before them: texts are often alike, and what cannot tell them apart has
-    found nothing."""
-    scores = word_scores([task.prompt for task in tasks], [*(task.train_prompt for task in tasks), *captions])
-    before = [int((row[len(tasks):] >= row[place]).sum()) for place, row in enumerate(scores)]
-    return np.array([query_metrics(count + 1 + np.arange(len(task.exemplar_paths))) for task, count in zip(tasks, before)])
+    """Metrics [queries, metrics] of the words that prompts share with captions, an exemplar's being
+    its model's train prompt. Training images as good as the exemplars are ranked before them: texts
+    are often alike, and what cannot tell them apart has found nothing."""
+    scores = word_scores(
+        [task.prompt for task in tasks], [*(task.train_prompt for task in tasks), *captions]
+    )
+    before = [int((row[len(tasks) :] >= row[place]).sum()) for place, row in enumerate(scores)]
+    return np.array(
+        [
+            query_metrics(count + 1 + np.arange(len(task.exemplar_paths)))
+            for task, count in zip(tasks, before)
+        ]
+    )
 
 
 def kind_of(task):
@@ -138,7 +212,9 @@ def group_queries(tasks):
     """Row numbers of the queries of each group: all, the kinds, the test cases."""
     labels = [("all", kind_of(task), task.test_case) for task in tasks]
     names = dict.fromkeys(label[part] for part in range(3) for label in labels)
-    return {name: np.array([row for row, label in enumerate(labels) if name in label]) for name in names}
+    return {
+        name: np.array([row for row, label in enumerate(labels) if name in label]) for name in names
+    }
 
 
 def name_groups(groups):
@@ -155,16 +231,31 @@ def format_change(value):
 
 
 def effect_table(rankings, groups):
-    """Markdown lines: how far unlearning moved the weights and the losses, the mean of each group."""
+    """Markdown lines: how far unlearning moved the weights and the losses, the mean of each
+    group."""
     effects = np.array([ranking.effect for ranking in rankings])
-    rows = [[name, f"{effects[rows, 0].mean():.1%}", f"{effects[rows, 1].mean():.4f}", *(format_change(value) for value in effects[rows, 2:].mean(axis=0))]
-            for name, rows in groups.items()]
-    return [f"| {' | '.join(cells)} |" for cells in (["", *EFFECTS], ["---"] + ["---:"] * len(EFFECTS), *rows)]
+    rows = [
+        [
+            name,
+            f"{effects[rows, 0].mean():.1%}",
+            f"{effects[rows, 1].mean():.4f}",
+            *(format_change(value) for value in effects[rows, 2:].mean(axis=0)),
+        ]
+        for name, rows in groups.items()
+    ]
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in (["", *EFFECTS], ["---"] + ["---:"] * len(EFFECTS), *rows)
+    ]
 
 
 def spread(numbers):
     """`5`, or `3 to 7` where they differ."""
-    return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"
+    return (
+        f"{min(numbers):,}"
+        if min(numbers) == max(numbers)
+        else f"{min(numbers):,} to {max(numbers):,}"
+    )
 
 
 def report(tasks, rankings, values, notices, output):
@@ -172,47 +263,114 @@ def report(tasks, rankings, values, notices, output):
     counts, groups = [len(task.exemplar_paths) for task in tasks], group_queries(tasks)
     summary = summarise(values, np.array([highest_metrics(count) for count in counts]), groups)
     kinds = {name: rows for name, rows in groups.items() if name in ("all", "object", "style")}
-    paired = compare_methods(values, OURS, kinds, PAIRED_METRICS, np.array([task.model_name for task in tasks]))
-    candidates, num_models = [ranking.num_candidates for ranking in rankings], len(group_by_model(tasks))
-    print(f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, {spread(counts)} of them "
-          "exemplars.\nMean ± standard error over queries, taken as independent.\n")
+    paired = compare_methods(
+        values, OURS, kinds, PAIRED_METRICS, np.array([task.model_name for task in tasks])
+    )
+    candidates = [ranking.num_candidates for ranking in rankings]
+    num_models = len(group_by_model(tasks))
+    print(
+        f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, "
+        f"{spread(counts)} of them "
+        "exemplars.\nMean ± standard error over queries, taken as independent.\n"
+    )
     for group, title in name_groups(groups).items():
         show(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "")
     for group, title in name_groups(kinds).items():
-        show(f"{title}: {OURS} minus each baseline, paired by query (p: Student's t test over queries, and over models)", "",
-             *paired_table(paired, group), "")
+        show(
+            f"{title}: {OURS} minus each baseline, paired by query (p: Student's t test over "
+            f"queries, and over models)",
+            "",
+            *paired_table(paired, group),
+            "",
+        )
     show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
-    show(*count_warnings({task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}))
+    show(
+        *count_warnings(
+            {task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}
+        )
+    )
     for notice in notices:
         show(notice)
-    queries = [(task.synth_image_path, task.test_case, kind_of(task), counts[row], candidates[row], method, *array[row].tolist())
-               for row, task in enumerate(tasks) for method, array in values.items()]
+    queries = [
+        (
+            task.synth_image_path,
+            task.test_case,
+            kind_of(task),
+            counts[row],
+            candidates[row],
+            method,
+            *array[row].tolist(),
+        )
+        for row, task in enumerate(tasks)
+        for method, array in values.items()
+    ]
     for name, rows in ("evaluate", summary), ("paired", paired), ("queries", queries):
-        write_csv(Path(output) / f"{name}.csv", COLUMNS[name], [["" if cell != cell else cell for cell in row] for row in rows])
+        write_csv(
+            Path(output) / f"{name}.csv",
+            COLUMNS[name],
+            [["" if cell != cell else cell for cell in row] for row in rows],
+        )
     print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")
 
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--task_json", required=True, help="task file whose queries are finished")
-    parser.add_argument("--result_dir", default="results", help="where compute_influence.py wrote (default results)")
-    parser.add_argument("--features", nargs="+", default=[], metavar="MODEL_NAME",
-                        help="CLIP or DINO models to compare with, folders or hub names")
-    parser.add_argument("--retrained", help="folder of retrained models' JSON files (python -m unlearn retrain) to measure against")
-    parser.add_argument("--scores", help="with --retrained: folder of scores/METHOD.npz to read instead of influence files")
-    parser.add_argument("--tuning_json", help="with --retrained: task file of further queries, not reported, on which the power of each "
-                        "method's scores is chosen")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="with --retrained: only these (default all that are finished)")
+    parser.add_argument(
+        "--result_dir", default="results", help="where compute_influence.py wrote (default results)"
+    )
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="MODEL_NAME",
+        help="CLIP or DINO models to compare with, folders or hub names",
+    )
+    parser.add_argument(
+        "--retrained",
+        help="folder of retrained models' JSON files (python -m unlearn retrain) to measure "
+        "against",
+    )
+    parser.add_argument(
+        "--scores",
+        help="with --retrained: folder of scores/METHOD.npz to read instead of influence files",
+    )
+    parser.add_argument(
+        "--tuning_json",
+        help="with --retrained: task file of further queries, not reported, on which the power "
+        "of each "
+        "method's scores is chosen",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="with --retrained: only these (default all that are finished)",
+    )
     parser.add_argument("--output", help="folder of the CSV files (default RESULT_DIR/evaluate)")
-    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "precision", "device")
+    add_flags(
+        parser,
+        "dataroot",
+        "sd_version",
+        "laion_subset_size",
+        "vae_batch_size",
+        "precision",
+        "device",
+    )
     args = parser.parse_args(argv)
     for flag in "scores", "methods", "tuning_json":
         if getattr(args, flag) and not args.retrained:
             raise UserError(f"--{flag}: only with --retrained DIR")
     if args.retrained and args.features:
-        raise UserError("--features: not with --retrained; score them as a baseline: python -m unlearn baselines --features")
+        raise UserError(
+            "--features: not with --retrained; score them as a baseline: python -m unlearn "
+            "baselines --features"
+        )
     settings = resolve(args)
     args.output = args.output or f"{args.result_dir}/evaluate"
     return args, settings
@@ -229,7 +387,17 @@ def main(argv=None):
     methods = check_features(args.features, list_images(args.dataroot), args.dataroot)
     check_pictures(tasks, args.dataroot)
     check_training_files(args)
-    values = {OURS: np.array([query_metrics(ranking.ranks) for ranking in rankings]),
-              "random": np.array([chance_metrics(len(ranking.ranks), ranking.num_candidates) for ranking in rankings])}
+    values = {
+        OURS: np.array([query_metrics(ranking.ranks) for ranking in rankings]),
+        "random": np.array(
+            [chance_metrics(len(ranking.ranks), ranking.num_candidates) for ranking in rankings]
+        ),
+    }
     baselines, notices = measure_baselines(tasks, args, settings, methods, rankings)
-    report(tasks, rankings, {**values, **baselines}, [*tie_lines(OURS, sum(ranking.tied for ranking in rankings)), *notices], args.output)
+    report(
+        tasks,
+        rankings,
+        {**values, **baselines},
+        [*tie_lines(OURS, sum(ranking.tied for ranking in rankings)), *notices],
+        args.output,
+    )

@@ -1,4 +1,5 @@
-"""What there is to say of a machine, an environment, a data root and a task file before a run: findings, each with what to do.
+"""What there is to say of a machine, an environment, a data root and a task file before a run:
+findings, each with what to do.
 
 Nothing is written and no model is loaded.
 """
@@ -39,7 +40,8 @@ LITTLE_DISK = 2 << 30  # bytes
 
 
 class Finding(NamedTuple):
-    """OK, NOTE (nothing that must be put right) or PROBLEM; what was found; what to do about it, "" where nothing."""
+    """OK, NOTE (nothing that must be put right) or PROBLEM; what was found; what to do about it, ""
+    where nothing."""
 
     status: str
     text: str
@@ -47,7 +49,8 @@ class Finding(NamedTuple):
 
 
 def try_out(function, *args):
-    """(what a function gives, None), or (None, the PROBLEM it raised as UserError, which says what to do)."""
+    """(what a function gives, None), or (None, the PROBLEM it raised as UserError, which says what
+    to do)."""
     try:
         return function(*args), None
     except UserError as error:
@@ -55,33 +58,58 @@ def try_out(function, *args):
 
 
 def read_requirements():
-    """(range of Python, requirements): of pyproject.toml in a checkout, else of the installed package, which has no such file."""
+    """(range of Python, requirements): of pyproject.toml in a checkout, else of the installed
+    package, which has no such file."""
     if PYPROJECT.is_file():
         project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
         return project["requires-python"], list(map(Requirement, project["dependencies"]))
     installed = metadata("unlearn")
-    return installed["Requires-Python"], [each for each in map(Requirement, installed.get_all("Requires-Dist", []))
-                                          if not each.marker or each.marker.evaluate({"extra": ""})]
+    return installed["Requires-Python"], [
+        each
+        for each in map(Requirement, installed.get_all("Requires-Dist", []))
+        if not each.marker or each.marker.evaluate({"extra": ""})
+    ]
 
 
 def examine_environment():
-    """Python, the packages that this one asks for, and whether NumPy still draws the noise that caches were made with."""
-    (python, requirements), found, findings = read_requirements(), [f"Python {platform.python_version()}"], []
+    """Python, the packages that this one asks for, and whether NumPy still draws the noise that
+    caches were made with."""
+    (python, requirements) = read_requirements()
+    found = [f"Python {platform.python_version()}"]
+    findings = []
     if platform.python_version() not in SpecifierSet(python):
-        findings.append(Finding(PROBLEM, f"Python {platform.python_version()}: expected {python}", "micromamba create -f env.yml"))
+        findings.append(
+            Finding(
+                PROBLEM,
+                f"Python {platform.python_version()}: expected {python}",
+                "micromamba create -f env.yml",
+            )
+        )
     for requirement in requirements:
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
             installed = None
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
-            findings.append(Finding(PROBLEM, f"{requirement.name}: expected {requirement.specifier}, found {installed or 'none'}",
-                                    f"python -m pip install '{requirement}'"))
+            findings.append(
+                Finding(
+                    PROBLEM,
+                    f"{requirement.name}: expected {requirement.specifier}, found "
+                    f"{installed or 'none'}",
+                    f"python -m pip install '{requirement}'",
+                )
+            )
         else:
             found.append(f"{requirement.name} {installed}")
     if (answer := noise.known_answer()) != noise.KNOWN_ANSWER:
-        findings.append(Finding(PROBLEM, f"NumPy draws other noise than caches were made with: {answer}, expected {noise.KNOWN_ANSWER}",
-                                "use the NumPy of pyproject.toml's `tested`, or make every cache anew"))
+        findings.append(
+            Finding(
+                PROBLEM,
+                f"NumPy draws other noise than caches were made with: {answer}, expected "
+                f"{noise.KNOWN_ANSWER}",
+                "use the NumPy of pyproject.toml's `tested`, or make every cache anew",
+            )
+        )
     return [Finding(OK, ", ".join(found)), *findings]
 
 
@@ -92,21 +120,38 @@ def examine_device(name):
         return [problem]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        text = f"{device}: {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-        return [Finding(OK, text) if free > total / 2 else Finding(NOTE, text, "another program uses it: nvidia-smi names it")]
+        text = (
+            f"{device}: {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB free"
+        )
+        return [
+            Finding(OK, text)
+            if free > total / 2
+            else Finding(NOTE, text, "another program uses it: nvidia-smi names it")
+        ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings = [Finding(OK, f"cpu, {torch.get_num_threads()} threads on {cores} cores")]
     if torch.get_num_threads() > cores:
-        findings.append(Finding(NOTE, "more threads than cores slow each other", f"export OMP_NUM_THREADS={cores}"))
+        findings.append(
+            Finding(
+                NOTE, "more threads than cores slow each other", f"export OMP_NUM_THREADS={cores}"
+            )
+        )
     if name is None and shutil.which("nvidia-smi"):
-        findings.append(Finding(NOTE, f"there is an NVIDIA driver, but torch {torch.__version__} (built for "
-                                f"{f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'}) sees no device",
-                                "install torch for CUDA; in a SLURM job, ask for a GPU (--gres=gpu:1)"))
+        findings.append(
+            Finding(
+                NOTE,
+                f"there is an NVIDIA driver, but torch {torch.__version__} (built for "
+                f"{f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'}) sees no device",
+                "install torch for CUDA; in a SLURM job, ask for a GPU (--gres=gpu:1)",
+            )
+        )
     return findings
 
 
 def memory_limit():
-    """Bytes of memory that this process may use at most: the machine's, or less in a container or a SLURM job."""
+    """Bytes of memory that this process may use at most: the machine's, or less in a container or a
+    SLURM job."""
     limits = [psutil.virtual_memory().total]
     for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
         if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
@@ -117,16 +162,27 @@ def memory_limit():
 def examine_memory(pipeline):
     """Memory, and whether a local pipeline's weights, made float32, fit into it."""
     available, total = psutil.virtual_memory().available, memory_limit()
-    needed = 2 * sum(path.stat().st_size for path in Path(pipeline).glob("*/*.safetensors")) if pipeline and Path(pipeline).is_dir() else 0
+    needed = (
+        2 * sum(path.stat().st_size for path in Path(pipeline).glob("*/*.safetensors"))
+        if pipeline and Path(pipeline).is_dir()
+        else 0
+    )
     text = f"{min(available, total) / 1e9:.1f} of {total / 1e9:.1f} GB available"
     if needed > min(available, total):
-        return [Finding(PROBLEM, f"{text}; the weights of {pipeline} may need {needed / 1e9:.1f} GB", "ask for more (SLURM: --mem)")]
+        return [
+            Finding(
+                PROBLEM,
+                f"{text}; the weights of {pipeline} may need {needed / 1e9:.1f} GB",
+                "ask for more (SLURM: --mem)",
+            )
+        ]
     return [Finding(OK, text)]
 
 
 def examine_disk(folders, remedies=None, only_read=()):
-    """Free space where a run writes, {what: folder}, and whether it may write there. remedies: {what: what to do where it may not},
-    if not to give another folder; only_read: what of these nothing is to be written in."""
+    """Free space where a run writes, {what: folder}, and whether it may write there. remedies:
+    {what: what to do where it may not}, if not to give another folder; only_read: what of these
+    nothing is to be written in."""
     findings = []
     for item, folder in folders.items():
         place = Path(folder).absolute()
@@ -135,17 +191,29 @@ def examine_disk(folders, remedies=None, only_read=()):
         free = shutil.disk_usage(place).free
         text = f"{item} {folder}: {free / 1e9:.1f} GB free"
         if not os.access(place, os.W_OK | os.X_OK) and item in only_read:
-            findings.append(Finding(OK, f"{item} {folder}: cannot be written, and nothing has to be"))
+            findings.append(
+                Finding(OK, f"{item} {folder}: cannot be written, and nothing has to be")
+            )
         elif not os.access(place, os.W_OK | os.X_OK):
-            findings.append(Finding(PROBLEM, f"{text}, but no permission to write in {place}", (remedies or {}).get(item, "give another folder")))
+            findings.append(
+                Finding(
+                    PROBLEM,
+                    f"{text}, but no permission to write in {place}",
+                    (remedies or {}).get(item, "give another folder"),
+                )
+            )
         else:
-            findings.append(Finding(OK, text) if free > LITTLE_DISK else Finding(NOTE, text, "make room: a run that fills the disk stops"))
+            findings.append(
+                Finding(OK, text)
+                if free > LITTLE_DISK
+                else Finding(NOTE, text, "make room: a run that fills the disk stops")
+            )
     return findings
 
 
 def pipeline_folder(name):
-    """Where the files of a pipeline stand on this machine, a folder or the hub's cache; None where they do not. Raises ValueError where
-    it is neither a folder nor a name on the hub."""
+    """Where the files of a pipeline stand on this machine, a folder or the hub's cache; None where
+    they do not. Raises ValueError where it is neither a folder nor a name on the hub."""
     if Path(name).is_dir():
         return Path(name)
     cached = try_to_load_from_cache(name, "model_index.json")
@@ -153,27 +221,48 @@ def pipeline_folder(name):
 
 
 def examine_pipeline(name, unet):
-    """Whether the pipeline is there: a folder, or a hub name whose files are in the cache; and whether its parts, by their
-    configurations, are of a known kind and fit each other. unet: the data root's own, or ""."""
+    """Whether the pipeline is there: a folder, or a hub name whose files are in the cache; and
+    whether its parts, by their configurations, are of a known kind and fit each other. unet: the
+    data root's own, or ""."""
     try:
         folder = pipeline_folder(name)
     except ValueError:
-        return Finding(PROBLEM, f"pipeline {name}: neither a folder nor a name on the hub", "give --sd_version one of them")
+        return Finding(
+            PROBLEM,
+            f"pipeline {name}: neither a folder nor a name on the hub",
+            "give --sd_version one of them",
+        )
     if folder is None:
-        return Finding(NOTE, f"pipeline {name}: not in the hub's cache; it is downloaded at first use", f"where nodes have no network: hf download {name}")
+        return Finding(
+            NOTE,
+            f"pipeline {name}: not in the hub's cache; it is downloaded at first use",
+            f"where nodes have no network: hf download {name}",
+        )
     where = f"pipeline {name}" + ("" if Path(name).is_dir() else ", in the hub's cache")
     # Of the cache only some of the files may be there: they are looked at when the model is loaded.
-    if not Path(name).is_dir() and not all((folder / part).exists() for part in ("model_index.json", *PARTS)):
+    if not Path(name).is_dir() and not all(
+        (folder / part).exists() for part in ("model_index.json", *PARTS)
+    ):
         return Finding(OK, where)
-    return (unet and try_out(check_unet_folder, unet)[1]) or try_out(check_pipeline, folder, unet)[1] or Finding(OK, where)
+    return (
+        (unet and try_out(check_unet_folder, unet)[1])
+        or try_out(check_pipeline, folder, unet)[1]
+        or Finding(OK, where)
+    )
 
 
 def examine_resolution(name, settings):
-    """Whether pictures are brought to the size that the model was trained on, as far as its configuration is there to be read."""
+    """Whether pictures are brought to the size that the model was trained on, as far as its
+    configuration is there to be read."""
+
     def find_config(part):
         if part == "unet" and settings["unet"]:
             return Path(settings["unet"]) / "config.json"
-        return Path(name) / part / "config.json" if Path(name).is_dir() else try_to_load_from_cache(name, f"{part}/config.json")
+        return (
+            Path(name) / part / "config.json"
+            if Path(name).is_dir()
+            else try_to_load_from_cache(name, f"{part}/config.json")
+        )
 
     try:
         configs = [read_json(find_config(part), part) for part in ("unet", "vae")]
@@ -183,73 +272,128 @@ def examine_resolution(name, settings):
         return []
     own, used = trained_resolution(*configs), settings["resolution"]
     if used and own and used != own:
-        return [Finding(NOTE, f"pictures are brought to {used} x {used} pixels, as dataset.json says; the model was trained on {own} x {own}")]
-    return [] if own or used else [Finding(PROBLEM, "the UNet's config.json has no sample_size", "give `resolution` in dataset.json")]
+        return [
+            Finding(
+                NOTE,
+                f"pictures are brought to {used} x {used} pixels, as dataset.json says; the "
+                f"model was trained on {own} x {own}",
+            )
+        ]
+    return (
+        []
+        if own or used
+        else [
+            Finding(
+                PROBLEM,
+                "the UNet's config.json has no sample_size",
+                "give `resolution` in dataset.json",
+            )
+        ]
+    )
 
 
 def examine_fisher(args):
     """The Fisher that compute_influence.py would take."""
     path, problem = try_out(find_fisher, args)
     if problem or not record_path(path).exists() or path.suffix != ".safetensors":
-        return problem or Finding(NOTE, f"Fisher {path}: without a record; nothing says for which model it was made")
+        return problem or Finding(
+            NOTE, f"Fisher {path}: without a record; nothing says for which model it was made"
+        )
     remedy = f"make it anew: {fisher_command(args, path, overwrite=True)}"
     if problem := try_out(check_content, path, remedy)[1]:
         return problem
     if not all(array.exists() for array in array_paths(args.dataroot)):
-        return Finding(OK, f"Fisher {path}; whether it is of these training images is told once they are encoded")
+        return Finding(
+            OK,
+            f"Fisher {path}; whether it is of these training images is told once they are encoded",
+        )
     is_other, problem = try_out(has_other_images, path, args.dataroot, args.laion_subset_size)
     if is_other:
-        return Finding(NOTE, f"Fisher {path}: was made from other training images than those of {args.dataroot}", remedy)
+        return Finding(
+            NOTE,
+            f"Fisher {path}: was made from other training images than those of {args.dataroot}",
+            remedy,
+        )
     return Finding(OK, f"Fisher {path}")
 
 
 def check_shapes(dataroot, parts, resolution):
-    """Raises UserError where latents and embeddings cannot be opened, or have other shapes than a model of these Parts (None: not known)
-    makes."""
+    """Raises UserError where latents and embeddings cannot be opened, or have other shapes than a
+    model of these Parts (None: not known) makes."""
     latents, embeddings = open_arrays(dataroot)[:2]
-    blocks = parts.vae.get("block_out_channels") if parts and parts.classes["vae"] == "AutoencoderKL" else None
+    blocks = (
+        parts.vae.get("block_out_channels")
+        if parts and parts.classes["vae"] == "AutoencoderKL"
+        else None
+    )
     if not isinstance(blocks, (list, tuple)) or parts.tokens is None:
         return
     size = resolution // 2 ** (len(blocks) - 1)
-    shapes = (parts.vae["latent_channels"], size, size), (parts.tokens, parts.text_encoder["hidden_size"])
+    shapes = (
+        (parts.vae["latent_channels"], size, size),
+        (parts.tokens, parts.text_encoder["hidden_size"]),
+    )
     for path, array, shape in zip(array_paths(dataroot), (latents, embeddings), shapes):
-        if array.shape[array.ndim - len(shape):] != shape:
-            raise UserError(f"{path}: expected rows {list(shape)} of this model, found {list(array.shape)}")
+        if array.shape[array.ndim - len(shape) :] != shape:
+            raise UserError(
+                f"{path}: expected rows {list(shape)} of this model, found {list(array.shape)}"
+            )
 
 
 def examine_training_set(args, parts, resolution):
-    """Images, captions, latents and embeddings of a data root, and whether these are such as a model of these Parts (None: not known)
-    makes."""
+    """Images, captions, latents and embeddings of a data root, and whether these are such as a
+    model of these Parts (None: not known) makes."""
     dataroot = args.dataroot
     given = has_given_arrays(dataroot)
     pairs, problem = (None, None) if given else try_out(list_pairs, dataroot)
     if problem := problem or try_out(check_given, dataroot, encode_command(args))[1]:
         return problem
     made = all(path.exists() and record_path(path).exists() for path in array_paths(dataroot))
-    _, problem = try_out(check_shapes, dataroot, parts, resolution) if given or made else (None, None)
+    _, problem = (
+        try_out(check_shapes, dataroot, parts, resolution) if given or made else (None, None)
+    )
     if given:
-        return problem or Finding(OK, f"{len(open_arrays(dataroot)[1])} training images, latents and embeddings given")
+        return problem or Finding(
+            OK, f"{len(open_arrays(dataroot)[1])} training images, latents and embeddings given"
+        )
     count = count_pairs(dataroot)
-    left_out = f" ({len(pairs[0]) - count} left out, which cannot be read)" if count < len(pairs[0]) else ""
+    left_out = (
+        f" ({len(pairs[0]) - count} left out, which cannot be read)"
+        if count < len(pairs[0])
+        else ""
+    )
     if made and not problem:
         return Finding(OK, f"{count} training images{left_out}, encoded")
-    return Finding(NOTE, f"{count} training images{left_out}, to be encoded {f'anew at the next use: {problem.text}' if problem else 'at first use'}",
-                   f"ahead of time, by one process: {encode_command(args)}")
+    return Finding(
+        NOTE,
+        f"{count} training images{left_out}, to be encoded "
+        f"{f'anew at the next use: {problem.text}' if problem else 'at first use'}",
+        f"ahead of time, by one process: {encode_command(args)}",
+    )
 
 
 def examine_data(args):
-    """A data root: (its findings, that of the training set first, whether it can be read at all)."""
+    """A data root: (its findings, that of the training set first, whether it can be read at
+    all)."""
     settings, problem = try_out(read_settings, args.dataroot)
     if not Path(args.dataroot).is_dir():
-        problem = Finding(PROBLEM, f"--dataroot {args.dataroot}: no such folder", "see the README on downloading the data")
+        problem = Finding(
+            PROBLEM,
+            f"--dataroot {args.dataroot}: no such folder",
+            "see the README on downloading the data",
+        )
     if problem:
         return [problem], False
     pipeline, unet = args.sd_version or settings["pipeline"], settings["unet"]
     found = examine_pipeline(pipeline, unet)
     parts = read_parts(pipeline, unet) if found.status == OK and Path(pipeline).is_dir() else None
     resolution = settings["resolution"] or (parts and trained_resolution(parts.unet, parts.vae))
-    return [examine_training_set(args, parts if resolution else None, resolution), found, *examine_resolution(pipeline, settings),
-            examine_fisher(args)], True
+    return [
+        examine_training_set(args, parts if resolution else None, resolution),
+        found,
+        *examine_resolution(pipeline, settings),
+        examine_fisher(args),
+    ], True
 
 
 def examine_tasks(args):
@@ -259,8 +403,17 @@ def examine_tasks(args):
     if problem:
         return [problem], {}
     pipeline = args.sd_version or read_settings(args.dataroot)["pipeline"]
-    checks = [try_out(check_tokens, group[0].model_dir(args.dataroot), group, pipeline)[1] for group in groups.values()]
+    checks = [
+        try_out(check_tokens, group[0].model_dir(args.dataroot), group, pipeline)[1]
+        for group in groups.values()
+    ]
     pictures = [try_out(examine_pictures, group, args.dataroot) for group in groups.values()]
-    findings = [*filter(None, checks), *(problem for _, problem in pictures if problem),
-                *(Finding(NOTE, note) for notes, _ in pictures for note in notes or [])]
-    return [Finding(OK, f"{args.task_json}: {len(tasks)} queries of {len(groups)} models"), *findings], groups
+    findings = [
+        *filter(None, checks),
+        *(problem for _, problem in pictures if problem),
+        *(Finding(NOTE, note) for notes, _ in pictures for note in notes or []),
+    ]
+    return [
+        Finding(OK, f"{args.task_json}: {len(tasks)} queries of {len(groups)} models"),
+        *findings,
+    ], groups

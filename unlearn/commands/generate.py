@@ -1,9 +1,11 @@
-"""Makes queries: pictures that a data root's model generates from prompts, each with its own recorded seed.
+"""Makes queries: pictures that a data root's model generates from prompts, each with its own
+recorded seed.
 
     python -m unlearn generate --dataroot data/emoji_small --prompts prompts.txt --name queries --task_json tasks/queries.json
 
-Writes DATAROOT/synth/NAME/{00000.png, ..., latents.npy, embeddings.npy} and the task file. Line i of the prompts gets seed
-SEED + i: the same picture on any device. Prompts may also come from a COCO caption file (--prompts FILE.json).
+Writes DATAROOT/synth/NAME/{00000.png, ..., latents.npy, embeddings.npy} and the task file. Line i
+of the prompts gets seed SEED + i: the same picture on any device. Prompts may also come from a COCO
+caption file (--prompts FILE.json).
 """
 
 import argparse
@@ -22,22 +24,33 @@ from ..noise import SCHEME, known_answer
 from ..runtime.programs import log, progress
 from ..storage.artifacts import whole_file, write_array, write_json
 from ..storage.hashes import digest
-from ..storage.reading import MOST_TEXT, check_text, read_array, read_json, read_text, resolve_inside
+from ..storage.reading import (
+    MOST_TEXT,
+    check_text,
+    read_array,
+    read_json,
+    read_text,
+    resolve_inside,
+)
 from ..storage.records import keep_complete, record_path, write_record
 from .inputs import add_flags, resolve, say_resolution
 
 
 def read_prompts(path, limit):
-    """Prompts, one a line, or the captions of a COCO annotation file, at most `limit` (None: all). Raises UserError where
-    there are none or the file is no text."""
+    """Prompts, one a line, or the captions of a COCO annotation file, at most `limit` (None: all).
+    Raises UserError where there are none or the file is no text."""
     if str(path).endswith(".json"):
         content = read_json(path, "--prompts", MOST_TEXT)
         entries = content.get("annotations") if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(entry.get("caption"), str) for entry in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("caption"), str) for entry in entries
+        ):
             raise UserError(f"--prompts {path}: expected COCO's caption annotations, found none")
         prompts = [" ".join(entry["caption"].split()) for entry in entries]
     else:
-        prompts = [line.strip() for line in read_text(path, "--prompts").split("\n") if line.strip()]
+        prompts = [
+            line.strip() for line in read_text(path, "--prompts").split("\n") if line.strip()
+        ]
     for number, prompt in enumerate(prompts[:limit]):
         check_text(f"--prompts {path}, prompt {number + 1}", prompt)
     if not prompts[:limit]:
@@ -46,31 +59,71 @@ def read_prompts(path, limit):
 
 
 def check_words(names, tokenizer):
-    """Raises UserError where one of some prompts, {name: prompt}, has a word like <new1> that is no token of the pipeline's."""
+    """Raises UserError where one of some prompts, {name: prompt}, has a word like <new1> that is no
+    token of the pipeline's."""
     if strange := find_strange(tokenizer, names):
         name, word, meant = strange
-        raise UserError(f"{name}: {word} is not read as the token {meant}; write {meant}" if meant else
-                        f"{name}: the pipeline has no token {word}; leave it out, or write it without < and >")
+        raise UserError(
+            f"{name}: {word} is not read as the token {meant}; write {meant}"
+            if meant
+            else f"{name}: the pipeline has no token {word}; leave it out, or write it without < "
+            f"and >"
+        )
 
 
 def make_entries(prompts, seeds, folder, args):
     """Entries of the task file, paths relative to the data root."""
-    sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    return [{"synth_image_path": f"{folder}/{row:05d}.png", "prompt": prompt, "seed": seed, **sampling, "latents": f"{folder}/latents.npy",
-             "embeddings": f"{folder}/embeddings.npy", "row": row} for row, (prompt, seed) in enumerate(zip(prompts, seeds))]
+    sampling = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    return [
+        {
+            "synth_image_path": f"{folder}/{row:05d}.png",
+            "prompt": prompt,
+            "seed": seed,
+            **sampling,
+            "latents": f"{folder}/latents.npy",
+            "embeddings": f"{folder}/embeddings.npy",
+            "row": row,
+        }
+        for row, (prompt, seed) in enumerate(zip(prompts, seeds))
+    ]
 
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", required=True, help="text file, one prompt a line, or COCO caption annotations (.json)")
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        help="text file, one prompt a line, or COCO caption annotations (.json)",
+    )
     parser.add_argument("--limit", type=int, help="use the first so many prompts only")
-    parser.add_argument("--name", default="queries", help="folder below DATAROOT/synth (default queries)")
+    parser.add_argument(
+        "--name", default="queries", help="folder below DATAROOT/synth (default queries)"
+    )
     parser.add_argument("--task_json", required=True, help="the task file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default 0)")
-    parser.add_argument("--num_inference_steps", type=int, default=NUM_INFERENCE_STEPS, help=f"DDIM steps (default {NUM_INFERENCE_STEPS})")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default 1: none)")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures made at once; memory only (default 32)")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        default=NUM_INFERENCE_STEPS,
+        help=f"DDIM steps (default {NUM_INFERENCE_STEPS})",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance (default 1: none)",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="pictures made at once; memory only (default 32)"
+    )
     add_flags(parser, "dataroot", "sd_version", "precision", "device", "overwrite")
     args = parser.parse_args(argv)
     return args, resolve(args)
@@ -82,8 +135,13 @@ def main(argv=None):
     prompts = read_prompts(args.prompts, args.limit)
     folder = resolve_inside(args.dataroot, f"synth/{args.name}", "--name")
     relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
-    names = {f"--prompts {args.prompts}, prompt {number}": prompt for number, prompt in enumerate(prompts, 1)}
-    if any(BRACKETED.search(prompt) for prompt in prompts) and (tokenizer := open_tokenizer(args.sd_version)):
+    names = {
+        f"--prompts {args.prompts}, prompt {number}": prompt
+        for number, prompt in enumerate(prompts, 1)
+    }
+    if any(BRACKETED.search(prompt) for prompt in prompts) and (
+        tokenizer := open_tokenizer(args.sd_version)
+    ):
         check_words(names, tokenizer)
     model = load_model(args.sd_version, args.device, args.unet)
     check_words(names, model.pipeline.tokenizer)
@@ -91,24 +149,62 @@ def main(argv=None):
     check_steps(model, args.num_inference_steps)
     say_resolution(model, settings)
     seeds = [args.seed + row for row in range(len(prompts))]
-    identity = {**model.identity, "prompts": digest(prompts), "first_seed": args.seed, "num_inference_steps": args.num_inference_steps,
-                "guidance_scale": args.guidance_scale, "resolution": model.resolution(settings), "dataset": settings["name"],
-                "noise": SCHEME, "known_answer": known_answer(), "precision": args.precision}
+    identity = {
+        **model.identity,
+        "prompts": digest(prompts),
+        "first_seed": args.seed,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "resolution": model.resolution(settings),
+        "dataset": settings["name"],
+        "noise": SCHEME,
+        "known_answer": known_answer(),
+        "precision": args.precision,
+    }
     path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative, args)
-    is_complete = keep_complete(path, identity, args.overwrite, "give --overwrite to replace it, or another --name")
-    if not args.overwrite and Path(args.task_json).exists() and read_json(args.task_json, "--task_json") != entries:
-        raise UserError(f"--task_json {args.task_json}: holds other tasks; give --overwrite to replace it, or another name")
-    files = [folder / "embeddings.npy", *(folder / Path(entry["synth_image_path"]).name for entry in entries)]
-    if is_complete and all(map(Path.exists, files)) and all(np.isfinite(read_array(stored, "queries")).all() for stored in (path, files[0])):
+    is_complete = keep_complete(
+        path, identity, args.overwrite, "give --overwrite to replace it, or another --name"
+    )
+    if (
+        not args.overwrite
+        and Path(args.task_json).exists()
+        and read_json(args.task_json, "--task_json") != entries
+    ):
+        raise UserError(
+            f"--task_json {args.task_json}: holds other tasks; give --overwrite to replace it, "
+            f"or another name"
+        )
+    files = [
+        folder / "embeddings.npy",
+        *(folder / Path(entry["synth_image_path"]).name for entry in entries),
+    ]
+    if (
+        is_complete
+        and all(map(Path.exists, files))
+        and all(np.isfinite(read_array(stored, "queries")).all() for stored in (path, files[0]))
+    ):
         write_json(args.task_json, entries)
         return log.info(f"{folder}: is there already")
     check_root_writable(args.dataroot, "queries", [folder])
-    embeddings = np.concatenate([encode_prompts(model.pipeline, prompts[row:row + args.batch_size]).numpy()
-                                 for row in range(0, len(prompts), args.batch_size)])
+    embeddings = np.concatenate(
+        [
+            encode_prompts(model.pipeline, prompts[row : row + args.batch_size]).numpy()
+            for row in range(0, len(prompts), args.batch_size)
+        ]
+    )
     check_pixels("embeddings of the prompts", embeddings)
     with progress(len(prompts), "generating", "pictures") as bar:
-        latents, pictures = make_pictures(model, settings["name"], embeddings, seeds, model.latent_shape(model.resolution(settings)),
-                                          args.num_inference_steps, args.guidance_scale, args.batch_size, bar.update)
+        latents, pictures = make_pictures(
+            model,
+            settings["name"],
+            embeddings,
+            seeds,
+            model.latent_shape(model.resolution(settings)),
+            args.num_inference_steps,
+            args.guidance_scale,
+            args.batch_size,
+            bar.update,
+        )
     record_path(path).unlink(missing_ok=True)
     for row, pixels in enumerate(pictures):
         with whole_file(folder / f"{row:05d}.png") as file:

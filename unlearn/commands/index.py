@@ -1,9 +1,10 @@
-"""Builds an index of the training images' gradients, from which compute_influence.py --index ranks them without the model.
+"""Builds an index of the training images' gradients, from which compute_influence.py --index ranks
+them without the model.
 
     python -m unlearn index --task_json tasks/emoji_demo.json --dataroot data/emoji
 
-Writes OUTPUT/<model>/ for the model of each task, 16 KB for every view of an image, in as much time as gradient scoring takes.
-Killed and run again, the same command goes on.
+Writes OUTPUT/<model>/ for the model of each task, 16 KB for every view of an image, in as much time
+as gradient scoring takes. Killed and run again, the same command goes on.
 """
 
 import argparse
@@ -17,19 +18,56 @@ from ..models.customization import check_customization, customized
 from ..models.pipelines import load_model, select_parameters
 from ..noise import timestep_grid
 from ..runtime.programs import log
-from .inputs import add_flags, check_training_files, compare_images, find_fisher, load_fisher, prepare_training_set, resolve
+from .inputs import (
+    add_flags,
+    check_training_files,
+    compare_images,
+    find_fisher,
+    load_fisher,
+    prepare_training_set,
+    resolve,
+)
 
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task_json", required=True, help="task file: an index is built for each of its models")
-    parser.add_argument("--output", default="results/index", help="where indices are built (default results/index)")
-    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "batch_size", "time_samples", "noise_seed",
-              "device", "overwrite")
-    parser.add_argument("--precision", choices=AUTOCAST, help="fp32 (default), tf32 or bf16, which gradients survive")
-    parser.add_argument("--fisher_path", help="diagonal Fisher that whitens gradients (default sd_fisher.* of the data root)")
-    parser.add_argument("--damping", type=float, help="added to the Fisher, as a multiple of each parameter's mean entry")
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn index",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--task_json", required=True, help="task file: an index is built for each of its models"
+    )
+    parser.add_argument(
+        "--output", default="results/index", help="where indices are built (default results/index)"
+    )
+    add_flags(
+        parser,
+        "dataroot",
+        "sd_version",
+        "laion_subset_size",
+        "vae_batch_size",
+        "batch_size",
+        "time_samples",
+        "noise_seed",
+        "device",
+        "overwrite",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=AUTOCAST,
+        help="fp32 (default), tf32 or bf16, which gradients survive",
+    )
+    parser.add_argument(
+        "--fisher_path",
+        help="diagonal Fisher that whitens gradients (default sd_fisher.* of the data root)",
+    )
+    parser.add_argument(
+        "--damping",
+        type=float,
+        help="added to the Fisher, as a multiple of each parameter's mean entry",
+    )
     args = parser.parse_args(argv)
     return args, resolve(args)
 
@@ -45,11 +83,20 @@ def main(argv=None):
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))
     parameters = select_parameters(model.denoiser, "cross-attn-kv")
-    fisher, training_set = load_fisher(fisher_path, model, parameters, args.damping, args), prepare_training_set(model, args, settings)
+    fisher = load_fisher(fisher_path, model, parameters, args.damping, args)
+    training_set = prepare_training_set(model, args, settings)
     compare_images(fisher_path, training_set, args)
     for tasks in groups.values():
         folder = Path(args.output) / tasks[0].model_name
         with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
             sweep = Sweep(training_set, grid, args.batch_size, args.noise_seed)
-            build_index(custom, sweep, fisher, folder, args.precision, AUTOCAST[args.precision], args.overwrite)
+            build_index(
+                custom,
+                sweep,
+                fisher,
+                folder,
+                args.precision,
+                AUTOCAST[args.precision],
+                args.overwrite,
+            )
         log.info(f"{folder}: index of {len(training_set)} images, both views")

@@ -1,14 +1,16 @@
-"""Trains models from scratch and measures queries under them: in full, without images, on random subsets.
+"""Trains models from scratch and measures queries under them: in full, without images, on random
+subsets.
 
     python -m unlearn retrain full --dataroot data/emoji_small --seeds 0 1 2
     python -m unlearn retrain subsets --count 64 --dataroot data/emoji_small --task_json tasks/emoji_small.json
     python -m unlearn retrain without --top_k 6 12 --influence results/influence --num_queries 5 --task_json ... --dataroot ...
     python -m unlearn retrain random --top_k 6 12 --count 2 --dataroot ... --task_json ...
 
-Writes RESULT_DIR/retrain/<model>/model.safetensors and, where task files are given, one small file of measures a model to
---output: each query's loss under it and how far the picture that it makes from the query's prompt and seed has moved. The
-data root says which UNet and which recipe. Killed and run again, the same command goes on where it was; under `accelerate
-launch` every process trains its share of the models.
+Writes RESULT_DIR/retrain/<model>/model.safetensors and, where task files are given, one small file
+of measures a model to --output: each query's loss under it and how far the picture that it makes
+from the query's prompt and seed has moved. The data root says which UNet and which recipe. Killed
+and run again, the same command goes on where it was; under `accelerate launch` every process trains
+its share of the models.
 """
 
 import argparse
@@ -39,43 +41,119 @@ from ..retraining.plans import PLANS, make_plans, make_stacks, ranking_command
 from ..retraining.training import SCHEDULES
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
-from .inputs import add_flags, check_pictures, check_result_dir, check_training_files, encode_query, prepare_training_set, resolve
+from .inputs import (
+    add_flags,
+    check_pictures,
+    check_result_dir,
+    check_training_files,
+    encode_query,
+    prepare_training_set,
+    resolve,
+)
 
 
 def print_cost(plans, untrained, unmeasured, training_set, tasks, args):
     """Prints what there is to do: models, steps and size."""
     recipe = recipe_of(args, args.seeds[0])
-    print(f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} to be measured on {len(tasks)} queries")
-    print(f"{len(training_set)} images; {recipe.epochs} epochs of {recipe.batch_size} images a step: {recipe.num_steps(len(training_set)):,} steps a model "
-          f"at a learning rate of {recipe.rate:g} ({recipe.schedule})")
+    print(
+        f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} "
+        f"to be measured on {len(tasks)} queries"
+    )
+    print(
+        f"{len(training_set)} images; {recipe.epochs} epochs of {recipe.batch_size} images a "
+        f"step: {recipe.num_steps(len(training_set)):,} steps a model "
+        f"at a learning rate of {recipe.rate:g} ({recipe.schedule})"
+    )
 
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn retrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=PLANS, help="all images | random subsets | without K random ones | without a query's top K")
-    parser.add_argument("--task_json", nargs="+", default=[], help="task files whose queries are measured under each model")
-    parser.add_argument("--result_dir", default="results", help="where weights are written (default results)")
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn retrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "kind",
+        choices=PLANS,
+        help="all images | random subsets | without K random ones | without a query's top K",
+    )
+    parser.add_argument(
+        "--task_json",
+        nargs="+",
+        default=[],
+        help="task files whose queries are measured under each model",
+    )
+    parser.add_argument(
+        "--result_dir", default="results", help="where weights are written (default results)"
+    )
     parser.add_argument("--output", help="folder of the measures (default RESULT_DIR/retrained)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of initial weights and batches (default 0; several: full only). "
-                        "Losses are compared within a seed: first train its full model; pictures with the seed that made the queries alone")
-    parser.add_argument("--count", type=int, default=1, help="subsets, random: how many models (of each K)")
-    parser.add_argument("--first", type=int, default=0, help="subsets, random: number of the first one (default 0)")
-    parser.add_argument("--fraction", type=float, default=0.5, help="subsets: images kept (default 0.5)")
-    parser.add_argument("--top_k", type=int, nargs="+", default=[], help="random, without: images left out")
-    parser.add_argument("--influence", nargs="+", default=[], metavar="DIR", help="without: RESULT_DIR/influence, RESULT_DIR/baselines/METHOD, ...")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds of initial weights and batches (default 0; several: full only). "
+        "Losses are compared within a seed: first train its full model; pictures with the seed "
+        "that made the queries alone",
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, help="subsets, random: how many models (of each K)"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="subsets, random: number of the first one (default 0)"
+    )
+    parser.add_argument(
+        "--fraction", type=float, default=0.5, help="subsets: images kept (default 0.5)"
+    )
+    parser.add_argument(
+        "--top_k", type=int, nargs="+", default=[], help="random, without: images left out"
+    )
+    parser.add_argument(
+        "--influence",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="without: RESULT_DIR/influence, RESULT_DIR/baselines/METHOD, ...",
+    )
     parser.add_argument("--num_queries", type=int, help="without: the first so many queries only")
-    parser.add_argument("--stack", type=int, default=1, help="models trained at once, as one batch (default 1)")
+    parser.add_argument(
+        "--stack", type=int, default=1, help="models trained at once, as one batch (default 1)"
+    )
     parser.add_argument("--train_epochs", type=int, help="passes over the training set")
     parser.add_argument("--train_lr", type=float, help="learning rate of AdamW")
     parser.add_argument("--train_batch_size", type=int, help="images a step")
     parser.add_argument("--train_schedule", choices=SCHEDULES, help="of the learning rate")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)")
-    parser.add_argument("--loss_time_samples", type=int, default=200, help="timesteps of the queries' losses (default 200)")
-    parser.add_argument("--loss_batch_size", type=int, help="noisy samples in one forward pass; memory only")
-    parser.add_argument("--features", metavar="MODEL_NAME", help="CLIP or DINO model that pictures are compared by (default: VAE latents)")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)"
+    )
+    parser.add_argument(
+        "--loss_time_samples",
+        type=int,
+        default=200,
+        help="timesteps of the queries' losses (default 200)",
+    )
+    parser.add_argument(
+        "--loss_batch_size", type=int, help="noisy samples in one forward pass; memory only"
+    )
+    parser.add_argument(
+        "--features",
+        metavar="MODEL_NAME",
+        help="CLIP or DINO model that pictures are compared by (default: VAE latents)",
+    )
     parser.add_argument("--no_pictures", action="store_true", help="measure losses only")
-    add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "vae_batch_size", "noise_seed", "precision", "device", "overwrite", "dry_run")
+    add_flags(
+        parser,
+        "dataroot",
+        "sd_version",
+        "laion_subset_size",
+        "vae_batch_size",
+        "noise_seed",
+        "precision",
+        "device",
+        "overwrite",
+        "dry_run",
+    )
     args = parser.parse_args(argv)
     settings = resolve(args, {"loss_batch_size": "batch_size"})
     args.output = Path(args.output or f"{args.result_dir}/retrained")
@@ -84,34 +162,59 @@ def parse_arguments(argv):
 
 def check_flags(args, tasks):
     """Raises UserError where flags that the kind needs are missing, or tasks cannot be measured."""
-    needed = {"random": ["top_k"], "without": ["top_k", "influence", "task_json"]}.get(args.kind, [])
+    needed = {"random": ["top_k"], "without": ["top_k", "influence", "task_json"]}.get(
+        args.kind, []
+    )
     for flag in needed:
         if not getattr(args, flag):
             raise UserError(f"retrain {args.kind}: needs --{flag}")
     if args.kind != "full" and len(args.seeds) > 1:
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: only full models are trained with several; start it once a seed")
+        raise UserError(
+            f"--seeds {' '.join(map(str, args.seeds))}: only full models are trained with "
+            f"several; start it once a seed"
+        )
     for flag in ("count", "stack", "num_queries"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected at least 1")
     for folder in args.influence:
         if not Path(folder).is_dir():
-            raise UserError(f"--influence {folder}: no such folder; make it: {ranking_command(args, Path(folder), 'ours')}")
+            raise UserError(
+                f"--influence {folder}: no such folder; make it: "
+                f"{ranking_command(args, Path(folder), 'ours')}"
+            )
     for task in tasks:
         if task.model_path is not None:
-            raise UserError(f"{task.synth_image_path}: was made by a customized model; only queries of the base model are measured by retraining")
+            raise UserError(
+                f"{task.synth_image_path}: was made by a customized model; only queries of the "
+                f"base model are measured by retraining"
+            )
         if task.seed is None and not args.no_pictures:
-            raise UserError(f"{task.synth_image_path}: has no seed in its task file, so that it cannot be made again; give --no_pictures")
+            raise UserError(
+                f"{task.synth_image_path}: has no seed in its task file, so that it cannot be "
+                f"made again; give --no_pictures"
+            )
 
 
 def check_full_model(plans, args):
-    """Raises UserError where models without some images would be trained that no full model of their seed is there to compare with."""
+    """Raises UserError where models without some images would be trained that no full model of
+    their seed is there to compare with."""
     seeds = {plan.seed for plan in plans if plan.kind == "without"}
     for seed in sorted(seeds):
-        if args.task_json and not any(path.exists() for path in (args.output / f"full-seed{seed}.json",
-                                                                 Path(args.result_dir) / f"retrain/full-seed{seed}/model.safetensors")):
-            command = write_command("retrain", args, "full", "--seeds", str(seed), output=args.output)
-            raise UserError(f"retrain {args.kind}: {args.output} has no full model of seed {seed} to compare models of that seed with; train it "
-                            f"first: {command}")
+        if args.task_json and not any(
+            path.exists()
+            for path in (
+                args.output / f"full-seed{seed}.json",
+                Path(args.result_dir) / f"retrain/full-seed{seed}/model.safetensors",
+            )
+        ):
+            command = write_command(
+                "retrain", args, "full", "--seeds", str(seed), output=args.output
+            )
+            raise UserError(
+                f"retrain {args.kind}: {args.output} has no full model of seed {seed} to compare "
+                f"models of that seed with; train it "
+                f"first: {command}"
+            )
 
 
 def main(argv=None):
@@ -124,7 +227,9 @@ def main(argv=None):
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
     check_tokens(None, tasks, args.sd_version)
-    encode = feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
+    encode = (
+        feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
+    )
     model = load_model(args.sd_version, args.device, args.unet, trained=False)
     check_customization(model, None, tasks)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
@@ -135,24 +240,51 @@ def main(argv=None):
     index, num_processes = process_share()
     plans = make_plans(args.kind, args, training_set, tasks)
     check_full_model(plans, args)
-    measures = {plan.name: (args.output / f"{plan.name}.json", measure_identity(model, training_set, plan, tasks, args)) for plan in plans}
-    unmeasured = [plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args)]
-    untrained = [plan for plan in unmeasured if not keep_complete(weights_path(args, plan), model_identity(model, training_set, plan, args),
-                                                                  args.overwrite, REMEDY)]
+    measures = {
+        plan.name: (
+            args.output / f"{plan.name}.json",
+            measure_identity(model, training_set, plan, tasks, args),
+        )
+        for plan in plans
+    }
+    unmeasured = [
+        plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args)
+    ]
+    untrained = [
+        plan
+        for plan in unmeasured
+        if not keep_complete(
+            weights_path(args, plan),
+            model_identity(model, training_set, plan, args),
+            args.overwrite,
+            REMEDY,
+        )
+    ]
     print_cost(plans, untrained, unmeasured, training_set, tasks, args)
     if args.dry_run:
         return
-    queries = join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
+    queries = (
+        join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
+    )
     pictures = None
     if tasks and not args.no_pictures:
-        pictures = load_pictures(args.dataroot, [task.synth_image_path for task in tasks], model.resolution(settings))
-    # Stacks are runs of all plans, done or not, so that a stack which was killed while it was written is the same again.
+        pictures = load_pictures(
+            args.dataroot, [task.synth_image_path for task in tasks], model.resolution(settings)
+        )
+    # Stacks are runs of all plans, done or not, so that a stack which was killed while it was
+    # written is the same again.
     for stack in make_stacks(plans, args.stack)[index::num_processes]:
         cost = {}
         if any(plan in untrained for plan in stack):
             seconds = train_stack(model, training_set, stack, args)
-            cost = {"train_seconds": round(seconds / len(stack), 1), "stacked": len(stack), "threads": torch.get_num_threads()}
+            cost = {
+                "train_seconds": round(seconds / len(stack), 1),
+                "stacked": len(stack),
+                "threads": torch.get_num_threads(),
+            }
             log.info(f"{len(stack)} models in {seconds:.0f} s, {seconds / len(stack):.1f} s each")
         for plan in stack:
             if tasks and plan in unmeasured:
-                finish(model, queries, pictures, tasks, plan, *measures[plan.name], encode, args, cost)
+                finish(
+                    model, queries, pictures, tasks, plan, *measures[plan.name], encode, args, cost
+                )

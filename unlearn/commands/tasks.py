@@ -4,8 +4,9 @@
     python -m unlearn tasks --dataroot /scratch/abc --output tasks/all_tasks.json
     python -m unlearn tasks --dataroot data/mscoco
 
-From `json/test_*.json` and `path_to_prompts.json` of the data root, as `data/download_abc.sh` leaves it, or from
-`sample_caption.txt` and `sample/`, as `data/download_mscoco.sh` does. Other data roots bring their own task files.
+From `json/test_*.json` and `path_to_prompts.json` of the data root, as `data/download_abc.sh`
+leaves it, or from `sample_caption.txt` and `sample/`, as `data/download_mscoco.sh` does. Other data
+roots bring their own task files.
 """
 
 import argparse
@@ -32,14 +33,18 @@ TRAIN_PROMPTS = {
 }
 # MSCOCO: a caption a line, the picture made from it, and the rows of its latent and embedding.
 SAMPLE_CAPTIONS = "sample_caption.txt"
-SAMPLE_ARRAYS = {"latents": "coco17_sample_latents.npy", "embeddings": "coco17_sample_text_embeddings.npy"}
+SAMPLE_ARRAYS = {
+    "latents": "coco17_sample_latents.npy",
+    "embeddings": "coco17_sample_text_embeddings.npy",
+}
 NUM_SETS = 2
 NUM_IMAGES_PER_SET = 40
 IMAGE_STRIDE = 4
 
 
 def read_entry(dataroot, test_case, index):
-    """The entry of one customized model, checked. Raises UserError where it is missing or malformed."""
+    """The entry of one customized model, checked. Raises UserError where it is missing or
+    malformed."""
     path = dataroot / "json" / f"{test_case}.json"
     entries = read_json(path, most=MOST_TEXT)
     if not isinstance(entries, list) or not index < len(entries):
@@ -47,17 +52,25 @@ def read_entry(dataroot, test_case, index):
         raise UserError(f"{path}: expected a list with an entry {index}, found {found}")
     entry, item = entries[index], f"{path}: entry {index}"
     if not isinstance(entry, dict) or not isinstance(entry.get("category"), (str, type(None))):
-        raise UserError(f"{item}: expected an object with a string `category`, found {shorten(entry)}")
+        raise UserError(
+            f"{item}: expected an object with a string `category`, found {shorten(entry)}"
+        )
     if entry.get("category") is None and "{category}" in TRAIN_PROMPTS[test_case]:
         raise UserError(f"{item}: `category` is needed for the train prompt, found none")
     sets = entry.get("synth")
     if not isinstance(sets, dict) or len(sets) != NUM_SETS:
-        raise UserError(f"{item}: expected `synth` with {NUM_SETS} sets of images, found {shorten(sets)}")
+        raise UserError(
+            f"{item}: expected `synth` with {NUM_SETS} sets of images, found {shorten(sets)}"
+        )
     for name, paths in sets.items():
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise UserError(f"{item}: expected `synth.{name}` to be a list of paths, found {shorten(paths)}")
+            raise UserError(
+                f"{item}: expected `synth.{name}` to be a list of paths, found {shorten(paths)}"
+            )
         if len(paths) != NUM_IMAGES_PER_SET:
-            raise UserError(f"{item}: expected {NUM_IMAGES_PER_SET} paths in `synth.{name}`, found {len(paths)}")
+            raise UserError(
+                f"{item}: expected {NUM_IMAGES_PER_SET} paths in `synth.{name}`, found {len(paths)}"
+            )
     return entry
 
 
@@ -68,46 +81,63 @@ def shorten(value):
 
 
 def read_prompts(dataroot):
-    """path_to_prompts.json as a mapping whose keys are paths of images or folders below the data root."""
+    """path_to_prompts.json as a mapping whose keys are paths of images or folders below the data
+    root."""
     path = dataroot / "path_to_prompts.json"
     prompts = read_json(path, most=MOST_TEXT)
     if not isinstance(prompts, dict):
-        raise UserError(f"{path}: expected a mapping from paths to prompts, found {type(prompts).__name__}")
+        raise UserError(
+            f"{path}: expected a mapping from paths to prompts, found {type(prompts).__name__}"
+        )
     return {strip_dataset(key).rstrip("/"): value for key, value in prompts.items()}
 
 
 def find_prompt(prompts, image_path):
     """The prompt of a synthesized image: an entry of its path, or of its folder or the one above.
 
-    A folder's entry may be a list, indexed by the number that is the image's name. Raises UserError where nothing fits.
+    A folder's entry may be a list, indexed by the number that is the image's name. Raises UserError
+    where nothing fits.
     """
     image = PurePosixPath(image_path)
-    value = next((prompts[str(key)] for key in (image, *image.parents[:2]) if str(key) in prompts), None)
+    value = next(
+        (prompts[str(key)] for key in (image, *image.parents[:2]) if str(key) in prompts), None
+    )
     if isinstance(value, list) and image_path in prompts:
         value = value[0] if len(value) == 1 else None
     elif isinstance(value, list):
         index = int(image.stem) if image.stem.isdecimal() else len(value)
         value = value[index] if index < len(value) else None
     if not isinstance(value, str) or not value:
-        raise UserError(f"path_to_prompts.json: expected a prompt for {image_path} or its folder, found none")
+        raise UserError(
+            f"path_to_prompts.json: expected a prompt for {image_path} or its folder, found none"
+        )
     return value
 
 
 def find_model(dataroot, image_path):
-    """`synth/DOMAIN/SET/MODEL/samples/IMAGE` -> `models/DOMAIN/MODEL`. Raises UserError where that is no folder."""
+    """`synth/DOMAIN/SET/MODEL/samples/IMAGE` -> `models/DOMAIN/MODEL`. Raises UserError where that
+    is no folder."""
     parts = PurePosixPath(image_path).parts
     if len(parts) < 5 or parts[0] != "synth" or parts[-2] != "samples":
-        raise UserError(f"{image_path}: expected a path like synth/imagenet/gpt/n01440764_0000/samples/00000.png")
+        raise UserError(
+            f"{image_path}: expected a path like "
+            f"synth/imagenet/gpt/n01440764_0000/samples/00000.png"
+        )
     model_path = f"models/{parts[1]}/{parts[-3]}"
     if not resolve_inside(dataroot, model_path, image_path).is_dir():
-        raise UserError(f"{image_path}: expected its model in {dataroot / model_path}, found no such folder")
+        raise UserError(
+            f"{image_path}: expected its model in {dataroot / model_path}, found no such folder"
+        )
     return model_path
 
 
 def make_task(dataroot, prompts, test_case, index, category, image_path):
-    """The task of one synthesized image. Raises UserError where its file, prompt or model is missing."""
+    """The task of one synthesized image. Raises UserError where its file, prompt or model is
+    missing."""
     if not resolve_inside(dataroot, image_path, f"json/{test_case}.json: entry {index}").is_file():
-        raise UserError(f"json/{test_case}.json: entry {index}: {dataroot / image_path}: no such file")
+        raise UserError(
+            f"json/{test_case}.json: entry {index}: {dataroot / image_path}: no such file"
+        )
     return {
         "synth_image_path": image_path,
         "prompt": find_prompt(prompts, image_path),
@@ -127,29 +157,54 @@ def make_tasks(dataroot):
         for index in indices:
             entry = read_entry(dataroot, test_case, index)
             for paths in entry["synth"].values():
-                tasks += [make_task(dataroot, prompts, test_case, index, entry.get("category"), strip_dataset(path))
-                          for path in paths[::IMAGE_STRIDE]]
+                tasks += [
+                    make_task(
+                        dataroot,
+                        prompts,
+                        test_case,
+                        index,
+                        entry.get("category"),
+                        strip_dataset(path),
+                    )
+                    for path in paths[::IMAGE_STRIDE]
+                ]
     return tasks
 
 
 def make_sample_tasks(dataroot):
-    """One task for each line of sample_caption.txt, whose picture is sample/LINE.png. Raises UserError where a picture is
-    missing or the numbers disagree."""
+    """One task for each line of sample_caption.txt, whose picture is sample/LINE.png. Raises
+    UserError where a picture is missing or the numbers disagree."""
     dataroot = Path(dataroot)
     if not (prompts := read_lines(dataroot / SAMPLE_CAPTIONS)):
-        raise UserError(f"{dataroot / SAMPLE_CAPTIONS}: expected a caption a line, found an empty file")
-    stored = SAMPLE_ARRAYS if all((dataroot / name).exists() for name in SAMPLE_ARRAYS.values()) else {}
+        raise UserError(
+            f"{dataroot / SAMPLE_CAPTIONS}: expected a caption a line, found an empty file"
+        )
+    stored = (
+        SAMPLE_ARRAYS if all((dataroot / name).exists() for name in SAMPLE_ARRAYS.values()) else {}
+    )
     for name in stored.values():
         if (shape := read_array(dataroot / name).shape)[:1] != (len(prompts),):
-            raise UserError(f"{dataroot / name}: expected {len(prompts)} rows, as {SAMPLE_CAPTIONS} has lines, found {list(shape)}")
+            raise UserError(
+                f"{dataroot / name}: expected {len(prompts)} rows, as {SAMPLE_CAPTIONS} has "
+                f"lines, found {list(shape)}"
+            )
     tasks = []
     for row, prompt in enumerate(prompts):
         path = f"sample/{row}.png"
         if not prompt.strip():
             raise UserError(f"{dataroot / SAMPLE_CAPTIONS}: line {row + 1} is empty")
         if not resolve_inside(dataroot, path, SAMPLE_CAPTIONS).is_file():
-            raise UserError(f"{dataroot / path}: no such file, but {SAMPLE_CAPTIONS} has {len(prompts)} lines")
-        tasks.append({"synth_image_path": path, "prompt": prompt.strip(), **stored, **({"row": row} if stored else {})})
+            raise UserError(
+                f"{dataroot / path}: no such file, but {SAMPLE_CAPTIONS} has {len(prompts)} lines"
+            )
+        tasks.append(
+            {
+                "synth_image_path": path,
+                "prompt": prompt.strip(),
+                **stored,
+                **({"row": row} if stored else {}),
+            }
+        )
     if (extra := dataroot / f"sample/{len(prompts)}.png").exists():
         raise UserError(f"{extra}: has no caption, {SAMPLE_CAPTIONS} has {len(prompts)} lines")
     return tasks
@@ -157,9 +212,16 @@ def make_sample_tasks(dataroot):
 
 def main(argv=None):
     """Writes the task file."""
-    parser = argparse.ArgumentParser(prog="python -m unlearn tasks", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataroot", default="data/abc", help="the AbC benchmark, or MSCOCO (default: %(default)s)")
-    parser.add_argument("--output", help="the file to write (default: tasks/all_tasks.json, of MSCOCO tasks/mscoco.json)")
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn tasks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--dataroot", default="data/abc", help="the AbC benchmark, or MSCOCO (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        help="the file to write (default: tasks/all_tasks.json, of MSCOCO tasks/mscoco.json)",
+    )
     args = parser.parse_args(argv)
     is_mscoco = (Path(args.dataroot) / SAMPLE_CAPTIONS).exists()
     args.output = args.output or ("tasks/mscoco.json" if is_mscoco else "tasks/all_tasks.json")

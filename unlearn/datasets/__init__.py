@@ -1,1 +1,2 @@
-"""Task files, a data root's settings and captions, training sets, and pictures and prompts encoded."""
+"""Task files, a data root's settings and captions, training sets, and pictures and prompts
+encoded."""

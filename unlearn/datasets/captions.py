@@ -1,4 +1,5 @@
-"""Images of a folder paired with their captions: lines of text, Hugging Face's metadata.jsonl, COCO's annotations."""
+"""Images of a folder paired with their captions: lines of text, Hugging Face's metadata.jsonl,
+COCO's annotations."""
 
 import json
 import os
@@ -8,46 +9,102 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..runtime.printing import shorten
-from ..storage.reading import MOST_TEXT, check_name, check_text, list_visible, make_object, read_json, read_text, resolve_inside
+from ..storage.reading import (
+    MOST_TEXT,
+    check_name,
+    check_text,
+    list_visible,
+    make_object,
+    read_json,
+    read_text,
+    resolve_inside,
+)
 
-IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # pictures.FORMATS
-UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".ppm", ".pgm", ".dng", ".cr2", ".nef", ".arw"}
+IMAGE_SUFFIXES = {
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+}  # pictures.FORMATS
+UNREAD_SUFFIXES = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".svg",
+    ".psd",
+    ".tga",
+    ".ico",
+    ".ppm",
+    ".pgm",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+}
 PAIRS_SHOWN = 3
 NAMED_LINE = re.compile(r"""["']?(.+?\.\w{3,5})["']?\s*[\s,;:#|]\s*(.+)""")  # b.png a dog
-BEGINNINGS = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL)  # of pictures' files
+BEGINNINGS = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL
+)  # of pictures' files
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 
 
 def check_pictures(folder, names):
-    """Raises UserError where files' names, relative to their folder, are not UTF-8, or are of pictures that are not read."""
+    """Raises UserError where files' names, relative to their folder, are not UTF-8, or are of
+    pictures that are not read."""
     for name in names:
         check_name(f"{folder}", name)
     if unread := [name for name in names if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]:
-        raise UserError(f"{folder}: {len(unread)} pictures of a kind that is not read, first {unread[0]}; make them PNG or JPEG, or move "
-                        "them out of there")
+        raise UserError(
+            f"{folder}: {len(unread)} pictures of a kind that is not read, first {unread[0]}; "
+            f"make them PNG or JPEG, or move "
+            "them out of there"
+        )
 
 
 def list_folder(folder):
-    """Paths of a folder's images in the order of their names as text, [] where it is missing. Raises UserError: `check_pictures`."""
-    paths = [path for path in list_visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES]
+    """Paths of a folder's images in the order of their names as text, [] where it is missing.
+    Raises UserError: `check_pictures`."""
+    paths = [
+        path
+        for path in list_visible(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
+    ]
     check_pictures(folder, [path.name for path in paths])
     return paths
 
 
 def plain_letters(text):
-    """A text without accents and capitals, full-width letters as others: as people's programs compare names."""
-    return "".join(character for character in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(character))
+    """A text without accents and capitals, full-width letters as others: as people's programs
+    compare names."""
+    return "".join(
+        character
+        for character in unicodedata.normalize("NFKD", text.casefold())
+        if not unicodedata.combining(character)
+    )
 
 
 def natural_order(path):
-    """Key by which file browsers list files: numbers by their value, in any script; capitals and accents beside plain letters; the name
-    before its suffix."""
+    """Key by which file browsers list files: numbers by their value, in any script; capitals and
+    accents beside plain letters; the name before its suffix."""
     parts = re.findall(r"\d+|.", plain_letters(path.stem), re.DOTALL)
-    return [("0", int(part)) if part.isdecimal() else (part, 0) for part in parts], path.suffix.casefold()
+    return [
+        ("0", int(part)) if part.isdecimal() else (part, 0) for part in parts
+    ], path.suffix.casefold()
 
 
 def spoken_order(path):
-    """Key by which `ls` and others list files in most languages: that of a browser, without spaces and punctuation."""
+    """Key by which `ls` and others list files in most languages: that of a browser, without spaces
+    and punctuation."""
     return natural_order(path.with_name(re.sub(r"[\W_]+", "", path.stem) + path.suffix))
 
 
@@ -57,49 +114,89 @@ def entry_of(name, caption):
 
 
 def check_unnamed(path, paths, lines):
-    """Raises UserError where captions that are told by their place begin with names of the images: they would be paired with others."""
+    """Raises UserError where captions that are told by their place begin with names of the images:
+    they would be paired with others."""
     names = {image.name: image for image in paths}
-    found = [(number, match) for number, line in enumerate(lines, 1) if (match := NAMED_LINE.match(line)) and PurePosixPath(match[1]).name in names]
+    found = [
+        (number, match)
+        for number, line in enumerate(lines, 1)
+        if (match := NAMED_LINE.match(line)) and PurePosixPath(match[1]).name in names
+    ]
     if found:
         number, match = found[0]
-        raise UserError(f"{path}: {len(found)} of {len(lines)} lines begin with an image's name, first line {number}: {shorten(lines[number - 1])}; "
-                        "but a line belongs to the image in its place, and all of it would be the caption. Write a "
-                        f"{Path(path).with_name('metadata.jsonl')} instead, an object a line such as "
-                        f"{entry_of(PurePosixPath(match[1]).name, match[2])}, and name that file as `captions` in dataset.json")
+        raise UserError(
+            f"{path}: {len(found)} of {len(lines)} lines begin with an image's name, first line "
+            f"{number}: {shorten(lines[number - 1])}; "
+            "but a line belongs to the image in its place, and all of it would be the caption. "
+            "Write a "
+            f"{Path(path).with_name('metadata.jsonl')} instead, an object a line such as "
+            f"{entry_of(PurePosixPath(match[1]).name, match[2])}, and name that file as "
+            f"`captions` in dataset.json"
+        )
 
 
 def check_order(path, paths, lines):
-    """Raises UserError where images that are told by their place alone stand in one order as text and in another in people's listings:
-    line n (without `lines`, row n of the arrays) would be that of one image or of another."""
+    """Raises UserError where images that are told by their place alone stand in one order as text
+    and in another in people's listings: line n (without `lines`, row n of the arrays) would be that
+    of one image or of another."""
     check_unnamed(path, paths, lines)
-    orders = {"a file browser": sorted(paths, key=natural_order), "`ls`": sorted(paths, key=spoken_order)}
-    who, natural = next(((who, order) for who, order in orders.items() if order != paths), (None, paths))
+    orders = {
+        "a file browser": sorted(paths, key=natural_order),
+        "`ls`": sorted(paths, key=spoken_order),
+    }
+    who, natural = next(
+        ((who, order) for who, order in orders.items() if order != paths), (None, paths)
+    )
     if who is None:
         return
     first = next(place for place, pair in enumerate(zip(paths, natural)) if pair[0] != pair[1])
-    kind, ends = ("line", [f": {shorten(line, 30)}" for line in lines]) if lines else ("row", [""] * len(paths))
-    as_text, as_listed = (", ".join(image.name + end for image, end in list(zip(order, ends))[first:first + PAIRS_SHOWN])
-                          for order in (paths, natural))
+    kind, ends = (
+        ("line", [f": {shorten(line, 30)}" for line in lines])
+        if lines
+        else ("row", [""] * len(paths))
+    )
+    as_text, as_listed = (
+        ", ".join(
+            image.name + end for image, end in list(zip(order, ends))[first : first + PAIRS_SHOWN]
+        )
+        for order in (paths, natural)
+    )
     name, number = natural[first].name, re.search("[0-9]+", natural[first].stem)
-    filled = sorted(paths, key=lambda image: natural_order(image.with_name(re.sub(r"\d+", "0", image.name))))
-    renamed = name.replace(number[0], number[0].zfill(6), 1) if number and filled == paths else None  # only numbers are in the way
-    raise UserError(f"{path}: which {kind} is whose? From {kind} {first + 1} the names' order as text gives {as_text}; {who} lists them "
-                    f"{as_listed}. " + (f"Rename the images with leading zeros ({name} to {renamed}), or name" if renamed else "Name")
-                    + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as {entry_of(name, lines[first] if lines else '...')}, "
-                    "and that file as `captions` in dataset.json")
+    filled = sorted(
+        paths, key=lambda image: natural_order(image.with_name(re.sub(r"\d+", "0", image.name)))
+    )
+    renamed = (
+        name.replace(number[0], number[0].zfill(6), 1) if number and filled == paths else None
+    )  # only numbers are in the way
+    raise UserError(
+        f"{path}: which {kind} is whose? From {kind} {first + 1} the names' order as text gives "
+        f"{as_text}; {who} lists them "
+        f"{as_listed}. "
+        + (
+            f"Rename the images with leading zeros ({name} to {renamed}), or name"
+            if renamed
+            else "Name"
+        )
+        + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as "
+        f"{entry_of(name, lines[first] if lines else '...')}, "
+        "and that file as `captions` in dataset.json"
+    )
 
 
 def read_lines(path):
     """Lines of a UTF-8 text file, [] where it is missing. Blank lines at its end are none."""
-    lines = read_text(path).split("\n") if Path(path).exists() else []  # captions from the web hold other line separators
+    lines = (
+        read_text(path).split("\n") if Path(path).exists() else []
+    )  # captions from the web hold other line separators
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
 
 
 def read_metadata(path):
-    """Entries (file name, [caption, ...]) of a metadata.jsonl of Hugging Face's image folders, in its order: an object a
-    line with `file_name` and `text`, a caption or a list of them. Raises UserError where a line is no such object."""
+    """Entries (file name, [caption, ...]) of a metadata.jsonl of Hugging Face's image folders, in
+    its order: an object a line with `file_name` and `text`, a caption or a list of them. Raises
+    UserError where a line is no such object."""
     entries = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -108,11 +205,20 @@ def read_metadata(path):
             value = json.loads(line, object_pairs_hook=make_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
-        name, text = (value.get("file_name"), value.get("text")) if isinstance(value, dict) else (None, None)
+        name, text = (
+            (value.get("file_name"), value.get("text")) if isinstance(value, dict) else (None, None)
+        )
         captions = [text] if isinstance(text, str) else [] if text is None else text
-        if not isinstance(name, str) or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise UserError(f"{path}, line {number}: expected an object with a string `file_name` and `text`, a caption or a list of "
-                            f"captions, found {line:.80}")
+        if (
+            not isinstance(name, str)
+            or not isinstance(captions, list)
+            or not all(isinstance(caption, str) for caption in captions)
+        ):
+            raise UserError(
+                f"{path}, line {number}: expected an object with a string `file_name` and "
+                f"`text`, a caption or a list of "
+                f"captions, found {line:.80}"
+            )
         check_unicode(f"{path}, line {number}", [name, *captions])
         entries.append((name, captions))
     return entries
@@ -128,16 +234,23 @@ def check_unicode(item, texts):
 
 
 def check_objects(path, content, key, kinds):
-    """The list `key` of a COCO file, whose objects have these fields of these types and an id of their own, or UserError."""
+    """The list `key` of a COCO file, whose objects have these fields of these types and an id of
+    their own, or UserError."""
     objects = content.get(key) if isinstance(content, dict) else None
     if not isinstance(objects, list):
-        raise UserError(f"{path}: expected COCO's caption annotations, an object with a list `{key}`, found {type(objects).__name__}")
+        raise UserError(
+            f"{path}: expected COCO's caption annotations, an object with a list `{key}`, found "
+            f"{type(objects).__name__}"
+        )
     seen = set()
     for number, entry in enumerate(objects):
         for field, kind in kinds.items():
             value = entry.get(field) if isinstance(entry, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(f"{path}: {key}, entry {number}: {field}: expected {kind.__name__}, found {value!r:.80}")
+                raise UserError(
+                    f"{path}: {key}, entry {number}: {field}: expected {kind.__name__}, found "
+                    f"{value!r:.80}"
+                )
             if kind is str:
                 check_unicode(f"{path}: {key}, entry {number}: {field}", [value])
         if entry["id"] in seen:
@@ -147,32 +260,45 @@ def check_objects(path, content, key, kinds):
 
 
 def read_coco(path):
-    """Entries (file name, [caption, ...]) of COCO's caption annotations: `images` in their order, each one's captions in the
-    order of their ids. Raises UserError where the file is none, or annotates images that it does not list."""
+    """Entries (file name, [caption, ...]) of COCO's caption annotations: `images` in their order,
+    each one's captions in the order of their ids. Raises UserError where the file is none, or
+    annotates images that it does not list."""
     content = read_json(path, "annotations", MOST_TEXT)
     images = check_objects(path, content, "images", {"id": int, "file_name": str})
-    annotations = check_objects(path, content, "annotations", {"id": int, "image_id": int, "caption": str})
+    annotations = check_objects(
+        path, content, "annotations", {"id": int, "image_id": int, "caption": str}
+    )
     captions = {image["id"]: [] for image in images}
-    if strange := [annotation for annotation in annotations if annotation["image_id"] not in captions]:
-        raise UserError(f"{path}: {len(strange)} captions without images, first annotation {strange[0]['id']} of image "
-                        f"{strange[0]['image_id']}, which `images` does not list")
+    if strange := [
+        annotation for annotation in annotations if annotation["image_id"] not in captions
+    ]:
+        raise UserError(
+            f"{path}: {len(strange)} captions without images, first annotation "
+            f"{strange[0]['id']} of image "
+            f"{strange[0]['image_id']}, which `images` does not list"
+        )
     for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
         captions[annotation["image_id"]].append(annotation["caption"])
     return [(image["file_name"], captions[image["id"]]) for image in images]
 
 
-READERS = {".jsonl": read_metadata, ".json": read_coco}  # other files are lines, one an image of the folder
+READERS = {
+    ".jsonl": read_metadata,
+    ".json": read_coco,
+}  # other files are lines, one an image of the folder
 
 
 def read_entries(path):
-    """Entries (file name, [caption, ...]) of an annotation file, [] where it is missing. Raises UserError where a name
-    leads out of the folder of images or stands there twice."""
+    """Entries (file name, [caption, ...]) of an annotation file, [] where it is missing. Raises
+    UserError where a name leads out of the folder of images or stands there twice."""
     entries, seen = READERS[Path(path).suffix](path) if Path(path).exists() else [], set()
     for name, _ in entries:
         plain = PurePosixPath(name)
         check_text(f"{path}", name, is_path=True)
         if plain.is_absolute() or ".." in plain.parts or not plain.parts or len(name) > 1000:
-            raise UserError(f"{path}: expected names of files below the folder of images, found {name!a:.80}")
+            raise UserError(
+                f"{path}: expected names of files below the folder of images, found {name!a:.80}"
+            )
         if plain in seen:
             raise UserError(f"{path}: {name} stands there twice")
         seen.add(plain)
@@ -180,8 +306,8 @@ def read_entries(path):
 
 
 def label_images(folder, path):
-    """What is known of the rows of arrays that are there already: file names, paths and one caption each, every list [] where
-    that is missing."""
+    """What is known of the rows of arrays that are there already: file names, paths and one caption
+    each, every list [] where that is missing."""
     if Path(path).suffix not in READERS:
         paths, lines = list_folder(folder), read_lines(path)
         if len(lines) in (0, len(paths)):  # else open_arrays tells
@@ -189,7 +315,11 @@ def label_images(folder, path):
         return [found.name for found in paths], paths, lines
     entries = read_entries(path)
     paths = [Path(folder) / name for name, _ in entries] if list_visible(folder) else []
-    return [name for name, _ in entries], paths, [captions[0] if captions else "" for _, captions in entries]
+    return (
+        [name for name, _ in entries],
+        paths,
+        [captions[0] if captions else "" for _, captions in entries],
+    )
 
 
 def walk_visible(folder):
@@ -200,8 +330,9 @@ def walk_visible(folder):
 
 
 def find_overlooked(folder, paths):
-    """Pictures below a folder, by their first bytes, that are not among these paths, for all that their names say: in a sub-folder of one
-    whose captions are lines, or with another suffix than those that are listed."""
+    """Pictures below a folder, by their first bytes, that are not among these paths, for all that
+    their names say: in a sub-folder of one whose captions are lines, or with another suffix than
+    those that are listed."""
     listed = {os.path.normpath(path) for path in paths}
 
     def is_picture(path):
@@ -210,48 +341,76 @@ def find_overlooked(folder, paths):
                 return BEGINNINGS.match(file.read(16))
         except OSError:
             return False
-    return sorted(path for path in walk_visible(folder) if os.path.normpath(path) not in listed and path.is_file() and is_picture(path))
+
+    return sorted(
+        path
+        for path in walk_visible(folder)
+        if os.path.normpath(path) not in listed and path.is_file() and is_picture(path)
+    )
 
 
 def match_files(folder, path, entries):
-    """Raises UserError where annotated images are not in the folder, or images in it are not annotated."""
+    """Raises UserError where annotated images are not in the folder, or images in it are not
+    annotated."""
     found = {path.relative_to(folder).as_posix() for path in walk_visible(folder)}
     for name, _ in entries:
         if name not in found or os.path.islink(Path(folder) / name):  # through a link
             resolve_inside(folder, name, f"{path}")
-    missing = [name for name, _ in entries if name not in found and not (Path(folder) / name).is_file()]
+    missing = [
+        name for name, _ in entries if name not in found and not (Path(folder) / name).is_file()
+    ]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(entries)} captions without images: not in {folder}, first {missing[0]}")
-    images = {name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES}
+        raise UserError(
+            f"{path}: {len(missing)} of {len(entries)} captions without images: not in {folder}, "
+            f"first {missing[0]}"
+        )
+    images = {
+        name
+        for name in found
+        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
+    }
     extra = sorted(images - {name for name, _ in entries})
     check_pictures(folder, extra)
     if extra:
-        raise UserError(f"{folder}: {len(extra)} of {len(images)} images without captions in {Path(path).name}, first {extra[0]}")
+        raise UserError(
+            f"{folder}: {len(extra)} of {len(images)} images without captions in "
+            f"{Path(path).name}, first {extra[0]}"
+        )
 
 
 def choose_captions(path, entries, count):
-    """The first `count` captions of each entry; 0: five of COCO's, elsewhere all, which must be as many for every image.
-    Raises UserError where an image has fewer."""
+    """The first `count` captions of each entry; 0: five of COCO's, elsewhere all, which must be as
+    many for every image. Raises UserError where an image has fewer."""
     if empty := [name for name, captions in entries if not captions]:
-        raise UserError(f"{path}: {len(empty)} of {len(entries)} images without captions, first {empty[0]}")
+        raise UserError(
+            f"{path}: {len(empty)} of {len(entries)} images without captions, first {empty[0]}"
+        )
     exact = not count and Path(path).suffix != ".json"
     count = count or (len(entries[0][1]) if exact else COCO_CAPTIONS)
     for name, captions in entries:
         if len(captions) < count or exact and len(captions) > count:
             fewest = min(len(captions) for _, captions in entries)
-            raise UserError(f"{path}: {name} has {len(captions)} captions, expected {count} as of every image; take the first {fewest} of "
-                            f'each: write "num_captions": {fewest} into the data root\'s dataset.json, or encode with --num_captions {fewest}')
+            raise UserError(
+                f"{path}: {name} has {len(captions)} captions, expected {count} as of every "
+                f"image; take the first {fewest} of "
+                f'each: write "num_captions": {fewest} into the data root\'s dataset.json, or '
+                f"encode with --num_captions {fewest}"
+            )
     return [captions[:count] for _, captions in entries]
 
 
 def pair_images(folder, path, num_captions=0):
-    """Paths of the images and the captions of each, of which all have as many, in the order of the rows: that of an
-    annotation file, else that of the images' names. Raises UserError where some images or captions are alone."""
+    """Paths of the images and the captions of each, of which all have as many, in the order of the
+    rows: that of an annotation file, else that of the images' names. Raises UserError where some
+    images or captions are alone."""
     if Path(path).suffix not in READERS:
         paths, lines = list_folder(folder), read_lines(path)
         if not paths or len(paths) != len(lines):
-            raise UserError(f"{path}: expected a line for each image of {folder}, found {len(paths)} images, {len(lines)} lines (blank ones "
-                            "at its end and hidden files do not count)")
+            raise UserError(
+                f"{path}: expected a line for each image of {folder}, found {len(paths)} images, "
+                f"{len(lines)} lines (blank ones "
+                "at its end and hidden files do not count)"
+            )
         check_order(path, paths, lines)
         if num_captions > 1:
             raise UserError(f"--num_captions {num_captions}: {path} has one caption an image")
@@ -260,4 +419,6 @@ def pair_images(folder, path, num_captions=0):
     if not entries:
         raise UserError(f"{path}: {'lists no image' if Path(path).exists() else 'no such file'}")
     match_files(folder, path, entries)
-    return [Path(folder) / name for name, _ in entries], choose_captions(path, entries, num_captions)
+    return [Path(folder) / name for name, _ in entries], choose_captions(
+        path, entries, num_captions
+    )

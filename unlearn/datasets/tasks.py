@@ -1,5 +1,5 @@
-"""Task files: which synthesized images are to be attributed, and which model made them: a customized one, with its
-exemplars, or the data root's own base model."""
+"""Task files: which synthesized images are to be attributed, and which model made them: a
+customized one, with its exemplars, or the data root's own base model."""
 
 import os
 from dataclasses import dataclass
@@ -8,10 +8,29 @@ from pathlib import Path, PurePosixPath
 from ..errors import UserError
 from ..storage.reading import check_keys, check_text, read_json, resolve_inside
 
-FIELDS = {"synth_image_path": str, "prompt": str, "test_case": str, "test_case_ind": int, "model_path": str,
-          "train_prompt": str, "category": (str, type(None))}
-CUSTOMIZED_FIELDS = ("test_case", "test_case_ind", "model_path", "train_prompt")  # none of them: the base model made the query
-OPTIONAL_FIELDS = {"seed": int, "num_inference_steps": int, "guidance_scale": (int, float), "latents": str, "embeddings": str, "row": int}
+FIELDS = {
+    "synth_image_path": str,
+    "prompt": str,
+    "test_case": str,
+    "test_case_ind": int,
+    "model_path": str,
+    "train_prompt": str,
+    "category": (str, type(None)),
+}
+CUSTOMIZED_FIELDS = (
+    "test_case",
+    "test_case_ind",
+    "model_path",
+    "train_prompt",
+)  # none of them: the base model made the query
+OPTIONAL_FIELDS = {
+    "seed": int,
+    "num_inference_steps": int,
+    "guidance_scale": (int, float),
+    "latents": str,
+    "embeddings": str,
+    "row": int,
+}
 NEEDED_FIELDS = {"latents": "row", "row": "latents", "embeddings": "latents"}
 PATH_FIELDS = ("synth_image_path", "model_path")  # results are written under these names
 BASE = "base"  # folder of the base model's losses
@@ -21,8 +40,8 @@ LARGEST_FILE = 64 << 20  # bytes; 400 tasks take 150 KB
 
 @dataclass(frozen=True)
 class Task:
-    """One query. Paths are relative to the data root, except the exemplars', which are resolved. A query of the base model
-    has no test case, model path, train prompt and exemplars."""
+    """One query. Paths are relative to the data root, except the exemplars', which are resolved. A
+    query of the base model has no test case, model path, train prompt and exemplars."""
 
     synth_image_path: str
     prompt: str
@@ -35,28 +54,36 @@ class Task:
     seed: int | None = None  # with which the query was made; None where it cannot be made again
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    latents: str | None = None  # .npy [n, C, h, w], scaled for the denoiser: the query as the model made it
+    latents: str | None = (
+        None  # .npy [n, C, h, w], scaled for the denoiser: the query as the model made it
+    )
     embeddings: str | None = None  # .npy [n, tokens, features]
     row: int | None = None  # the query's, of both
 
     @property
     def result_name(self):
-        """Folder of the query's results below `results/influence`: its path less `synth/` and the suffix `.png`."""
+        """Folder of the query's results below `results/influence`: its path less `synth/` and the
+        suffix `.png`."""
         return Path(self.synth_image_path).with_suffix("").as_posix().removeprefix("synth/")
 
     @property
     def model_name(self):
-        """Folder of the model's losses below `results/orig_loss`: its path less `models/`; that of the base model is `base`."""
+        """Folder of the model's losses below `results/orig_loss`: its path less `models/`; that of
+        the base model is `base`."""
         return BASE if self.model_path is None else self.model_path.removeprefix("models/")
 
     @property
     def image_sets(self):
-        """Names of the candidates' losses, in the order of the results: exemplars first, where there are any."""
+        """Names of the candidates' losses, in the order of the results: exemplars first, where
+        there are any."""
         return ("laion",) if self.model_path is None else ("exemplar", "laion")
 
     def exemplar_ids(self, dataroot):
-        """Paths of the exemplars relative to the data root: unlike their names, they tell those of different models apart."""
-        return [path.relative_to(os.path.realpath(dataroot)).as_posix() for path in self.exemplar_paths]
+        """Paths of the exemplars relative to the data root: unlike their names, they tell those of
+        different models apart."""
+        return [
+            path.relative_to(os.path.realpath(dataroot)).as_posix() for path in self.exemplar_paths
+        ]
 
     def model_dir(self, dataroot):
         """Folder of the customized model, None where it is the base model."""
@@ -64,12 +91,14 @@ class Task:
 
 
 def strip_dataset(path):
-    """`dataset/exemplar/0.png` -> `exemplar/0.png`: only the first component, and only where it is `dataset`."""
+    """`dataset/exemplar/0.png` -> `exemplar/0.png`: only the first component, and only where it is
+    `dataset`."""
     return str(path).removeprefix("dataset/")
 
 
 def read_list(path, item):
-    """A JSON file that holds a list. Raises UserError where it does not, or is too large to be read."""
+    """A JSON file that holds a list. Raises UserError where it does not, or is too large to be
+    read."""
     entries = read_json(path, item, LARGEST_FILE)
     if not isinstance(entries, list) or not entries:
         found = "an empty list" if entries == [] else type(entries).__name__
@@ -78,22 +107,34 @@ def read_list(path, item):
 
 
 def read_test_case(dataroot, name):
-    """Entries of `json/NAME.json`, one a customized model. Raises UserError where it is missing or malformed."""
+    """Entries of `json/NAME.json`, one a customized model. Raises UserError where it is missing or
+    malformed."""
     path = resolve_inside(dataroot, f"json/{name}.json", f"test_case {name}")
     if not os.path.isfile(path):
-        known = ", ".join(sorted(found.stem for found in (Path(dataroot) / "json").glob("test_*.json"))) or "none"
+        known = (
+            ", ".join(sorted(found.stem for found in (Path(dataroot) / "json").glob("test_*.json")))
+            or "none"
+        )
         raise UserError(f"test_case {name}: no {path}; this data root has: {known}")
     entries = read_list(path, "test case")
     for number, entry in enumerate(entries):
         exemplars = entry.get("exemplar") if isinstance(entry, dict) else None
-        if not isinstance(exemplars, list) or not exemplars or not all(isinstance(exemplar, str) for exemplar in exemplars):
-            raise UserError(f"test case {path}, entry {number}: expected an object with a list `exemplar` of paths, found {entry!r:.80}")
+        if (
+            not isinstance(exemplars, list)
+            or not exemplars
+            or not all(isinstance(exemplar, str) for exemplar in exemplars)
+        ):
+            raise UserError(
+                f"test case {path}, entry {number}: expected an object with a list `exemplar` of "
+                f"paths, found {entry!r:.80}"
+            )
     return entries
 
 
 def check_fields(item, values):
-    """Every field of a task, None where it is absent (or null) and may be: without any of CUSTOMIZED_FIELDS it is a task of
-    the base model. Raises UserError, naming task and key, where one is missing, of another type, or none of a task's."""
+    """Every field of a task, None where it is absent (or null) and may be: without any of
+    CUSTOMIZED_FIELDS it is a task of the base model. Raises UserError, naming task and key, where
+    one is missing, of another type, or none of a task's."""
     if not isinstance(values, dict):
         raise UserError(f"{item}: expected an object, found {type(values).__name__}")
     check_keys(item, values, {**FIELDS, **OPTIONAL_FIELDS})
@@ -113,16 +154,26 @@ def check_fields(item, values):
     for field, needed in NEEDED_FIELDS.items():
         if field not in optional and needed in optional:
             raise UserError(f"{item}: key {needed} is missing, which {field} needs")
-    return {field: None if field in optional else values[field] for field in {**FIELDS, **OPTIONAL_FIELDS}}
+    return {
+        field: None if field in optional else values[field]
+        for field in {**FIELDS, **OPTIONAL_FIELDS}
+    }
 
 
 def plain_path(path, item):
-    """The shortest spelling of a relative path: `./a//b/` -> `a/b`. Raises UserError where it is absolute or goes up."""
+    """The shortest spelling of a relative path: `./a//b/` -> `a/b`. Raises UserError where it is
+    absolute or goes up."""
     if len(path) > LONGEST_PATH:
-        raise UserError(f"{item}: expected a path of at most {LONGEST_PATH} characters, found {len(path)}: {path:.80}...")
+        raise UserError(
+            f"{item}: expected a path of at most {LONGEST_PATH} characters, found {len(path)}: "
+            f"{path:.80}..."
+        )
     plain = PurePosixPath(path)
     if plain.is_absolute() or ".." in plain.parts:
-        raise UserError(f"{item}: expected a path inside the data root, relative to it and without .., found {path}")
+        raise UserError(
+            f"{item}: expected a path inside the data root, relative to it and without .., found "
+            f"{path}"
+        )
     return plain.as_posix()
 
 
@@ -139,44 +190,74 @@ def find_file(dataroot, path, item):
 
 
 def find_exemplars(item, values, dataroot, test_cases):
-    """The exemplars of a customized model's task, resolved. Raises UserError where its test case has no such entry."""
+    """The exemplars of a customized model's task, resolved. Raises UserError where its test case
+    has no such entry."""
     name, index = values["test_case"], values["test_case_ind"]
     if name not in test_cases:
         test_cases[name] = read_test_case(dataroot, name)
     if not 0 <= index < len(test_cases[name]):
-        raise UserError(f"{item}: test_case_ind: expected 0 to {len(test_cases[name]) - 1} in {name}, found {index}")
+        raise UserError(
+            f"{item}: test_case_ind: expected 0 to {len(test_cases[name]) - 1} in {name}, found "
+            f"{index}"
+        )
     entry = test_cases[name][index]
     if "found" not in entry:  # once for all tasks of the model
-        entry["found"] = tuple(find_file(dataroot, strip_dataset(path), f"{item}: exemplar") for path in entry["exemplar"])
+        entry["found"] = tuple(
+            find_file(dataroot, strip_dataset(path), f"{item}: exemplar")
+            for path in entry["exemplar"]
+        )
     return entry["found"]
 
 
 def make_task(item, values, dataroot, test_cases):
-    """Checks one entry of a task file and finds its exemplars. `test_cases` caches the test cases read so far."""
+    """Checks one entry of a task file and finds its exemplars. `test_cases` caches the test cases
+    read so far."""
     values = check_fields(item, values)
-    values.update({field: plain_path(values[field], f"{item}: {field}") for field in PATH_FIELDS
-                   if values[field] is not None})
-    paths = find_exemplars(item, values, dataroot, test_cases) if values["model_path"] is not None else ()
+    values.update(
+        {
+            field: plain_path(values[field], f"{item}: {field}")
+            for field in PATH_FIELDS
+            if values[field] is not None
+        }
+    )
+    paths = (
+        find_exemplars(item, values, dataroot, test_cases)
+        if values["model_path"] is not None
+        else ()
+    )
     find_file(dataroot, values["synth_image_path"], f"{item}: synth_image_path")
-    if values["model_path"] is not None and not os.path.isdir(resolve_inside(dataroot, values["model_path"], f"{item}: model_path")):
-        raise UserError(f"{item}: model_path: no such folder: {Path(dataroot) / values['model_path']}")
+    if values["model_path"] is not None and not os.path.isdir(
+        resolve_inside(dataroot, values["model_path"], f"{item}: model_path")
+    ):
+        raise UserError(
+            f"{item}: model_path: no such folder: {Path(dataroot) / values['model_path']}"
+        )
     return Task(**values, exemplar_paths=paths)
 
 
 def load_tasks(task_json, dataroot):
-    """Reads and checks a task file: a list of tasks in its order. Raises UserError naming task, key and value, also
-    where two tasks would write to one folder."""
+    """Reads and checks a task file: a list of tasks in its order. Raises UserError naming task, key
+    and value, also where two tasks would write to one folder."""
     if not Path(dataroot).is_dir():
         raise UserError(f"--dataroot {dataroot}: no such folder")
     entries, test_cases, first = read_list(task_json, "--task_json"), {}, {}
-    tasks = [make_task(f"{task_json}, task {number}", values, dataroot, test_cases) for number, values in enumerate(entries)]
+    tasks = [
+        make_task(f"{task_json}, task {number}", values, dataroot, test_cases)
+        for number, values in enumerate(entries)
+    ]
     for number, task in enumerate(tasks):
         if not set(task.result_name.split("/")).isdisjoint(("", ".", "..")):
-            raise UserError(f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its name leaves no folder for results")
+            raise UserError(
+                f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its name "
+                f"leaves no folder for results"
+            )
         other = first.setdefault(task.result_name, number)
         if other != number:
-            raise UserError(f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its results would stand in the "
-                            f"folder of task {other} ({tasks[other].synth_image_path}): {task.result_name}")
+            raise UserError(
+                f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its "
+                f"results would stand in the "
+                f"folder of task {other} ({tasks[other].synth_image_path}): {task.result_name}"
+            )
     check_nesting(first, f"{task_json}: synth_image_path")
     return tasks
 
@@ -190,18 +271,26 @@ def check_nesting(names, item):
 
 
 def group_by_model(tasks):
-    """Tasks by model, {path of the customized model, or None: [task, ...]}, in the order of first appearance.
-    Raises UserError where two tasks of a model disagree on its exemplars or train prompt, or two models would share a
-    folder of losses."""
+    """Tasks by model, {path of the customized model, or None: [task, ...]}, in the order of first
+    appearance. Raises UserError where two tasks of a model disagree on its exemplars or train
+    prompt, or two models would share a folder of losses."""
     groups, paths = {}, {}
     for task in tasks:
         if (other := paths.setdefault(task.model_name, task.model_path)) != task.model_path:
             first, second = (path or "the base model" for path in (other, task.model_path))
-            raise UserError(f"{second}: its losses would stand in the folder of {first}: {task.model_name}")
+            raise UserError(
+                f"{second}: its losses would stand in the folder of {first}: {task.model_name}"
+            )
         group = groups.setdefault(task.model_path, [])
-        if group and (group[0].exemplar_paths, group[0].train_prompt) != (task.exemplar_paths, task.train_prompt):
-            raise UserError(f"{task.model_path}: tasks {group[0].synth_image_path} and {task.synth_image_path} name "
-                            "different exemplars or train prompts for one model")
+        if group and (group[0].exemplar_paths, group[0].train_prompt) != (
+            task.exemplar_paths,
+            task.train_prompt,
+        ):
+            raise UserError(
+                f"{task.model_path}: tasks {group[0].synth_image_path} and "
+                f"{task.synth_image_path} name "
+                "different exemplars or train prompts for one model"
+            )
         group.append(task)
     check_nesting(paths, "model_path")
     return groups

@@ -1,4 +1,5 @@
-"""Retrained models, one small JSON file each, read back and checked: what they were trained on and each query's loss."""
+"""Retrained models, one small JSON file each, read back and checked: what they were trained on and
+each query's loss."""
 
 import base64
 import binascii
@@ -18,23 +19,43 @@ from ..storage.records import FORMAT_VERSION, explain_difference
 from .scores import RANDOM
 
 NAMES = re.compile(r"(full|half|subset[^-]*|without|random)-.+\.json")
-SHARED = ("format_version", "recipe", "training_set", "num_images", "timesteps", "noise_seed",
-          "num_inference_steps", "guidance_scale", "features")
-REQUIRED = {"recipe": str, "training_set": str, "num_images": int, "seed": int, "members": str, "queries": dict,
-            "timesteps": int, "noise_seed": int}
+SHARED = (
+    "format_version",
+    "recipe",
+    "training_set",
+    "num_images",
+    "timesteps",
+    "noise_seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "features",
+)
+REQUIRED = {
+    "recipe": str,
+    "training_set": str,
+    "num_images": int,
+    "seed": int,
+    "members": str,
+    "queries": dict,
+    "timesteps": int,
+    "noise_seed": int,
+}
 KINDS = ("full", "subset", "without")
 
 
 @dataclass(frozen=True)
 class RetrainedModel:
-    """One model. Measures are in the order of the queries that were asked for, NaN where a model was not asked."""
+    """One model. Measures are in the order of the queries that were asked for, NaN where a model
+    was not asked."""
 
     path: Path
     kind: str
     identity: dict = field(repr=False)
     kept: np.ndarray = field(repr=False)  # [N], bool
     losses: np.ndarray = field(repr=False)  # [queries]
-    mse: np.ndarray = field(repr=False)  # between the query and what the model makes of its prompt and seed, pixels in [0, 1]
+    mse: np.ndarray = field(
+        repr=False
+    )  # between the query and what the model makes of its prompt and seed, pixels in [0, 1]
     similarity: np.ndarray = field(repr=False)  # cosine of features of the two
     method: str | None = None  # by which images were removed, RANDOM among them
     query: str | None = None  # for which they were
@@ -55,18 +76,25 @@ def check_entry(path, values, kinds):
     for key, kind in kinds.items():
         value = values.get(key) if isinstance(values, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{path}: {key}: expected {kind.__name__}, found {value!r:.80}; no file of python -m unlearn retrain")
+            raise UserError(
+                f"{path}: {key}: expected {kind.__name__}, found {value!r:.80}; no file of "
+                f"python -m unlearn retrain"
+            )
 
 
 def read_members(path, identity):
-    """The mask of the images that a model was trained on, bool [N]. Raises UserError where it is no mask of N images."""
+    """The mask of the images that a model was trained on, bool [N]. Raises UserError where it is no
+    mask of N images."""
     count = identity["num_images"]
     try:
         packed = np.frombuffer(base64.b64decode(identity["members"], validate=True), np.uint8)
     except (binascii.Error, ValueError):
         packed = np.empty(0, np.uint8)
     if count < 1 or len(packed) != (count + 7) // 8 or np.unpackbits(packed)[count:].any():
-        raise UserError(f"{path}: members: expected the packed mask of {count} images, found {len(packed)} bytes; retrain this model")
+        raise UserError(
+            f"{path}: members: expected the packed mask of {count} images, found {len(packed)} "
+            f"bytes; retrain this model"
+        )
     return np.unpackbits(packed)[:count].astype(bool)
 
 
@@ -79,30 +107,55 @@ def read_losses(path, losses, queries):
     """Each query's loss, float64. Raises UserError where one is missing or no finite number."""
     for query in queries:
         if query not in losses:
-            raise UserError(f"{path}: has no loss of query {query} (it has {len(losses)}); it was measured on another task file")
+            raise UserError(
+                f"{path}: has no loss of query {query} (it has {len(losses)}); it was measured "
+                f"on another task file"
+            )
         if not is_number(losses[query]):
-            raise UserError(f"{path}: losses: {query}: expected a finite number, found {losses[query]!r:.80}; retrain this model")
+            raise UserError(
+                f"{path}: losses: {query}: expected a finite number, found "
+                f"{losses[query]!r:.80}; retrain this model"
+            )
     return np.array([losses[query] for query in queries], float)
 
 
 def read_measures(record, name, queries):
-    """A measure of each query, float64, NaN where the model was not asked for it. Raises UserError where it is no number."""
+    """A measure of each query, float64, NaN where the model was not asked for it. Raises UserError
+    where it is no number."""
     values = record.get(name) or {}
-    if not isinstance(values, dict) or not all(value is None or is_number(value) for value in values.values()):
-        raise UserError(f"{name}: expected a number of each query, found {values!r:.80}; retrain this model")
-    return np.array([values[query] if values.get(query) is not None else np.nan for query in queries], float)
+    if not isinstance(values, dict) or not all(
+        value is None or is_number(value) for value in values.values()
+    ):
+        raise UserError(
+            f"{name}: expected a number of each query, found {values!r:.80}; retrain this model"
+        )
+    return np.array(
+        [values[query] if values.get(query) is not None else np.nan for query in queries], float
+    )
 
 
 def check_removed(path, record, kept):
-    """Method and query of a model of kind `without`. Raises UserError where its mask does not fit its kind and K."""
+    """Method and query of a model of kind `without`. Raises UserError where its mask does not fit
+    its kind and K."""
     removed, count = record.get("removed") or {}, int((~kept).sum())
-    if record["kind"] == "full" and count or record["kind"] == "subset" and not 0 < count < len(kept):
-        raise UserError(f"{path}: a {record['kind']} model trained without {count} of {len(kept)} images; retrain this model")
+    if (
+        record["kind"] == "full"
+        and count
+        or record["kind"] == "subset"
+        and not 0 < count < len(kept)
+    ):
+        raise UserError(
+            f"{path}: a {record['kind']} model trained without {count} of {len(kept)} images; "
+            f"retrain this model"
+        )
     if record["kind"] != "without":
         return None, None
     check_entry(path, removed, {"method": str, "k": int})
     if removed["k"] != count:
-        raise UserError(f"{path}: removed: k is {removed['k']}, its mask leaves out {count} images; retrain this model")
+        raise UserError(
+            f"{path}: removed: k is {removed['k']}, its mask leaves out {count} images; retrain "
+            f"this model"
+        )
     if removed["method"] == RANDOM:
         return RANDOM, None
     check_entry(path, removed, {"query": str})
@@ -115,75 +168,138 @@ def read_model(path, queries):
     check_entry(path, record, {"identity": dict, "kind": str, "losses": dict})
     check_entry(path, record["identity"], REQUIRED)
     if record["identity"].get("format_version") != FORMAT_VERSION or record["kind"] not in KINDS:
-        raise UserError(f"{path}: expected format_version {FORMAT_VERSION} and a kind of {', '.join(KINDS)}, found "
-                        f"{record['identity'].get('format_version')!r} and {record['kind']!r:.40}")
+        raise UserError(
+            f"{path}: expected format_version {FORMAT_VERSION} and a kind of {', '.join(KINDS)}, "
+            f"found "
+            f"{record['identity'].get('format_version')!r} and {record['kind']!r:.40}"
+        )
     kept = read_members(path, record["identity"])
-    return RetrainedModel(path, record["kind"], record["identity"], kept, read_losses(path, record["losses"], queries),
-                          read_measures(record, "mse", queries), read_measures(record, "similarity", queries),
-                          *check_removed(path, record, kept))
+    return RetrainedModel(
+        path,
+        record["kind"],
+        record["identity"],
+        kept,
+        read_losses(path, record["losses"], queries),
+        read_measures(record, "mse", queries),
+        read_measures(record, "similarity", queries),
+        *check_removed(path, record, kept),
+    )
 
 
 def query_digests(tasks, dataroot):
-    """What a query is, by its name: a digest of prompt, picture, seed and stored rows, so that a model's measures tell of which
-    they are."""
-    stored = lambda task: [open_stored(task, dataroot, field)[task.row].tobytes().hex() for field in AXES if getattr(task, field) is not None]
-    return {task.result_name: digest(task.prompt, hash_picture(Path(dataroot) / task.synth_image_path), task.seed, stored(task)) for task in tasks}
+    """What a query is, by its name: a digest of prompt, picture, seed and stored rows, so that a
+    model's measures tell of which they are."""
+    stored = lambda task: [
+        open_stored(task, dataroot, field)[task.row].tobytes().hex()
+        for field in AXES
+        if getattr(task, field) is not None
+    ]
+    return {
+        task.result_name: digest(
+            task.prompt,
+            hash_picture(Path(dataroot) / task.synth_image_path),
+            task.seed,
+            stored(task),
+        )
+        for task in tasks
+    }
 
 
 def shared_fields(identity, queries):
-    """What models must share to be compared: recipe, training set, how they were measured, and each query."""
-    return {**{name: identity.get(name) for name in SHARED}, **{f"query {query}": identity["queries"].get(query) for query in queries}}
+    """What models must share to be compared: recipe, training set, how they were measured, and each
+    query."""
+    return {
+        **{name: identity.get(name) for name in SHARED},
+        **{f"query {query}": identity["queries"].get(query) for query in queries},
+    }
 
 
 def check_alike(models, queries):
-    """Raises UserError where models are not of one recipe, training set and measurement, or one of them stands there twice."""
+    """Raises UserError where models are not of one recipe, training set and measurement, or one of
+    them stands there twice."""
     first, seen = models[0], {}
     for model in models:
-        fields, expected_fields = shared_fields(model.identity, queries), shared_fields(first.identity, queries)
+        fields = shared_fields(model.identity, queries)
+        expected_fields = shared_fields(first.identity, queries)
         for name in {**expected_fields, **fields}:
             found, expected = fields.get(name), expected_fields.get(name)
             if found != expected:
-                reason = (f"{name} has another picture, prompt, seed or stored latent" if name.startswith("query ") else
-                          explain_difference(name, found, expected, {}, {}))
-                raise UserError(f"{model.path}: made otherwise than {first.path.name}: {reason}; models of one folder must share it: move the "
-                                "others out")
+                reason = (
+                    f"{name} has another picture, prompt, seed or stored latent"
+                    if name.startswith("query ")
+                    else explain_difference(name, found, expected, {}, {})
+                )
+                raise UserError(
+                    f"{model.path}: made otherwise than {first.path.name}: {reason}; models of "
+                    f"one folder must share it: move the "
+                    "others out"
+                )
         key = model.kind, model.method, model.query, model.seed, model.kept.tobytes()
         other = seen.setdefault(key, model.path.name)
         if other != model.path.name:
-            raise UserError(f"{model.path}: the same model as {other} (kind, seed and images); it would count twice: remove one")
+            raise UserError(
+                f"{model.path}: the same model as {other} (kind, seed and images); it would "
+                f"count twice: remove one"
+            )
 
 
 def read_retrained(folder, queries, command):
-    """All models of a folder in an order that does not depend on the files' names: by kind, method, query, number of images,
-    seed and members. Raises UserError for an empty folder (command: that fills it), unknown files and models that cannot be compared."""
+    """All models of a folder in an order that does not depend on the files' names: by kind, method,
+    query, number of images, seed and members. Raises UserError for an empty folder (command: that
+    fills it), unknown files and models that cannot be compared."""
     if not Path(folder).is_dir():
         raise UserError(f"--retrained {folder}: no such folder; make it: {command}")
-    paths = [path for path in list_visible(folder) if path.suffix != ".part"]  # of a run that goes on
+    paths = [
+        path for path in list_visible(folder) if path.suffix != ".part"
+    ]  # of a run that goes on
     for path in paths:
         if not NAMES.fullmatch(path.name) or not path.is_file():
-            raise UserError(f"{path}: no file of a retrained model (full-*, half-*, without-*, random-*.json); move it out of there")
+            raise UserError(
+                f"{path}: no file of a retrained model (full-*, half-*, without-*, "
+                f"random-*.json); move it out of there"
+            )
     if not paths:
         raise UserError(f"--retrained {folder}: has no retrained models; make them: {command}")
     models = [read_model(path, queries) for path in paths]
     check_alike(models, queries)
-    return sorted(models, key=lambda model: (KINDS.index(model.kind), model.method or "", model.query or "", model.num_removed,
-                                             model.seed, model.identity["members"]))
+    return sorted(
+        models,
+        key=lambda model: (
+            KINDS.index(model.kind),
+            model.method or "",
+            model.query or "",
+            model.num_removed,
+            model.seed,
+            model.identity["members"],
+        ),
+    )
 
 
 def check_queries(models, digests, command):
-    """Raises UserError where models were measured on another picture or prompt than a query has now."""
+    """Raises UserError where models were measured on another picture or prompt than a query has
+    now."""
     for query, expected in digests.items():
         if models[0].identity["queries"].get(query) != expected:
-            raise UserError(f"{models[0].path}: was measured on another prompt, picture, seed or stored latent of query {query} than the task file "
-                            f"now gives; measure the models on this task file, each kind as it was made: {command}")
+            raise UserError(
+                f"{models[0].path}: was measured on another prompt, picture, seed or stored "
+                f"latent of query {query} than the task file "
+                f"now gives; measure the models on this task file, each kind as it was made: "
+                f"{command}"
+            )
 
 
 def check_removed_images(models, scores, queries):
-    """Raises UserError where a model was trained without other images than the first K of the scores that are now evaluated.
-    scores: {method: [queries, N]}."""
+    """Raises UserError where a model was trained without other images than the first K of the
+    scores that are now evaluated. scores: {method: [queries, N]}."""
     for model in models:
         if model.query in queries and model.method in scores:
-            first = rank_images(scores[model.method][queries.index(model.query)])[:model.num_removed]
+            first = rank_images(scores[model.method][queries.index(model.query)])[
+                : model.num_removed
+            ]
             if model.kept[first].any():
-                raise UserError(f"{model.path}: was trained without other images than the first {model.num_removed} of {model.method} "
-                                f"for {model.query}: the scores were made anew since; retrain it, or give the scores it was made with")
+                raise UserError(
+                    f"{model.path}: was trained without other images than the first "
+                    f"{model.num_removed} of {model.method} "
+                    f"for {model.query}: the scores were made anew since; retrain it, or give "
+                    f"the scores it was made with"
+                )

@@ -6,7 +6,11 @@ from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
 
-UNITS = {"dL": 1e-3, "mse": 1e-2, "similarity": 1.0}  # of the tables, as in [AbU] Table 1; CSV files have plain numbers
+UNITS = {
+    "dL": 1e-3,
+    "mse": 1e-2,
+    "similarity": 1.0,
+}  # of the tables, as in [AbU] Table 1; CSV files have plain numbers
 DIGITS = {"dL": 2, "mse": 2, "similarity": 3}
 SHOWN = {"dL": "dL x1e-3", "mse": "MSE x1e-2", "similarity": "similarity"}
 
@@ -17,10 +21,21 @@ def format_interval(mean, low, high):
 
 
 def lds_table(rows):
-    """Markdown lines of the LDS of every method and of ours minus it, and of both after the powers that tuning queries chose."""
+    """Markdown lines of the LDS of every method and of ours minus it, and of both after the powers
+    that tuning queries chose."""
     show = lambda numbers: "" if numbers[0] == "" else format_interval(*numbers)
-    cells = [[row[0], show(row[1:4]), show(row[4:7]), f"{row[7]}", show(row[8:11]), show(row[11:14])] for row in rows]
-    header = ["method", "LDS of the sum as it is (95 % interval)", f"{OURS} minus it", "power", "LDS after the power", f"{OURS} minus it"]
+    cells = [
+        [row[0], show(row[1:4]), show(row[4:7]), f"{row[7]}", show(row[8:11]), show(row[11:14])]
+        for row in rows
+    ]
+    header = [
+        "method",
+        "LDS of the sum as it is (95 % interval)",
+        f"{OURS} minus it",
+        "power",
+        "LDS after the power",
+        f"{OURS} minus it",
+    ]
     if rows[0][7] == "":
         header, cells = header[:3], [row[:3] for row in cells]
     return markdown_table(header, cells)
@@ -28,33 +43,78 @@ def lds_table(rows):
 
 def format_measure(mean, error, unit, digits=2):
     """A mean with its standard error in a unit; empty where nothing was measured."""
-    return "" if mean != mean else f"{mean / unit:z.{digits}f}" + (f" ± {error / unit:.{digits}f}" if np.isfinite(error) else "")
+    return (
+        ""
+        if mean != mean
+        else f"{mean / unit:z.{digits}f}"
+        + (f" ± {error / unit:.{digits}f}" if np.isfinite(error) else "")
+    )
 
 
 def removal_table(rows):
     """Markdown lines of leave-K-out."""
-    cells = [[row[0], *(f"{count:,}" for count in row[1:4]),
-              *(format_measure(*row[4 + 2 * place:6 + 2 * place], UNITS[name], DIGITS[name]) for place, name in enumerate(MEASURES))]
-             for row in rows]
+    cells = [
+        [
+            row[0],
+            *(f"{count:,}" for count in row[1:4]),
+            *(
+                format_measure(*row[4 + 2 * place : 6 + 2 * place], UNITS[name], DIGITS[name])
+                for place, name in enumerate(MEASURES)
+            ),
+        ]
+        for row in rows
+    ]
     return markdown_table(["removed by", "K", "queries", "models", *SHOWN.values()], cells)
 
 
 def paired_table(rows):
     """Markdown lines of ours minus each method, with p values of Student's t test."""
-    cells = [[row[0], f"{row[1]:,}", f"{row[2]:,}",
-              *(text for place, name in enumerate(MEASURES) for mean, error, p in [row[3 + 3 * place:6 + 3 * place]]
-                for text in (format_measure(mean, error, UNITS[name], DIGITS[name]), format_p(p)))]
-             for row in rows]
-    header = [f"{OURS} minus", "K", "queries", *(text for name in MEASURES for text in (SHOWN[name], "p"))]
+    cells = [
+        [
+            row[0],
+            f"{row[1]:,}",
+            f"{row[2]:,}",
+            *(
+                text
+                for place, name in enumerate(MEASURES)
+                for mean, error, p in [row[3 + 3 * place : 6 + 3 * place]]
+                for text in (format_measure(mean, error, UNITS[name], DIGITS[name]), format_p(p))
+            ),
+        ]
+        for row in rows
+    ]
+    header = [
+        f"{OURS} minus",
+        "K",
+        "queries",
+        *(text for name in MEASURES for text in (SHOWN[name], "p")),
+    ]
     return markdown_table(header, cells)
 
 
 def retention_table(rows):
     """Markdown lines of retention."""
-    cells = [[row[0], f"{row[1]:,}", f"{row[2]:,}", format_measure(row[3], np.nan, UNITS["dL"]),
-              format_measure(*row[4:6], UNITS["dL"]), format_measure(row[6], np.nan, UNITS["mse"]),
-              format_measure(*row[7:9], UNITS["mse"])] for row in rows]
-    header = ["removed by", "K", "models", "own dL (absolute) x1e-3", "others' x1e-3", "own MSE x1e-2", "others' MSE x1e-2"]
+    cells = [
+        [
+            row[0],
+            f"{row[1]:,}",
+            f"{row[2]:,}",
+            format_measure(row[3], np.nan, UNITS["dL"]),
+            format_measure(*row[4:6], UNITS["dL"]),
+            format_measure(row[6], np.nan, UNITS["mse"]),
+            format_measure(*row[7:9], UNITS["mse"]),
+        ]
+        for row in rows
+    ]
+    header = [
+        "removed by",
+        "K",
+        "models",
+        "own dL (absolute) x1e-3",
+        "others' x1e-3",
+        "own MSE x1e-2",
+        "others' MSE x1e-2",
+    ]
     return markdown_table(header, cells)
 
 
@@ -64,8 +124,16 @@ def format_number(number, most):
 
 
 def equivalent_table(rows):
-    """Markdown lines of the equivalent numbers of random images; `>= most` where no number that was tried does as much."""
-    cells = [[method, f"{k:,}", format_measure(change, np.nan, UNITS["dL"]), format_number(number, most),
-              "" if low != low else f"{format_number(low, most)} to {format_number(high, most)}"]
-             for method, k, _, change, number, low, high, most in rows]
+    """Markdown lines of the equivalent numbers of random images; `>= most` where no number that was
+    tried does as much."""
+    cells = [
+        [
+            method,
+            f"{k:,}",
+            format_measure(change, np.nan, UNITS["dL"]),
+            format_number(number, most),
+            "" if low != low else f"{format_number(low, most)} to {format_number(high, most)}",
+        ]
+        for method, k, _, change, number, low, high, most in rows
+    ]
     return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)

@@ -1,1 +1,2 @@
-"""Pipelines: loaded and checked, weights selected, changed and restored, customized models, generation."""
+"""Pipelines: loaded and checked, weights selected, changed and restored, customized models,
+generation."""

@@ -1,4 +1,5 @@
-"""Customized models: a base model's K and V replaced, and new tokens, checked before they are used."""
+"""Customized models: a base model's K and V replaced, and new tokens, checked before they are
+used."""
 
 import copy
 import re
@@ -21,36 +22,57 @@ from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
 TOKEN = re.compile(r"<[\w-]{1,40}>", re.ASCII)
-BRACKETED = re.compile("[<＜]([^<>＜＞]{1,60})[>＞]")  # what may be meant as a token, full-width brackets among them
+BRACKETED = re.compile(
+    "[<＜]([^<>＜＞]{1,60})[>＞]"
+)  # what may be meant as a token, full-width brackets among them
 
 
 def read_customization(model_dir):
-    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError where there are none
-    or some are not finite."""
-    weights = read_tensors(resolve_inside(model_dir, CUSTOMIZED_WEIGHTS, f"{model_dir}"), "customized weights")
+    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError
+    where there are none or some are not finite."""
+    weights = read_tensors(
+        resolve_inside(model_dir, CUSTOMIZED_WEIGHTS, f"{model_dir}"), "customized weights"
+    )
     tokens = {}
     for path in list_visible(model_dir, "*.bin"):
-        tokens.update(read_tensors(resolve_inside(model_dir, path.name, f"{model_dir}"), "token embedding"))
-    if odd := [token for token in tokens if not TOKEN.fullmatch(token)]:  # a word of the vocabulary would change other models
+        tokens.update(
+            read_tensors(resolve_inside(model_dir, path.name, f"{model_dir}"), "token embedding")
+        )
+    if odd := [
+        token for token in tokens if not TOKEN.fullmatch(token)
+    ]:  # a word of the vocabulary would change other models
         raise UserError(f"{model_dir}: {odd[0]!a:.80}: expected new tokens such as <new1>")
     if not weights:
         raise UserError(f"{Path(model_dir) / CUSTOMIZED_WEIGHTS}: holds no weights")
     for name, value in {**weights, **tokens}.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"{model_dir}: {name} has NaN or infinite entries; download the customized model again")
+            raise UserError(
+                f"{model_dir}: {name} has NaN or infinite entries; download the customized model "
+                f"again"
+            )
     return weights, tokens
 
 
 def prompts_of(tasks, encoded=False):
-    """Prompts of tasks by what uses them, {name: prompt}; with `encoded` those alone that a text encoder will read."""
-    prompts = {f"{task.model_path}: train_prompt": task.train_prompt for task in tasks if task.train_prompt is not None}
-    return prompts | {task.synth_image_path: task.prompt for task in tasks if not (encoded and task.embeddings)}
+    """Prompts of tasks by what uses them, {name: prompt}; with `encoded` those alone that a text
+    encoder will read."""
+    prompts = {
+        f"{task.model_path}: train_prompt": task.train_prompt
+        for task in tasks
+        if task.train_prompt is not None
+    }
+    return prompts | {
+        task.synth_image_path: task.prompt for task in tasks if not (encoded and task.embeddings)
+    }
 
 
 def open_tokenizer(pipeline):
-    """The tokenizer of a pipeline whose files are on this machine; None where they are not, or are damaged (`load_model` tells)."""
+    """The tokenizer of a pipeline whose files are on this machine; None where they are not, or are
+    damaged (`load_model` tells)."""
     try:
-        return AutoTokenizer.from_pretrained(pipeline, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            pipeline, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
+        )
     except Exception:  # what the library raises for a damaged file has no common type
         return None
 
@@ -69,8 +91,9 @@ def is_token(tokenizer, word):
 
 
 def find_strange(tokenizer, prompts):
-    """The first word in <> that is no token of a tokenizer's own, (name of its prompt, word, the token that it is another spelling of or
-    None); None where there is none. With spaces it is one only where a token is meant: `a < b > c` is not."""
+    """The first word in <> that is no token of a tokenizer's own, (name of its prompt, word, the
+    token that it is another spelling of or None); None where there is none. With spaces it is one
+    only where a token is meant: `a < b > c` is not."""
     for name, prompt in prompts.items():
         for match in BRACKETED.finditer(prompt):
             if is_token(tokenizer, match[0]):
@@ -84,23 +107,37 @@ def find_strange(tokenizer, prompts):
 
 
 def check_words(model_dir, tokens, tokenizer, prompts):
-    """Raises UserError where a prompt has a word like <new1> that its model's tokenizer (`with_tokens` of its own) does not know."""
+    """Raises UserError where a prompt has a word like <new1> that its model's tokenizer
+    (`with_tokens` of its own) does not know."""
     if not (strange := find_strange(tokenizer, prompts)):
         return
     name, word, meant = strange
     if meant:
-        raise UserError(f"{name}: {word} in its prompt is not read as the token {meant}; write {meant}")
+        raise UserError(
+            f"{name}: {word} in its prompt is not read as the token {meant}; write {meant}"
+        )
     if model_dir is None:
-        raise UserError(f"{name}: the base model has no token {word}, which its prompt uses; give the task the test_case, "
-                        "test_case_ind, model_path and train_prompt of the customized model that has it")
-    raise UserError(f"{model_dir}: no embedding (*.bin) of {word}, which its prompts use (it has {', '.join(sorted(tokens)) or 'none'}); "
-                    "correct the prompt, or download the model again")
+        raise UserError(
+            f"{name}: the base model has no token {word}, which its prompt uses; give the task "
+            f"the test_case, "
+            "test_case_ind, model_path and train_prompt of the customized model that has it"
+        )
+    raise UserError(
+        f"{model_dir}: no embedding (*.bin) of {word}, which its prompts use (it has "
+        f"{', '.join(sorted(tokens)) or 'none'}); "
+        "correct the prompt, or download the model again"
+    )
 
 
 def check_tokens(model_dir, tasks, pipeline):
-    """`check_words` of a model's tasks (None: the base model) as far as that goes without a model."""
+    """`check_words` of a model's tasks (None: the base model) as far as that goes without a
+    model."""
     prompts, tokens = prompts_of(tasks), read_customization(model_dir)[1] if model_dir else {}
-    if any(match[0] not in tokens for prompt in prompts.values() for match in BRACKETED.finditer(prompt)) and (tokenizer := open_tokenizer(pipeline)):
+    if any(
+        match[0] not in tokens
+        for prompt in prompts.values()
+        for match in BRACKETED.finditer(prompt)
+    ) and (tokenizer := open_tokenizer(pipeline)):
         check_words(model_dir, tokens, with_tokens(tokenizer, tokens), prompts)
 
 
@@ -110,7 +147,8 @@ def list_names(names, most=3):
 
 
 def check_lengths(tokenizer, prompts):
-    """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where a token like <new1> is cut off."""
+    """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where
+    a token like <new1> is cut off."""
     if not prompts:
         return
     limit, cut = tokenizer.model_max_length, []
@@ -118,46 +156,71 @@ def check_lengths(tokenizer, prompts):
         if count <= limit:
             continue
         cut.append(f"{name} ({count})")
-        whole, read = (tokenizer(prompts[name], truncation=truncation, max_length=limit, verbose=False).input_ids for truncation in (False, True))
+        whole, read = (
+            tokenizer(
+                prompts[name], truncation=truncation, max_length=limit, verbose=False
+            ).input_ids
+            for truncation in (False, True)
+        )
         for word in TOKEN.findall(prompts[name]):
             [number] = tokenizer(word, add_special_tokens=False).input_ids
             if whole.count(number) > read.count(number):
-                raise UserError(f"{name}: {word} would be cut off: its prompt has {count} tokens, the model reads the first {limit}; shorten the "
-                                f"prompt, or put {word} first: {prompts[name]:.200}")
+                raise UserError(
+                    f"{name}: {word} would be cut off: its prompt has {count} tokens, the model "
+                    f"reads the first {limit}; shorten the "
+                    f"prompt, or put {word} first: {prompts[name]:.200}"
+                )
     if cut:
-        log.warning(f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their ends are cut off: {list_names(cut)}")
+        log.warning(
+            f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their "
+            f"ends are cut off: {list_names(cut)}"
+        )
 
 
 def check_known(tokenizer, prompts):
-    """Says which prompts, {name: prompt}, are empty, and of which a tokenizer does not know some. Raises UserError where it knows nothing of
-    one."""
+    """Says which prompts, {name: prompt}, are empty, and of which a tokenizer does not know some.
+    Raises UserError where it knows nothing of one."""
     if empty := [name for name, prompt in prompts.items() if not prompt.strip()]:
         log.warning(f"{len(empty)} prompts are empty: {list_names(empty)}")
     found = dict(zip(prompts, find_unknown(tokenizer, list(prompts.values()))))
     if lost := [name for name, (_, is_all) in found.items() if is_all]:
-        raise UserError(f"{lost[0]}: the model's tokenizer knows no character of its prompt, nothing of it would be read: "
-                        f"{prompts[lost[0]]:.200}; give the prompt in a script that the model reads")
+        raise UserError(
+            f"{lost[0]}: the model's tokenizer knows no character of its prompt, nothing of it "
+            f"would be read: "
+            f"{prompts[lost[0]]:.200}; give the prompt in a script that the model reads"
+        )
     if unknown := [name for name, (is_unknown, _) in found.items() if is_unknown]:
-        log.warning(f"{len(unknown)} prompts have characters that the model's tokenizer does not know: {list_names(unknown)}")
+        log.warning(
+            f"{len(unknown)} prompts have characters that the model's tokenizer does not know: "
+            f"{list_names(unknown)}"
+        )
 
 
 def check_texts(tokenizer, prompts):
-    """What there is to say of prompts, {name: prompt}, that a text encoder will read: `check_lengths` and `check_known`."""
+    """What there is to say of prompts, {name: prompt}, that a text encoder will read:
+    `check_lengths` and `check_known`."""
     check_lengths(tokenizer, prompts)
     check_known(tokenizer, prompts)
 
 
 def tell_unused(model_dir, tokens, tokenizer, tasks):
-    """Says where the train prompt of a customized model has none of its tokens: the exemplars' losses would not concern them."""
+    """Says where the train prompt of a customized model has none of its tokens: the exemplars'
+    losses would not concern them."""
     numbers = set(tokenizer.convert_tokens_to_ids(list(tokens)))
     for prompt in sorted({task.train_prompt for task in tasks}):
-        if tokens and numbers.isdisjoint(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids):
-            log.warning(f'{model_dir}: train_prompt "{shorten(prompt)}" has none of the model\'s tokens ({", ".join(sorted(tokens))}); '
-                        "correct it if the model was trained with them")
+        if tokens and numbers.isdisjoint(
+            tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        ):
+            log.warning(
+                f'{model_dir}: train_prompt "{shorten(prompt)}" has none of the model\'s tokens '
+                f"({', '.join(sorted(tokens))}); "
+                "correct it if the model was trained with them"
+            )
 
 
 def check_prompts(model, model_dir, tokens, tasks):
-    """What there is to say of a model's prompts when its tokenizer is loaded: `check_words`, `check_texts` and `tell_unused`."""
+    """What there is to say of a model's prompts when its tokenizer is loaded: `check_words`,
+    `check_texts` and `tell_unused`."""
     if not tasks:
         return
     tokenizer = with_tokens(model.pipeline.tokenizer, tokens)
@@ -168,24 +231,34 @@ def check_prompts(model, model_dir, tokens, tasks):
 
 
 def check_customization(model, model_dir, tasks=()):
-    """A customized model's weights and tokens (`read_customization`), none for None, the base model. Raises UserError where
-    one does not fit the model, or the tokens do not fit the prompts of its tasks (`check_prompts`)."""
+    """A customized model's weights and tokens (`read_customization`), none for None, the base
+    model. Raises UserError where one does not fit the model, or the tokens do not fit the prompts
+    of its tasks (`check_prompts`)."""
     if model_dir is None:
         check_prompts(model, None, {}, tasks)
         return {}, {}
     weights, tokens = read_customization(model_dir)
-    check_shapes(Path(model_dir) / CUSTOMIZED_WEIGHTS, weights, dict(model.denoiser.named_parameters()), "weight")
+    check_shapes(
+        Path(model_dir) / CUSTOMIZED_WEIGHTS,
+        weights,
+        dict(model.denoiser.named_parameters()),
+        "weight",
+    )
     features = model.embedding_shape[1]
     for token, vector in tokens.items():
         if vector.shape != (features,):
-            raise UserError(f"{model_dir}: token {token}: expected {features} numbers, found {list(vector.shape)}")
+            raise UserError(
+                f"{model_dir}: token {token}: expected {features} numbers, found "
+                f"{list(vector.shape)}"
+            )
     check_prompts(model, model_dir, tokens, tasks)
     return weights, tokens
 
 
 def add_tokens(pipeline, tokens):
-    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of that name are replaced). Raises
-    UserError where the tokenizer gives a token a number that the text encoder does not have."""
+    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of
+    that name are replaced). Raises UserError where the tokenizer gives a token a number that the
+    text encoder does not have."""
     embeddings = pipeline.text_encoder.get_input_embeddings()
     pipeline.tokenizer.add_tokens(list(tokens))
     if len(pipeline.tokenizer) > len(embeddings.weight):
@@ -193,19 +266,26 @@ def add_tokens(pipeline, tokens):
     weight = pipeline.text_encoder.get_input_embeddings().weight
     for token, vector in tokens.items():
         if not 0 <= (number := pipeline.tokenizer.convert_tokens_to_ids(token)) < len(weight):
-            raise UserError(f"the pipeline's tokenizer numbers {token} {number}, its text encoder has {len(weight)} tokens: one of them is damaged")
+            raise UserError(
+                f"the pipeline's tokenizer numbers {token} {number}, its text encoder has "
+                f"{len(weight)} tokens: one of them is damaged"
+            )
         weight.data[number] = vector.to(weight)
 
 
 @contextmanager
 def customized(model, model_dir):
-    """The model with a customized model's K, V and tokens; yields it as a Model with its own hash. The base weights are
-    restored at the end. Where `model_dir` is None it is the base model itself."""
+    """The model with a customized model's K, V and tokens; yields it as a Model with its own hash.
+    The base weights are restored at the end. Where `model_dir` is None it is the base model
+    itself."""
     if model_dir is None:
         yield model
         return
     weights, tokens = check_customization(model, model_dir)
     add_tokens(model.pipeline, tokens)
-    with replaced_weights(model.denoiser, weights), named_input("model", f"{model_dir} on {NAMES.get('model')}"):
+    with (
+        replaced_weights(model.denoiser, weights),
+        named_input("model", f"{model_dir} on {NAMES.get('model')}"),
+    ):
         hashed = digest(model.weights_hash, hash_tensors(weights), hash_tensors(tokens))
         yield Model(model.pipeline, hashed, model.alpha_bars)

@@ -1,4 +1,5 @@
-"""Pictures from prompts, with noise that belongs to the seed: the same query on any device, again by any model."""
+"""Pictures from prompts, with noise that belongs to the seed: the same query on any device, again
+by any model."""
 
 import numpy as np
 import torch
@@ -22,34 +23,59 @@ def make_scheduler(model, num_steps):
 def check_steps(model, num_steps):
     """Raises UserError where a model cannot sample in so many steps, or in none."""
     count = len(model.alpha_bars)
-    if not 1 <= num_steps <= count or int(make_scheduler(model, num_steps).timesteps.max()) >= count:
+    if (
+        not 1 <= num_steps <= count
+        or int(make_scheduler(model, num_steps).timesteps.max()) >= count
+    ):
         raise UserError(f"--num_inference_steps {num_steps}: expected 1 to fewer than {count}")
-    if model.prediction_type == "epsilon" and not make_scheduler(model, num_steps).alphas_cumprod.all():
-        raise UserError("the model's last timestep is noise alone (rescale_betas_zero_snr), and it predicts the noise (epsilon): no picture "
-                        "follows from that. If it was trained to predict v, as models with such a schedule are, write \"prediction_type\": "
-                        "\"v_prediction\" into its scheduler_config.json")
+    if (
+        model.prediction_type == "epsilon"
+        and not make_scheduler(model, num_steps).alphas_cumprod.all()
+    ):
+        raise UserError(
+            "the model's last timestep is noise alone (rescale_betas_zero_snr), and it predicts "
+            "the noise (epsilon): no picture "
+            "follows from that. If it was trained to predict v, as models with such a schedule "
+            'are, write "prediction_type": '
+            '"v_prediction" into its scheduler_config.json'
+        )
 
 
 def check_finite(what, values):
-    """Raises UserError where pictures' latents, or pixels, [n, ...], are not finite: nothing is to be saved of them."""
+    """Raises UserError where pictures' latents, or pixels, [n, ...], are not finite: nothing is to
+    be saved of them."""
     broken = ~torch.isfinite(values).flatten(1).all(dim=1)
     if broken.any():
-        raise UserError(f"{int(broken.sum())} of {len(values)} pictures have NaN or infinite {what}: the model, its schedule or the guidance "
-                        "is broken, and nothing of them is saved")
+        raise UserError(
+            f"{int(broken.sum())} of {len(values)} pictures have NaN or infinite {what}: the "
+            f"model, its schedule or the guidance "
+            "is broken, and nothing of them is saved"
+        )
 
 
 def initial_noise(dataset_id, seeds, shape):
     """Where sampling starts: standard normals [len(seeds), *shape] float32, one row a seed."""
-    return np.concatenate([noise.image_noise(seed, dataset_id, "generation", [(0, 0, 0, 0)], shape) for seed in seeds])
+    return np.concatenate(
+        [noise.image_noise(seed, dataset_id, "generation", [(0, 0, 0, 0)], shape) for seed in seeds]
+    )
 
 
 @torch.no_grad()
-def generate_latents(model, embeddings, start, num_steps=NUM_INFERENCE_STEPS, guidance_scale=1.0, empty=None, callback=None):
+def generate_latents(
+    model,
+    embeddings,
+    start,
+    num_steps=NUM_INFERENCE_STEPS,
+    guidance_scale=1.0,
+    empty=None,
+    callback=None,
+):
     """Latents [n, C, h, w] float32, on the model's device, by deterministic DDIM sampling (eta 0).
 
-    embeddings: [n, tokens, features] and start: [n, C, h, w] (`initial_noise`), on that device; empty: embedding
-    [tokens, features] of the empty prompt, for guidance_scale other than 1; callback(latents, timestep) sees each noisy
-    latent before its step. Raises UserError where one is not finite.
+    embeddings: [n, tokens, features] and start: [n, C, h, w] (`initial_noise`), on that device;
+    empty: embedding [tokens, features] of the empty prompt, for guidance_scale other than 1;
+    callback(latents, timestep) sees each noisy latent before its step. Raises UserError where one
+    is not finite.
     """
     scheduler, latents = make_scheduler(model, num_steps), start.clone()
     for timestep in scheduler.timesteps:
@@ -76,14 +102,33 @@ def decode_latents(pipeline, latents):
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def make_pictures(model, dataset_id, embeddings, seeds, shape, num_steps, guidance_scale, batch_size, progress=lambda count: None):
-    """Latents [n, C, h, w] float32 and pixels [n, H, W, 3] uint8, on the CPU, of prompts each with its own seed.
+def make_pictures(
+    model,
+    dataset_id,
+    embeddings,
+    seeds,
+    shape,
+    num_steps,
+    guidance_scale,
+    batch_size,
+    progress=lambda count: None,
+):
+    """Latents [n, C, h, w] float32 and pixels [n, H, W, 3] uint8, on the CPU, of prompts each with
+    its own seed.
 
-    embeddings: [n, tokens, features] float32 array; shape: (C, h, w); progress(count) is told of finished pictures.
+    embeddings: [n, tokens, features] float32 array; shape: (C, h, w); progress(count) is told of
+    finished pictures.
     """
-    start, empty, parts = initial_noise(dataset_id, seeds, shape), encode_prompts(model.pipeline, [""])[0].to(model.device), []
+    start = initial_noise(dataset_id, seeds, shape)
+    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
+    parts = []
     for first in range(0, len(seeds), batch_size):
-        inputs = (torch.from_numpy(np.array(array[first:first + batch_size], np.float32)).to(model.device) for array in (embeddings, start))
+        inputs = (
+            torch.from_numpy(np.array(array[first : first + batch_size], np.float32)).to(
+                model.device
+            )
+            for array in (embeddings, start)
+        )
         latents = generate_latents(model, *inputs, num_steps, guidance_scale, empty)
         parts.append((latents.cpu().numpy(), decode_latents(model.pipeline, latents)))
         progress(len(latents))

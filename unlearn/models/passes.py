@@ -1,7 +1,8 @@
 """Cheaper passes of a UNet, with the same results.
 
-The queries of a model differ in K and V alone: what comes before the first cross-attention is computed once for several of them. And
-a feed-forward layer is many times as wide as its input: on a CPU it is taken in blocks of rows that stay in the cache.
+The queries of a model differ in K and V alone: what comes before the first cross-attention is
+computed once for several of them. And a feed-forward layer is many times as wide as its input: on a
+CPU it is taken in blocks of rows that stay in the cache.
 """
 
 import threading
@@ -10,8 +11,12 @@ from contextlib import contextmanager
 import torch
 from diffusers.models.attention import FeedForward
 
-BLOCK_ROWS = 1280  # positions of all samples together: 4 to 5 % faster in the emoji world than all at once
-MEMORY = threading.local()  # `outputs`: what the modules before the first cross-attention gave in this thread
+BLOCK_ROWS = (
+    1280  # positions of all samples together: 4 to 5 % faster in the emoji world than all at once
+)
+MEMORY = (
+    threading.local()
+)  # `outputs`: what the modules before the first cross-attention gave in this thread
 
 
 class BlockedFeedForward(FeedForward):
@@ -21,7 +26,9 @@ class BlockedFeedForward(FeedForward):
         samples, forward = max(1, BLOCK_ROWS // hidden_states.shape[1]), super().forward
         if hidden_states.device.type != "cpu" or len(hidden_states) <= samples:
             return forward(hidden_states, *args, **kwargs)
-        return torch.cat([forward(block, *args, **kwargs) for block in hidden_states.split(samples)])
+        return torch.cat(
+            [forward(block, *args, **kwargs) for block in hidden_states.split(samples)]
+        )
 
 
 def replace_feed_forward(denoiser, old=FeedForward, new=BlockedFeedForward):
@@ -32,7 +39,8 @@ def replace_feed_forward(denoiser, old=FeedForward, new=BlockedFeedForward):
 
 
 def modules_before_text(denoiser):
-    """The costly ones of the modules that run, once a pass, before the first cross-attention does."""
+    """The costly ones of the modules that run, once a pass, before the first cross-attention
+    does."""
     block = denoiser.down_blocks[0]
     yield denoiser.conv_in
     yield from block.resnets[:1]
@@ -41,7 +49,9 @@ def modules_before_text(denoiser):
 
 
 def remember(forward):
-    """A function that gives again what it gave first in this thread's `remembered`, and is itself outside of one."""
+    """A function that gives again what it gave first in this thread's `remembered`, and is itself
+    outside of one."""
+
     def again(*args, **kwargs):
         outputs = getattr(MEMORY, "outputs", None)
         if outputs is None:
@@ -55,7 +65,8 @@ def remember(forward):
 
 @contextmanager
 def remembered():
-    """Passes of this thread, of the same noisy samples at the same timesteps, which may differ in the weights of K and V only."""
+    """Passes of this thread, of the same noisy samples at the same timesteps, which may differ in
+    the weights of K and V only."""
     MEMORY.outputs = {}
     try:
         yield
@@ -65,7 +76,8 @@ def remembered():
 
 @contextmanager
 def sharing_prefix(denoiser):
-    """Lets passes share, within a `remembered`, what comes before the first cross-attention; the denoiser is as it was at the end."""
+    """Lets passes share, within a `remembered`, what comes before the first cross-attention; the
+    denoiser is as it was at the end."""
     modules = list(modules_before_text(denoiser))
     for module in modules:
         module.forward = remember(module.forward)

@@ -1,5 +1,5 @@
-"""Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are selected, and how
-weights are changed and restored."""
+"""Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are
+selected, and how weights are changed and restored."""
 
 import re
 from contextlib import contextmanager
@@ -28,12 +28,22 @@ SELECTIONS = {  # of a UNet's parameters, by name
     "attn": r"\.attn[12]\.",
     "all": r"",
 }
-TARGETS = {  # prediction type -> what the denoiser is trained to predict, from alpha-bar, latents and noise
+# prediction type -> what the denoiser is trained to predict, from alpha-bar, latents and noise
+TARGETS = {
     "epsilon": lambda alpha_bar, latents, noise: noise,
     "sample": lambda alpha_bar, latents, noise: latents,
-    "v_prediction": lambda alpha_bar, latents, noise: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
+    "v_prediction": lambda alpha_bar, latents, noise: (
+        alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    ),
 }
-SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass
@@ -62,54 +72,83 @@ class Model:
     @property
     def identity(self):
         """Identity fields of every loss: weights, noise schedule, prediction type."""
-        return {"weights": self.weights_hash, "prediction_type": self.prediction_type,
-                "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS])}
+        return {
+            "weights": self.weights_hash,
+            "prediction_type": self.prediction_type,
+            "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS]),
+        }
 
     @property
     def own_resolution(self):
-        """Pixels of a side of the pictures that it was trained on, None where its configuration does not say."""
+        """Pixels of a side of the pictures that it was trained on, None where its configuration
+        does not say."""
         return trained_resolution(self.denoiser.config, self.pipeline.vae.config)
 
     def resolution(self, settings):
-        """Pixels of a side of the square that pictures are brought to: the data root's, else the model's own. Raises UserError
-        where neither says."""
+        """Pixels of a side of the square that pictures are brought to: the data root's, else the
+        model's own. Raises UserError where neither says."""
         if not (resolution := settings["resolution"] or self.own_resolution):
-            raise UserError(f"resolution: the UNet's config.json does not say it (sample_size is {self.denoiser.config.get('sample_size')!r:.40}); "
-                            "give `resolution` in the data root's dataset.json")
+            raise UserError(
+                f"resolution: the UNet's config.json does not say it (sample_size is "
+                f"{self.denoiser.config.get('sample_size')!r:.40}); "
+                "give `resolution` in the data root's dataset.json"
+            )
         return resolution
 
     def latent_shape(self, resolution):
         """(C, h, w) of the latents of a square image of `resolution` pixels."""
         size = resolution // self.pipeline.vae_scale_factor
         if not size:
-            raise UserError(f"resolution {resolution}: expected at least {self.pipeline.vae_scale_factor}, the pixels of one latent")
+            raise UserError(
+                f"resolution {resolution}: expected at least {self.pipeline.vae_scale_factor}, "
+                f"the pixels of one latent"
+            )
         return self.denoiser.config.in_channels, size, size
 
     @property
     def embedding_shape(self):
         """(tokens, features) of a prompt's embedding."""
-        return self.pipeline.tokenizer.model_max_length, self.pipeline.text_encoder.config.hidden_size
+        return (
+            self.pipeline.tokenizer.model_max_length,
+            self.pipeline.text_encoder.config.hidden_size,
+        )
 
     def diffuse(self, latents, noise, timesteps):
-        """Noisy latents sqrt(alpha_bar) x + sqrt(1 - alpha_bar) epsilon at each sample's timestep."""
+        """Noisy latents sqrt(alpha_bar) x + sqrt(1 - alpha_bar) epsilon at each sample's
+        timestep."""
         alpha_bar = self.alpha_bars[timesteps][:, None, None, None]
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
     def target(self, latents, noise, timesteps):
         """What the denoiser is trained to predict of these noisy latents."""
-        return TARGETS[self.prediction_type](self.alpha_bars[timesteps][:, None, None, None], latents, noise)
+        return TARGETS[self.prediction_type](
+            self.alpha_bars[timesteps][:, None, None, None], latents, noise
+        )
 
     def predict(self, noisy, timesteps, embeddings, keys_values=None):
-        """The denoiser's prediction. embeddings: [texts, tokens, features], each of as many successive samples as there are
-        samples a text; keys_values: theirs (`text_attention.project_text`), where they are known."""
-        keys_values = project_text(self.denoiser, embeddings) if keys_values is None else keys_values
-        return self.denoiser(noisy, timesteps, encoder_hidden_states=embeddings, cross_attention_kwargs={"keys_values": keys_values}).sample
+        """The denoiser's prediction. embeddings: [texts, tokens, features], each of as many
+        successive samples as there are samples a text; keys_values: theirs
+        (`text_attention.project_text`), where they are known."""
+        keys_values = (
+            project_text(self.denoiser, embeddings) if keys_values is None else keys_values
+        )
+        return self.denoiser(
+            noisy,
+            timesteps,
+            encoder_hidden_states=embeddings,
+            cross_attention_kwargs={"keys_values": keys_values},
+        ).sample
 
 
 def trained_resolution(unet, vae):
-    """Pixels of a side by the configurations of UNet and VAE, as diffusers' pipelines take it; None where they do not say."""
+    """Pixels of a side by the configurations of UNet and VAE, as diffusers' pipelines take it; None
+    where they do not say."""
     size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-    size = size[0] if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size) else size
+    size = (
+        size[0]
+        if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size)
+        else size
+    )
     if not isinstance(size, int) or isinstance(size, bool) or not isinstance(blocks, (list, tuple)):
         return None
     resolution = size * 2 ** (len(blocks) - 1)
@@ -117,9 +156,10 @@ def trained_resolution(unet, vae):
 
 
 def load_model(name, device, unet=None, trained=True):
-    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the UNet and schedule of
-    the folder `unet` instead of its own where one is given (`load_unet`). Raises UserError where it cannot be loaded or is
-    of a family or prediction type that is not known."""
+    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the
+    UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`).
+    Raises UserError where it cannot be loaded or is of a family or prediction type that is not
+    known."""
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
@@ -131,12 +171,21 @@ def load_model(name, device, unet=None, trained=True):
     parts = load_unet(unet, trained) if unet else {}
     try:
         if not Path(name).exists():  # before gigabytes are downloaded
-            check_classes(name, read_json(hf_hub_download(name, "model_index.json"), "--sd_version"), unet)
-        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, **parts).to(dtype=torch.float32)
+            check_classes(
+                name, read_json(hf_hub_download(name, "model_index.json"), "--sd_version"), unet
+            )
+        pipeline = DiffusionPipeline.from_pretrained(
+            name, use_safetensors=True, safety_checker=None, **parts
+        ).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
-            raise UserError(f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder and tokenizer as Stable Diffusion does")
+            raise UserError(
+                f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder "
+                f"and tokenizer as Stable Diffusion does"
+            )
         # Transformers makes up what a text encoder's file lacks: another model at every start.
-        _, loading = type(pipeline.text_encoder).from_pretrained(name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True)
+        _, loading = type(pipeline.text_encoder).from_pretrained(
+            name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
+        )
     except UserError:
         raise
     except Exception as error:  # what the two libraries raise for a damaged file has no common type
@@ -149,12 +198,22 @@ def load_model(name, device, unet=None, trained=True):
     for label, part in parts.items():
         # Diffusers leaves what a file lacks without values.
         missing = {key for key, value in part.state_dict().items() if value.is_meta}
-        if missing := sorted(missing.union(loading["missing_keys"]) if label == "text_encoder" else missing):
-            raise UserError(f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}")
+        if missing := sorted(
+            missing.union(loading["missing_keys"]) if label == "text_encoder" else missing
+        ):
+            raise UserError(
+                f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}"
+            )
         part.eval().requires_grad_(False)
     share_texts(pipeline.unet)
     replace_feed_forward(pipeline.unet)
-    weights_hash = hash_tensors({f"{name}.{key}": value for name, part in parts.items() for key, value in named_weights(part).items()})
+    weights_hash = hash_tensors(
+        {
+            f"{name}.{key}": value
+            for name, part in parts.items()
+            for key, value in named_weights(part).items()
+        }
+    )
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     model = Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))
@@ -163,10 +222,17 @@ def load_model(name, device, unet=None, trained=True):
 
 
 def select_parameters(denoiser, selection):
-    """The parameters of a selection, by name in the model's order. Raises UserError where none matches."""
-    selected = {name: value for name, value in denoiser.named_parameters() if re.search(SELECTIONS[selection], name)}
+    """The parameters of a selection, by name in the model's order. Raises UserError where none
+    matches."""
+    selected = {
+        name: value
+        for name, value in denoiser.named_parameters()
+        if re.search(SELECTIONS[selection], name)
+    }
     if not selected:
-        raise UserError(f"--weight_selection {selection}: matches no parameter of {type(denoiser).__name__}")
+        raise UserError(
+            f"--weight_selection {selection}: matches no parameter of {type(denoiser).__name__}"
+        )
     return selected
 
 
@@ -188,7 +254,13 @@ def replaced_weights(denoiser, weights):
 def changed_weights(denoiser, change):
     """Adds a weight change {name: tensor}; the exact originals come back at the end."""
     parameters = dict(denoiser.named_parameters())
-    with replaced_weights(denoiser, {name: parameters[name].detach() + delta.to(parameters[name]) for name, delta in change.items()}):
+    with replaced_weights(
+        denoiser,
+        {
+            name: parameters[name].detach() + delta.to(parameters[name])
+            for name, delta in change.items()
+        },
+    ):
         yield
 
 

@@ -1,4 +1,5 @@
-"""The UNet of a model that was trained from scratch, from its own folder, and weights checked against a model's."""
+"""The UNet of a model that was trained from scratch, from its own folder, and weights checked
+against a model's."""
 
 import shlex
 from pathlib import Path
@@ -18,11 +19,15 @@ def check_shapes(path, tensors, parameters, item):
         if name not in parameters:
             raise UserError(f"{path}: {item} {name} matches no weight of this model")
         if tensor.shape != parameters[name].shape:
-            raise UserError(f"{path}: {item} {name}: expected shape {list(parameters[name].shape)}, found {list(tensor.shape)}")
+            raise UserError(
+                f"{path}: {item} {name}: expected shape {list(parameters[name].shape)}, found "
+                f"{list(tensor.shape)}"
+            )
 
 
 def read_config(path):
-    """A configuration, an object. Raises UserError where it is none: diffusers would take a string for a name on the hub."""
+    """A configuration, an object. Raises UserError where it is none: diffusers would take a string
+    for a name on the hub."""
     config = read_json(path, "unet")
     if not isinstance(config, dict):
         raise UserError(f"unet {path}: expected an object, found {type(config).__name__}")
@@ -30,32 +35,45 @@ def read_config(path):
 
 
 def check_unet_folder(folder):
-    """Raises UserError where a folder has no configuration of a UNet that was trained from scratch, or none of its schedule."""
+    """Raises UserError where a folder has no configuration of a UNet that was trained from scratch,
+    or none of its schedule."""
     for file in ("config.json", "scheduler_config.json"):
         if not (Path(folder) / file).is_file():
-            raise UserError(f"unet {folder}: expected a folder with config.json, scheduler_config.json and weights, found no {file}")
+            raise UserError(
+                f"unet {folder}: expected a folder with config.json, scheduler_config.json and "
+                f"weights, found no {file}"
+            )
 
 
 def load_unet(folder, trained=True):
-    """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet` (config.json and weights,
-    `diffusion_pytorch_model.safetensors` or the published `model.bin`; random ones, seeded, where it is not to be
-    `trained` yet) and `scheduler` (scheduler_config.json). Raises UserError where one is missing or does not fit."""
+    """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet`
+    (config.json and weights, `diffusion_pytorch_model.safetensors` or the published `model.bin`;
+    random ones, seeded, where it is not to be `trained` yet) and `scheduler`
+    (scheduler_config.json). Raises UserError where one is missing or does not fit."""
     folder = Path(folder)
     check_unet_folder(folder)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             unet = UNet2DConditionModel.from_config(read_config(folder / "config.json"))
-        # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's pipeline expects the offset.
-        scheduler = DDPMScheduler.from_config(read_config(folder / "scheduler_config.json"), clip_sample=False, steps_offset=1)
+        # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's
+        # pipeline expects the offset.
+        scheduler = DDPMScheduler.from_config(
+            read_config(folder / "scheduler_config.json"), clip_sample=False, steps_offset=1
+        )
     except UserError:
         raise
     except Exception as error:  # an absurd configuration may raise anything
-        raise UserError(f"unet {folder}: its configuration makes no UNet2DConditionModel ({str(error):.200})") from None
+        raise UserError(
+            f"unet {folder}: its configuration makes no UNet2DConditionModel ({str(error):.200})"
+        ) from None
     if trained:
         path = next((folder / name for name in UNET_WEIGHTS if (folder / name).exists()), None)
         if path is None:
-            raise UserError(f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: python -m unlearn retrain full --dataroot {shlex.quote(str(folder.parent))}")
+            raise UserError(
+                f"unet {folder}: has no weights ({' or '.join(UNET_WEIGHTS)}); train them: "
+                f"python -m unlearn retrain full --dataroot {shlex.quote(str(folder.parent))}"
+            )
         weights, parameters = read_tensors(path, "unet"), unet.state_dict()
         check_shapes(path, weights, parameters, "weight")
         if missing := sorted(parameters.keys() - weights.keys()):

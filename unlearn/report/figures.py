@@ -9,7 +9,8 @@ EXEMPLAR_RED, INK, PAPER = (220, 30, 40), (30, 30, 30), "white"
 
 
 def wrap_text(draw, text, font, width, lines):
-    """`text` in at most `lines` lines that fit `width` pixels; the last ends in an ellipsis where text is left over."""
+    """`text` in at most `lines` lines that fit `width` pixels; the last ends in an ellipsis where
+    text is left over."""
     rows, words = [], [printable(word) for word in text[:500].split()]  # more than fits any tile
     while words and len(rows) < lines:
         row = words.pop(0)
@@ -26,26 +27,35 @@ def wrap_text(draw, text, font, width, lines):
 
 
 def draw_tile(sheet, left, top, image, text, framed):
-    """Draws one picture (None: an empty tile) with its text below, framed in red where it is an exemplar."""
+    """Draws one picture (None: an empty tile) with its text below, framed in red where it is an
+    exemplar."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     if image is not None:
         scale = TILE / max(image.size)
-        # Small pictures are enlarged without smoothing: blurring 32 pixels would show what is not there.
+        # Small pictures are enlarged without smoothing: blurring 32 pixels would show what is not
+        # there.
         filter = Image.NEAREST if scale >= 3 else Image.LANCZOS
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter
+        )
         sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
     else:
         draw.rectangle((left, top, left + TILE, top + TILE), fill=(235, 235, 235))
     if framed:
-        draw.rectangle((left - 5, top - 5, left + TILE + 4, top + TILE + 4), outline=EXEMPLAR_RED, width=5)
-    draw.multiline_text((left, top + TILE + 8), wrap_text(draw, text, font, TILE, 3), INK, font, spacing=2)
+        draw.rectangle(
+            (left - 5, top - 5, left + TILE + 4, top + TILE + 4), outline=EXEMPLAR_RED, width=5
+        )
+    draw.multiline_text(
+        (left, top + TILE + 8), wrap_text(draw, text, font, TILE, 3), INK, font, spacing=2
+    )
 
 
 def draw_influence(query, prompt, candidates, warnings=(), columns=5):
-    """The query at the left, its most influential images in rows beside it, and below them what there is to warn of.
+    """The query at the left, its most influential images in rows beside it, and below them what
+    there is to warn of.
 
-    query: RGB image; candidates: [(RGB image or None, text, is_exemplar), ...], most influential first; warnings: sentences.
-    Returns an RGB image.
+    query: RGB image; candidates: [(RGB image or None, text, is_exemplar), ...], most influential
+    first; warnings: sentences. Returns an RGB image.
     """
     rows = max(1, -(-len(candidates) // columns))
     cell = TILE + GAP, TILE + CAPTION_HEIGHT + GAP
@@ -53,27 +63,39 @@ def draw_influence(query, prompt, candidates, warnings=(), columns=5):
     sheet = Image.new("RGB", size, PAPER)
     if warnings:
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
-        text = "\n".join(wrap_text(draw, f"Warning: {warning}.", font, size[0] - 2 * GAP, 6) for warning in warnings)
+        text = "\n".join(
+            wrap_text(draw, f"Warning: {warning}.", font, size[0] - 2 * GAP, 6)
+            for warning in warnings
+        )
         left, top, _, bottom = draw.multiline_textbbox((GAP, size[1]), text, font, spacing=6)
         sheet = Image.new("RGB", (size[0], int(bottom) + GAP), PAPER)
         ImageDraw.Draw(sheet).multiline_text((GAP, size[1]), text, EXEMPLAR_RED, font, spacing=6)
     draw_tile(sheet, GAP, GAP, query, f"query: {prompt}", False)
     for number, (image, text, is_exemplar) in enumerate(candidates):
         row, column = divmod(number, columns)
-        draw_tile(sheet, 3 * GAP + (column + 1) * cell[0], GAP + row * cell[1], image, text, is_exemplar)
+        draw_tile(
+            sheet, 3 * GAP + (column + 1) * cell[0], GAP + row * cell[1], image, text, is_exemplar
+        )
     return sheet
 
 
 def draw_grid(header, rows):
     """A table of pictures.
 
-    header: texts of the columns; rows: [[(RGB image or None, text), ...], ...], one entry a column. Returns an RGB image.
+    header: texts of the columns; rows: [[(RGB image or None, text), ...], ...], one entry a column.
+    Returns an RGB image.
     """
     cell, top = (TILE + GAP, TILE + CAPTION_HEIGHT), CAPTION_HEIGHT
     sheet = Image.new("RGB", (GAP + len(header) * cell[0], top + len(rows) * cell[1]), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for column, text in enumerate(header):
-        draw.multiline_text((GAP + column * cell[0], GAP // 2), wrap_text(draw, text, font, TILE, 2), INK, font, spacing=2)
+        draw.multiline_text(
+            (GAP + column * cell[0], GAP // 2),
+            wrap_text(draw, text, font, TILE, 2),
+            INK,
+            font,
+            spacing=2,
+        )
     for number, row in enumerate(rows):
         for column, (image, text) in enumerate(row):
             draw_tile(sheet, GAP + column * cell[0], top + number * cell[1], image, text, False)

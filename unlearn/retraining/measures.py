@@ -1,4 +1,5 @@
-"""What a retrained model is asked about the queries: their losses, and the pictures that it makes from their seeds."""
+"""What a retrained model is asked about the queries: their losses, and the pictures that it makes
+from their seeds."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,41 +18,75 @@ from ..storage.hashes import digest
 
 def join_sets(sets):
     """Training sets of one data set as one, in their order: queries that are measured together."""
-    joined = {name: [value for images in sets for value in getattr(images, name)] for name in ("ids", "captions", "paths")}
-    return type(sets[0])(sets[0].name, **joined, latents=np.concatenate([images.latents for images in sets], axis=1),
-                         embeddings=np.concatenate([images.embeddings for images in sets]), source=digest([images.source for images in sets]))
+    joined = {
+        name: [value for images in sets for value in getattr(images, name)]
+        for name in ("ids", "captions", "paths")
+    }
+    return type(sets[0])(
+        sets[0].name,
+        **joined,
+        latents=np.concatenate([images.latents for images in sets], axis=1),
+        embeddings=np.concatenate([images.embeddings for images in sets]),
+        source=digest([images.source for images in sets]),
+    )
 
 
 @torch.no_grad()
 def query_losses(model, queries, grid, noise_seed, batch_size):
-    """Loss of each query [n] float64, mean over the grid; its noise is its own, the same under every model."""
+    """Loss of each query [n] float64, mean over the grid; its noise is its own, the same under
+    every model."""
     with ThreadPoolExecutor(1) as pool:
-        return np.concatenate([score_rows(model, queries, np.array([row]), grid, chunk_noise(queries, [row], grid, noise_seed, pool), batch_size)
-                               for row in range(len(queries))])
+        return np.concatenate(
+            [
+                score_rows(
+                    model,
+                    queries,
+                    np.array([row]),
+                    grid,
+                    chunk_noise(queries, [row], grid, noise_seed, pool),
+                    batch_size,
+                )
+                for row in range(len(queries))
+            ]
+        )
 
 
 def sampling_of(tasks):
-    """Steps and guidance with which the queries were made, and are made again. Raises UserError where they are not alike."""
-    found = {(task.num_inference_steps or NUM_INFERENCE_STEPS, 1.0 if task.guidance_scale is None else float(task.guidance_scale))
-             for task in tasks}
+    """Steps and guidance with which the queries were made, and are made again. Raises UserError
+    where they are not alike."""
+    found = {
+        (
+            task.num_inference_steps or NUM_INFERENCE_STEPS,
+            1.0 if task.guidance_scale is None else float(task.guidance_scale),
+        )
+        for task in tasks
+    }
     if len(found) > 1:
-        raise UserError(f"the task files' queries were made with different num_inference_steps and guidance_scale {sorted(found)}; measure "
-                        "them apart, with an --output each")
+        raise UserError(
+            f"the task files' queries were made with different num_inference_steps and "
+            f"guidance_scale {sorted(found)}; measure "
+            "them apart, with an --output each"
+        )
     return found.pop() if found else (NUM_INFERENCE_STEPS, 1.0)
 
 
 def load_pictures(dataroot, names, resolution):
-    """The queries' pictures [n, H, W, 3] uint8. Raises UserError where one is not of the size that the model makes."""
+    """The queries' pictures [n, H, W, 3] uint8. Raises UserError where one is not of the size that
+    the model makes."""
     pictures = [np.asarray(load_image(Path(dataroot) / name)) for name in names]
     for name, pixels in zip(names, pictures):
         if pixels.shape[:2] != (resolution, resolution):
-            raise UserError(f"{name}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model makes {resolution} x {resolution}; they "
-                            "cannot be compared: give --no_pictures")
+            raise UserError(
+                f"{name}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model makes "
+                f"{resolution} x {resolution}; they "
+                "cannot be compared: give --no_pictures"
+            )
     return np.stack(pictures)
 
 
 def write_pictures(folder, names, pictures):
-    """Writes pictures [n, H, W, 3] uint8 as PNG files named after their queries; returns their paths."""
+    """Writes pictures [n, H, W, 3] uint8 as PNG files named after their queries; returns their
+    paths."""
     paths = [folder / "pictures" / f"{name}.png" for name in names]
     for path, pixels in zip(paths, pictures):
         with whole_file(path) as file:
@@ -65,5 +100,8 @@ def compare_pictures(pictures, made, features, made_features):
     pictures, made: [n, H, W, 3] uint8; features, made_features: [n, ...], VAE latents or a model's.
     """
     mse = np.square((pictures.astype(np.float64) - made) / 255).mean(axis=(1, 2, 3))
-    first, second = (normalise(array.reshape(len(array), -1).astype(np.float64)) for array in (features, made_features))
+    first, second = (
+        normalise(array.reshape(len(array), -1).astype(np.float64))
+        for array in (features, made_features)
+    )
     return mse, (first * second).sum(axis=1)

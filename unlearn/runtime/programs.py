@@ -20,17 +20,31 @@ from .signals import STOP, Stopped, finishing
 log = logging.getLogger("unlearn")
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 0.5
 # Faults that no program can prevent, of disks and of names that it was given.
-OF_DISKS = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE
+OF_DISKS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+)
 OF_NAMES = errno.ENAMETOOLONG, errno.ELOOP
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in errors that have no type of their own
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+)  # in errors that have no type of their own
 
 
 def choose_device(name=None):
-    """The device asked for; cuda if there is one where none was, each launched process its own. Raises UserError where it cannot be had."""
+    """The device asked for; cuda if there is one where none was, each launched process its own.
+    Raises UserError where it cannot be had."""
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # More processes than devices share them, and one device is each's own wherever SLURM shows a task no other.
+        # More processes than devices share them, and one device is each's own wherever SLURM shows
+        # a task no other.
         name = f"cuda:{local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
@@ -39,44 +53,62 @@ def choose_device(name=None):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try "
+            f"--device cpu"
+        )
     return device
 
 
 def read_number(variable):
-    """The whole number in an environment variable, None where it is not set: or empty, as `VARIABLE=` leaves it. Raises UserError
-    where it is something else."""
+    """The whole number in an environment variable, None where it is not set: or empty, as
+    `VARIABLE=` leaves it. Raises UserError where it is something else."""
     if not (text := os.environ.get(variable, "").strip()):
         return None
     if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"the environment variable {variable}: expected a whole number, as launchers set it, found {text!a:.40}; unset {variable}")
+        raise UserError(
+            f"the environment variable {variable}: expected a whole number, as launchers set it, "
+            f"found {text!a:.40}; unset {variable}"
+        )
     return int(text)
 
 
 def local_rank():
-    """The number of this process among those of its machine: the launcher's, else that of a task that srun started."""
-    return next((rank for rank in map(read_number, ("LOCAL_RANK", "SLURM_LOCALID")) if rank is not None), 0)
+    """The number of this process among those of its machine: the launcher's, else that of a task
+    that srun started."""
+    return next(
+        (rank for rank in map(read_number, ("LOCAL_RANK", "SLURM_LOCALID")) if rank is not None), 0
+    )
 
 
 def process_share():
-    """(index, number) of this process among those that `accelerate launch`, torchrun or srun started, by the variables that these
-    set; (0, 1) without them. No process group is made: nobody waits for another, dead or alive. Raises UserError where they are
-    no such numbers."""
+    """(index, number) of this process among those that `accelerate launch`, torchrun or srun
+    started, by the variables that these set; (0, 1) without them. No process group is made: nobody
+    waits for another, dead or alive. Raises UserError where they are no such numbers."""
     names = ("RANK", "WORLD_SIZE")
     if None in [read_number(name) for name in names]:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if read_number("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
-        # Task 0 is alone in a batch script and in a shell of `srun --pty` or `salloc`, however many tasks the job may start.
-        if not read_number("SLURM_PROCID") and (names[1] == "SLURM_NTASKS" or os.environ.get("SLURM_PTY_PORT")):
+        names = (
+            "SLURM_PROCID",
+            "SLURM_STEP_NUM_TASKS" if read_number("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS",
+        )
+        # Task 0 is alone in a batch script and in a shell of `srun --pty` or `salloc`, however many
+        # tasks the job may start.
+        if not read_number("SLURM_PROCID") and (
+            names[1] == "SLURM_NTASKS" or os.environ.get("SLURM_PTY_PORT")
+        ):
             return 0, 1
     index, number = read_number(names[0]), read_number(names[1]) or 1
     if index >= number:
-        raise UserError(f"the environment variable {names[0]}: expected at most {number - 1}, as {names[1]} is {number}, found {index}")
+        raise UserError(
+            f"the environment variable {names[0]}: expected at most {number - 1}, as {names[1]} "
+            f"is {number}, found {index}"
+        )
     return index, number
 
 
 def part_of(items, shard):
-    """Those of some items that `--shard I/N` names: the I-th of N parts, runs of nearly equal length; all of them without it.
-    Raises UserError where it is no such thing."""
+    """Those of some items that `--shard I/N` names: the I-th of N parts, runs of nearly equal
+    length; all of them without it. Raises UserError where it is no such thing."""
     if shard is None:
         return list(items)
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
@@ -84,25 +116,29 @@ def part_of(items, shard):
     if not 1 <= index <= number:
         raise UserError(f"--shard {shard}: expected I/N, the I-th of N parts, such as 1/4")
     items = list(items)
-    part = items[len(items) * (index - 1) // number:len(items) * index // number]
+    part = items[len(items) * (index - 1) // number : len(items) * index // number]
     if not part:
         log.info(f"--shard {shard}: nothing to do; there are only {len(items)} for {number} parts")
     return part
 
 
 def set_precision(precision):
-    """fp32: TensorFloat-32 off in matrix products and convolutions. tf32 and bf16 (which is autocast's to use): on in both. On
-    CUDA, deterministic kernels in each."""
+    """fp32: TensorFloat-32 off in matrix products and convolutions. tf32 and bf16 (which is
+    autocast's to use): on in both. On CUDA, deterministic kernels in each."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision in ("tf32", "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision in (
+        "tf32",
+        "bf16",
+    )
     torch.backends.cudnn.deterministic = True
 
 
 def run_within_memory(work, size, unit):
-    """`work(size)`, and the size it took: where the device's memory is full, `size` is halved until it fits."""
+    """`work(size)`, and the size it took: where the device's memory is full, `size` is halved until
+    it fits."""
     while True:
         try:
             return work(size), size
@@ -114,26 +150,33 @@ def run_within_memory(work, size, unit):
         log.warning(f"out of memory: going on with {size} {unit} in one pass")
 
 
-def tune_allocator(mmap_threshold=1 << 30, trim_threshold=2 ** 31 - 1, top_pad=64 << 20):
-    """Keeps freed memory for the next tensor instead of handing it back to the system and asking anew, page by page, which
-    costs a CPU a tenth of a small model's time (glibc only; elsewhere it does nothing). Arguments in bytes, as mallopt(3)."""
+def tune_allocator(mmap_threshold=1 << 30, trim_threshold=2**31 - 1, top_pad=64 << 20):
+    """Keeps freed memory for the next tensor instead of handing it back to the system and asking
+    anew, page by page, which costs a CPU a tenth of a small model's time (glibc only; elsewhere it
+    does nothing). Arguments in bytes, as mallopt(3)."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in ((-3, mmap_threshold), (-1, trim_threshold), (-2, top_pad)) if set_option else ():
+    for option, value in (
+        ((-3, mmap_threshold), (-1, trim_threshold), (-2, top_pad)) if set_option else ()
+    ):
         set_option(option, value)
 
 
 def run_ahead(items, prepare, work, device):
     """`work(item, prepare(item))` of every item; what comes next is prepared meanwhile.
 
-    On a CPU as many items are worked on at once as torch has threads, each by one of them: faster than one item by all
-    wherever a model is small. An item's result does not depend on it. Items are taken one by one, as threads become free: they
-    may be a `sharing.Share`, whose stop() is called where it ends early. Raises Stopped where a signal ended it.
+    On a CPU as many items are worked on at once as torch has threads, each by one of them: faster
+    than one item by all wherever a model is small. An item's result does not depend on it. Items
+    are taken one by one, as threads become free: they may be a `sharing.Share`, whose stop() is
+    called where it ends early. Raises Stopped where a signal ended it.
     """
     num_threads = torch.get_num_threads()
     num_workers = num_threads if torch.device(device).type == "cpu" else 1
     if torch.device(device).type == "cpu":
         tune_allocator()
-    turns, lock, ended, end = threading.Semaphore(num_workers), threading.Lock(), threading.Event(), object()
+    turns = threading.Semaphore(num_workers)
+    lock = threading.Lock()
+    ended = threading.Event()
+    end = object()
     source = iter(items)
 
     def run_some():
@@ -148,7 +191,9 @@ def run_ahead(items, prepare, work, device):
                     work(item, prepared)
 
     # One thread more than turns: it prepares.
-    pool = ThreadPoolExecutor(num_workers + 1, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,))
+    pool = ThreadPoolExecutor(
+        num_workers + 1, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,)
+    )
     try:
         with finishing() as stopping:
             with pool:
@@ -174,7 +219,8 @@ def say(text):
 
 
 def progress(total, description, unit, done=0):
-    """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines elsewhere (SLURM)."""
+    """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines
+    elsewhere (SLURM)."""
     description = printable(description)
     if sys.stderr.isatty():
         return tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
@@ -185,7 +231,11 @@ class LineProgress:
     """Progress as log lines, one every 30 seconds and one at the end."""
 
     def __init__(self, total, description, unit, done=0):
-        self.total, self.description, self.unit, self.count, self.start_count = total, description, unit, done, done
+        self.total = total
+        self.description = description
+        self.unit = unit
+        self.count = done
+        self.start_count = done
         self.start = self.printed = time.monotonic()
 
     def __enter__(self):
@@ -205,13 +255,20 @@ class LineProgress:
         """Logs what is done, the rate and the time left."""
         self.printed = time.monotonic()
         rate = (self.count - self.start_count) / max(self.printed - self.start, 1e-9)
-        left = f", {(self.total - self.count) / rate:.0f} s left" if rate and self.count < self.total else ""
-        log.info(f"{self.description}: {self.count}/{self.total} {self.unit} ({rate:.1f} {self.unit}/s{left})")
+        left = (
+            f", {(self.total - self.count) / rate:.0f} s left"
+            if rate and self.count < self.total
+            else ""
+        )
+        log.info(
+            f"{self.description}: {self.count}/{self.total} {self.unit} ({rate:.1f} "
+            f"{self.unit}/s{left})"
+        )
 
 
 def run(main, argv=None):
-    """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2, a signal that schedulers
-    send before they kill with one line and status 75, "try again"."""
+    """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2,
+    a signal that schedulers send before they kill with one line and status 75, "try again"."""
     make_streams_safe()
     try:
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
@@ -228,13 +285,24 @@ def run(main, argv=None):
     except OSError as error:
         if error.errno not in (*OF_NAMES, *OF_DISKS):
             raise
-        name, remedy = f"{error.filename!s:.200}: " if error.filename else "", "see to the disk or its permissions, and run the same command again"
-        sys.exit(end_with(f"{name}{error.strerror}" + (f"; {remedy}" if error.errno in OF_DISKS else "")))
-    except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
+        name = f"{error.filename!s:.200}: " if error.filename else ""
+        remedy = "see to the disk or its permissions, and run the same command again"
+        sys.exit(
+            end_with(f"{name}{error.strerror}" + (f"; {remedy}" if error.errno in OF_DISKS else ""))
+        )
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch's own out-of-memory error is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        sys.exit(end_with("out of memory: run the same command with a smaller --batch_size, --loss_batch_size, --vae_batch_size or --stack "
-                          "(finished work is kept)"))
+        sys.exit(
+            end_with(
+                "out of memory: run the same command with a smaller --batch_size, "
+                "--loss_batch_size, --vae_batch_size or --stack "
+                "(finished work is kept)"
+            )
+        )
     except Stopped as stopped:
         print(f"stopped by {stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
@@ -245,8 +313,11 @@ def run(main, argv=None):
 
 def is_out_of_memory(error):
     """Whether an error says that the memory of device or host is full."""
-    return (isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-            or isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
+    return (
+        isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and any(text in str(error) for text in OUT_OF_MEMORY)
+    )
 
 
 def end_with(message):

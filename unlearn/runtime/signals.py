@@ -11,13 +11,15 @@ log = logging.getLogger("unlearn")
 
 
 class Stopped(BaseException):
-    """A signal asked for the end, and what was at hand is finished. Not an Exception: nothing is to be made of it but to end."""
+    """A signal asked for the end, and what was at hand is finished. Not an Exception: nothing is to
+    be made of it but to end."""
 
 
 class Stop:
-    """What SIGTERM and SIGUSR1 do (`install`): schedulers send them some time before they kill. Within `finishing` the end is
-    put off until what is at hand is done; elsewhere they raise Stopped at once. Another one, REPEAT seconds later, kills: before
-    that it is the same one, which a launcher that got it too has handed on."""
+    """What SIGTERM and SIGUSR1 do (`install`): schedulers send them some time before they kill.
+    Within `finishing` the end is put off until what is at hand is done; elsewhere they raise
+    Stopped at once. Another one, REPEAT seconds later, kills: before that it is the same one, which
+    a launcher that got it too has handed on."""
 
     REPEAT = 3
 
@@ -48,7 +50,8 @@ STOP = Stop()
 
 @contextmanager
 def finishing():
-    """A piece of work that a signal does not break off: yields the event that tells of it; at the end it raises Stopped."""
+    """A piece of work that a signal does not break off: yields the event that tells of it; at the
+    end it raises Stopped."""
     STOP.depth += 1
     try:
         yield STOP.asked

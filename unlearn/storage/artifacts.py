@@ -17,17 +17,29 @@ from safetensors.torch import save
 from ..errors import UserError
 from .hashes import digest, hash_bytes
 
-NOT_WRITABLE = errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG
+NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.ENAMETOOLONG,
+)
 STALE = 600  # seconds
 
 
 @cache
 def this_machine():
-    """The host's name and a hash of what else tells one process number's realm from another: its boot, and the container's name
-    space. Hosts may share a name, and containers of one host."""
+    """The host's name and a hash of what else tells one process number's realm from another: its
+    boot, and the container's name space. Hosts may share a name, and containers of one host."""
     realm = []
     with suppress(OSError):
-        realm += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+        realm += [
+            Path("/proc/sys/kernel/random/boot_id").read_text(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return f"{socket.gethostname()}.{digest(realm)[:8]}"
 
 
@@ -37,10 +49,13 @@ def own_part(path):
 
 
 def remove_stale_parts(path, own):
-    """Removes what killed processes left of a half-written `path`: those of this machine at once, others' where nothing was
-    written for STALE seconds of the file server's clock, which also gave this process's `own` part its time."""
+    """Removes what killed processes left of a half-written `path`: those of this machine at once,
+    others' where nothing was written for STALE seconds of the file server's clock, which also gave
+    this process's `own` part its time."""
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.*.part"):
-        machine, _, pid = part.name.removeprefix(f"{path.name}.").removesuffix(".part").rpartition(".")
+        machine, _, pid = (
+            part.name.removeprefix(f"{path.name}.").removesuffix(".part").rpartition(".")
+        )
         try:
             if machine == this_machine() and pid.isdecimal():
                 os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
@@ -53,7 +68,8 @@ def remove_stale_parts(path, own):
 
 
 def open_plain(path, flags):
-    """os.open, of a file alone: another's link, pipe or device of that name is not followed, waited for or written to. Raises OSError."""
+    """os.open, of a file alone: another's link, pipe or device of that name is not followed, waited
+    for or written to. Raises OSError."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -62,8 +78,9 @@ def open_plain(path, flags):
 
 
 def check_writable(folder, remedy):
-    """Raises UserError, ending with `remedy`, where nothing can be written in a folder, or in what there is of its path. It is tried,
-    before anything expensive: of a file system that is mounted read-only no permission tells."""
+    """Raises UserError, ending with `remedy`, where nothing can be written in a folder, or in what
+    there is of its path. It is tried, before anything expensive: of a file system that is mounted
+    read-only no permission tells."""
     folder = Path(folder).absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -79,9 +96,10 @@ def check_writable(folder, remedy):
 
 @contextmanager
 def whole_file(path, key=None, parents=True):
-    """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename. With a `key` the .part
-    stays where this ends early, and the next run with that key goes on with it: its size says how far it came. Without
-    `parents` its folder must be there, else it raises FileNotFoundError."""
+    """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename.
+    With a `key` the .part stays where this ends early, and the next run with that key goes on with
+    it: its size says how far it came. Without `parents` its folder must be there, else it raises
+    FileNotFoundError."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{key}.part") if key else own_part(path)
     flags = os.O_CREAT | (0 if key else os.O_TRUNC)
@@ -93,14 +111,18 @@ def whole_file(path, key=None, parents=True):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileNotFoundError) if key and path.exists() else nullcontext():  # another process was first
+        with (
+            suppress(FileNotFoundError) if key and path.exists() else nullcontext()
+        ):  # another process was first
             os.replace(part, path)
     except BaseException as error:
         with suppress(OSError):  # where a parent is a file, or was never made
             if not key:  # what is kept under a key was checked row by row
                 part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
+            raise UserError(
+                f"{path}: the disk is full; free some space and run the same command again"
+            ) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         raise
@@ -115,18 +137,27 @@ def write_bytes(path, *parts):
 
 
 def write_json(path, value):
-    """Writes a JSON file, indented. Halves of characters, as names of files that are not UTF-8 hold, stand as JSON's escapes."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    """Writes a JSON file, indented. Halves of characters, as names of files that are not UTF-8
+    hold, stand as JSON's escapes."""
+    write_bytes(
+        path,
+        (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+    )
 
 
 def write_array(path, array):
-    """Writes one array as .npy; returns the hash of the file's bytes, whatever others write there meanwhile."""
+    """Writes one array as .npy; returns the hash of the file's bytes, whatever others write there
+    meanwhile."""
     array, header = np.ascontiguousarray(array), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write_bytes(path, header.getvalue(), array.tobytes())  # not np.save: on a full disk its error does not say so
+    return write_bytes(
+        path, header.getvalue(), array.tobytes()
+    )  # not np.save: on a full disk its error does not say so
 
 
 def write_tensors(path, tensors):
     """Writes named tensors as safetensors; returns the hash of the file's bytes."""
     # Not save_file: it writes a hidden file of its own, which a kill leaves behind.
-    return write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    return write_bytes(
+        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    )

@@ -1,7 +1,8 @@
 """Chunks: parts of a result that are kept until it is whole, each sealed by a hash of its bytes.
 
-An artefact has a record that tells damage; thousands of chunks have none. So the last 16 bytes of a chunk's file are the
-BLAKE2b hash of those before: a disk that lost or changed some is told before they enter a result.
+An artefact has a record that tells damage; thousands of chunks have none. So the last 16 bytes of a
+chunk's file are the BLAKE2b hash of those before: a disk that lost or changed some is told before
+they enter a result.
 """
 
 import glob
@@ -22,25 +23,32 @@ SEAL_BYTES = 16
 
 
 def write_chunk(path, content):
-    """Writes bytes and their seal, whole or not at all. Raises FileNotFoundError where the folder is not there: another process
-    is done with all of it."""
+    """Writes bytes and their seal, whole or not at all. Raises FileNotFoundError where the folder
+    is not there: another process is done with all of it."""
     with whole_file(path, parents=False) as file:
         file.write(content)
         file.write(blake2b(content, digest_size=SEAL_BYTES).digest())
 
 
 def read_chunk(path):
-    """The bytes of a chunk. Raises FileNotFoundError where it is not there, and UserError where it is damaged, having removed it:
-    the next run makes it anew."""
+    """The bytes of a chunk. Raises FileNotFoundError where it is not there, and UserError where it
+    is damaged, having removed it: the next run makes it anew."""
     content = Path(path).read_bytes()
-    if len(content) < SEAL_BYTES or blake2b(content[:-SEAL_BYTES], digest_size=SEAL_BYTES).digest() != content[-SEAL_BYTES:]:
+    if (
+        len(content) < SEAL_BYTES
+        or blake2b(content[:-SEAL_BYTES], digest_size=SEAL_BYTES).digest() != content[-SEAL_BYTES:]
+    ):
         Path(path).unlink(missing_ok=True)
-        raise UserError(f"{path}: was damaged on the disk and is removed; run the same command again, which makes it anew")
+        raise UserError(
+            f"{path}: was damaged on the disk and is removed; run the same command again, which "
+            f"makes it anew"
+        )
     return content[:-SEAL_BYTES]
 
 
 def make_folder(folder):
-    """Makes a folder for chunks, unless it is there: or was a moment ago, when another process was done with it and removed it."""
+    """Makes a folder for chunks, unless it is there: or was a moment ago, when another process was
+    done with it and removed it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -49,7 +57,8 @@ def make_folder(folder):
 
 
 def remove_folder(folder):
-    """Removes a folder of chunks at a stroke, so that who looks for a chunk in it finds all of them or no folder."""
+    """Removes a folder of chunks at a stroke, so that who looks for a chunk in it finds all of them
+    or no folder."""
     aside = own_part(folder)
     with suppress(OSError):  # another process was first
         os.rename(folder, aside)
@@ -57,7 +66,8 @@ def remove_folder(folder):
 
 
 def remove_folders(path):
-    """Removes the chunks of what is finished at `path`, those of other settings and what a killed process left of them too."""
+    """Removes the chunks of what is finished at `path`, those of other settings and what a killed
+    process left of them too."""
     for folder in path.parent.glob(f".{glob.escape(path.stem)}-*"):
         if folder.suffix == ".part":
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,7 +89,9 @@ def read_array_chunk(path):
 
 def write_tensor_chunk(path, tensors):
     """Writes named tensors as a chunk."""
-    write_chunk(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_chunk(
+        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    )
 
 
 def read_tensor_chunk(path):

@@ -20,13 +20,17 @@ def digest_rows(rows):
     """`digest(list(rows))` of an iterator, without holding them all."""
     state = hashlib.blake2b(b"[[", digest_size=16)
     for number, row in enumerate(rows):
-        state.update((b"," if number else b"") + json.dumps(row, sort_keys=True, separators=(",", ":")).encode())
+        state.update(
+            (b"," if number else b"")
+            + json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
+        )
     state.update(b"]]")
     return state.hexdigest()
 
 
 def hash_bytes(*parts):
-    """Hash (32 hexadecimal digits) of bytes, one part after the other: `hash_file` of a file that holds them."""
+    """Hash (32 hexadecimal digits) of bytes, one part after the other: `hash_file` of a file that
+    holds them."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(part)
@@ -34,7 +38,8 @@ def hash_bytes(*parts):
 
 
 def hash_file(path):
-    """Hash (32 hexadecimal digits) of a file's bytes. Raises UserError where it is a folder, pipe or device."""
+    """Hash (32 hexadecimal digits) of a file's bytes. Raises UserError where it is a folder, pipe
+    or device."""
     state = hashlib.blake2b(digest_size=16)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise UserError(f"{path}: expected a file, found a folder, pipe or device")
@@ -45,7 +50,8 @@ def hash_file(path):
 
 
 def hash_tensors(tensors):
-    """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order of the names."""
+    """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order
+    of the names."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -55,7 +61,12 @@ def hash_tensors(tensors):
 
 
 def named_weights(module):
-    """A module's weights by name. Transformers before 5.6 puts `text_model.` before every name of a CLIP text encoder: without it a
-    model has the same hash under any version."""
+    """A module's weights by name. Transformers before 5.6 puts `text_model.` before every name of a
+    CLIP text encoder: without it a model has the same hash under any version."""
     weights, prefix = module.state_dict(), "text_model."
-    return {name.removeprefix(prefix) if all(other.startswith(prefix) for other in weights) else name: value for name, value in weights.items()}
+    return {
+        name.removeprefix(prefix)
+        if all(other.startswith(prefix) for other in weights)
+        else name: value
+        for name, value in weights.items()
+    }

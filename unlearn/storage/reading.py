@@ -1,4 +1,5 @@
-"""Inputs read without trust: no code runs, nothing is waited for, memory is bounded, and every fault is a UserError."""
+"""Inputs read without trust: no code runs, nothing is waited for, memory is bounded, and every
+fault is a UserError."""
 
 import codecs
 import difflib
@@ -17,17 +18,36 @@ from safetensors.torch import load_file
 
 from ..errors import UserError
 
-MOST_TEXT, MOST_JSON = 128 << 20, 16 << 20  # bytes; the captions of COCO have 92 MB. A JSON file takes 27 times as many in memory
+MOST_TEXT, MOST_JSON = (
+    128 << 20,
+    16 << 20,
+)  # bytes; the captions of COCO have 92 MB. A JSON file takes 27 times as many in memory
 MOST_ARRAYS = 4 << 30  # bytes that a compressed file of arrays may unfold to
-OTHER_TEXTS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before the two that they begin like
-               codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+OTHER_TEXTS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",  # before the two that they begin like
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 LONGEST_NAME = 200  # bytes of one part of a path; file systems take 255
-DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool}
+DTYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+}
 
 
 def check_text(item, text, is_path=False):
-    """Raises UserError where a string holds what neither a path nor a prompt can: NUL or half a character; or, of a path,
-    a name that is too long for a file system, with what a run appends to it."""
+    """Raises UserError where a string holds what neither a path nor a prompt can: NUL or half a
+    character; or, of a path, a name that is too long for a file system, with what a run appends to
+    it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -35,37 +55,50 @@ def check_text(item, text, is_path=False):
     if "\0" in text:
         raise UserError(f"{item}: expected text without NUL, found {text!a:.80}")
     if any(len(part.encode()) > LONGEST_NAME for part in text.split("/")) and is_path:
-        raise UserError(f"{item}: expected a path of names of at most {LONGEST_NAME} bytes, found {text!a:.80}")
+        raise UserError(
+            f"{item}: expected a path of names of at most {LONGEST_NAME} bytes, found {text!a:.80}"
+        )
 
 
 def check_name(item, name):
-    """Raises UserError where a name that a system gave, of a file or folder, is not UTF-8: no text file can hold it, and safetensors
-    and torch open no such path."""
+    """Raises UserError where a name that a system gave, of a file or folder, is not UTF-8: no text
+    file can hold it, and safetensors and torch open no such path."""
     try:
         os.fspath(name).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{item}: the name {os.fspath(name)!a:.200} is not UTF-8; rename it") from None
+        raise UserError(
+            f"{item}: the name {os.fspath(name)!a:.200} is not UTF-8; rename it"
+        ) from None
 
 
 def resolve_inside(root, path, item):
-    """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it leaves `root`."""
-    root = Path(os.path.realpath(root))  # not Path.resolve: at a link to itself it raises, or not, by Python's version
+    """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it
+    leaves `root`."""
+    root = Path(
+        os.path.realpath(root)
+    )  # not Path.resolve: at a link to itself it raises, or not, by Python's version
     resolved, plain = Path(os.path.realpath(root / path)), Path(os.path.normpath(root / path))
     if not resolved.is_relative_to(root):
-        link = f", a link to {resolved}: put what it leads to in its place" if plain.is_relative_to(root) else ""
+        link = (
+            f", a link to {resolved}: put what it leads to in its place"
+            if plain.is_relative_to(root)
+            else ""
+        )
         raise UserError(f"{item}: expected a path inside {root}, found {path}{link}")
     return resolved
 
 
 def list_visible(folder, pattern="*"):
-    """Paths of a folder's files and folders that match, in the order of their names, [] where it is missing; but for hidden ones,
-    which systems put there for themselves (.DS_Store, ._000003.png, .ipynb_checkpoints)."""
+    """Paths of a folder's files and folders that match, in the order of their names, [] where it is
+    missing; but for hidden ones, which systems put there for themselves (.DS_Store, ._000003.png,
+    .ipynb_checkpoints)."""
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
 
 
 def decode_text(content):
-    """Text of a file's bytes, as every reader here sees it: without byte order marks (at its start, and at a line's, where files
-    were joined), and with line feeds alone: a carriage return ends a line too. Raises ValueError where it is not UTF-8."""
+    """Text of a file's bytes, as every reader here sees it: without byte order marks (at its start,
+    and at a line's, where files were joined), and with line feeds alone: a carriage return ends a
+    line too. Raises ValueError where it is not UTF-8."""
     if kind := next((kind for mark, kind in OTHER_TEXTS.items() if content.startswith(mark)), None):
         raise ValueError(f"{kind} text; save it as UTF-8")
     if b"\0" in content:
@@ -74,23 +107,30 @@ def decode_text(content):
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}); save it as UTF-8") from None
-    return re.sub("^\ufeff+", "", text.replace("\r\n", "\n").replace("\r", "\n"), flags=re.MULTILINE)
+    return re.sub(
+        "^\ufeff+", "", text.replace("\r\n", "\n").replace("\r", "\n"), flags=re.MULTILINE
+    )
 
 
 def read_text(path, item="file", most=MOST_TEXT):
-    """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a device), not UTF-8 or has more
-    than `most` bytes."""
+    """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a
+    device), not UTF-8 or has more than `most` bytes."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{item} {path}: cannot be read (a folder, pipe or device)")
         if status.st_size > most:
-            raise UserError(f"{item} {path}: expected a text file of at most {most >> 20} MB, found {status.st_size >> 20} MB")
+            raise UserError(
+                f"{item} {path}: expected a text file of at most {most >> 20} MB, found "
+                f"{status.st_size >> 20} MB"
+            )
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{item} {path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+        raise UserError(
+            f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})"
+        ) from None
     try:
         return decode_text(content)
     except ValueError as error:
@@ -98,7 +138,8 @@ def read_text(path, item="file", most=MOST_TEXT):
 
 
 def make_object(pairs):
-    """A JSON object of its keys and values. Raises ValueError where a key is written twice: only the last would count."""
+    """A JSON object of its keys and values. Raises ValueError where a key is written twice: only
+    the last would count."""
     if len(values := dict(pairs)) < len(pairs):
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
         raise ValueError(f"the key {twice:.80} is written twice in one object")
@@ -106,16 +147,19 @@ def make_object(pairs):
 
 
 def check_keys(item, found, known):
-    """Raises UserError, with the known key that is most like it, where an object's keys hold one that nothing reads. Those that begin
-    with _ are remarks."""
+    """Raises UserError, with the known key that is most like it, where an object's keys hold one
+    that nothing reads. Those that begin with _ are remarks."""
     if unknown := [key for key in found if key not in known and not key.startswith("_")]:
         like = difflib.get_close_matches(unknown[0], known, 1)
-        raise UserError(f"{item}: unknown key {unknown[0]:.80}; {f'did you mean {like[0]}? ' if like else ''}expected some of {', '.join(known)}")
+        raise UserError(
+            f"{item}: unknown key {unknown[0]:.80}; "
+            f"{f'did you mean {like[0]}? ' if like else ''}expected some of {', '.join(known)}"
+        )
 
 
 def read_json(path, item="file", most=MOST_JSON):
-    """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or malformed, naming line and column, or
-    has a key twice."""
+    """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or
+    malformed, naming line and column, or has a key twice."""
     try:
         return json.loads(read_text(path, item, most), object_pairs_hook=make_object)
     except (ValueError, RecursionError) as error:  # malformed, a number of thousands of digits
@@ -123,7 +167,8 @@ def read_json(path, item="file", most=MOST_JSON):
 
 
 def read_array(path, item="array", mmap=True):
-    """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot be done."""
+    """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot
+    be done."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, pipe or device")
@@ -135,8 +180,9 @@ def read_array(path, item="array", mmap=True):
 
 
 def read_npz(path, kinds, remedy):
-    """Arrays of an .npz file: {name: array} of those of `kinds` {name: (kinds of dtype, number of axes)} that are there. Raises
-    UserError, ending with `remedy`, where it is damaged, would unfold to absurdly much, or an array is of another kind."""
+    """Arrays of an .npz file: {name: array} of those of `kinds` {name: (kinds of dtype, number of
+    axes)} that are there. Raises UserError, ending with `remedy`, where it is damaged, would unfold
+    to absurdly much, or an array is of another kind."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > MOST_ARRAYS:
@@ -154,10 +200,12 @@ def read_npz(path, kinds, remedy):
 
 
 def read_tensors(path, item="file", names=None):
-    """Reads named tensors (only `names` where given) from safetensors or, without running code, from a torch file.
+    """Reads named tensors (only `names` where given) from safetensors or, without running code,
+    from a torch file.
 
-    Torch files are memory-mapped: of a Fisher of 6.9 GB only the named tensors are read. Raises UserError where the
-    file is missing, damaged, or holds something else than a dictionary of tensors.
+    Torch files are memory-mapped: of a Fisher of 6.9 GB only the named tensors are read. Raises
+    UserError where the file is missing, damaged, or holds something else than a dictionary of
+    tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -177,14 +225,28 @@ def read_tensors(path, item="file", names=None):
         except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{item} {path}: holds something else than tensors, which is never unpickled") from None
+        raise UserError(
+            f"{item} {path}: holds something else than tensors, which is never unpickled"
+        ) from None
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
-        raise UserError(f"{item} {path}: expected a dictionary of tensors by name, found something else")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in tensors.items()
+    ):
+        raise UserError(
+            f"{item} {path}: expected a dictionary of tensors by name, found something else"
+        )
     for name, tensor in tensors.items():
-        if (tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES
-                or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):  # a view of one number as a billion
-            raise UserError(f"{item} {path}: {name!a:.80}: expected a plain dense tensor, found another kind ({tensor.dtype}, {tensor.layout})")
+        if (
+            tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.dtype not in DTYPES
+            or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ):  # a view of one number as a billion
+            raise UserError(
+                f"{item} {path}: {name!a:.80}: expected a plain dense tensor, found another kind "
+                f"({tensor.dtype}, {tensor.layout})"
+            )
     return {name: tensor for name, tensor in tensors.items() if names is None or name in names}

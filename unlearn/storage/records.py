@@ -1,8 +1,8 @@
 """Records: what says how an artefact was made.
 
-Beside an artefact `NAME.npy` stands its record `NAME.json`: `identity` (must match wherever the artefact is used),
-`circumstances` (reported, never refused) and `content`, a hash of the artefact. The record is written last, so that
-its existence means that the artefact is complete.
+Beside an artefact `NAME.npy` stands its record `NAME.json`: `identity` (must match wherever the
+artefact is used), `circumstances` (reported, never refused) and `content`, a hash of the artefact.
+The record is written last, so that its existence means that the artefact is complete.
 """
 
 import platform
@@ -23,40 +23,82 @@ from .reading import read_json
 
 FORMAT_VERSION = 1
 HASH = re.compile(r"[0-9a-f]{16}|[0-9a-f]{32}")
-NAMES = {}  # what this run was given, by kind (model, data root, Fisher): a record that tells hashes alone explains nothing
+# what this run was given, by kind (model, data root, Fisher): a record that tells hashes alone
+# explains nothing
+NAMES = {}
 # What a field of an identity is, in words, and under which kind its name is known.
 MEANINGS = {
-    "format_version": ("version of these files", None), "weights": ("weights of the model", "model"),
-    "schedule": ("noise schedule of the model", "model"), "noise_schedule": ("noise schedule of the model", "model"),
-    "prediction_type": ("what the model predicts", "model"), "unet": ("configuration of the UNet", "model"),
-    "initial_weights": ("weights before training", "model"), "vae": ("weights of the VAE", "model"),
-    "text_encoder": ("weights of the text encoder", "model"), "tokens": ("tokens of the captions", "data root"),
-    "scaling": ("scaling of the VAE's latents", "model"), "images": ("pictures of the training set", "data root"),
-    "captions": ("captions of the training set", "data root"), "num_captions": ("captions an image", "data root"),
-    "left_out": ("pictures that were left out", "data root"), "resolution": ("pixels of a picture's side", "data root"),
-    "dataset": ("name of the data set", "data root"), "num_images": ("number of training images", "data root"),
+    "format_version": ("version of these files", None),
+    "weights": ("weights of the model", "model"),
+    "schedule": ("noise schedule of the model", "model"),
+    "noise_schedule": ("noise schedule of the model", "model"),
+    "prediction_type": ("what the model predicts", "model"),
+    "unet": ("configuration of the UNet", "model"),
+    "initial_weights": ("weights before training", "model"),
+    "vae": ("weights of the VAE", "model"),
+    "text_encoder": ("weights of the text encoder", "model"),
+    "tokens": ("tokens of the captions", "data root"),
+    "scaling": ("scaling of the VAE's latents", "model"),
+    "images": ("pictures of the training set", "data root"),
+    "captions": ("captions of the training set", "data root"),
+    "num_captions": ("captions an image", "data root"),
+    "left_out": ("pictures that were left out", "data root"),
+    "resolution": ("pixels of a picture's side", "data root"),
+    "dataset": ("name of the data set", "data root"),
+    "num_images": ("number of training images", "data root"),
     "training_set": ("training images, their order and what they were encoded by", "data root"),
-    "candidates": ("images that were ranked", "data root"), "exemplars": ("pictures of the exemplars", "data root"),
-    "query": ("query: its picture, prompt or stored latent", "query"), "queries": ("queries: their pictures, prompts, seeds", "data root"),
-    "query_seed": ("seed that the query was made with", "query"), "prompts": ("prompts", None), "first_seed": ("seed of the first prompt", None),
-    "fisher": ("Fisher, or its damping", "Fisher"), "fit_images": ("images that an index is fitted to", None),
-    "weight_change": ("weight change that was scored", None), "losses_before": ("losses before unlearning", None),
-    "settings": ("settings", None), "scores": ("scores", None), "method": ("method", None), "features": ("model of the features", None),
-    "function": ("function whose gradients are taken", None), "noise": ("how noise is drawn", None), "noise_device": ("device that draws noise", None),
-    "known_answer": ("numbers that NumPy draws", None), "noise_seed": ("seed of the losses' noise", None), "seed": ("seed", None),
-    "draws": ("how unlearning draws noise", None), "batch_size": ("samples a batch", None), "timesteps": ("timesteps of the loss's grid", None),
-    "time_samples": ("timesteps of the loss's grid", None), "precision": ("arithmetic", None), "mixed_precision": ("arithmetic of training", None),
-    "compat": ("the published program's arithmetic", None), "scoring": ("way of scoring", None), "probes": ("random probes a sample", None),
-    "shortlist": ("images of the index's shortlist", None), "audit": ("other images that are scored to check it", None),
+    "candidates": ("images that were ranked", "data root"),
+    "exemplars": ("pictures of the exemplars", "data root"),
+    "query": ("query: its picture, prompt or stored latent", "query"),
+    "queries": ("queries: their pictures, prompts, seeds", "data root"),
+    "query_seed": ("seed that the query was made with", "query"),
+    "prompts": ("prompts", None),
+    "first_seed": ("seed of the first prompt", None),
+    "fisher": ("Fisher, or its damping", "Fisher"),
+    "fit_images": ("images that an index is fitted to", None),
+    "weight_change": ("weight change that was scored", None),
+    "losses_before": ("losses before unlearning", None),
+    "settings": ("settings", None),
+    "scores": ("scores", None),
+    "method": ("method", None),
+    "features": ("model of the features", None),
+    "function": ("function whose gradients are taken", None),
+    "noise": ("how noise is drawn", None),
+    "noise_device": ("device that draws noise", None),
+    "known_answer": ("numbers that NumPy draws", None),
+    "noise_seed": ("seed of the losses' noise", None),
+    "seed": ("seed", None),
+    "draws": ("how unlearning draws noise", None),
+    "batch_size": ("samples a batch", None),
+    "timesteps": ("timesteps of the loss's grid", None),
+    "time_samples": ("timesteps of the loss's grid", None),
+    "precision": ("arithmetic", None),
+    "mixed_precision": ("arithmetic of training", None),
+    "compat": ("the published program's arithmetic", None),
+    "scoring": ("way of scoring", None),
+    "probes": ("random probes a sample", None),
+    "shortlist": ("images of the index's shortlist", None),
+    "audit": ("other images that are scored to check it", None),
     "audited": ("how those are chosen", None),
-    "views": ("how an image's score follows from its views", None), "weight_selection": ("weights that are selected", None),
-    "damping": ("added to the Fisher", None), "num_train": ("N of the Newton update", None), "unlearn_lr": ("alpha of the Newton update", None),
-    "target_change": ("change of the weights that the step is chosen for", None), "unlearn_steps": ("Newton steps", None),
-    "unlearn_batch_size": ("noise draws of a Newton step", None), "unlearn_grad_accum_steps": ("a factor of them", None),
-    "num_samples": ("gradient samples", None), "projection_size": ("numbers that a gradient is projected to", None),
-    "trak_lambda": ("ridge of the kernel", None), "num_inference_steps": ("sampling steps of a picture", None),
-    "guidance_scale": ("classifier-free guidance", None), "epochs": ("passes over the training set", None), "rate": ("learning rate", None),
-    "optimizer": ("optimizer", None), "warmup": ("steps before the full learning rate", None), "members": ("images that the model was trained on", None),
+    "views": ("how an image's score follows from its views", None),
+    "weight_selection": ("weights that are selected", None),
+    "damping": ("added to the Fisher", None),
+    "num_train": ("N of the Newton update", None),
+    "unlearn_lr": ("alpha of the Newton update", None),
+    "target_change": ("change of the weights that the step is chosen for", None),
+    "unlearn_steps": ("Newton steps", None),
+    "unlearn_batch_size": ("noise draws of a Newton step", None),
+    "unlearn_grad_accum_steps": ("a factor of them", None),
+    "num_samples": ("gradient samples", None),
+    "projection_size": ("numbers that a gradient is projected to", None),
+    "trak_lambda": ("ridge of the kernel", None),
+    "num_inference_steps": ("sampling steps of a picture", None),
+    "guidance_scale": ("classifier-free guidance", None),
+    "epochs": ("passes over the training set", None),
+    "rate": ("learning rate", None),
+    "optimizer": ("optimizer", None),
+    "warmup": ("steps before the full learning rate", None),
+    "members": ("images that the model was trained on", None),
     "recipe": ("how the model was trained", None),
 }
 
@@ -69,15 +111,28 @@ def record_path(path):
 def circumstances(device=None):
     """What is reported of a run but never refused: versions, git commit, device, time."""
     root = Path(__file__).parent.parent.parent
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if (root / ".git").exists() else None
-    return {"unlearn": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
-            "names": dict(NAMES), "device": torch.cuda.get_device_name(device) if device and torch.device(device).type == "cuda" else str(device),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    git = (
+        subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if (root / ".git").exists()
+        else None
+    )
+    return {
+        "unlearn": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "names": dict(NAMES),
+        "device": torch.cuda.get_device_name(device)
+        if device and torch.device(device).type == "cuda"
+        else str(device),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def name_input(kind, name):
-    """Tells the records that are written from here on what an input, that they know by a hash, is called."""
+    """Tells the records that are written from here on what an input, that they know by a hash, is
+    called."""
     NAMES[kind] = str(name)
 
 
@@ -113,30 +168,52 @@ def is_opaque(value):
     """Whether a value of an identity holds a hash, which says nothing to anybody."""
     if isinstance(value, dict):
         return any(map(is_opaque, value.values()))
-    return any(map(is_opaque, value)) if isinstance(value, list) else isinstance(value, str) and bool(HASH.fullmatch(value))
+    return (
+        any(map(is_opaque, value))
+        if isinstance(value, list)
+        else isinstance(value, str) and bool(HASH.fullmatch(value))
+    )
 
 
 def explain_difference(field, found, expected, then, now):
-    """How two values of an identity's field differ, in words. then, now: names of the inputs that they were made from, by kind."""
+    """How two values of an identity's field differ, in words. then, now: names of the inputs that
+    they were made from, by kind."""
     if isinstance(found, dict) and isinstance(expected, dict):
-        name = next((name for name in {**expected, **found} if found.get(name) != expected.get(name)), None)
-        return explain_difference(name if name in MEANINGS else field, found.get(name), expected.get(name), then, now)
+        name = next(
+            (name for name in {**expected, **found} if found.get(name) != expected.get(name)), None
+        )
+        return explain_difference(
+            name if name in MEANINGS else field, found.get(name), expected.get(name), then, now
+        )
     words, kind = MEANINGS.get(field, (field, None))
     if not is_opaque(found) and not is_opaque(expected):
         return f"{field} is {found!r:.200}, expected {expected!r:.200} ({words})"
     if found is None or expected is None:
-        return f"other {words} ({'none' if found is None else 'some'}, expected {'none' if expected is None else 'some'})"
+        return (
+            f"other {words} ({'none' if found is None else 'some'}, expected "
+            f"{'none' if expected is None else 'some'})"
+        )
     before, after = then.get(kind), now.get(kind)
     if before and after and before != after:
         return f"other {words}: that of {before}, expected that of {after}"
-    return f"other {words}: {after or before} has changed since" if after or before else f"other {words}"
+    return (
+        f"other {words}: {after or before} has changed since"
+        if after or before
+        else f"other {words}"
+    )
 
 
 def write_record(path, identity, device=None, content=None, found=None):
-    """Writes the record of a complete artefact, whose hash `content` is where it is known already. found: what else is reported
-    of it, beside the circumstances."""
-    write_json(record_path(path), {"identity": {"format_version": FORMAT_VERSION, **identity},
-                                   "circumstances": {**circumstances(device), **(found or {})}, "content": content or hash_file(path)})
+    """Writes the record of a complete artefact, whose hash `content` is where it is known already.
+    found: what else is reported of it, beside the circumstances."""
+    write_json(
+        record_path(path),
+        {
+            "identity": {"format_version": FORMAT_VERSION, **identity},
+            "circumstances": {**circumstances(device), **(found or {})},
+            "content": content or hash_file(path),
+        },
+    )
 
 
 def is_complete(path):
@@ -145,8 +222,9 @@ def is_complete(path):
 
 
 def keep_complete(path, identity, overwrite, remedy):
-    """Whether a complete artefact made with these settings is there and is to be kept. Raises UserError where what is
-    there was made with others and may not be overwritten. One without a record was killed before it was complete."""
+    """Whether a complete artefact made with these settings is there and is to be kept. Raises
+    UserError where what is there was made with others and may not be overwritten. One without a
+    record was killed before it was complete."""
     if not is_complete(path):
         return False
     try:
@@ -159,8 +237,8 @@ def keep_complete(path, identity, overwrite, remedy):
 
 
 def compare_identity(path, expected, found, remedy, names=None):
-    """Raises UserError naming the first identity field in which the artefact's record differs from what is expected. names: see
-    `names_of`."""
+    """Raises UserError naming the first identity field in which the artefact's record differs from
+    what is expected. names: see `names_of`."""
     for field, value in {"format_version": FORMAT_VERSION, **expected}.items():
         if found.get(field) != value:
             reason = explain_difference(field, found.get(field), value, names or {}, NAMES)
@@ -168,11 +246,14 @@ def compare_identity(path, expected, found, remedy, names=None):
 
 
 def read_record(path, remedy):
-    """The record of an artefact. Raises UserError, ending with `remedy`, where one of them is missing or it is malformed."""
+    """The record of an artefact. Raises UserError, ending with `remedy`, where one of them is
+    missing or it is malformed."""
     if not Path(path).exists():
         raise UserError(f"{path}: no such file; {remedy}")
     if not record_path(path).exists():
-        raise UserError(f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}")
+        raise UserError(
+            f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}"
+        )
     try:
         record = read_json(record_path(path), "record")
     except UserError as error:
@@ -183,16 +264,19 @@ def read_record(path, remedy):
 
 
 def check_content(path, remedy, record=None):
-    """Checks an artefact against the hash in its record. Raises UserError, ending with `remedy`, where it was changed."""
+    """Checks an artefact against the hash in its record. Raises UserError, ending with `remedy`,
+    where it was changed."""
     if (record or read_record(path, remedy)).get("content") != hash_file(path):
-        raise UserError(f"{path}: its content is not what its record says (damaged or replaced); {remedy}")
+        raise UserError(
+            f"{path}: its content is not what its record says (damaged or replaced); {remedy}"
+        )
 
 
 def check_record(path, expected, remedy):
     """Checks an artefact against its record: identity field by field, then the hash of its content.
 
-    Raises UserError where the record is missing or malformed, a field differs, or the content was changed; the message
-    ends with `remedy`.
+    Raises UserError where the record is missing or malformed, a field differs, or the content was
+    changed; the message ends with `remedy`.
     """
     record = read_record(path, remedy)
     compare_identity(path, expected, record["identity"], remedy, names_of(record))

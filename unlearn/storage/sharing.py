@@ -18,19 +18,29 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what oth
 
 
 class Share:
-    """Iterates over those of some pieces of work that this process is to do, each under a claim, until all are done by
-    whichever process; waits while others hold the rest.
+    """Iterates over those of some pieces of work that this process is to do, each under a claim,
+    until all are done by whichever process; waits while others hold the rest.
 
-    folder: where claims stand, which must be there: where it vanishes, another process has finished it all, and the
-    iteration ends. names: {item: name of its claim}. is_done(item): whether it is done, asked before it is claimed and
-    again after. `release` is to be called after each item; leaving the context releases all. Threads may share it.
+    folder: where claims stand, which must be there: where it vanishes, another process has finished
+    it all, and the iteration ends. names: {item: name of its claim}. is_done(item): whether it is
+    done, asked before it is claimed and again after. `release` is to be called after each item;
+    leaving the context releases all. Threads may share it.
     """
 
     def __init__(self, folder, names, is_done):
         self.folder, self.names, self.is_done = Path(folder), names, is_done
-        self.fresh, self.held = deque(names), deque()  # not looked at yet; others' when they were looked at
-        self.mine, self.seen = {}, {}  # item -> claim; claim -> (stamp, seconds for which it stood still, last look)
-        self.lock, self.closed, self.wait, self.chance = threading.Lock(), threading.Event(), SHORTEST_WAIT, random.Random()
+        self.fresh, self.held = (
+            deque(names),
+            deque(),
+        )  # not looked at yet; others' when they were looked at
+        self.mine, self.seen = (
+            {},
+            {},
+        )  # item -> claim; claim -> (stamp, seconds for which it stood still, last look)
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
+        self.wait = SHORTEST_WAIT
+        self.chance = random.Random()
         self.told = False
 
     def __enter__(self):
@@ -65,11 +75,13 @@ class Share:
             raise StopIteration
 
     def claim(self, item, again=False):
-        """Whether the item is now this process's to do; one that another process is at is put aside. again: whether it was
-        before, so that its owner's heart is listened to."""
+        """Whether the item is now this process's to do; one that another process is at is put
+        aside. again: whether it was before, so that its owner's heart is listened to."""
         path = self.folder / f"{self.names[item]}.claim"
         if self.is_done(item):
-            path.unlink(missing_ok=True)  # of one who was killed, or stopped, between the end of its work and its release
+            path.unlink(
+                missing_ok=True
+            )  # of one who was killed, or stopped, between the end of its work and its release
         elif create_claim(path) or again and self.is_abandoned(path) and self.take_over(path):
             HEART.hold(path)
             self.mine[item] = path
@@ -88,29 +100,42 @@ class Share:
             return self.claim(item, again=True)
 
     def is_abandoned(self, path):
-        """Whether a claim's owner is dead, or its heart has stood still for too long since this process first saw it so."""
+        """Whether a claim's owner is dead, or its heart has stood still for too long since this
+        process first saw it so."""
         found = read_claim(path)
         if found is None:
             return False
         owner, stamp = found
         (first, still, last), now = self.seen.get(path, (None, 0, 0)), time.monotonic()
-        # Of a long time without a look (the file server was away) only a little counts: its owner could not beat either.
+        # Of a long time without a look (the file server was away) only a little counts: its owner
+        # could not beat either.
         still = still + min(now - last, 2 * LONGEST_WAIT) if first == stamp else 0
         self.seen[path] = stamp, still, now
         return is_dead(owner) or still > EXPIRY
 
     def tell(self):
         """Says, once, who is waited for."""
-        owners = {(read_claim(self.folder / f"{self.names[item]}.claim") or ({}, None))[0].get("host", "another host") for item in self.held}
-        log.info(f"waiting for {len(self.held)} pieces of work at {', '.join(sorted(map(str, owners)))} ({self.folder})")
+        owners = {
+            (read_claim(self.folder / f"{self.names[item]}.claim") or ({}, None))[0].get(
+                "host", "another host"
+            )
+            for item in self.held
+        }
+        log.info(
+            f"waiting for {len(self.held)} pieces of work at "
+            f"{', '.join(sorted(map(str, owners)))} ({self.folder})"
+        )
         self.told = True
 
     def take_over(self, path):
-        """Claims what was abandoned; of several that try, one succeeds. Raises UserError where the old claim cannot be removed."""
+        """Claims what was abandoned; of several that try, one succeeds. Raises UserError where the
+        old claim cannot be removed."""
         aside = own_part(path)
         try:
             os.rename(path, aside)
-            if (read_claim(aside) or (None, None))[1] != self.seen[path][0]:  # meanwhile another has taken it over: this is its own
+            if (read_claim(aside) or (None, None))[1] != self.seen[path][
+                0
+            ]:  # meanwhile another has taken it over: this is its own
                 with suppress(OSError):
                     os.link(aside, path)
                 aside.unlink()
@@ -119,7 +144,9 @@ class Share:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise UserError(f"{path}: its owner is gone, and it cannot be removed ({error.strerror}); remove it") from error
+            raise UserError(
+                f"{path}: its owner is gone, and it cannot be removed ({error.strerror}); remove it"
+            ) from error
         return create_claim(path)
 
     def release(self, item):
@@ -140,8 +167,8 @@ class Share:
 
 
 def forget_claim(folder, name):
-    """Removes the claim of work that is known to be done: of one who was killed before it could. Where that may not be, as on a
-    read-only file system, it does no harm."""
+    """Removes the claim of work that is known to be done: of one who was killed before it could.
+    Where that may not be, as on a read-only file system, it does no harm."""
     with suppress(OSError):
         (Path(folder) / f"{name}.claim").unlink()
 
