@@ -91,9 +91,10 @@ def test_a_package_imports_only_packages_below_it():
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_the_linter_finds_nothing():
+@pytest.mark.parametrize("words", (["check"], ["format", "--check"]), ids=" ".join)
+def test_linter_and_formatter_find_nothing(words):
     finished = subprocess.run(
-        [Path(sys.executable).with_name("ruff"), "check", "--no-cache", ROOT],
+        [Path(sys.executable).with_name("ruff"), *words, "--no-cache", ROOT],
         capture_output=True,
         text=True,
     )
