@@ -81,6 +81,33 @@ def list_candidates(image_sets, influence, ranking):
     ]
 
 
+def write_ranking(folder, candidates, warnings):
+    """Writes influence.csv; what there is to warn of stands in every row, so that a part of the
+    table keeps it. candidates: of `list_candidates`."""
+    header = ["rank", "id", "caption", "score", "exemplar", "path"]
+    if warnings:
+        header, candidates = (
+            [*header, "warning"],
+            ([*row, "; ".join(warnings)] for row in candidates),
+        )
+    write_csv(folder / "influence.csv", header, candidates)
+
+
+def write_picture(folder, task, dataroot, top, warnings):
+    """Writes visualization.jpg: a query, its most influential images and what there is to warn of.
+    top: the first of `list_candidates`."""
+    pictures = [
+        (load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
+        for rank, _, caption, score, exemplar, path in top
+    ]
+    jpeg = io.BytesIO()  # Pillow's own writing to a file does not say that the disk is full
+    draw_influence(
+        load_image(f"{dataroot}/{task.synth_image_path}"), task.prompt, pictures, warnings
+    ).save(jpeg, "JPEG", quality=92)
+    with whole_file(folder / "visualization.jpg") as file:
+        file.write(jpeg.getvalue())
+
+
 def describe_recall(recall, recall_low, recall_k, num_audited):
     """What an audit says of a shortlist, in a sentence."""
     if np.isnan(recall):
@@ -148,30 +175,13 @@ def save(folder, task, image_sets, changes, args, shown, identity, of_fisher=())
     candidates = list_candidates(image_sets, influence, ranking)
     path = folder / "influence.npz"
     record_path(path).unlink(missing_ok=True)
-    header = ["rank", "id", "caption", "score", "exemplar", "path"]
-    if warnings:  # in every row, so that a part of the table keeps it
-        write_csv(
-            folder / "influence.csv",
-            [*header, "warning"],
-            ([*row, "; ".join(warnings)] for row in candidates),
-        )
-    else:
-        write_csv(folder / "influence.csv", header, candidates)
+    write_ranking(folder, candidates, warnings)
     with whole_file(
         folder / "influence.pkl"
     ) as file:  # for those who read the published program's; never read here
         pickle.dump({"influence": influence, "rank": ranking}, file)
     top = candidates[: args.top_k]
-    pictures = [
-        (load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
-        for rank, _, caption, score, exemplar, path in top
-    ]
-    jpeg = io.BytesIO()  # Pillow's own writing to a file does not say that the disk is full
-    draw_influence(
-        load_image(f"{args.dataroot}/{task.synth_image_path}"), task.prompt, pictures, warnings
-    ).save(jpeg, "JPEG", quality=92)
-    with whole_file(folder / "visualization.jpg") as file:
-        file.write(jpeg.getvalue())
+    write_picture(folder, task, args.dataroot, top, warnings)
     with whole_file(path) as file:
         np.savez(
             file,
