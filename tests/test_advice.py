@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -438,7 +439,7 @@ def all_fields():
         *unlearning_settings(anything),
         *scoring_settings(Namespace(scoring="exact", index="i", shortlist=1, audit=1)),
     }
-    found |= {name for names in methods.SETTINGS.values() for name in names} | set(
+    found |= {field.name for method in methods.METHODS.values() for field in fields(method)} | set(
         recipe_of(anything, 0).__dataclass_fields__
     )
     committed = [

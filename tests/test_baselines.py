@@ -1,9 +1,10 @@
 """Baselines: closed forms in float64, independence of batches, resuming, the command end to end."""
 
 import copy
+import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARITY
+from PIL import Image
 from test_bad_input import encode_images
 
 from unlearn import UserError, noise
 from unlearn.attribution.curvature import DiagonalFisher
 from unlearn.attribution.newton import QueryDraws
 from unlearn.baselines import gradients
+from unlearn.baselines.gradient_methods import flatten
 from unlearn.baselines.gradients import (
     EXPECTED,
     expected_latents,
@@ -25,18 +28,11 @@ from unlearn.baselines.gradients import (
     reduce_images,
     view_samples,
 )
-from unlearn.baselines.methods import (
-    METHODS,
-    OF_COSINES,
-    Run,
-    flatten,
-    influence_scores,
-    journey_gradient,
-    random_scores,
-    similarity_scores,
-)
+from unlearn.baselines.interface import Method, Run
+from unlearn.baselines.methods import METHODS
 from unlearn.baselines.projection import Sketch
 from unlearn.baselines.similarity import cosine_scores, mean_features, normalise, text_blocks
+from unlearn.baselines.similarity_methods import Cosines
 from unlearn.commands import baselines, inputs
 from unlearn.datasets.encoders import encode_images as encode_real_images
 from unlearn.datasets.encoders import encode_prompts
@@ -59,34 +55,30 @@ TASKS = [
 FOLDERS = "tiny/gpt/blob/samples/00000", "tiny/gpt/blob/samples/00001"
 
 
-def make_args(**given):
-    """Resolved flags of the command."""
-    return SimpleNamespace(
-        **{
-            "noise_seed": 0,
-            "batch_size": 200,
-            "seed": 0,
-            "weight_selection": KV,
-            "projection_size": 64,
-            "trak_lambda": 0.1,
-            "views": "max",
-            "overwrite": False,
-            "precision": "fp32",
-            "time_samples": 2,
-            "num_inference_steps": 3,
-            "unlearn_batch_size": 2,
-            "unlearn_grad_accum_steps": 2,
-            "damping": 0.1,
-            **given,
-        }
-    )
+def make_method(name, **given):
+    """A method with the flags of a short run, but for those given."""
+    flags = {
+        "noise_seed": 0,
+        "seed": 0,
+        "weight_selection": KV,
+        "projection_size": 64,
+        "trak_lambda": 0.1,
+        "views": "max",
+        "precision": "fp32",
+        "time_samples": 2,
+        "num_inference_steps": 3,
+        "unlearn_batch_size": 2,
+        "unlearn_grad_accum_steps": 2,
+        "damping": 0.1,
+    }
+    return baselines.make_method(METHODS[name], SimpleNamespace(**{**flags, **given}))
 
 
 @pytest.fixture
 def make_run(model, training_set, tmp_path):
     """A Run over the first six images; the queries are some of them, as they are."""
 
-    def make(images=(0, 1), fisher=None, candidates=training_set.first(6), **given):
+    def make(images=(0, 1), fisher=None, candidates=training_set.first(6)):
         queries = [candidates.take([image]) for image in images]
         queries = [
             replace(query, latents=query.latents[:1], source=str(image))
@@ -101,7 +93,7 @@ def make_run(model, training_set, tmp_path):
             candidates,
             tasks,
             queries,
-            make_args(**given),
+            "",
             512,
             GRID,
             tmp_path / "baselines",
@@ -342,7 +334,7 @@ def test_influence_equals_its_formula_in_float64(model, exact, make_run):
     )
     expected = (exact_rows(exact, "loss", images) @ (inverse * query)).max(dim=1).values.numpy()
     np.testing.assert_allclose(
-        influence_scores(run)[0], expected, atol=1e-4 * np.abs(expected).max()
+        make_method("influence").scores(run)[0], expected, atol=1e-4 * np.abs(expected).max()
     )
 
 
@@ -364,8 +356,7 @@ def test_trak_scores_equal_their_formula_in_float64(method, function, model, exa
         @ features.T
     )
     for views in "max", "mean":
-        run.args.views = views
-        found = METHODS[method](run)
+        found = make_method(method, views=views).scores(run)
         np.testing.assert_allclose(
             found, getattr(scores.reshape(2, 6, 2), views)(axis=2), atol=1e-3
         )
@@ -403,15 +394,8 @@ def emoji():
 @pytest.mark.parametrize("method", ["influence", "trak", "dtrak"])
 def test_a_training_image_that_is_the_query_comes_first(method, emoji, make_run):
     model, images, fisher = emoji
-    run = make_run(
-        (0, 2, 3),
-        fisher,
-        images,
-        unlearn_batch_size=16,
-        unlearn_grad_accum_steps=2,
-        weight_selection="cross-attn",
-    )
-    scores = METHODS[method](replace(run, model=model, grid=[100, 300, 500, 700]))
+    run = replace(make_run((0, 2, 3), fisher, images), model=model, grid=[100, 300, 500, 700])
+    scores = make_method(method, unlearn_batch_size=16, weight_selection="cross-attn").scores(run)
     assert [int(np.argmax(row)) for row in scores] == [0, 2, 3]
     assert all(row[query] > 2 * np.sort(row)[-2] for row, query in zip(scores, (0, 2, 3)))
 
@@ -449,9 +433,9 @@ def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture
 def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
     run, parameters = make_run(images=(0, 0)), select_parameters(model.denoiser, KV)
     run.tasks[1].seed = 7
-    run.args.num_inference_steps = 2
+    method = make_method("journeytrak", num_inference_steps=2)
     with tracked(parameters):
-        found = [flatten(journey_gradient(run, parameters, "loss", number)) for number in (0, 1)]
+        found = [flatten(method.gradient_of(run, parameters, number)) for number in (0, 1)]
         query = run.queries[1]
         start = torch.from_numpy(initial_noise(query.name, [7], query.latents.shape[2:])[0])
         embedding = torch.from_numpy(np.array(query.embeddings[0, 0])).float()
@@ -470,10 +454,11 @@ def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
 
 
 def test_random_scores_belong_to_the_query_and_the_seed(make_run):
-    first, second = random_scores(make_run(images=(0, 1)))
-    np.testing.assert_array_equal(random_scores(make_run(images=(1,)))[0], second)
+    random = make_method("random")
+    first, second = random.scores(make_run(images=(0, 1)))
+    np.testing.assert_array_equal(random.scores(make_run(images=(1,)))[0], second)
     assert len(set(first.tolist())) == 6 and (first != second).all()
-    assert (random_scores(make_run(images=(0,), seed=1))[0] != first).all()
+    assert (make_method("random", seed=1).scores(make_run(images=(0,)))[0] != first).all()
 
 
 def test_an_image_counts_by_its_best_caption(training_set):
@@ -501,7 +486,7 @@ def test_similarity_is_the_square_of_two_centred_cosines_where_both_are_positive
         centred = normalise(features - features.mean(axis=(0, 1)))
         cosines.append((centred[0, [1, 4]] @ centred.swapaxes(1, 2)).max(axis=0))
     expected = np.where((cosines[0] > 0) & (cosines[1] > 0), cosines[0] * cosines[1], 0) ** 2
-    found = similarity_scores(run)
+    found = make_method("similarity").scores(run)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert [int(np.argmax(row)) for row in found] == [1, 4] and (expected == 0).any()
 
@@ -568,12 +553,13 @@ def test_every_method_ranks_the_training_set_of_every_query(command):
             )
             assert (
                 len(set(arrays["influence"].tolist())) == 4 or method == "similarity"
-            )  # which is 0 where a cosine is negative
+            )  # which are 0 where a cosine is negative, where no word is shared
             identity = json.loads((folder / method / name / "influence.json").read_text())[
                 "identity"
             ]
             assert identity["method"] == method and len(identity["candidates"]) == 1
-            assert ("cosines" in identity["settings"]) == (method in OF_COSINES)
+            assert list(identity["settings"]) == [each.name for each in fields(METHODS[method])]
+            assert ("cosines" in identity["settings"]) == issubclass(METHODS[method], Cosines)
     assert not list(folder.glob("**/.*")) and not list(folder.glob("**/*.part"))
 
 
@@ -642,15 +628,16 @@ def test_features_of_another_projection_are_refused(command, tmp_path):
     assert (folder / "trak/features.npy").exists()
 
 
-def test_queries_of_customized_models_have_their_exemplars_first_and_only_similarity_scores_them(
+def test_queries_of_customized_models_have_their_exemplars_first_and_some_methods_score_them(
     command, root
 ):
-    folder = command("--methods", "random", "pixel", "vae", tasks=[FIRST, SECOND])
+    methods = "random", "pixel", "vae"
+    folder = command("--methods", *methods, tasks=[FIRST, SECOND])
     exemplars = [
         path.relative_to(root).as_posix()
         for path in load_tasks(PARITY / "fixture/tasks.json", root)[0].exemplar_paths
     ]
-    for method in "random", "pixel", "vae":
+    for method in methods:
         arrays = read_influence(folder / method / FOLDERS[0] / "influence.npz", "")
         assert arrays["ids"].tolist() == [*exemplars, *(f"laion/{image:06d}" for image in range(4))]
         assert arrays["is_exemplar"].tolist() == [True] * len(exemplars) + [False] * 4
@@ -658,22 +645,26 @@ def test_queries_of_customized_models_have_their_exemplars_first_and_only_simila
         UserError,
         match=r"00000.png: was made by the customized model models/tiny/blob; trak, dtrak can "
         r"only score "
-        "queries of the base model; give --methods random pixel vae",
+        "queries of the base model; give --methods random pixel vae$",
     ):
         command("--methods", "pixel", "trak", "dtrak", tasks=[FIRST, SECOND], name="refused")
 
 
 def test_a_method_that_gives_all_images_the_same_score_says_so(command, monkeypatch, caplog):
-    monkeypatch.setitem(
-        METHODS,
-        "random",
-        lambda run: [np.zeros(len(run.training_set)), np.arange(len(run.training_set))],
-    )
-    command("--methods", "random")
+    @dataclass(frozen=True)
+    class Alike(Method):
+        def scores(self, run):
+            return [np.zeros(len(run.training_set)), np.arange(len(run.training_set))]
+
+    monkeypatch.setitem(METHODS, "random", Alike)
+    folder = command("--methods", "random")
     assert (
         f"random: all images have the same score for 1 of 2 queries, first "
         f"{TASKS[0]['synth_image_path']}: of these it says nothing" in caplog.text
     )
+    for name, expected in zip(FOLDERS, (4, 0)):
+        text = (folder / "random" / name / "influence.csv").read_text()
+        assert text.count("all images have the same score: it says nothing of them") == expected
 
 
 @pytest.mark.parametrize(
@@ -717,6 +708,67 @@ def test_a_fisher_of_another_model_is_refused(command, root, tmp_path, model):
     ):
         command("--methods", "influence", "--fisher_path", str(path))
     assert record_path(path).exists() and not (tmp_path / "results").exists()
+
+
+def test_each_query_ends_in_a_table_a_csv_file_and_a_picture(command, root, capsys):
+    folder = command("--methods", "pixel", "vae", "--top_k", "3", tasks=[FIRST, TASKS[1]])
+    screen = capsys.readouterr().out
+    for method in "pixel", "vae":
+        for name, prompt in zip(FOLDERS, (FIRST["prompt"], TASKS[1]["prompt"])):
+            below = folder / method / name
+            arrays = read_influence(below / "influence.npz", "")
+            with open(below / "influence.csv", newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            assert [row["id"] for row in rows] == arrays["ids"][arrays["rank"]].tolist()
+            np.testing.assert_array_equal(
+                [float(row["score"]) for row in rows], np.sort(arrays["influence"])[::-1]
+            )
+            table = screen.split(f'{method}, synth/{name}.png: "{prompt}"\n')[1].split("\n\n")[0]
+            header, _, *lines = table.splitlines()
+            has_exemplars = name == FOLDERS[0]
+            assert ("exemplar" in header) == has_exemplars and len(lines) == 3
+            for line, row in zip(lines, rows):
+                assert line.split()[:2] == [row["rank"], f"{float(row['score']):+.3e}"]
+                assert ("  yes  " in line) == (row["exemplar"] == "True")
+                assert f"  {Path(row['path']).name}  " in line and line.endswith(row["caption"])
+            assert f"\nPicture: {below / 'visualization.jpg'}\n" in screen
+            assert Image.open(below / "visualization.jpg").size[0] > 3 * 192
+
+
+def test_finished_scores_are_shown_again_and_a_lost_picture_is_drawn_again(command, capsys):
+    folder = command("--methods", "vae")
+    before, screen = contents(folder), capsys.readouterr().out
+    picture = folder / "vae" / FOLDERS[0] / "visualization.jpg"
+    picture.unlink()
+    command("--methods", "vae")
+    assert contents(folder) == before and capsys.readouterr().out == screen
+    command("--methods", "vae", "--top_k", "1")
+    after = contents(folder)
+    assert {path for path in after if after[path] != before[path]} == {
+        f"vae/{name}/visualization.jpg" for name in FOLDERS
+    }
+
+
+def test_of_many_queries_each_is_a_line(command, capsys, monkeypatch):
+    monkeypatch.setattr("unlearn.baselines.saving.MOST_TABLES", 1)
+    folder = command("--methods", "vae")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line, name, task in zip(lines, FOLDERS, TASKS):
+        with open(folder / "vae" / name / "influence.csv", newline="", encoding="utf-8") as file:
+            first = next(csv.DictReader(file))
+        assert line == (
+            f"vae, {task['synth_image_path']}: {float(first['score']):+.3e} "
+            f'{Path(first["path"]).name} "{first["caption"]}"'
+        )
+
+
+def test_captions_that_would_command_a_terminal_are_shown_escaped(command, root, capsys):
+    path = root / "laion_subset/captions.txt"
+    path.write_text("\x1b[2J" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    folder = command("--methods", "vae")
+    assert "\x1b" not in capsys.readouterr().out
+    assert "\x1b" not in (folder / "vae" / FOLDERS[0] / "influence.csv").read_text()
 
 
 def test_pixels_without_pictures_are_refused(command, root):

@@ -4,44 +4,30 @@ functions, the TRAK family.
     python -m unlearn baselines --task_json tasks/emoji_small.json --dataroot data/emoji_small
     python -m unlearn baselines --task_json tasks/abc.json --methods pixel vae --features facebook/dinov2-base
 
-Writes RESULT_DIR/baselines/<method>/<query>/influence.npz, each with its record, in the format of
-compute_influence.py. Killed and run again, the same command goes on where it was.
+Ends as compute_influence.py does: for each method and query with the table of the first images (where
+there are more than 20 queries, with a line), and RESULT_DIR/baselines/<method>/<query>/influence.npz
+with its record, influence.csv and visualization.jpg. Killed and run again, the same command goes on
+where it was.
 """
 
 import argparse
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
-from ..attribution.influence import is_indifferent, rank_images
-from ..attribution.losses import noise_identity
-from ..baselines.methods import (
-    CENTRED,
-    INFLUENCE_WEIGHTS,
-    METHODS,
-    OF_BASE_MODEL,
-    OF_COSINES,
-    OF_PICTURES,
-    SETTINGS,
-    SWEEP,
-    VIEWS,
-    Run,
-    picture_scores,
-)
+from ..baselines.gradient_methods import VIEWS, Influence
+from ..baselines.interface import Run
+from ..baselines.methods import METHODS
+from ..baselines.saving import score_tasks
 from ..baselines.similarity import feature_encoder
+from ..baselines.similarity_methods import Features
 from ..datasets.encoding import has_given_arrays, map_files
-from ..datasets.pictures import hash_picture, read_header
+from ..datasets.pictures import read_header
 from ..datasets.tasks import load_tasks
 from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps
 from ..models.pipelines import SELECTIONS, load_model, select_parameters
 from ..noise import timestep_grid
-from ..runtime.programs import log
-from ..storage.artifacts import whole_file
-from ..storage.hashes import digest
-from ..storage.records import keep_complete, record_path, write_record
 from .inputs import (
     add_flags,
     check_pictures,
@@ -54,8 +40,6 @@ from .inputs import (
     prepare_training_set,
     resolve,
 )
-
-REMEDY = "give --overwrite to replace it, or another --result_dir"
 
 
 def parse_arguments(argv):
@@ -102,6 +86,9 @@ def parse_arguments(argv):
         type=int,
         default=0,
         help="seed of random scores, projections and the query's draws (default 0)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, help="images in the table and the picture (default 10)"
     )
     args = parser.parse_args(argv)
     args.compat = None
@@ -172,44 +159,28 @@ def name_features(names):
 
 def check_methods(args, tasks):
     """Raises UserError where there is no method, one is unknown, or one cannot score a task."""
-    unknown = [method for method in args.methods if method not in METHODS]
+    unknown = [name for name in args.methods if name not in METHODS]
     if unknown or not args.methods + args.features:
         raise UserError(
             f"--methods: expected some of {', '.join(METHODS)}, found "
             f"{', '.join(unknown) or 'none'}"
         )
     custom = next((task for task in tasks if task.model_path is not None), None)
-    if custom and (refused := [method for method in args.methods if method in OF_BASE_MODEL]):
+    if custom and (refused := [name for name in args.methods if METHODS[name].needs_base_model]):
+        others = [name for name, method in METHODS.items() if not method.needs_base_model]
         raise UserError(
             f"{args.task_json}: {custom.synth_image_path}: was made by the customized model "
             f"{custom.model_path}; "
             f"{', '.join(refused)} can only score queries of the base model; give --methods "
-            f"{' '.join(name for name in METHODS if name not in OF_BASE_MODEL)}"
+            f"{' '.join(others)}"
         )
 
 
-def method_identity(run, method, feature_model):
-    """Identity of a method's scores, but for the query."""
-    names = SETTINGS.get(method, ())
-    own = {"fisher": run.fisher.identity} if method == "influence" else {}
-    if set(SWEEP) <= set(names):
-        own.update(noise_identity(None, run.model.device))
-    if feature_model:
-        own["features"] = feature_model
-    if run.readings and (feature_model or method in OF_PICTURES):
-        own["readings"] = digest(run.readings)
-    settings = (
-        CENTRED
-        if feature_model or method in OF_COSINES
-        else {name: getattr(run.args, name) for name in names}
+def make_method(method, args):
+    """A method of METHODS with the flags that its fields are named after."""
+    return method(
+        **{field.name: getattr(args, field.name) for field in fields(method) if field.init}
     )
-    return {
-        **run.model.identity,
-        "method": method,
-        "settings": settings,
-        **own,
-        "candidates": [run.training_set.identity],
-    }
 
 
 def list_readings(dataroot, training_set):
@@ -219,71 +190,6 @@ def list_readings(dataroot, training_set):
         return {}
     readings = map_files(lambda path: read_header(path)[0], training_set.paths, "looking at images")
     return {id: reading for id, reading in zip(training_set.ids, readings) if reading}
-
-
-def list_results(run, method, feature_model):
-    """Path and identity of each query's scores by a method."""
-    for task, query in zip(run.tasks, run.queries):
-        identity = {**method_identity(run, method, feature_model), "query": query.identity}
-        if method == "journeytrak":  # its trajectory starts where the query's own did
-            identity["query_seed"] = task.seed
-        if task.exemplar_paths:
-            identity["exemplars"] = digest([hash_picture(path) for path in task.exemplar_paths])
-        yield run.folder / method / task.result_name / "influence.npz", identity
-
-
-def write_scores(path, identity, run, task, scores, warnings=()):
-    """Writes one query's scores as compute_influence.py does, exemplars first, and what there is to
-    warn of."""
-    exemplars = task.exemplar_ids(run.args.dataroot)
-    if not np.isfinite(scores).all():
-        raise UserError(
-            f"{path}: {int((~np.isfinite(scores)).sum())} scores are NaN or infinite; the model "
-            f"or a feature is broken"
-        )
-    record_path(path).unlink(missing_ok=True)
-    with whole_file(path) as file:
-        np.savez(
-            file,
-            ids=np.array([*exemplars, *run.training_set.ids]),
-            influence=scores,
-            rank=rank_images(scores),
-            is_exemplar=np.arange(len(scores)) < len(exemplars),
-            **({"warnings": np.array(warnings, str)} if warnings else {}),
-        )
-    write_record(path, identity, run.model.device)
-
-
-def score_tasks(run, method, score, feature_model=None):
-    """Scores all queries by a method where some are pending: so that a run that was killed gives
-    the bits of one that was not."""
-    results = list(list_results(run, method, feature_model))
-    pending = [
-        not keep_complete(path, identity, run.args.overwrite, REMEDY) for path, identity in results
-    ]
-    indifferent = []
-    if any(pending):
-        for task, (path, identity), scores, is_pending in zip(
-            run.tasks, results, score(run), pending, strict=True
-        ):
-            if is_pending:
-                write_scores(
-                    path,
-                    identity,
-                    run,
-                    task,
-                    scores,
-                    run.fisher.warnings if method == "influence" else (),
-                )
-            if is_indifferent(scores):
-                indifferent.append(task.synth_image_path)
-    if indifferent:
-        log.warning(
-            f"{method}: all images have the same score for {len(indifferent)} of {len(results)} "
-            f"queries, first {indifferent[0]}: of "
-            "these it says nothing. Are all captions or pictures alike?"
-        )
-    log.info(f"{method}: {len(results)} queries in {run.folder / method}")
 
 
 def of_base_model(tasks):
@@ -297,62 +203,77 @@ def check_run(args):
     check_methods(args, tasks)
     check_result_dir(args.result_dir)
     check_training_files(args)
-    if "influence" in args.methods:
+    if any(METHODS[name].needs_fisher for name in args.methods):
         find_fisher(args)
     check_pictures(tasks, args.dataroot)
     check_tokens(None, of_base_model(tasks), args.sd_version)
     return tasks, feature_names
 
 
-def main(argv=None):
-    """Checks, loads, then scores and saves method by method."""
-    args, settings = parse_arguments(argv)
-    tasks, feature_names = check_run(args)
-    encoders = {
-        method: feature_encoder(name, args.device, args.vae_batch_size)
-        for method, name in zip(feature_names, args.features)
-    }
-    model = load_model(args.sd_version, args.device, args.unet)
-    check_customization(model, None, of_base_model(tasks))
+def check_needs(methods, training_set, dataroot):
+    """Raises UserError where the training images lack what a method looks at."""
+    for need, values in (("pictures", training_set.paths),):
+        names = [name for name, method in methods.items() if getattr(method, f"needs_{need}")]
+        if names and not any(values):
+            raise UserError(
+                f"--methods {' '.join(names)}: need the training images' {need}, and "
+                f"{dataroot} has none; leave them out"
+            )
+
+
+def read_fisher(model, args):
+    """The damped Fisher of the weights that influence looks at, whatever the TRAK family's are."""
+    parameters = select_parameters(model.denoiser, Influence.weights)
+    return load_fisher(find_fisher(args), model, parameters, args.damping, of_influence(args))
+
+
+def of_influence(args):
+    """The flags, of which --weight_selection is the TRAK family's alone."""
+    return argparse.Namespace(**{**vars(args), "weight_selection": None})
+
+
+def make_run(model, methods, tasks, args, settings):
+    """What the methods score from. The grid, the Fisher and the training set are checked before a
+    query is encoded."""
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     check_steps(model, args.num_inference_steps)
-    fisher = None
-    if "influence" in args.methods:  # of K and V, whatever the TRAK family's weights are
-        parameters = select_parameters(model.denoiser, INFLUENCE_WEIGHTS)
-        fisher = load_fisher(
-            find_fisher(args),
-            model,
-            parameters,
-            args.damping,
-            argparse.Namespace(**{**vars(args), "weight_selection": None}),
-        )
+    needs_fisher = any(method.needs_fisher for method in methods.values())
+    fisher = read_fisher(model, args) if needs_fisher else None
     training_set = prepare_training_set(model, args, settings)
     if fisher:
-        fisher.warnings = compare_images(
-            find_fisher(args),
-            training_set,
-            argparse.Namespace(**{**vars(args), "weight_selection": None}),
-        )
-    of_pictures = [*(method for method in args.methods if method in OF_PICTURES), *feature_names]
-    if of_pictures and training_set.paths[0] is None:
-        raise UserError(
-            f"--methods {' '.join(of_pictures)}: need the training images' pictures, and "
-            f"{args.dataroot} has none"
-        )
-    queries = [encode_query(model, task, args, settings) for task in tasks]
-    run = Run(
+        fisher.warnings = compare_images(find_fisher(args), training_set, of_influence(args))
+    check_needs(methods, training_set, args.dataroot)
+    needs_pictures = any(method.needs_pictures for method in methods.values())
+    return Run(
         model,
         training_set,
         tasks,
-        queries,
-        args,
+        [encode_query(model, task, args, settings) for task in tasks],
+        args.dataroot,
         model.resolution(settings),
         grid,
         Path(args.result_dir) / "baselines",
         fisher,
-        list_readings(args.dataroot, training_set) if of_pictures else {},
+        list_readings(args.dataroot, training_set) if needs_pictures else {},
+        args.batch_size,
+        args.vae_batch_size,
+        args.overwrite,
     )
-    for method in dict.fromkeys(args.methods):
-        score_tasks(run, method, METHODS[method])
-    for (method, encode), name in zip(encoders.items(), args.features):
-        score_tasks(run, method, partial(picture_scores, encode=encode, name=method), name)
+
+
+def main(argv=None):
+    """Checks, loads, then scores and saves method by method."""
+    args, settings = parse_arguments(argv)
+    tasks, feature_names = check_run(args)
+    methods = {
+        **{name: make_method(METHODS[name], args) for name in args.methods},
+        **{
+            name: Features(model, feature_encoder(model, args.device, args.vae_batch_size))
+            for name, model in zip(feature_names, args.features)
+        },
+    }
+    model = load_model(args.sd_version, args.device, args.unet)
+    check_customization(model, None, of_base_model(tasks))
+    run = make_run(model, methods, tasks, args, settings)
+    for name, method in methods.items():
+        score_tasks(run, name, method, args.top_k)

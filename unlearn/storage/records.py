@@ -62,6 +62,8 @@ MEANINGS = {
     "scores": ("scores", None),
     "method": ("method", None),
     "features": ("model of the features", None),
+    "readings": ("how pictures that are not plain are read", "data root"),
+    "cosines": ("how features are centred", None),
     "function": ("function whose gradients are taken", None),
     "noise": ("how noise is drawn", None),
     "noise_device": ("device that draws noise", None),

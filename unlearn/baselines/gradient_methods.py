@@ -1,0 +1,257 @@
+"""Methods that compare gradients of training images with the query's: influence functions and the
+TRAK family. [TRAK], [Journey] and [D-TRAK] stand in `gradients`."""
+
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from .. import noise
+from ..attribution.losses import chunk_noise, noise_identity
+from ..attribution.newton import QueryDraws, query_gradient
+from ..models.generation import initial_noise
+from ..models.pipelines import select_parameters, tracked
+from ..storage.hashes import digest
+from .gradients import (
+    cache_reduced,
+    expected_latents,
+    kernel_scores,
+    mean_gradient,
+    reduce_images,
+    view_samples,
+)
+from .interface import Method
+from .projection import Sketch
+
+VIEWS = {"max": np.max, "mean": np.mean}  # how an image's score follows from those of its views
+
+
+def sweep_identity(run, method, function, selection):
+    """Identity of gradients of the training set."""
+    return {
+        **run.model.identity,
+        "training_set": run.training_set.identity,
+        "function": function,
+        "weight_selection": selection,
+        "timesteps": run.grid,
+        "noise_seed": method.noise_seed,
+        "precision": method.precision,
+        **noise_identity(None, run.model.device),
+    }
+
+
+def sweep(run, noise_seed, function, parameters, reduce):
+    """`compute` of gradients.cache_reduced over the training set."""
+    return lambda images, pool: reduce_images(
+        run.model,
+        parameters,
+        function,
+        run.training_set,
+        images,
+        run.grid,
+        noise_seed,
+        run.batch_size,
+        reduce,
+        pool,
+    )
+
+
+def flatten(gradients):
+    """Gradients {name: tensor} as one vector."""
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def query_tensors(run, number):
+    """Latent [C, h, w] and embedding [tokens, features] of a query, on the model's device."""
+    arrays = run.queries[number].latents[0, 0], run.queries[number].embeddings[0, 0]
+    return [torch.from_numpy(np.array(array, np.float32)).to(run.model.device) for array in arrays]
+
+
+@dataclass(frozen=True)
+class Influence(Method):
+    """grad L(z)^T F^-1 grad L(z_hat): unlearning and its loss changes, both to first order. Source:
+    [AbU] appendix A.3.
+
+    The query's gradient is over unlearning's own draws, not over the grid of the losses: it is then
+    the first Newton step that compute_influence.py takes, and what sets the two apart is the first
+    order alone, not the noise of few draws.
+    """
+
+    damping: float
+    unlearn_batch_size: int
+    unlearn_grad_accum_steps: int
+    seed: int
+    time_samples: int
+    noise_seed: int
+    precision: str
+    views: str
+
+    needs_base_model = True
+    needs_fisher = True
+    weights = "cross-attn-kv"  # a selection of `models.pipelines`
+
+    def own_identity(self, run):
+        return {"fisher": run.fisher.identity, **noise_identity(None, run.model.device)}
+
+    def product_identity(self, run):
+        """Identity of the products with all queries."""
+        return {
+            **sweep_identity(run, self, "loss", self.weights),
+            "fisher": run.fisher.identity,
+            "seed": self.seed,
+            "draws": QueryDraws.scheme,
+            "unlearn_batch_size": self.unlearn_batch_size,
+            "unlearn_grad_accum_steps": self.unlearn_grad_accum_steps,
+            "queries": [query.identity for query in run.queries],
+        }
+
+    def direction(self, run, parameters, number):
+        """F^-1 grad L of a query, [weights]."""
+        query = run.queries[number]
+        gradient = query_gradient(
+            run.model,
+            parameters,
+            *query_tensors(run, number),
+            QueryDraws(self.seed, query.name, query.ids[0], len(run.model.alpha_bars)),
+            0,
+            self.unlearn_batch_size * self.unlearn_grad_accum_steps,
+            run.batch_size,
+        )
+        return flatten(run.fisher.precondition(gradient))
+
+    def scores(self, run):
+        parameters = select_parameters(run.model.denoiser, self.weights)
+        identity = self.product_identity(run)
+
+        @cache
+        def directions():
+            return torch.stack(
+                [self.direction(run, parameters, number) for number in range(len(run.queries))]
+            )
+
+        with tracked(parameters):
+            products = cache_reduced(
+                run.folder / f"influence/products-{digest(identity)[:16]}.npy",
+                identity,
+                run.training_set,
+                sweep(
+                    run,
+                    self.noise_seed,
+                    "loss",
+                    parameters,
+                    lambda gradients: directions() @ flatten(gradients),
+                ),
+                run.overwrite,
+            )
+        return list(VIEWS[self.views](products, axis=1).T)
+
+
+@dataclass(frozen=True)
+class Trak(Method):
+    """Projected gradients of the loss, of the training set and of the queries, and the kernel
+    between them. Source: [TRAK], for diffusion models as [D-TRAK] describes it.
+
+    The features of the training set are cached, whatever lambda, views and queries: choosing those
+    is cheap. Views are rows of their own, and an image's score by default is the larger: [AbU] B.3
+    treats all baselines so.
+    """
+
+    weight_selection: str
+    projection_size: int
+    trak_lambda: float
+    seed: int
+    time_samples: int
+    noise_seed: int
+    precision: str
+    views: str
+
+    needs_base_model = True
+    function = "loss"  # whose gradients are taken, a key of `gradients.FUNCTIONS`
+    cache_folder = "trak"  # of the training set's features, which JourneyTrak shares
+
+    def own_identity(self, run):
+        return noise_identity(None, run.model.device)
+
+    def gradient_of(self, run, parameters, number):
+        """A query's gradient as a training image's, over captions and grid under its own noise."""
+        query = run.queries[number]
+        normals = chunk_noise(
+            query, np.arange(1), run.grid, self.noise_seed, SimpleNamespace(map=map)
+        )
+        samples = view_samples(query, 0, 0, run.grid, normals[0], run.model.device)
+        return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
+
+    def feature_identity(self, run):
+        """Identity of the training set's features."""
+        return {
+            **sweep_identity(run, self, self.function, self.weight_selection),
+            "projection_size": self.projection_size,
+            "seed": self.seed,
+        }
+
+    def scores(self, run):
+        parameters = select_parameters(run.model.denoiser, self.weight_selection)
+        with tracked(parameters):
+            sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device)
+            features = cache_reduced(
+                run.folder / self.cache_folder / "features.npy",
+                self.feature_identity(run),
+                run.training_set,
+                sweep(run, self.noise_seed, self.function, parameters, sketch.project),
+                run.overwrite,
+            )
+            queries = [
+                sketch.project(self.gradient_of(run, parameters, number)).cpu().numpy()
+                for number in range(len(run.queries))
+            ]
+        return list(
+            VIEWS[self.views](kernel_scores(features, np.stack(queries), self.trak_lambda), axis=2)
+        )
+
+
+@dataclass(frozen=True)
+class DTrak(Trak):
+    """TRAK with gradients of the squared norm of the output. Source: [D-TRAK]."""
+
+    function = "norm"
+    cache_folder = "dtrak"
+
+
+@dataclass(frozen=True)
+class JourneyTrak(Trak):
+    """TRAK's gradients of the training images, the query's along its trajectory. Source:
+    [Journey]."""
+
+    num_inference_steps: int
+
+    def gradient_of(self, run, parameters, number):
+        """A query's gradient along its own sampling trajectory: the mean over the steps of that at
+        the final latents which the model expects there, noised to the step's timestep. The
+        trajectory starts where the query's seed has it, elsewhere at noise that belongs to the
+        query. Source: [Journey], averaged over the steps as in [D-TRAK]."""
+        task, query = run.tasks[number], run.queries[number]
+        shape, embedding = query.latents.shape[2:], query_tensors(run, number)[1]
+        start = (
+            initial_noise(query.name, [task.seed], shape)[0]
+            if task.seed is not None
+            else noise.image_noise(
+                self.noise_seed, query.name, f"journey of {query.ids[0]}", [(0, 0, 0, 0)], shape
+            )[0]
+        )
+        latents, timesteps = expected_latents(
+            run.model,
+            embedding,
+            torch.from_numpy(start).to(run.model.device),
+            self.num_inference_steps,
+        )
+        slots = [(0, 0, timestep, 0) for timestep in timesteps.tolist()]
+        normals = torch.from_numpy(
+            noise.image_noise(self.noise_seed, query.name, query.ids[0], slots, shape)
+        ).to(run.model.device)
+        samples = latents, normals, timesteps, embedding.expand(len(latents), -1, -1)
+        return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
+
+    def query_identity(self, run, task):
+        return {"query_seed": task.seed}  # its trajectory starts where the query's own did

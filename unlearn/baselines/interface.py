@@ -1,0 +1,78 @@
+"""The one interface of the baselines: a method is a small frozen dataclass that scores a Run."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..attribution.curvature import DiagonalFisher
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet
+from ..models.pipelines import Model
+from ..storage.hashes import digest
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method scores from, and what changes memory and speed only."""
+
+    model: Model
+    training_set: TrainingSet
+    tasks: list[Task]
+    queries: list[TrainingSet]  # of one image and one view, in the order of the tasks
+    dataroot: str
+    resolution: int
+    grid: list[int]  # of timesteps
+    folder: Path  # RESULT_DIR/baselines
+    fisher: DiagonalFisher | None = None
+    readings: dict = field(default_factory=dict)  # of pictures that are not read plainly, by id
+    batch_size: int = 200  # noisy samples in one pass; memory only
+    vae_batch_size: int = 20  # pictures encoded at once; memory only
+    overwrite: bool = False  # of gradients that were cached with other settings
+
+    def exemplars(self, task):
+        """A task's exemplars, none where the base model made its query, as a TrainingSet with empty
+        latents and embeddings; their captions are the prompt that they were trained with."""
+        ids, count = task.exemplar_ids(self.dataroot), len(task.exemplar_paths)
+        return TrainingSet(
+            self.training_set.name,
+            ids,
+            [task.train_prompt] * count,
+            [Path(self.dataroot) / id for id in ids],
+            np.empty((2, count, 0, 0, 0), np.float32),
+            np.empty((count, 1, 0, 0), np.float32),
+        )
+
+
+class Method:
+    """A way to score the training images of queries: subclasses are frozen dataclasses, whose
+    fields are the flags that change their scores, and so the `settings` of their records."""
+
+    needs_pictures = False  # of the training images
+    needs_base_model = False  # scores only queries that the base model made
+    needs_fisher = False
+
+    def scores(self, run):
+        """Scores of all queries: a list with one array a query, [exemplars + N] float: its
+        exemplars, where its model was customized, then the training set. Higher is more
+        influential."""
+        raise NotImplementedError
+
+    @property
+    def settings(self):
+        """What stands as `settings` in the record of a query's scores."""
+        return asdict(self)
+
+    def own_identity(self, run):
+        """What else the scores of all queries depend on, for their records."""
+        return {}
+
+    def query_identity(self, run, task):
+        """What else the scores of one query depend on, for its record."""
+        return {}
+
+
+def readings_identity(run):
+    """What the scores of a method that looks at pictures depend on, beside the training set's
+    identity: how those are read that are not plain."""
+    return {"readings": digest(run.readings)} if run.readings else {}

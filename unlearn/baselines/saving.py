@@ -1,0 +1,159 @@
+"""What a baseline leaves of each query: influence.npz with its record, the ranking as a table, the
+picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..attribution.influence import is_indifferent, rank_images
+from ..datasets.pictures import hash_picture
+from ..datasets.tasks import Task
+from ..errors import UserError
+from ..report.results import list_candidates, print_table, write_picture, write_ranking
+from ..runtime.printing import show
+from ..runtime.programs import log
+from ..storage.artifacts import whole_file
+from ..storage.hashes import digest
+from ..storage.reading import read_npz
+from ..storage.records import keep_complete, record_path, write_record
+
+REMEDY = "give --overwrite to replace it, or another --result_dir"
+MOST_TABLES = 20  # where there are more queries, each is a line
+INDIFFERENT = "all images have the same score: it says nothing of them"
+
+
+def method_identity(run, name, method):
+    """Identity of a method's scores, but for the query."""
+    return {
+        **run.model.identity,
+        "method": name,
+        "settings": method.settings,
+        **method.own_identity(run),
+        "candidates": [run.training_set.identity],
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a method's scores of one query stand, and what they are made of."""
+
+    name: str  # of the method
+    task: Task
+    path: Path  # influence.npz
+    identity: dict
+
+
+def list_results(run, name, method):
+    """The Result of each query."""
+    of_method = method_identity(run, name, method)
+    for task, query in zip(run.tasks, run.queries):
+        identity = {**of_method, "query": query.identity, **method.query_identity(run, task)}
+        if task.exemplar_paths:
+            identity["exemplars"] = digest([hash_picture(path) for path in task.exemplar_paths])
+        yield Result(name, task, run.folder / name / task.result_name / "influence.npz", identity)
+
+
+def check_scores(path, scores):
+    """Raises UserError where a score is not finite."""
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{path}: {int((~np.isfinite(scores)).sum())} scores are NaN or infinite; the model "
+            f"or a feature is broken"
+        )
+
+
+def write_scores(run, result, scores, warnings):
+    """Writes one query's scores as compute_influence.py does, exemplars first, and what there is to
+    warn of. The record comes last: what is not whole has none."""
+    exemplars = run.exemplars(result.task).ids
+    with whole_file(result.path) as file:
+        np.savez(
+            file,
+            ids=np.array([*exemplars, *run.training_set.ids]),
+            influence=scores,
+            rank=rank_images(scores),
+            is_exemplar=np.arange(len(scores)) < len(exemplars),
+            **({"warnings": np.array(warnings, str)} if warnings else {}),
+        )
+    write_record(result.path, result.identity, run.model.device)
+
+
+def name_image(path, id):
+    """The file name of a candidate's picture, its id where it has none."""
+    return path.name if path else id
+
+
+def show_ranking(result, top, warnings):
+    """Prints the table of a query's first images, and where their picture stands."""
+    task, is_customized = result.task, bool(result.task.exemplar_paths)
+    print_table(
+        f'{result.name}, {task.synth_image_path}: "{task.prompt}"',
+        ["rank", "score", *["exemplar"] * is_customized, "file name", "caption"],
+        [
+            [
+                rank,
+                f"{score:+.3e}",
+                *["yes" if exemplar else ""] * is_customized,
+                name_image(path, id),
+                caption,
+            ]
+            for rank, id, caption, score, exemplar, path in top
+        ],
+    )
+    show("", f"Picture: {result.path.parent / 'visualization.jpg'}")
+    show(*(f"Warning: {warning}." for warning in warnings))
+
+
+def show_first(result, first, warnings):
+    """Prints a query's first image, and what there is to warn of, in one line."""
+    _, id, caption, score, _, path = first
+    show(
+        f"{result.name}, {result.task.synth_image_path}: {score:+.3e} {name_image(path, id)} "
+        f'"{caption}"' + "".join(f" Warning: {warning}." for warning in warnings)
+    )
+
+
+def save_query(run, method, result, scores, is_pending, top_k):
+    """Writes what a query's scores end in, and shows it. Of scores that were kept table and picture
+    are made again, perhaps with another `top_k`."""
+    check_scores(result.path, scores)
+    of_fisher = run.fisher.warnings if method.needs_fisher else []
+    warnings = [*of_fisher, *[INDIFFERENT] * is_indifferent(scores)]
+    image_sets = {"exemplar": run.exemplars(result.task), "laion": run.training_set}
+    candidates = list_candidates(image_sets, scores, rank_images(scores))
+    folder, top = result.path.parent, candidates[:top_k]
+    if is_pending:
+        record_path(result.path).unlink(missing_ok=True)
+    write_ranking(folder, candidates, warnings)
+    write_picture(folder, result.task, run.dataroot, top, warnings)
+    if is_pending:
+        write_scores(run, result, scores, of_fisher)
+    if len(run.tasks) > MOST_TABLES:
+        show_first(result, candidates[0], warnings)
+    else:
+        show_ranking(result, top, warnings)
+
+
+def score_tasks(run, name, method, top_k):
+    """Scores all queries by a method where some are pending: so that a run that was killed gives
+    the bits of one that was not. Writes and shows each."""
+    results = list(list_results(run, name, method))
+    pending = [
+        not keep_complete(result.path, result.identity, run.overwrite, REMEDY) for result in results
+    ]
+    found = method.scores(run) if any(pending) else [None] * len(results)
+    indifferent = []
+    for result, scores, is_pending in zip(results, found, pending, strict=True):
+        if not is_pending:
+            scores = read_npz(result.path, {"influence": ("f", 1)}, REMEDY)["influence"]
+        save_query(run, method, result, scores, is_pending, top_k)
+        if is_indifferent(scores):
+            indifferent.append(result.task.synth_image_path)
+    if indifferent:
+        log.warning(
+            f"{name}: all images have the same score for {len(indifferent)} of {len(results)} "
+            f"queries, first {indifferent[0]}: of "
+            "these it says nothing. Are all captions or pictures alike?"
+        )
+    log.info(f"{name}: {len(results)} queries in {run.folder / name}")
