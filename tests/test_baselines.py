@@ -551,8 +551,9 @@ def test_every_method_ranks_the_training_set_of_every_query(command):
                 arrays["ids"].tolist() == [f"laion/{image:06d}" for image in range(4)]
                 and not arrays["is_exemplar"].any()
             )
-            assert (
-                len(set(arrays["influence"].tolist())) == 4 or method == "similarity"
+            assert len(set(arrays["influence"].tolist())) == 4 or method in (
+                "similarity",
+                "words",
             )  # which are 0 where a cosine is negative, where no word is shared
             identity = json.loads((folder / method / name / "influence.json").read_text())[
                 "identity"
@@ -631,7 +632,7 @@ def test_features_of_another_projection_are_refused(command, tmp_path):
 def test_queries_of_customized_models_have_their_exemplars_first_and_some_methods_score_them(
     command, root
 ):
-    methods = "random", "pixel", "vae"
+    methods = "random", "pixel", "vae", "words"
     folder = command("--methods", *methods, tasks=[FIRST, SECOND])
     exemplars = [
         path.relative_to(root).as_posix()
@@ -645,7 +646,7 @@ def test_queries_of_customized_models_have_their_exemplars_first_and_some_method
         UserError,
         match=r"00000.png: was made by the customized model models/tiny/blob; trak, dtrak can "
         r"only score "
-        "queries of the base model; give --methods random pixel vae$",
+        "queries of the base model; give --methods random pixel vae words$",
     ):
         command("--methods", "pixel", "trak", "dtrak", tasks=[FIRST, SECOND], name="refused")
 
@@ -710,10 +711,58 @@ def test_a_fisher_of_another_model_is_refused(command, root, tmp_path, model):
     assert record_path(path).exists() and not (tmp_path / "results").exists()
 
 
+def test_words_are_jaccards_index_of_prompt_and_caption_an_exemplars_being_its_train_prompt(
+    make_run, training_set
+):
+    captions = ["a RED cat", "cat: a cat!", "", "two dogs", "<new1> cat", "red, red"]
+    run = make_run(images=(0,), candidates=replace(training_set.first(6), captions=captions))
+    run.tasks[0] = SimpleNamespace(
+        prompt="a red <new1> cat",
+        train_prompt="<new1> cat",
+        exemplar_paths=("0.png", "1.png"),
+        exemplar_ids=lambda dataroot: ["0.png", "1.png"],
+    )
+    expected = [2 / 4, 2 / 4, 3 / 4, 2 / 4, 0, 0, 2 / 4, 1 / 4]
+    np.testing.assert_allclose(make_method("words").scores(run), [expected])
+    assert [row.tolist() for row in make_method("words").scores(make_run(()))] == []
+
+
+def test_words_find_every_exemplar_of_every_query_of_the_emoji_world(make_run, training_set):
+    root = ROOT / "data/emoji"
+    captions = (root / "laion_subset/captions.txt").read_text().splitlines()
+    tasks = load_tasks(ROOT / "tasks/emoji_reported.json", root)
+    images = replace(
+        training_set,
+        ids=[str(number) for number in range(len(captions))],
+        captions=captions,
+    )
+    run = replace(make_run((), candidates=images), tasks=tasks, dataroot=str(root))
+    for task, scores in zip(tasks, make_method("words").scores(run), strict=True):
+        count = len(task.exemplar_paths)
+        assert len(scores) == count + 1448 and scores[:count].min() > scores[count:].max()
+
+
+def test_words_of_other_captions_are_not_taken_for_those_of_these(command, root):
+    path = root / "laion_subset/captions.txt"
+    command("--methods", "words", "vae")
+    path.write_text(path.read_text().replace("white", "red"))
+    command("--methods", "vae")  # latents are not made of captions
+    with pytest.raises(UserError, match="influence.npz: made with other settings: other captions"):
+        command("--methods", "words")
+
+
+def test_words_without_captions_are_refused(command, root):
+    (root / "laion_subset/captions.txt").unlink()
+    with pytest.raises(
+        UserError, match="--methods words: need the training images' captions, and .* has none"
+    ):
+        command("--methods", "words", "vae")
+
+
 def test_each_query_ends_in_a_table_a_csv_file_and_a_picture(command, root, capsys):
-    folder = command("--methods", "pixel", "vae", "--top_k", "3", tasks=[FIRST, TASKS[1]])
+    folder = command("--methods", "words", "vae", "--top_k", "3", tasks=[FIRST, TASKS[1]])
     screen = capsys.readouterr().out
-    for method in "pixel", "vae":
+    for method in "words", "vae":
         for name, prompt in zip(FOLDERS, (FIRST["prompt"], TASKS[1]["prompt"])):
             below = folder / method / name
             arrays = read_influence(below / "influence.npz", "")
@@ -766,9 +815,9 @@ def test_of_many_queries_each_is_a_line(command, capsys, monkeypatch):
 def test_captions_that_would_command_a_terminal_are_shown_escaped(command, root, capsys):
     path = root / "laion_subset/captions.txt"
     path.write_text("\x1b[2J" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    folder = command("--methods", "vae")
+    folder = command("--methods", "words")
     assert "\x1b" not in capsys.readouterr().out
-    assert "\x1b" not in (folder / "vae" / FOLDERS[0] / "influence.csv").read_text()
+    assert "\x1b" not in (folder / "words" / FOLDERS[0] / "influence.csv").read_text()
 
 
 def test_pixels_without_pictures_are_refused(command, root):

@@ -49,6 +49,7 @@ class Method:
     fields are the flags that change their scores, and so the `settings` of their records."""
 
     needs_pictures = False  # of the training images
+    needs_captions = False
     needs_base_model = False  # scores only queries that the base model made
     needs_fisher = False
 

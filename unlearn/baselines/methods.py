@@ -2,12 +2,13 @@
 baselines`."""
 
 from .gradient_methods import DTrak, Influence, JourneyTrak, Trak
-from .similarity_methods import Pixel, Random, Similarity, Text, Vae
+from .similarity_methods import Pixel, Random, Similarity, Text, Vae, Words
 
 METHODS = {
     "random": Random,
     "pixel": Pixel,
     "vae": Vae,
+    "words": Words,
     "text": Text,
     "similarity": Similarity,
     "influence": Influence,

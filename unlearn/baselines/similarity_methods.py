@@ -1,4 +1,4 @@
-"""Methods that never look at the weights of the model that made the picture: chance,
+"""Methods that never look at the weights of the model that made the picture: chance, shared words,
 centred cosines."""
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import noise
 from ..runtime.programs import progress
+from ..storage.hashes import digest
 from .interface import Method, readings_identity
 from .similarity import (
     cosine_scores,
@@ -19,6 +20,7 @@ from .similarity import (
     pixel_encoder,
     score_queries,
     text_blocks,
+    word_scores,
 )
 
 
@@ -69,6 +71,30 @@ class Random(Method):
             / 2.0**64
             for task, query in zip(run.tasks, run.queries)
         ]
+
+
+@dataclass(frozen=True)
+class Words(Method):
+    """The words that prompt p and caption c share, over all that they have: |W(p) & W(c)| / |W(p) |
+    W(c)|, Jaccard's index, where W(x) is the set of the words of x in lower case; 0 where neither
+    has one. A word is a run of letters, digits and underscores. An image counts by its first
+    caption, an exemplar by the prompt that it was trained with."""
+
+    needs_captions = True
+
+    def scores(self, run):
+        training = word_scores([task.prompt for task in run.tasks], run.training_set.captions)
+        return [
+            np.concatenate(
+                [*word_scores([task.prompt], run.exemplars(task).captions), training_scores]
+            )
+            for task, training_scores in zip(run.tasks, training)
+        ]
+
+    def query_identity(self, run, task):
+        # The training set's identity says what latents and embeddings were made of, which need not
+        # be these captions.
+        return {"captions": digest([*run.exemplars(task).captions, *run.training_set.captions])}
 
 
 @dataclass(frozen=True)

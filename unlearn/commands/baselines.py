@@ -212,7 +212,7 @@ def check_run(args):
 
 def check_needs(methods, training_set, dataroot):
     """Raises UserError where the training images lack what a method looks at."""
-    for need, values in (("pictures", training_set.paths),):
+    for need, values in ("pictures", training_set.paths), ("captions", training_set.captions):
         names = [name for name, method in methods.items() if getattr(method, f"needs_{need}")]
         if names and not any(values):
             raise UserError(
