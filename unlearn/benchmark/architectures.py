@@ -201,15 +201,17 @@ def estimate_fisher(model, training_set, num_samples, batch_size, seed):
     return {name: (value / num_samples).float() for name, value in sums.items()}
 
 
-def seeded_world(name, configuration, args, folder):
+def seeded_world(name, configuration, settings, folder):
     """A World of seeded weights, images, queries and Fisher. Files that the published way loads for
     every query are written to `folder`."""
-    model = seeded_model(configuration, args.device, args.seed)
-    images = seeded_training_set(name, configuration, args.num_images + args.num_queries, args.seed)
-    training_set = images.first(args.num_images)
-    queries = images.take(range(args.num_images, len(images)))
+    model = seeded_model(configuration, settings.device, settings.seed)
+    images = seeded_training_set(
+        name, configuration, settings.num_images + settings.num_queries, settings.seed
+    )
+    training_set = images.first(settings.num_images)
+    queries = images.take(range(settings.num_images, len(images)))
     diagonal = estimate_fisher(
-        model, training_set, args.fisher_samples, args.gradient_batch_size, args.seed
+        model, training_set, settings.fisher_samples, settings.gradient_batch_size, settings.seed
     )
     write_tensors(folder / "unet.safetensors", model.denoiser.state_dict())
     write_tensors(folder / "fisher.safetensors", diagonal)
@@ -218,13 +220,13 @@ def seeded_world(name, configuration, args, folder):
         with torch.device("meta"):
             unet = UNet2DConditionModel(**configuration["unet"])
         unet.load_state_dict(read_tensors(folder / "unet.safetensors"), assign=True)
-        unet.to(args.device)
+        unet.to(settings.device)
         return {
-            key: entries.to(args.device)
+            key: entries.to(settings.device)
             for key, entries in read_tensors(folder / "fisher.safetensors").items()
         }
 
-    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    grid = timestep_grid(settings.time_samples, len(model.alpha_bars))
     fisher = DiagonalFisher(diagonal, DAMPING)
     return World(
         model, training_set, grid, queries.latents[0], queries.embeddings[:, 0], fisher, None, load

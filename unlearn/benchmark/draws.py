@@ -41,11 +41,15 @@ def measure_draws(bench, counts):
     """One row for each number of draws, means over queries: cosine and relative error of our draws
     and of the published ones with REFERENCE_DRAWS published draws of another seed, and the seconds
     a query that ours took."""
-    world, args, rows = bench.world, bench.args, []
-    queries = range(args.num_exact)
+    world, settings, rows = bench.world, bench.settings, []
+    queries = range(settings.num_exact)
     references = [
         find_direction(
-            bench, query, published_draws(bench, args.seed + 1), REFERENCE_DRAWS, PUBLISHED_BATCH
+            bench,
+            query,
+            published_draws(bench, settings.seed + 1),
+            REFERENCE_DRAWS,
+            PUBLISHED_BATCH,
         )
         for query in queries
     ]
@@ -54,20 +58,20 @@ def measure_draws(bench, counts):
         with metered(world.model.device) as costs:
             for query, reference in zip(queries, references):
                 draws = QueryDraws(
-                    args.seed,
+                    settings.seed,
                     world.training_set.name,
                     f"query {query}",
                     len(world.model.alpha_bars),
                 )
                 pairs["ours"].append(
                     compare(
-                        find_direction(bench, query, draws, count, args.gradient_batch_size),
+                        find_direction(bench, query, draws, count, settings.gradient_batch_size),
                         reference,
                     )
                 )
         for query, reference in zip(queries, references):
             found = find_direction(
-                bench, query, published_draws(bench, args.seed), count, PUBLISHED_BATCH
+                bench, query, published_draws(bench, settings.seed), count, PUBLISHED_BATCH
             )
             pairs["published"].append(compare(found, reference))
         rows.append(

@@ -68,9 +68,10 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None):
 
     flops = count_sample_flops(bench, measure)
     with precision_set(precision), variant(bench.denoiser) if variant else nullcontext():
-        warm_up = warm_up_sweep(bench, measure, bench.args.batch_size, warm_up_images)
+        warm_up = warm_up_sweep(bench, measure, bench.settings.batch_size, warm_up_images)
         scores, costs = score_differences(
-            bench, lambda: run_sweep(bench, measure, bench.args.batch_size, f"exact {precision}")
+            bench,
+            lambda: run_sweep(bench, measure, bench.settings.batch_size, f"exact {precision}"),
         )
     return result(
         bench,
@@ -86,8 +87,8 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None):
 def score_together(bench):
     """Differences of the losses of several queries that one sweep gives: as many as scoring takes
     together, or all exact ones."""
-    batch_size = bench.args.batch_size
-    together = range(min(len(bench.changes), max(TOGETHER, bench.args.num_exact)))
+    batch_size = bench.settings.batch_size
+    together = range(min(len(bench.changes), max(TOGETHER, bench.settings.num_exact)))
     before, _ = run_sweep(bench, loss_sums, batch_size, "before")
     scores, all_costs = {}, []
     for size in bench.factors:
@@ -101,7 +102,7 @@ def score_together(bench):
         scores[size] = np.array(
             [
                 best_view(loss_changes(before, after[:, query]))
-                for query in range(bench.args.num_exact)
+                for query in range(bench.settings.num_exact)
             ]
         )
         all_costs.append(costs)
@@ -144,14 +145,14 @@ def score_midpoints(bench, precision="fp32"):
             dots, costs = run_sweep(
                 bench,
                 gradient_dots([bench.change(query, size)], autocast),
-                bench.args.gradient_batch_size,
+                bench.settings.gradient_batch_size,
                 f"midpoint {precision}",
             )
         return best_view(dots[:, 0]), costs
 
     measure = gradient_dots(bench.changes[:1], autocast)
     with precision_set(precision):
-        warm_up_sweep(bench, measure, bench.args.gradient_batch_size)
+        warm_up_sweep(bench, measure, bench.settings.gradient_batch_size)
         scores, costs = score_each(bench, score)
     return result(bench, scores, costs, count_sample_flops(bench, measure), precision)
 
@@ -165,12 +166,12 @@ def score_gradients(bench, precision="fp32"):
             [bench.change(query, size) for query in range(len(bench.changes))], AUTOCAST[precision]
         )
         with precision_set(precision):
-            warm_up_sweep(bench, measure, bench.args.gradient_batch_size)
+            warm_up_sweep(bench, measure, bench.settings.gradient_batch_size)
             orders, costs = run_sweep(
-                bench, measure, bench.args.gradient_batch_size, f"gradient {precision}"
+                bench, measure, bench.settings.gradient_batch_size, f"gradient {precision}"
             )
         scores[size] = np.array(
-            [best_view(orders[:, query]) for query in range(bench.args.num_exact)]
+            [best_view(orders[:, query]) for query in range(bench.settings.num_exact)]
         )
         all_costs.append(costs)
     return result(
@@ -187,20 +188,20 @@ def score_shortlists(bench, precision="fp32"):
     """An index, built once and timed, ranks all images; the best of them and an audit's are scored
     exactly."""
     world, images = bench.world, bench.world.training_set
-    sweep = Sweep(images, world.grid, bench.args.gradient_batch_size, bench.args.seed)
+    sweep = Sweep(images, world.grid, bench.settings.gradient_batch_size, bench.settings.seed)
     with metered(world.model.device) as building:
         build_index(world.model, sweep, world.fisher, bench.folder / "index", precision, None)
     num_kept = []
 
     def score(query, size):
         best = best_view(estimates[size][query])
-        kept = np.sort(np.concatenate(choose_images(best, bench.args.shortlist, AUDIT, query)))
+        kept = np.sort(np.concatenate(choose_images(best, bench.settings.shortlist, AUDIT, query)))
         rows = rows_of(kept, len(images), images.latents.shape[0])
         num_kept.append(len(kept))
-        before, _ = run_sweep(bench, loss_sums, bench.args.batch_size, "cached", images=kept)
+        before, _ = run_sweep(bench, loss_sums, bench.settings.batch_size, "cached", images=kept)
         with changed_weights(bench.denoiser, bench.change(query, size)):
             after, costs = run_sweep(
-                bench, loss_sums, bench.args.batch_size, "shortlist", images=kept
+                bench, loss_sums, bench.settings.batch_size, "shortlist", images=kept
             )
         mixed = estimates[size][query].astype(np.float64)
         mixed[rows] = loss_changes(before, after)
@@ -234,7 +235,7 @@ def score_shortlists(bench, precision="fp32"):
 def score_as_published(bench):
     """The published program's loop, and as its reference float32 differences under its own
     noise."""
-    world, args = bench.world, bench.args
+    world, settings = bench.world, bench.settings
     device, alpha_bars = world.model.device, world.model.alpha_bars
     num_images = min(len(world.training_set), MOST_PUBLISHED_IMAGES)
     with metered(device) as load:
@@ -245,7 +246,12 @@ def score_as_published(bench):
         num_samples = training_set.latents.shape[0] * len(training_set) * len(world.grid)
         with metered(device) as costs, progress(num_samples, "published", "samples") as bar:
             losses = published_losses(
-                bench.denoiser, alpha_bars, training_set, world.grid, args.batch_size, bar.update
+                bench.denoiser,
+                alpha_bars,
+                training_set,
+                world.grid,
+                settings.batch_size,
+                bar.update,
             )
         return losses, costs
 
@@ -268,18 +274,20 @@ def score_as_published(bench):
         *world.query(0),
         fisher,
         world.rate or 1.0,
-        args.unlearn_batch_size,
+        settings.unlearn_batch_size,
     )
     with default_flags(), stock_layers(bench.denoiser):
         flops = count_sample_flops(bench, measure)
         step(1)
         with metered(device) as unlearning:
-            step(args.unlearn_grad_accum_steps)
+            step(settings.unlearn_grad_accum_steps)
         find_losses(min(WARM_UP_IMAGES, num_images))
         scores, costs = score_differences(bench, find_losses)
     reference_scores, _ = score_differences(
         bench,
-        lambda: run_sweep(bench, loss_sums, args.batch_size, "its reference", "abu", num_images),
+        lambda: run_sweep(
+            bench, loss_sums, settings.batch_size, "its reference", "abu", num_images
+        ),
     )
     return result(
         bench,

@@ -69,9 +69,9 @@ def measure_scaling(bench, sizes, grids=GRIDS):
         path = bench.folder / "scaling.npy"
         training_set = make_training_set(num_images, latents.shape[1:], embedding, path)
         grid = timestep_grid(count, num_timesteps)
-        exact = measure_sweep(bench, training_set, grid, loss_sums, bench.args.batch_size)
+        exact = measure_sweep(bench, training_set, grid, loss_sums, bench.settings.batch_size)
         gradient = measure_sweep(
-            bench, training_set, grid, gradients, bench.args.gradient_batch_size
+            bench, training_set, grid, gradients, bench.settings.gradient_batch_size
         )
         rows.append(
             {"num_images": num_images, "timesteps": count, "exact": exact, "gradient": gradient}

@@ -2,11 +2,10 @@
 and fidelity."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from ..models.pipelines import changed_weights
 from ..runtime.programs import log, progress, set_precision
 from .architectures import World
 from .meters import count_flops, measure_ceiling, metered
+from .settings import BenchmarkSettings
 
 TOP = 100  # of the overlap; a fifth of the images where there are fewer than 500
 NATURAL = "natural"  # the step that users take, next to those scaled to a relative change
@@ -29,7 +29,7 @@ class Bench:
     """What every procedure is measured on."""
 
     world: World
-    args: SimpleNamespace  # resolved flags
+    settings: BenchmarkSettings
     changes: list[dict]  # each query's weight change of one Newton step, on the model's device
     factors: dict[str, list[float]]  # by how much each query's is scaled, for each size of a change
     unlearn_seconds: float  # a query's
@@ -48,11 +48,11 @@ class Bench:
         return self.world.model.denoiser
 
 
-def unlearn_query(world, args, number):
+def unlearn_query(world, settings, number):
     """One Newton step on a query: the weight change, on the model's device."""
     model, name = world.model, f"query {number}"
     latent, embedding = world.query(number)
-    draws = QueryDraws(args.seed, world.training_set.name, name, len(model.alpha_bars))
+    draws = QueryDraws(settings.seed, world.training_set.name, name, len(model.alpha_bars))
     change = unlearn(
         model,
         world.parameters,
@@ -62,31 +62,29 @@ def unlearn_query(world, args, number):
         world.fisher,
         rate=world.rate,
         steps=1,
-        draws_a_step=args.unlearn_batch_size * args.unlearn_grad_accum_steps,
-        pass_size=args.gradient_batch_size,
+        draws_a_step=settings.draws,
+        pass_size=settings.gradient_batch_size,
     )
     return {key: delta.to(model.device) for key, delta in change.items()}
 
 
-def prepare(world, args, folder):
+def prepare(world, settings, folder):
     """Unlearns every query, timed: the Bench that the procedures are measured on."""
-    unlearn_query(
-        world, SimpleNamespace(**{**vars(args), "unlearn_grad_accum_steps": 1}), 0
-    )  # warms up
+    unlearn_query(world, replace(settings, unlearn_grad_accum_steps=1), 0)  # warms up
     changes = []
     with (
         metered(world.model.device) as costs,
-        progress(args.num_queries, "unlearning", "queries") as bar,
+        progress(settings.num_queries, "unlearning", "queries") as bar,
     ):
-        for number in range(args.num_queries):
-            changes.append(unlearn_query(world, args, number))
+        for number in range(settings.num_queries):
+            changes.append(unlearn_query(world, settings, number))
             bar.update()
     moved = [relative_change(change, world.parameters) for change in changes]
-    factors = {f"{size:.0%}": [size / norm for norm in moved] for size in args.relative_change}
+    factors = {f"{size:.0%}": [size / norm for norm in moved] for size in settings.relative_change}
     if world.rate is not None:
         log.info(f"one natural Newton step moves K and V by {min(moved):.1%} to {max(moved):.1%}")
         factors[NATURAL] = [1.0] * len(changes)
-    return Bench(world, args, changes, factors, costs["seconds"] / args.num_queries, folder)
+    return Bench(world, settings, changes, factors, costs["seconds"] / settings.num_queries, folder)
 
 
 def run_sweep(bench, measure, batch_size, description, compat=None, images=None):
@@ -98,7 +96,7 @@ def run_sweep(bench, measure, batch_size, description, compat=None, images=None)
         if isinstance(images, np.ndarray)
         else training_set.first(images or len(training_set))
     )
-    sweep = Sweep(some, bench.world.grid, batch_size, bench.args.seed, compat)
+    sweep = Sweep(some, bench.world.grid, batch_size, bench.settings.seed, compat)
     with TemporaryDirectory(dir=bench.folder) as folder, metered(model.device) as costs:
         values = sweep.run(model, Path(folder), description, measure)
     return values, costs
@@ -109,7 +107,7 @@ def score_each(bench, score):
     size): one query's."""
     scores, all_costs = {}, []
     for size in bench.factors:
-        rows, costs = zip(*(score(query, size) for query in range(bench.args.num_exact)))
+        rows, costs = zip(*(score(query, size) for query in range(bench.settings.num_exact)))
         scores[size] = np.array(rows)
         all_costs.extend(costs)
     return scores, all_costs
@@ -194,13 +192,12 @@ def score_seconds(found, seconds, num_images, num_measured):
 def make_row(bench, name, found, exact):
     """A procedure's row from its result (`procedures.result`) and that of exact differences. Its
     fidelity is measured against theirs, unless it brings its own reference."""
-    training_set, args = bench.world.training_set, bench.args
+    training_set, settings = bench.world.training_set, bench.settings
     samples_an_image = training_set.latents.shape[0] * len(bench.world.grid)
     seconds = float(np.median([costs["seconds"] for costs in found["costs"]]))
     reference = found["reference"] or exact["scores"]
     rate = found["images_a_sweep"] * samples_an_image / seconds
     ceiling = find_ceiling(bench.world.model.device, found["precision"])
-    draws = args.unlearn_batch_size * args.unlearn_grad_accum_steps
     row = {
         "procedure": name,
         "samples_per_second": rate,
@@ -226,8 +223,10 @@ def make_row(bench, name, found, exact):
             for size, scores in found["scores"].items()
         },
         "at_target_images": {
-            "unlearn_seconds": found["unlearn_seconds"] / draws * args.target_draws,
-            "score_seconds": score_seconds(found, seconds, args.target_images, len(training_set)),
+            "unlearn_seconds": found["unlearn_seconds"] / settings.draws * settings.target_draws,
+            "score_seconds": score_seconds(
+                found, seconds, settings.target_images, len(training_set)
+            ),
         },
         "note": "",
     }

@@ -16,7 +16,7 @@ differences under its own noise. Writes a table and results/benchmark/ARCHITECTU
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +36,7 @@ from ..benchmark.architectures import (
 from ..benchmark.draws import measure_draws
 from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
 from ..benchmark.scaling import measure_scaling
+from ..benchmark.settings import BenchmarkSettings
 from ..benchmark.workloads import make_row, prepare
 from ..datasets.settings import AUTO
 from ..errors import UserError
@@ -349,14 +350,17 @@ def main(argv=None):
     """Checks, loads, unlearns, measures, saves."""
     args, settings = parse_arguments(argv)
     check(args)
+    chosen = BenchmarkSettings(
+        **{field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)}
+    )
     with TemporaryDirectory(prefix="benchmark-") as folder:
         if args.architecture in CONFIGURATIONS:
             world = seeded_world(
-                args.architecture, CONFIGURATIONS[args.architecture], args, Path(folder)
+                args.architecture, CONFIGURATIONS[args.architecture], chosen, Path(folder)
             )
         else:
             world = open_world(args, settings)
-        bench = prepare(world, args, Path(folder))
+        bench = prepare(world, chosen, Path(folder))
         settings = {
             name: value if isinstance(value, (int, float, list)) else str(value)
             for name, value in vars(args).items()
