@@ -31,6 +31,7 @@ from unlearn.baselines.gradients import (
 from unlearn.baselines.interface import Method, Run
 from unlearn.baselines.methods import METHODS
 from unlearn.baselines.projection import Sketch
+from unlearn.baselines.saving import list_results, method_identity
 from unlearn.baselines.similarity import cosine_scores, mean_features, normalise, text_blocks
 from unlearn.baselines.similarity_methods import Cosines
 from unlearn.commands import baselines, inputs
@@ -577,6 +578,31 @@ def test_the_order_of_tasks_is_irrelevant_and_a_second_start_computes_nothing(co
     monkeypatch.setattr(gradients, "mean_gradient", None)
     command(*methods)
     assert contents(folder) == before
+
+
+def test_what_a_method_looks_at_stands_in_its_identity_and_nothing_else_does(make_run):
+    run = replace(make_run(fisher=SimpleNamespace(identity="hash")), readings={"a": "CMYK"})
+    run.tasks[:] = [
+        SimpleNamespace(
+            seed=None,
+            train_prompt=None,
+            exemplar_paths=(),
+            exemplar_ids=lambda dataroot: [],
+            result_name=str(number),
+        )
+        for number in (0, 1)
+    ]
+    for name, method in METHODS.items():
+        for result in list_results(run, name, make_method(name)):
+            for field, is_there in (
+                ("readings", method.needs_pictures),
+                ("captions", method.needs_captions),
+                ("fisher", method.needs_fisher),
+                ("query_seed", name == "journeytrak"),
+            ):
+                assert (field in result.identity) == is_there
+    plain = method_identity(replace(run, readings={}), "pixel", make_method("pixel"))
+    assert "readings" not in plain
 
 
 @pytest.mark.parametrize("method", ["influence", "dtrak"])

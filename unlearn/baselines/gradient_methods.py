@@ -93,7 +93,7 @@ class Influence(Method):
     weights = "cross-attn-kv"  # a selection of `models.pipelines`
 
     def own_identity(self, run):
-        return {"fisher": run.fisher.identity, **noise_identity(None, run.model.device)}
+        return noise_identity(None, run.model.device)
 
     def product_identity(self, run):
         """Identity of the products with all queries."""

@@ -9,7 +9,6 @@ from ..attribution.curvature import DiagonalFisher
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model
-from ..storage.hashes import digest
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ class Method:
     """A way to score the training images of queries: subclasses are frozen dataclasses, whose
     fields are the flags that change their scores, and so the `settings` of their records."""
 
+    # What it looks at, which is checked before it starts and stands in its records.
     needs_pictures = False  # of the training images
     needs_captions = False
-    needs_base_model = False  # scores only queries that the base model made
     needs_fisher = False
+    needs_base_model = False  # scores only queries that the base model made
 
     def scores(self, run):
         """Scores of all queries: a list with one array a query, [exemplars + N] float: its
@@ -71,9 +71,3 @@ class Method:
     def query_identity(self, run, task):
         """What else the scores of one query depend on, for its record."""
         return {}
-
-
-def readings_identity(run):
-    """What the scores of a method that looks at pictures depend on, beside the training set's
-    identity: how those are read that are not plain."""
-    return {"readings": digest(run.readings)} if run.readings else {}

@@ -25,13 +25,13 @@ INDIFFERENT = "all images have the same score: it says nothing of them"
 
 def method_identity(run, name, method):
     """Identity of a method's scores, but for the query."""
-    return {
-        **run.model.identity,
-        "method": name,
-        "settings": method.settings,
-        **method.own_identity(run),
-        "candidates": [run.training_set.identity],
-    }
+    identity = {**run.model.identity, "method": name, "settings": method.settings}
+    if method.needs_fisher:
+        identity["fisher"] = run.fisher.identity
+    identity.update(method.own_identity(run))
+    if method.needs_pictures and run.readings:
+        identity["readings"] = digest(run.readings)
+    return {**identity, "candidates": [run.training_set.identity]}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ def list_results(run, name, method):
     of_method = method_identity(run, name, method)
     for task, query in zip(run.tasks, run.queries):
         identity = {**of_method, "query": query.identity, **method.query_identity(run, task)}
+        if method.needs_captions:  # the training set's identity may say nothing of them
+            identity["captions"] = digest(
+                [*run.exemplars(task).captions, *run.training_set.captions]
+            )
         if task.exemplar_paths:
             identity["exemplars"] = digest([hash_picture(path) for path in task.exemplar_paths])
         yield Result(name, task, run.folder / name / task.result_name / "influence.npz", identity)

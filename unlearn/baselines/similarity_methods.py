@@ -9,8 +9,7 @@ import numpy as np
 
 from .. import noise
 from ..runtime.programs import progress
-from ..storage.hashes import digest
-from .interface import Method, readings_identity
+from .interface import Method
 from .similarity import (
     cosine_scores,
     encode_blocks,
@@ -75,10 +74,10 @@ class Random(Method):
 
 @dataclass(frozen=True)
 class Words(Method):
-    """The words that prompt p and caption c share, over all that they have: |W(p) & W(c)| / |W(p) |
-    W(c)|, Jaccard's index, where W(x) is the set of the words of x in lower case; 0 where neither
-    has one. A word is a run of letters, digits and underscores. An image counts by its first
-    caption, an exemplar by the prompt that it was trained with."""
+    """How many different words prompt and caption share, over how many they have in all (Jaccard's
+    index): |P & C| / |P | C|, where P and C are the sets of their words in lower case; 0 where
+    neither has one. A word is a run of letters, digits and underscores. An image counts by its
+    first caption, an exemplar by the prompt that it was trained with."""
 
     needs_captions = True
 
@@ -90,11 +89,6 @@ class Words(Method):
             )
             for task, training_scores in zip(run.tasks, training)
         ]
-
-    def query_identity(self, run, task):
-        # The training set's identity says what latents and embeddings were made of, which need not
-        # be these captions.
-        return {"captions": digest([*run.exemplars(task).captions, *run.training_set.captions])}
 
 
 @dataclass(frozen=True)
@@ -112,9 +106,6 @@ class Pixel(Cosines):
 
     def scores(self, run):
         return picture_scores(run, pixel_encoder(run.resolution), "pixel")
-
-    def own_identity(self, run):
-        return readings_identity(run)
 
 
 @dataclass(frozen=True)
@@ -175,4 +166,4 @@ class Features(Method):
         return picture_scores(run, self.encode, Path(self.model).name)
 
     def own_identity(self, run):
-        return {"features": self.model, **readings_identity(run)}
+        return {"features": self.model}
