@@ -11,6 +11,7 @@ where it was.
 """
 
 import argparse
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,11 +43,21 @@ from .inputs import (
 )
 
 
+def describe_methods():
+    """The first sentence on each method, for --help."""
+    lines = ["methods:"]
+    for name, method in METHODS.items():
+        text = f"{name:<13}{' '.join(method.__doc__.split()).split('. ')[0].rstrip('.')}"
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent=" " * 15)
+    return "\n".join(lines)
+
+
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = argparse.ArgumentParser(
         prog="python -m unlearn baselines",
         description=__doc__,
+        epilog=describe_methods(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task_json", required=True, help="task file: the queries")
@@ -58,7 +69,7 @@ def parse_arguments(argv):
         nargs="*",
         default=list(METHODS),
         metavar="METHOD",
-        help=f"some of {', '.join(METHODS)} (default all)",
+        help=f"some of {', '.join(METHODS)} (default all); what they are stands below",
     )
     parser.add_argument(
         "--features",
