@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 from coco_miniature import NUM_IMAGES, build_miniature
+from conftest import resolved
 from PIL import Image
 from test_bad_input import files, refused
 
 from unlearn import UserError
 from unlearn.commands import encode, examination
-from unlearn.commands.inputs import count_images, find_fisher, prepare_training_set, resolve
+from unlearn.commands.inputs import find_fisher, prepare_training_set
 from unlearn.datasets import encoding
-from unlearn.datasets.captions import pair_images, read_coco, read_metadata
+from unlearn.datasets.annotations import read_coco, read_metadata
+from unlearn.datasets.captions import pair_images
 from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
 from unlearn.datasets.pictures import hash_picture
+from unlearn.datasets.preparation import count_images
 from unlearn.datasets.settings import read_settings
 from unlearn.datasets.training_sets import list_images, open_training_set
 from unlearn.models.pipelines import load_model
@@ -263,14 +266,13 @@ def test_what_is_encoded_already_is_not_made_again_and_the_scripts_take_it(
     assert "are there already" in caplog.text
     args = SimpleNamespace(dataroot=str(encoded), sd_version=None, device="cpu")
     assert (
-        len(prepare_training_set(model, args, resolve(args))) == NUM_IMAGES
-        and files(encoded) == before
+        len(prepare_training_set(model, resolved(args))) == NUM_IMAGES and files(encoded) == before
     )
 
 
 def test_the_scripts_first_use_makes_what_the_command_makes(encoded, coco, model):
     args = SimpleNamespace(dataroot=str(coco), sd_version=None, device="cpu", vae_batch_size=5)
-    prepare_training_set(model, args, resolve(args))
+    prepare_training_set(model, resolved(args))
     assert made(coco) == made(encoded)
 
 
@@ -354,7 +356,7 @@ def test_corrupt_images_may_be_left_out_and_every_other_row_keeps_its_id_and_cap
     assert made(coco)[0][1]["left_out"] == [whole.paths[row].name for row in rows]
     monkeypatch.setattr(encoding, "encode_images", None)
     args = SimpleNamespace(dataroot=str(coco), sd_version=None, device="cpu")
-    assert len(prepare_training_set(model, args, resolve(args))) == NUM_IMAGES - 3, (
+    assert len(prepare_training_set(model, resolved(args))) == NUM_IMAGES - 3, (
         "the scripts need no flag for it"
     )
 
@@ -453,7 +455,7 @@ def test_fewer_captions_are_taken_where_they_are_asked_for_and_remembered(
     np.testing.assert_allclose(embeddings[0], np.load(encoded / EMBEDDINGS)[0, :2], atol=1e-5)
     monkeypatch.setattr(encoding, "encode_images", None)
     args = SimpleNamespace(dataroot=str(coco), sd_version=None, device="cpu")
-    assert prepare_training_set(model, args, resolve(args)).embeddings.shape[1] == 2, (
+    assert prepare_training_set(model, resolved(args)).embeddings.shape[1] == 2, (
         "the scripts need no flag for it"
     )
 
@@ -612,7 +614,10 @@ def test_rows_hashed_one_by_one_give_the_digest_of_their_list(rows):
         ({"images": "/etc"}, "images: expected a path inside the data root"),
         ({"captions": ""}, "captions: expected a path inside the data root"),
         ({"embeddings": "x.pt"}, "embeddings: expected a name that ends in .npy, found x.pt"),
-        ({"captions": "x.csv"}, "captions: expected a name that ends in .txt or .jsonl or .json"),
+        (
+            {"captions": "x.tsv"},
+            "captions: expected a name that ends in .txt or .jsonl or .csv or .json",
+        ),
         ({"latents": "x.npy", "embeddings": "x.npy"}, "embeddings x.npy: it, or its record"),
         (
             {"latents": "dataset.npy"},
@@ -789,8 +794,7 @@ def test_an_encoded_root_that_cannot_be_written_is_used_as_it_is_and_no_problem_
     forbid_writing(monkeypatch, encoded)
     args = SimpleNamespace(dataroot=str(encoded), sd_version=None, device="cpu", fisher_path=None)
     assert (
-        len(prepare_training_set(model, args, resolve(args))) == NUM_IMAGES
-        and files(encoded) == before
+        len(prepare_training_set(model, resolved(args))) == NUM_IMAGES and files(encoded) == before
     )
     [finding, *_], _ = examination.examine_data(args)
     assert finding.status == examination.OK

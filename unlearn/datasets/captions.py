@@ -1,5 +1,4 @@
-"""Images of a folder paired with their captions: lines of text, Hugging Face's metadata.jsonl,
-COCO's annotations."""
+"""Images of a folder paired with their captions, which are lines or stand in an annotation file."""
 
 import json
 import os
@@ -9,16 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..runtime.printing import shorten
-from ..storage.reading import (
-    MOST_TEXT,
-    check_name,
-    check_text,
-    list_visible,
-    make_object,
-    read_json,
-    read_text,
-    resolve_inside,
-)
+from ..storage.reading import check_name, list_visible, resolve_inside
+from .annotations import READERS, read_entries, read_lines
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -51,11 +42,12 @@ UNREAD_SUFFIXES = {
     ".arw",
 }
 PAIRS_SHOWN = 3
+NAME_IT = "and name that file as `captions` in dataset.json"
 NAMED_LINE = re.compile(r"""["']?(.+?\.\w{3,5})["']?\s*[\s,;:#|]\s*(.+)""")  # b.png a dog
+COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 BEGINNINGS = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL
 )  # of pictures' files
-COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 
 
 def check_pictures(folder, names):
@@ -113,7 +105,7 @@ def entry_of(name, caption):
     return json.dumps({"file_name": name, "text": shorten(caption, 30)}, ensure_ascii=False)
 
 
-def check_unnamed(path, paths, lines):
+def check_unnamed(path, paths, lines, remedy):
     """Raises UserError where captions that are told by their place begin with names of the images:
     they would be paired with others."""
     names = {image.name: image for image in paths}
@@ -130,16 +122,15 @@ def check_unnamed(path, paths, lines):
             "but a line belongs to the image in its place, and all of it would be the caption. "
             "Write a "
             f"{Path(path).with_name('metadata.jsonl')} instead, an object a line such as "
-            f"{entry_of(PurePosixPath(match[1]).name, match[2])}, and name that file as "
-            f"`captions` in dataset.json"
+            f"{entry_of(PurePosixPath(match[1]).name, match[2])}, {remedy}"
         )
 
 
-def check_order(path, paths, lines):
+def check_order(path, paths, lines, remedy=NAME_IT):
     """Raises UserError where images that are told by their place alone stand in one order as text
     and in another in people's listings: line n (without `lines`, row n of the arrays) would be that
-    of one image or of another."""
-    check_unnamed(path, paths, lines)
+    of one image or of another. remedy: what is to be done with a metadata.jsonl, for messages."""
+    check_unnamed(path, paths, lines, remedy)
     orders = {
         "a file browser": sorted(paths, key=natural_order),
         "`ls`": sorted(paths, key=spoken_order),
@@ -178,131 +169,8 @@ def check_order(path, paths, lines):
             else "Name"
         )
         + f" each in a {Path(path).with_name('metadata.jsonl')}, an object a line such as "
-        f"{entry_of(name, lines[first] if lines else '...')}, "
-        "and that file as `captions` in dataset.json"
+        f"{entry_of(name, lines[first] if lines else '...')}, {remedy}"
     )
-
-
-def read_lines(path):
-    """Lines of a UTF-8 text file, [] where it is missing. Blank lines at its end are none."""
-    lines = (
-        read_text(path).split("\n") if Path(path).exists() else []
-    )  # captions from the web hold other line separators
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
-
-
-def read_metadata(path):
-    """Entries (file name, [caption, ...]) of a metadata.jsonl of Hugging Face's image folders, in
-    its order: an object a line with `file_name` and `text`, a caption or a list of them. Raises
-    UserError where a line is no such object."""
-    entries = []
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line, object_pairs_hook=make_object)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
-        name, text = (
-            (value.get("file_name"), value.get("text")) if isinstance(value, dict) else (None, None)
-        )
-        captions = [text] if isinstance(text, str) else [] if text is None else text
-        if (
-            not isinstance(name, str)
-            or not isinstance(captions, list)
-            or not all(isinstance(caption, str) for caption in captions)
-        ):
-            raise UserError(
-                f"{path}, line {number}: expected an object with a string `file_name` and "
-                f"`text`, a caption or a list of "
-                f"captions, found {line:.80}"
-            )
-        check_unicode(f"{path}, line {number}", [name, *captions])
-        entries.append((name, captions))
-    return entries
-
-
-def check_unicode(item, texts):
-    """Raises UserError where a text holds half a character, as captions cut off in an emoji do."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{item}: expected Unicode text, found {text!a:.80}") from None
-
-
-def check_objects(path, content, key, kinds):
-    """The list `key` of a COCO file, whose objects have these fields of these types and an id of
-    their own, or UserError."""
-    objects = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(objects, list):
-        raise UserError(
-            f"{path}: expected COCO's caption annotations, an object with a list `{key}`, found "
-            f"{type(objects).__name__}"
-        )
-    seen = set()
-    for number, entry in enumerate(objects):
-        for field, kind in kinds.items():
-            value = entry.get(field) if isinstance(entry, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(
-                    f"{path}: {key}, entry {number}: {field}: expected {kind.__name__}, found "
-                    f"{value!r:.80}"
-                )
-            if kind is str:
-                check_unicode(f"{path}: {key}, entry {number}: {field}", [value])
-        if entry["id"] in seen:
-            raise UserError(f"{path}: {key}, entry {number}: id {entry['id']} stands there twice")
-        seen.add(entry["id"])
-    return objects
-
-
-def read_coco(path):
-    """Entries (file name, [caption, ...]) of COCO's caption annotations: `images` in their order,
-    each one's captions in the order of their ids. Raises UserError where the file is none, or
-    annotates images that it does not list."""
-    content = read_json(path, "annotations", MOST_TEXT)
-    images = check_objects(path, content, "images", {"id": int, "file_name": str})
-    annotations = check_objects(
-        path, content, "annotations", {"id": int, "image_id": int, "caption": str}
-    )
-    captions = {image["id"]: [] for image in images}
-    if strange := [
-        annotation for annotation in annotations if annotation["image_id"] not in captions
-    ]:
-        raise UserError(
-            f"{path}: {len(strange)} captions without images, first annotation "
-            f"{strange[0]['id']} of image "
-            f"{strange[0]['image_id']}, which `images` does not list"
-        )
-    for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
-        captions[annotation["image_id"]].append(annotation["caption"])
-    return [(image["file_name"], captions[image["id"]]) for image in images]
-
-
-READERS = {
-    ".jsonl": read_metadata,
-    ".json": read_coco,
-}  # other files are lines, one an image of the folder
-
-
-def read_entries(path):
-    """Entries (file name, [caption, ...]) of an annotation file, [] where it is missing. Raises
-    UserError where a name leads out of the folder of images or stands there twice."""
-    entries, seen = READERS[Path(path).suffix](path) if Path(path).exists() else [], set()
-    for name, _ in entries:
-        plain = PurePosixPath(name)
-        check_text(f"{path}", name, is_path=True)
-        if plain.is_absolute() or ".." in plain.parts or not plain.parts or len(name) > 1000:
-            raise UserError(
-                f"{path}: expected names of files below the folder of images, found {name!a:.80}"
-            )
-        if plain in seen:
-            raise UserError(f"{path}: {name} stands there twice")
-        seen.add(plain)
-    return [(PurePosixPath(name).as_posix(), captions) for name, captions in entries]
 
 
 def label_images(folder, path):
@@ -399,19 +267,26 @@ def choose_captions(path, entries, count):
     return [captions[:count] for _, captions in entries]
 
 
+def pair_lines(folder, path, paths, remedy=NAME_IT):
+    """Lines of a text file that are captions of these images of a folder, each in its place. Raises
+    UserError where their numbers differ, or whose is whose is not certain (`check_order`)."""
+    lines = read_lines(path)
+    if not paths or len(paths) != len(lines):
+        raise UserError(
+            f"{path}: expected a line for each image of {folder}, found {len(paths)} images, "
+            f"{len(lines)} lines (blank ones at its end and hidden files do not count)"
+        )
+    check_order(path, paths, lines, remedy)
+    return lines
+
+
 def pair_images(folder, path, num_captions=0):
     """Paths of the images and the captions of each, of which all have as many, in the order of the
     rows: that of an annotation file, else that of the images' names. Raises UserError where some
     images or captions are alone."""
     if Path(path).suffix not in READERS:
-        paths, lines = list_folder(folder), read_lines(path)
-        if not paths or len(paths) != len(lines):
-            raise UserError(
-                f"{path}: expected a line for each image of {folder}, found {len(paths)} images, "
-                f"{len(lines)} lines (blank ones "
-                "at its end and hidden files do not count)"
-            )
-        check_order(path, paths, lines)
+        paths = list_folder(folder)
+        lines = pair_lines(folder, path, paths)
         if num_captions > 1:
             raise UserError(f"--num_captions {num_captions}: {path} has one caption an image")
         return paths, [[line] for line in lines]

@@ -87,6 +87,7 @@ def check_writable(folder, remedy):
     part = own_part(folder / "writable")
     try:
         os.close(open_plain(part, os.O_CREAT | os.O_WRONLY))
+        remove_stale_parts(folder / "writable", part)
         part.unlink()
     except OSError as error:
         if error.errno not in (*NOT_WRITABLE, errno.EPERM):
