@@ -1,0 +1,70 @@
+"""Makes report.html, a page to look at and to send on, from a folder of results.
+
+    python -m unlearn report results
+    python -m unlearn report results --dataroot data/abc --task_json tasks/abc.json   # older results
+
+Writes RESULT_DIR/influence/<query>/report.html for each query and, of several, the index
+RESULT_DIR/report.html. Each page is one file with small pictures in it, and works from disk.
+"""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from ..datasets.tasks import load_tasks
+from ..errors import UserError
+from ..evaluation.stored_results import check_result, find_results, read_report
+from ..report.page import index_entry, write_index, write_report
+from ..runtime.printing import show
+from ..runtime.programs import progress
+from ..storage.artifacts import check_writable
+from .flags import make_parser
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = make_parser(__doc__, "python -m unlearn report")
+    parser.add_argument(
+        "result_dir", metavar="RESULT_DIR", help="the --result_dir of compute_influence.py"
+    )
+    parser.add_argument(
+        "--dataroot", help="data root, where its pictures stand now (default: as the results say)"
+    )
+    parser.add_argument(
+        "--task_json",
+        help="task file of the queries, for results that do not hold their prompts; with "
+        "--dataroot",
+    )
+    return parser.parse_args(argv)
+
+
+def read_tasks(args):
+    """Tasks by the folder of their results, {} without a task file."""
+    if args.dataroot is not None and not Path(args.dataroot).is_dir():
+        raise UserError(f"--dataroot {args.dataroot}: no such folder")
+    if args.task_json is None:
+        return {}
+    if args.dataroot is None:
+        raise UserError(f"--task_json {args.task_json}: give its data root too, by --dataroot")
+    tasks = load_tasks(args.task_json, args.dataroot)
+    return {name: task for task in tasks for name in (task.query_name, task.result_name)}
+
+
+def main(argv=None):
+    """Checks every result, then writes a page for each, and their index."""
+    args = parse_arguments(argv)
+    folder = Path(args.result_dir)
+    queries, tasks = find_results(folder), read_tasks(args)
+    check_writable(folder, "pages are written into the folder of results")
+    for query in queries:
+        check_result(folder, query)
+    entries = []
+    with progress(len(queries), "writing pages", "queries") as bar:
+        for query in queries:
+            report = read_report(folder, query, args.dataroot, tasks.get(query))
+            path = write_report(folder / "influence" / query, report)
+            link = quote(path.relative_to(folder).as_posix())
+            entries.append(index_entry(link, report))
+            bar.update()
+    if len(entries) > 1:
+        path = write_index(folder, entries)
+    show(f"Page: {path}")

@@ -1,0 +1,86 @@
+"""What the page of a result shows, wherever that comes from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NUM_MARKED = 10  # highest images: marked in the plot, counted in groups, compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training image."""
+
+    id: str
+    name: str  # what people know it by
+    caption: str
+    score: float
+    is_exemplar: bool = False
+    path: Path | None = None  # None, or not there: shown without a picture
+    low: float | None = None  # interval of the score, where it is known
+    high: float | None = None
+    is_estimate: bool = False  # of an index, not scored itself
+    other_rank: int | None = None  # by the report's `comparison`
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Training images that belong together."""
+
+    name: str
+    num_images: int
+    share_of_images: float  # 0 to 1
+    share: float  # of the sum of all positive scores; 0 to 1
+    num_first: int  # among the first NUM_MARKED images
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page of one query shows."""
+
+    name: str  # of the query
+    rows: list[Row]  # most influential first
+    picture: Path | None = None  # the query's; None: not known
+    prompt: str | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)  # of the query: seed, model, ...
+    method: str = ""  # sentences: what a score is
+    settings: list[tuple[str, str]] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)  # why the result may mean little
+    notes: list[str] = field(default_factory=list)  # what the page lacks, and why
+    comparison: str | None = None  # the method whose ranks stand beside the scores
+    groups: list[Group] = field(default_factory=list)
+    command: str | None = None  # that makes the result again
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One query of the index page."""
+
+    link: str  # relative to the index
+    name: str
+    prompt: str | None
+    headline: str
+    picture: Path | None
+    first: list[Path | None]  # pictures of the highest images
+    is_warned: bool
+
+
+def share_groups(rows: list[Row]) -> list[Group]:
+    """The groups of these rows, that with the largest share first; [] where there are fewer than
+    two."""
+    names = list(dict.fromkeys(row.group for row in rows if row.group is not None))
+    total = sum(max(0.0, row.score) for row in rows)
+    groups = []
+    for name in names if len(names) > 1 else ():
+        members = [row for row in rows if row.group == name]
+        positive = sum(max(0.0, row.score) for row in members)
+        groups.append(
+            Group(
+                name,
+                len(members),
+                len(members) / len(rows),
+                positive / total if total else 0.0,
+                sum(row.group == name for row in rows[:NUM_MARKED]),
+            )
+        )
+    return sorted(groups, key=lambda group: -group.share)
