@@ -454,13 +454,7 @@ def run_in_fork(main, arguments, load, folder):
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
                 if load:  # the pipeline's own files are damaged: they are to be read
-                    for module in (
-                        runs.compute_training_loss,
-                        runs.compute_influence,
-                        runs.fisher,
-                        runs.index,
-                        encode,
-                    ):
+                    for module in (runs.preparation, runs.fisher, runs.index, encode):
                         module.load_model = LOAD_MODEL
                 programs.run(main, arguments)
                 status = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unlearn.commands.flags import resolve
 from unlearn.datasets.training_sets import open_training_set
 from unlearn.models.pipelines import load_model
 
@@ -18,6 +19,12 @@ def one_thread():
     """One thread: these models are too small for two, and results must not depend on the machine's
     load."""
     torch.set_num_threads(1)
+
+
+def resolved(args):
+    """Flags with their defaults."""
+    resolve(args)
+    return args
 
 
 @pytest.fixture

@@ -35,8 +35,9 @@ torch.set_num_threads(1)  # before any work: a fork does not survive the threads
 
 import compute_influence
 import compute_training_loss
-from unlearn.attribution import losses, newton
-from unlearn.commands import fisher, index, inputs
+from unlearn.attribution import draws, estimation, newton
+from unlearn.commands import fisher, index, preparation
+from unlearn.datasets import queries
 from unlearn.models import pipelines
 from unlearn.runtime import signals
 from unlearn.storage import artifacts
@@ -117,29 +118,29 @@ def prepare():
     """Loads what every run loads, and cuts the work into pieces so small that a run of a second has
     many of them."""
     model = pipelines.load_model(str(FIXTURE / "sd-tiny"), "cpu")
-    for module in compute_training_loss, compute_influence, fisher, index:
+    for module in preparation, fisher, index:
         module.load_model = lambda name, device, unet: model  # a child changes its own copy
-    encode_images = inputs.encode_images
+    encode_images = queries.encode_images
     encode = lru_cache(None)(
         lambda paths, resolution, mirrored: encode_images(
             model.pipeline, paths, resolution, mirrored
         )
     )
-    inputs.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: (
+    queries.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: (
         encode(tuple(paths), resolution, mirrored)
     )
-    losses.chunk_rows.__defaults__ = (3,)
-    newton.CHECKPOINT_DRAWS, fisher.CHUNK_SAMPLES = 4, 10
+    draws.chunk_rows.__defaults__ = (3,)
+    newton.CHECKPOINT_DRAWS, estimation.CHUNK_SAMPLES = 4, 10
     # Encoded here, once: the children find the pictures in the cache that they inherit.
     for path in sorted((FIXTURE / "abc/synth").rglob("*.png")):
-        inputs.encode_images(
+        queries.encode_images(
             model.pipeline, [FIXTURE / "abc" / path.relative_to(FIXTURE / "abc")], 512
         )
     exemplars = tuple(
         (FIXTURE / f"abc/exemplar/tiny/{number}.png").resolve() for number in range(5)
     )
     for mirrored in False, True:
-        inputs.encode_images(model.pipeline, exemplars, 512, mirrored)
+        queries.encode_images(model.pipeline, exemplars, 512, mirrored)
 
 
 def kill_after_renames(count):

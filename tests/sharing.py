@@ -21,8 +21,9 @@ import torch
 
 torch.set_num_threads(1)  # before any work: a fork does not survive the threads of its parent
 
-from unlearn.attribution.losses import loss_identity
-from unlearn.attribution.sweeps import Sweep, cache_losses
+from unlearn.attribution.caches import cache_losses
+from unlearn.attribution.settings import LossSettings
+from unlearn.attribution.sweeps import Sweep
 from unlearn.datasets.encoding import encode_training_set
 from unlearn.datasets.settings import read_settings
 from unlearn.datasets.training_sets import open_training_set
@@ -64,7 +65,7 @@ def main():
         model.embedding_shape,
     )
     grid, ratios = timestep_grid(settings["time_samples"], len(model.alpha_bars)), []
-    identity = loss_identity(model, images, grid, 0, "fp32")
+    identity = LossSettings(grid).identity(model, images)
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
 

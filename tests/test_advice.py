@@ -17,16 +17,17 @@ from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, advice
-from unlearn.attribution.scoring import scoring_settings
-from unlearn.attribution.unlearning import unlearning_settings
+from unlearn import UserError
+from unlearn.attribution import estimation
+from unlearn.attribution.fishers import has_other_images
+from unlearn.attribution.settings import ScoreSettings, UnlearnSettings
 from unlearn.baselines import methods
-from unlearn.commands import baselines, doctor, encode, fisher, index
-from unlearn.commands.inputs import has_other_images
+from unlearn.commands import advice, baselines, doctor, encode, fisher, index
+from unlearn.commands.retrain import ranking_command
 from unlearn.datasets.captions import list_folder
 from unlearn.evaluation.rankings import read_influence, warnings_of
-from unlearn.retraining.models import recipe_of
-from unlearn.retraining.plans import ranking_command
+from unlearn.retraining.measures import MeasureSettings
+from unlearn.retraining.recipes import Recipe
 from unlearn.storage import records
 from unlearn.storage.records import MEANINGS, compare_identity, explain_difference, record_path
 
@@ -89,7 +90,7 @@ def folder(tmp_path, monkeypatch):
         json.dumps([{"synth_image_path": "synth/0.png", "prompt": "a picture"}])
     )
     monkeypatch.chdir(tmp_path)  # not the folder of the scripts
-    monkeypatch.setattr(fisher, "FEWEST_SAMPLES", 60)
+    monkeypatch.setattr(estimation, "FEWEST_SAMPLES", 60)
     return home
 
 
@@ -132,7 +133,7 @@ def test_what_the_doctor_says_of_a_fresh_root_of_ones_own_run_in_its_order_leave
     status, text = examine(folder, capsys)
     assert status == 0 and "all is well" in text and not commands_of(text)
     assert json.loads((folder / "root/sd_fisher.json").read_text())["identity"]["num_samples"] == 60
-    assert not np.load(folder / "results/influence/0/influence.npz")["warnings"].size
+    assert not np.load(folder / "results/influence/0.png/influence.npz")["warnings"].size
 
 
 def refuse(program, argv):
@@ -283,14 +284,14 @@ def test_a_fisher_of_other_training_images_is_refused_as_a_roots_own_and_warned_
         and "Let the step be chosen" not in screen
     )
     for path in (
-        folder / "results/influence/0/influence.npz",
-        folder / "results/baselines/influence/0/influence.npz",
+        folder / "results/influence/0.png/influence.npz",
+        folder / "results/baselines/influence/0.png/influence.npz",
     ):
         assert warnings_of(read_influence(path, "")) == [words]
-    assert words in (folder / "results/influence/0/influence.csv").read_text()
+    assert words in (folder / "results/influence/0.png/influence.csv").read_text()
     run(next(command for command in commands_of(said) if "fisher" in command))
     compute_influence.main([*flags, "--overwrite"])
-    assert warnings_of(read_influence(folder / "results/influence/0/influence.npz", "")) == []
+    assert warnings_of(read_influence(folder / "results/influence/0.png/influence.npz", "")) == []
 
 
 def test_a_fisher_of_some_or_all_images_of_a_root_serves_whichever_are_ranked(folder):
@@ -318,11 +319,11 @@ def test_a_fisher_of_some_or_all_images_of_a_root_serves_whichever_are_ranked(fo
 def test_a_fishers_samples_follow_the_number_of_images_and_are_as_published_on_mscoco(
     num_images, expected, tmp_path
 ):
-    assert fisher.choose_num_samples(tmp_path, num_images) == expected
+    assert estimation.choose_num_samples(tmp_path, num_images) == expected
 
 
 def test_a_fishers_samples_are_as_published_on_abc(root):
-    assert fisher.choose_num_samples(root, 60) == 1_000_000
+    assert estimation.choose_num_samples(root, 60) == 1_000_000
 
 
 def test_a_command_leaves_out_defaults_and_what_was_not_given(root):
@@ -381,7 +382,7 @@ def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root
         "seed": -4,
         "top_k": 0,
     }
-    args, _ = compute_influence.parse_arguments(
+    args = compute_influence.parse_arguments(
         [word for flag, value in given.items() for word in (f"--{flag}", str(value))]
     )
     assert vars(args).keys() - given.keys() == {
@@ -394,7 +395,7 @@ def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root
         "unet",
     }
     words = shlex.split(advice.influence_command(args))
-    again, _ = compute_influence.parse_arguments([*words[2:], "--device", "cpu"])
+    again = compute_influence.parse_arguments([*words[2:], "--device", "cpu"])
     assert vars(again) == vars(args)
 
 
@@ -432,16 +433,13 @@ def all_fields():
     found = {
         field for path in paths for field in fields_of(ast.parse(path.read_text(encoding="utf-8")))
     }
-    anything = type(
-        "Anything", (), {"__getattr__": lambda self, name: "auto" if name == "unlearn_lr" else None}
-    )()
     found |= {
-        *unlearning_settings(anything),
-        *scoring_settings(Namespace(scoring="exact", index="i", shortlist=1, audit=1)),
+        *UnlearnSettings().identity,
+        *ScoreSettings.of_index("exact", 1, 1).identity,
+        *estimation.FisherSettings.__dataclass_fields__,
     }
-    found |= {field.name for method in methods.METHODS.values() for field in fields(method)} | set(
-        recipe_of(anything, 0).__dataclass_fields__
-    )
+    kinds = (*methods.METHODS.values(), Recipe, MeasureSettings)
+    found |= {field.name for kind in kinds for field in fields(kind)}
     committed = [
         *(ROOT / "data").rglob("sd_fisher.json"),
         *(ROOT / "results/evidence").rglob("*.json"),

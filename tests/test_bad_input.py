@@ -22,10 +22,10 @@ from PIL import Image
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError
+from unlearn import UserError, running
 from unlearn.attribution import sweeps
-from unlearn.commands import examination, inputs
-from unlearn.datasets import encoders
+from unlearn.commands import examination, preparation
+from unlearn.datasets import encoders, queries
 from unlearn.models import checks, pipelines
 from unlearn.runtime import programs
 from unlearn.storage.artifacts import whole_file, write_array, write_json, write_tensors
@@ -79,11 +79,11 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded before the mistake was told")
 
     for script, _ in SCRIPTS.values():
-        monkeypatch.setattr(script, "load_model", load_model)
+        monkeypatch.setattr(preparation, "load_model", load_model)
 
 
 @functools.lru_cache(None)
-def encode_once(pipeline, contents, resolution, mirrored, encode=inputs.encode_images):
+def encode_once(pipeline, contents, resolution, mirrored, encode=queries.encode_images):
     """Latents of pictures, by their bytes: most of what a run on the miniature data root costs."""
     return encode(pipeline, [io.BytesIO(content) for content in contents], resolution, mirrored)
 
@@ -97,9 +97,9 @@ def encode_images(pipeline, paths, resolution, mirrored=False, batch_size=20):
 @pytest.fixture
 def with_model(monkeypatch, model):
     """Lends the scripts the model that is loaded already, and the latents that it made already."""
-    monkeypatch.setattr(inputs, "encode_images", encode_images)
+    monkeypatch.setattr(queries, "encode_images", encode_images)
     for script, _ in SCRIPTS.values():
-        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
 
 
 @pytest.fixture(scope="session")
@@ -108,8 +108,8 @@ def cached(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("cached")
     (folder / "tasks.json").write_text(json.dumps(TASKS[:1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_training_loss, "load_model", lambda name, device, unet: model)
-        patch.setattr(inputs, "encode_images", encode_images)
+        patch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        patch.setattr(queries, "encode_images", encode_images)
         compute_training_loss.main(
             [
                 "--task_json",
@@ -812,7 +812,7 @@ def test_a_bad_fisher_is_told_before_the_training_set_is_opened(
 ):
     change, said = FISHER_FAULTS[fault]
     edit_tensors(root / "sd_fisher.pt", change)
-    monkeypatch.setattr(compute_influence, "prepare_training_set", None)
+    monkeypatch.setattr(preparation, "prepare_training_set", None)
     before = files(results)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
     assert all(text in line for text in said), line
@@ -912,7 +912,7 @@ def test_time_samples_that_do_not_divide_the_grid_are_refused(
     script, flag, task_flags, results, with_model, monkeypatch, capsys
 ):
     module, script_flags = SCRIPTS[script]
-    monkeypatch.setattr(module, "prepare_training_set", None)
+    monkeypatch.setattr(preparation, "prepare_training_set", None)
     line = refused(capsys, module.main, [*task_flags, *script_flags, flag, "7"])
     assert "time_samples 7: must divide the model's 1000 training timesteps" in line
 
@@ -929,7 +929,7 @@ def test_missing_losses_are_told_with_a_command_that_makes_them(
     command = shlex.split(line.partition("make them: ")[2])[2:]
     compute_training_loss.main(command)  # the very flags: no other losses would be accepted
     compute_influence.main(argv)
-    assert (tmp_path / "results/influence/tiny/gpt/blob/samples/00000/influence.json").exists()
+    assert (tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png/influence.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -943,7 +943,7 @@ def test_missing_losses_are_told_with_a_command_that_makes_them(
 def test_losses_made_with_other_settings_are_refused_before_unlearning(
     given, field, task_flags, results, with_model, monkeypatch, capsys
 ):
-    monkeypatch.setattr(compute_influence, "unlearn_queries", None)
+    monkeypatch.setattr(running, "unlearn_queries", None)
     before = files(results)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS, *given])
     assert field in line and "python compute_training_loss.py" in line
@@ -958,7 +958,7 @@ def test_losses_of_the_last_model_are_checked_before_the_first_query(
     shutil.copytree(results / "orig_loss/tiny/blob", results / "orig_loss/tiny/other")
     record = results / "orig_loss/tiny/other/laion_loss.json"
     record.write_text(record.read_text().replace('"noise_seed": 0', '"noise_seed": 9'))
-    monkeypatch.setattr(compute_influence, "unlearn_queries", None)
+    monkeypatch.setattr(running, "unlearn_queries", None)
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
     assert "other/laion_loss.npy: made with other settings: noise_seed is 9, expected 0" in line
     assert not (results / "influence").exists()
@@ -973,7 +973,7 @@ def test_losses_whose_bytes_were_changed_are_refused(task_flags, results, with_m
 def test_results_of_another_program_are_refused_before_a_model_is_loaded(
     task_flags, results, no_model, capsys
 ):
-    stranger = results / "influence/tiny/gpt/blob/samples/00000/laion_loss.npy"
+    stranger = results / "influence/tiny/gpt/blob/samples/00000.png/laion_loss.npy"
     stranger.parent.mkdir(parents=True)
     np.save(stranger, np.zeros(6, np.float32))
     line = refused(capsys, compute_influence.main, [*task_flags, *INFLUENCE_FLAGS])
@@ -998,7 +998,7 @@ def test_a_full_memory_names_the_flag_that_helps(
     def prepare_training_set(*arguments):
         raise error
 
-    monkeypatch.setattr(compute_training_loss, "prepare_training_set", prepare_training_set)
+    monkeypatch.setattr(preparation, "prepare_training_set", prepare_training_set)
     assert "out of memory: run the same command with a smaller --batch_size" in refused(
         capsys, compute_training_loss.main, task_flags
     )
@@ -1013,7 +1013,7 @@ def test_a_disk_that_fails_anywhere_ends_with_one_line_that_names_the_file(
     def prepare_training_set(*arguments):
         raise OSError(number, os.strerror(number), "/scratch/results/a")
 
-    monkeypatch.setattr(compute_training_loss, "prepare_training_set", prepare_training_set)
+    monkeypatch.setattr(preparation, "prepare_training_set", prepare_training_set)
     assert f"/scratch/results/a: {os.strerror(number)}; see to the disk" in refused(
         capsys, compute_training_loss.main, task_flags
     )
@@ -1081,7 +1081,7 @@ def test_an_interrupt_ends_with_one_line_and_no_traceback(task_flags, monkeypatc
     def load_model(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compute_training_loss, "load_model", load_model)
+    monkeypatch.setattr(preparation, "load_model", load_model)
     with pytest.raises(SystemExit) as end:
         programs.run(compute_training_loss.main, task_flags)
     assert end.value.code == 130
@@ -1171,7 +1171,7 @@ def test_a_damaged_pipeline_is_refused_not_made_up(
     folder = shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path / "pipeline")
     edit(folder)
     for module in compute_training_loss, compute_influence:
-        monkeypatch.setattr(module, "load_model", pipelines.load_model)
+        monkeypatch.setattr(preparation, "load_model", pipelines.load_model)
     with pytest.raises(SystemExit) as end:
         programs.run(compute_training_loss.main, [*task_flags, "--sd_version", str(folder)])
     line = capsys.readouterr().err.splitlines()[-1]  # the libraries may have warned above it

@@ -3,7 +3,6 @@ alone is ranked."""
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, encode_images, files, no
 
 import compute_influence
 import compute_training_loss
-from unlearn.commands import evaluate, inputs
+from unlearn.commands import evaluate, preparation
+from unlearn.datasets import queries
 from unlearn.datasets.encoders import encode_prompts
 from unlearn.datasets.tasks import load_tasks
 from unlearn.evaluation import rankings
@@ -33,15 +33,15 @@ PLAIN = {
     "prompt": BASE["prompt"],
     "train_prompt": "a blob",
 }  # of a customized model, without its token
-FOLDER = "influence/tiny/gpt/blob/samples/00000"
+FOLDER = "influence/tiny/gpt/blob/samples/00000.png"
 
 
 @pytest.fixture
 def lent(monkeypatch, model):
     """Lends the scripts the model that is loaded already, and the latents that it made already."""
-    monkeypatch.setattr(inputs, "encode_images", encode_images)
+    monkeypatch.setattr(queries, "encode_images", encode_images)
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
 
 
 @pytest.fixture
@@ -112,12 +112,8 @@ def write_stored(model, root, dtype=np.float32):
 def encode_query(model, root, task, compat=None):
     """The query of one task, as compute_influence.py takes it."""
     (root / "tasks.json").write_text(json.dumps([task]))
-    return inputs.encode_query(
-        model,
-        load_tasks(root / "tasks.json", root)[0],
-        SimpleNamespace(dataroot=str(root), compat=compat),
-        {"name": "abc", "resolution": 512},
-    )
+    task = load_tasks(root / "tasks.json", root)[0]
+    return queries.encode_query(model, task, str(root), unscaled=compat is not None)
 
 
 def read_result(folder, name="influence"):
@@ -200,7 +196,7 @@ def test_neither_the_order_of_tasks_nor_customized_models_beside_them_change_a_r
         ), name
     for name in (
         "orig_loss/tiny/blob/exemplar_loss.npy",
-        "influence/tiny/gpt/blob/samples/00001/influence.npz",
+        "influence/tiny/gpt/blob/samples/00001.png/influence.npz",
     ):
         assert (first / name).read_bytes() == (last / name).read_bytes(), name
 

@@ -1,5 +1,6 @@
 """The embedded emoji world is whole, and the two scripts find the exemplars of its demo."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -97,9 +98,7 @@ def test_the_two_scripts_rank_the_exemplars_of_the_demo_far_above_chance(
     folder = (
         tmp_path
         / "influence"
-        / Path(json.loads(Path(DEMO).read_text())[0]["synth_image_path"])
-        .with_suffix("")
-        .relative_to("synth")
+        / Path(json.loads(Path(DEMO).read_text())[0]["synth_image_path"]).relative_to("synth")
     )
     with np.load(folder / "influence.npz") as result:
         is_exemplar, rank = result["is_exemplar"], result["rank"]
@@ -126,3 +125,13 @@ def test_the_fisher_of_the_world_says_that_it_is_of_its_pipeline(small_world):
         record["weights"]
         == json.loads((small_world / "own.json").read_text())["identity"]["weights"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (REPOSITORY / "data/emoji_builder").glob("[a-z]*.py"))
+)
+def test_every_part_of_the_builder_can_be_imported(name, monkeypatch):
+    """It is run once in years, and nothing else would notice that what it imports has moved."""
+    pytest.importorskip("fontTools")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "data"))
+    importlib.import_module(f"emoji_builder.{name}")

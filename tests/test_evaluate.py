@@ -27,18 +27,19 @@ from unlearn.baselines.similarity import (
     score_queries,
     word_scores,
 )
-from unlearn.commands.evaluate import group_queries, kind_of, main, measure, measure_words
+from unlearn.commands.evaluate import main, measure, measure_words
 from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.datasets.tasks import Task
 from unlearn.datasets.training_sets import open_training_set
 from unlearn.evaluation import metrics
+from unlearn.evaluation.exemplars import group_queries, kind_of
 from unlearn.models.pipelines import load_model
 from unlearn.report.results import median_change
 from unlearn.storage.records import write_record
 
 FIXTURE = Path(__file__).parent / "parity/fixture"
 NUM_EXEMPLARS, NUM_TRAINING = 5, 60
-RESULTS = ("tiny/gpt/blob/samples/00000", "tiny/gpt/blob/samples/00001")
+RESULTS = ("tiny/gpt/blob/samples/00000.png", "tiny/gpt/blob/samples/00001.png")
 
 
 def make_task(test_case="test_tiny", train_prompt="<new1> blob"):
@@ -403,7 +404,7 @@ def test_that_queries_were_hardly_unlearned_or_too_much_is_repeated_in_one_line(
     main(arguments)
     said = [line for line in capsys.readouterr().out.splitlines() if "Warning" in line]
     assert said == [
-        f"Warning: 1 of 2 queries may mean little, first synth/{RESULTS[1]}.png: the weights "
+        f"Warning: 1 of 2 queries may mean little, first synth/{RESULTS[1]}: the weights "
         f"moved by 0.01 %, less "
         "than 0.5 %: scores may be noise; the query's own loss did not rise (0.1758 to 0.1758): "
         "it was not unlearned."
@@ -429,7 +430,7 @@ def test_a_missing_influence_file_names_the_command_and_nothing_is_written(argum
     path.unlink()
     with pytest.raises(
         UserError,
-        match=r"00001/influence.npz: no such file; make it: python compute_influence.py "
+        match=r"00001.png/influence.npz: no such file; make it: python compute_influence.py "
         r"--task_json ",
     ):
         main(arguments)
@@ -455,7 +456,7 @@ def test_queries_ranked_over_different_numbers_of_images_are_refused(arguments, 
     save_influence(tmp_path, RESULTS[1], influence_with_ranks([1, 2, 3, 4, 5], 40), 40)
     with pytest.raises(
         UserError,
-        match=r"00001/influence.npz: ranks 40 training images, .*00000/influence.npz has 60",
+        match=r"00001.png/influence.npz: ranks 40 training images, .*00000.png/influence.npz has 60",
     ):
         main(arguments)
 

@@ -11,7 +11,9 @@ import compute_training_loss
 from unlearn.attribution.influence import rank_images
 from unlearn.models.generation import generate_latents, initial_noise
 from unlearn.models.pipelines import load_model
-from unlearn.retraining.training import Recipe, random_members, train
+from unlearn.retraining.batches import random_members
+from unlearn.retraining.recipes import Recipe
+from unlearn.retraining.training import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +27,9 @@ def attribute(flags, results, device):
     flags = [*flags, "--result_dir", str(results / device), "--device", device]
     compute_training_loss.main(flags)
     compute_influence.main([*flags, *UNLEARNING])
-    with np.load(results / device / "influence/tiny/gpt/blob/samples/00000/influence.npz") as file:
+    with np.load(
+        results / device / "influence/tiny/gpt/blob/samples/00000.png/influence.npz"
+    ) as file:
         return np.load(results / device / "orig_loss/tiny/blob/laion_loss.npy"), file["influence"]
 
 
@@ -129,7 +133,7 @@ def test_derivatives_on_cuda_rank_as_on_the_cpu_and_bfloat16_nearly_so(flags, tm
                 "0.1",
             ]
         )
-        with np.load(results / "influence/tiny/gpt/blob/samples/00000/influence.npz") as file:
+        with np.load(results / "influence/tiny/gpt/blob/samples/00000.png/influence.npz") as file:
             influences.append(np.argsort(rank_images(file["influence"])))
     assert (
         np.corrcoef(influences[0], influences[1])[0, 1] > 0.999

@@ -20,13 +20,20 @@ from test_bad_input import INFLUENCE_FLAGS, LOSS_FLAGS, TASKS, encode_images, fi
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError, advice
-from unlearn.commands import inputs
-from unlearn.commands.inputs import encode_training_set, find_fisher, prepare_training_set, resolve
-from unlearn.datasets import encoding
+from unlearn import UserError
+from unlearn.commands import advice, preparation
+from unlearn.commands.flags import resolve
+from unlearn.commands.inputs import find_fisher, prepare_training_set
+from unlearn.datasets import encoding, queries
 from unlearn.datasets.encoders import load_image, transform_image
+from unlearn.datasets.encoding import encode_training_set
 from unlearn.datasets.settings import ABC_TEST_CASES, OWN_ROOT, is_published_root, read_settings
-from unlearn.datasets.tasks import load_tasks
+from unlearn.datasets.tasks import (
+    find_named_result,
+    find_result,
+    load_tasks,
+    tell_older_results,
+)
 from unlearn.datasets.training_sets import open_training_set
 from unlearn.storage.records import record_path
 
@@ -35,7 +42,7 @@ def parse(script, root, *given):
     """A script's resolved arguments on a data root."""
     return script.parse_arguments(
         ["--task_json", "tasks.json", "--dataroot", str(root), "--device", "cpu", *given]
-    )[0]
+    )
 
 
 def write_settings(root, **settings):
@@ -248,9 +255,9 @@ def test_a_command_without_precision_device_or_batch_flags_can_resolve_and_open_
     root, model
 ):
     args = argparse.Namespace(dataroot=str(root))
-    settings = resolve(args)
+    resolve(args)
     assert args.device.type in ("cpu", "cuda")
-    assert len(prepare_training_set(model, args, settings)) == 60
+    assert len(prepare_training_set(model, args)) == 60
 
 
 def test_seeds_may_be_negative_and_steps_and_top_k_zero(root):
@@ -308,8 +315,8 @@ def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
 def lent(monkeypatch, model):
     """Lends the scripts a model that is loaded already."""
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
-    monkeypatch.setattr(inputs, "encode_images", encode_images)
+        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(queries, "encode_images", encode_images)
 
 
 @pytest.fixture
@@ -359,7 +366,7 @@ def test_a_dry_run_prints_every_resolved_flag_and_the_costs_and_writes_nothing(
 def test_a_dry_run_encodes_nothing(one_task, root, tmp_path, lent, monkeypatch, capsys):
     for name in "laion_latents.npy", "laion_text_embeddings.npy":
         (root / name).unlink()
-    monkeypatch.setattr(inputs, "encode_images", None)
+    monkeypatch.setattr(queries, "encode_images", None)
     monkeypatch.setattr(encoding, "encode_images", None)
     before = files(root)
     compute_training_loss.main([*one_task, *LOSS_FLAGS[2:], "--dry_run"])
@@ -379,7 +386,7 @@ def test_a_top_k_above_the_number_of_candidates_shows_them_all(
     )  # its latents are there: no reason to lose the result
     with caplog.at_level(logging.WARNING, "unlearn"):
         compute_influence.main([*one_task, *INFLUENCE_FLAGS, "--top_k", "1000"])
-    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png"
     num_exemplars = len(np.load(tmp_path / "results/orig_loss/tiny/blob/exemplar_loss.npy")) // 2
     assert len((folder / "influence.csv").read_text().splitlines()) == 1 + num_exemplars + 3
     with Image.open(folder / "visualization.jpg") as picture:
@@ -557,3 +564,23 @@ def test_a_pipeline_that_is_a_link_to_nowhere_is_named_and_not_sought_on_the_hub
         "in its place",
     ):
         read_settings(tmp_path)
+
+
+def test_results_stand_in_the_published_folder_and_older_ones_are_used_and_said(
+    root, tmp_path, caplog
+):
+    """Published: influence/<synth path less synth/>/, the picture's suffix kept."""
+    tasks = load_tasks(PARITY / "fixture/tasks.json", root)
+    assert tasks[0].result_name == "tiny/gpt/blob/samples/00000.png"
+    folder = tmp_path / "influence"
+    assert find_result(folder, tasks[0]) == folder / tasks[0].result_name
+    older = folder / "tiny/gpt/blob/samples/00000"
+    older.mkdir(parents=True)
+    assert find_result(folder, tasks[0]) == find_named_result(folder, tasks[0].query_name) == older
+    with caplog.at_level("INFO", "unlearn"):
+        tell_older_results(folder, tasks)
+    [line] = caplog.messages
+    assert "1 of 2 queries have results in folders of an older name" in line and str(older) in line
+    (folder / tasks[0].result_name).mkdir()
+    new = folder / tasks[0].result_name
+    assert find_result(folder, tasks[0]) == find_named_result(folder, tasks[0].query_name) == new

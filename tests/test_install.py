@@ -63,6 +63,12 @@ def run(installed, *words):
 def test_a_wheel_holds_both_scripts_every_package_and_the_command(installed):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "unlearn").rglob("*.py")}
     assert modules <= {path.relative_to(installed).as_posix() for path in installed.rglob("*.py")}
+    parts = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "unlearn/report").iterdir()
+        if path.suffix in (".html", ".css", ".js")
+    }
+    assert len(parts) == 5 and all((installed / part).is_file() for part in parts)
     assert (installed / "compute_influence.py").is_file() and (
         installed / "compute_training_loss.py"
     ).is_file()
@@ -80,7 +86,7 @@ def test_an_installed_script_is_found_by_the_commands_that_messages_print(instal
     said = run(
         installed,
         "-c",
-        "from unlearn import advice; print(advice.find_program('compute_influence.py')[0]); "
+        "from unlearn.commands import advice; print(advice.find_program('compute_influence.py')[0]); "
         "print(advice.__file__)",
     )
     program, module = said.stdout.split()

@@ -11,9 +11,12 @@ from conftest import PARITY
 
 import compute_training_loss
 from unlearn import UserError, noise
-from unlearn.attribution import losses, sweeps
-from unlearn.attribution.losses import chunk_noise, loss_identity, score_rows
-from unlearn.attribution.sweeps import Sweep, cache_losses
+from unlearn.attribution import draws, sweeps
+from unlearn.attribution.caches import cache_losses
+from unlearn.attribution.draws import ImageNoise, chunk_noise
+from unlearn.attribution.losses import score_rows
+from unlearn.attribution.settings import LossSettings
+from unlearn.attribution.sweeps import Sweep
 from unlearn.models.pipelines import Model, load_model
 
 GRID = [0, 250, 500, 750]
@@ -82,7 +85,7 @@ def test_an_image_has_the_same_loss_in_another_order(model, dozen, reference, tm
 def test_chunking_changes_losses_by_less_than_1e_6(
     model, dozen, reference, tmp_path, monkeypatch, chunk_images
 ):
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (chunk_images,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (chunk_images,))
     sweep = Sweep(dozen, GRID, 20)
     assert len(sweep.chunks) == -(-12 // chunk_images)
     np.testing.assert_allclose(sweep.run(model, tmp_path, ""), reference, rtol=1e-6)
@@ -90,14 +93,14 @@ def test_chunking_changes_losses_by_less_than_1e_6(
 
 def test_chunks_hold_every_row_once():
     for num_images in 1, 63, 64, 65, 200:
-        rows = np.concatenate(list(losses.chunk_rows(num_images, 2)))
+        rows = np.concatenate(list(draws.chunk_rows(num_images, 2)))
         np.testing.assert_array_equal(np.sort(rows), np.arange(2 * num_images))
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_bits_and_scores_no_chunk_again(
     model, dozen, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (3,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (3,))
     expected, scored, stop = Sweep(dozen, GRID, 7).run(model, made(tmp_path / "whole"), ""), [], [2]
 
     def count_rows(model, images, rows, *rest):
@@ -118,7 +121,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits_and_scores_no_chunk_again
 
 
 def test_two_processes_halves_of_the_chunks_make_the_same_bits(model, dozen, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (3,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (3,))
     expected = Sweep(dozen, GRID, 7).run(model, made(tmp_path / "one"), "")
     for half in 0, 1:
         sweep, folder = Sweep(dozen, GRID, 7), tmp_path / f"half{half}"
@@ -221,8 +224,9 @@ def test_values_that_are_not_finite_are_refused_naming_the_images(model, dozen, 
 
 
 def cached(model, images, path, overwrite=False, grid=GRID, noise_seed=0):
-    identity = loss_identity(model, images, grid, noise_seed, "fp32")
-    return cache_losses(Sweep(images, grid, 20, noise_seed), model, path, identity, overwrite)
+    settings = LossSettings(grid, ImageNoise(noise_seed))
+    sweep = Sweep(images, grid, 20, settings.noise)
+    return cache_losses(sweep, model, path, settings.identity(model, images), overwrite)
 
 
 def test_a_cache_of_the_same_identity_is_kept(model, dozen, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from unlearn.runtime.programs import run
 from unlearn.storage.reading import read_array, read_json
 
 SCRIPT = Path(__file__).parent.parent / "data/download_mscoco.sh"
-INFLUENCE = "influence/sample/0/influence.npz"
+INFLUENCE = "influence/sample/0.png/influence.npz"
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,17 @@ from PIL import Image
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.attribution import newton
+from unlearn.attribution import estimation, newton
 from unlearn.attribution.curvature import (
     DiagonalFisher,
     check_fisher,
     per_sample_gradients,
     squared_gradient_sums,
 )
+from unlearn.attribution.draws import PublishedDraws, QueryDraws
 from unlearn.attribution.influence import find_warnings
 from unlearn.attribution.losses import sample_losses
-from unlearn.attribution.newton import (
-    CompatDraws,
-    QueryDraws,
-    newton_step,
-    relative_change,
-    unlearn,
-)
+from unlearn.attribution.newton import newton_step, relative_change
 from unlearn.commands import fisher as fisher_command
 from unlearn.models.customization import customized
 from unlearn.models.pipelines import (
@@ -170,7 +165,7 @@ def double_model():
 @pytest.fixture(scope="module")
 def samples(training_set):
     """Five samples as the Fisher draws them, in float64."""
-    drawn = fisher_command.draw_samples(training_set, [0, 1, 2, 3, 4], 1000, seed=0)
+    drawn = estimation.draw_samples(training_set, [0, 1, 2, 3, 4], 1000, seed=0)
     return [tensor.double() if tensor.is_floating_point() else tensor for tensor in drawn]
 
 
@@ -248,7 +243,7 @@ def made_fisher(tmp_path_factory):
 def test_the_fisher_is_the_mean_of_the_squared_gradient_of_each_sample(
     double_model, training_set, made_fisher
 ):
-    drawn = fisher_command.draw_samples(training_set, list(range(30)), 1000, seed=0)
+    drawn = estimation.draw_samples(training_set, list(range(30)), 1000, seed=0)
     parameters = choose(double_model, "cross-attn-kv")
     assert len(parameters) == KV and made_fisher.keys() == parameters.keys()
     expected = {name: torch.zeros_like(value) for name, value in parameters.items()}
@@ -319,6 +314,24 @@ def query(model, training_set):
 
 
 SETTINGS = {"rate": 0.5, "steps": 5, "draws_a_step": 6, "pass_size": 4}
+
+
+def unlearn(
+    model,
+    parameters,
+    latent,
+    embedding,
+    draws,
+    fisher,
+    *,
+    pass_size,
+    checkpoint_path=None,
+    identity=None,
+    **settings,
+):
+    gradient = newton.QueryGradient(model, parameters, latent, embedding, draws, pass_size)
+    checkpoint = newton.checkpoint_of(checkpoint_path, identity) if checkpoint_path else None
+    return newton.unlearn(gradient, fisher, checkpoint=checkpoint, **settings)
 
 
 @contextmanager
@@ -593,13 +606,13 @@ def test_the_published_programs_batches_are_drawn_in_order_and_whole(model, quer
     cut."""
     parameters, latent, embedding, _, _ = query
     gradient = newton.QueryGradient(
-        model, parameters, latent, embedding, CompatDraws(0, 1000, "cpu"), 100
+        model, parameters, latent, embedding, PublishedDraws(0, 1000, "cpu"), 100
     )
     computed = []
     gradient.differentiate = lambda *samples: computed.append(samples) or {}
     with threads(2):
         gradient.add(gradient.zeros(), 0, 300)
-    generator = CompatDraws(0, 1000, "cpu")
+    generator = PublishedDraws(0, 1000, "cpu")
     for found in computed:
         assert all(map(torch.equal, found, generator.draw(None, 100, latent.shape, "cpu")))
     assert len(computed) == 3
@@ -713,7 +726,7 @@ def unlearned(flags, tmp_path):
                 *more,
             ]
         )
-        folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+        folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png"
         return np.load(folder / "influence.npz"), read_tensors(folder / "weight_change.safetensors")
 
     return run
@@ -761,8 +774,8 @@ def test_a_step_too_small_or_too_large_and_a_query_that_was_not_unlearned_are_wa
 def test_a_warning_stands_wherever_the_result_does(unlearned, tmp_path, capsys, rate, words):
     steps = {"1e9": "2"}.get(rate, "1")  # the first one alone may lower the query's own loss
     influence, _ = unlearned("--unlearn_lr", rate, "--unlearn_steps", steps)
-    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
-    rows = list(csv.DictReader((folder / "influence.csv").open()))
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png"
+    rows = list(csv.DictReader((folder / "influence.csv").open(encoding="utf-8-sig")))
     record = json.loads((folder / "influence.json").read_text())["circumstances"]["warnings"]
     screen = capsys.readouterr().out
     assert influence["warnings"].tolist() == record
@@ -798,7 +811,9 @@ def test_a_folder_of_ones_own_pictures_gets_a_ranking_without_a_flag(root, tmp_p
     ]
     compute_training_loss.main(flags)
     compute_influence.main(flags)
-    influence = np.load(tmp_path / "results/influence/tiny/gpt/blob/samples/00000/influence.npz")
+    influence = np.load(
+        tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png/influence.npz"
+    )
     assert (
         influence["relative_weight_change"] == pytest.approx(0.04, rel=1e-3)
         and not influence["warnings"].size
@@ -819,7 +834,7 @@ def test_the_step_that_was_chosen_is_written_wherever_the_result_is(unlearned, t
     auto = ["--unlearn_lr", "auto", "--unlearn_steps", "1", "--num_train", "60"]
     influence, change = unlearned(*auto)
     assert influence["relative_weight_change"] == pytest.approx(0.04, rel=1e-4)
-    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000"
+    folder = tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png"
     made, shown = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("weight_change", "influence")
     )
@@ -851,7 +866,7 @@ def test_the_step_that_was_chosen_is_written_wherever_the_result_is(unlearned, t
 
 def test_a_weight_change_of_the_former_draws_is_refused(unlearned, tmp_path):
     unlearned("--unlearn_steps", "1")
-    path = tmp_path / "results/influence/tiny/gpt/blob/samples/00000/weight_change.json"
+    path = tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png/weight_change.json"
     record = json.loads(path.read_text())
     assert record["identity"].pop("draws") == "stratified-antithetic"
     path.write_text(json.dumps(record))

@@ -15,7 +15,7 @@ from unlearn import UserError
 from unlearn.attribution.influence import best_view
 
 EXPECTED = PARITY / "expected"
-QUERIES = ["00000", "00001"]
+QUERIES = ["00000.png", "00001.png"]
 COMPAT = ["--compat", "abu", "--laion_subset_size", "60", "--vae_batch_size", "4"]
 LOSS = [*COMPAT, "--batch_size", "40", "--time_samples", "10"]
 INFLUENCE = [

@@ -12,15 +12,17 @@ from diffusers.models.attention import FeedForward
 
 import compute_influence
 import compute_training_loss
-from unlearn import UserError
-from unlearn.attribution import losses, sweeps
+from unlearn import UserError, running
+from unlearn.attribution import draws, sweeps
+from unlearn.attribution.caches import cache_columns
 from unlearn.attribution.losses import changed_losses, loss_sums
-from unlearn.attribution.sweeps import Sweep, cache_columns, chunk_folder
+from unlearn.attribution.sweeps import Sweep
 from unlearn.models import passes
 from unlearn.models.passes import BlockedFeedForward, modules_before_text, sharing_prefix
 from unlearn.models.pipelines import changed_weights, select_parameters
-from unlearn.storage.hashes import hash_file
+from unlearn.storage.hashes import digest, hash_file
 from unlearn.storage.leases import create_claim
+from unlearn.storage.sharing import parts_folder
 
 GRID = [0, 250, 500, 750]
 
@@ -127,7 +129,7 @@ def test_a_feed_forward_layer_in_blocks_gives_what_diffusers_does(monkeypatch):
 def queries(model, training_set, changes, tmp_path, monkeypatch):
     """(paths, cache) of the losses under three changes, where cache(number, later) makes one file,
     and chunks of those later: three."""
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (20,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (20,))
     paths = [folder_of(tmp_path, number) / "laion_loss.npy" for number in range(3)]
 
     def cache(number, later=()):
@@ -138,7 +140,7 @@ def queries(model, training_set, changes, tmp_path, monkeypatch):
                 [paths[number]],
                 [{"query": number}],
                 measure_of([number]),
-                companions=[(paths[other], {"query": other}) for other in later],
+                later=[(paths[other], {"query": other}) for other in later],
                 measure_with=lambda numbers: measure_of(
                     [number, *(later[place] for place in numbers)]
                 ),
@@ -213,7 +215,7 @@ def test_nothing_comes_along_for_what_is_complete_or_is_not_ours(queries):
 
 def test_what_another_process_is_at_does_not_come_along(queries, monkeypatch):
     paths, cache = queries
-    folder = chunk_folder([paths[1]], [{"query": 1}])
+    folder = parts_folder(paths[1], digest([{"query": 1}]))
     folder.mkdir()
     claim = folder / "000000-of-000003.claim"
     assert create_claim(claim)  # this process is alive, and holds it
@@ -249,7 +251,7 @@ def test_exact_scores_of_two_queries_together_are_those_of_each_alone(flags, tmp
     compute_training_loss.main([*flags, "--laion_subset_size", "20", "--time_samples", "2"])
     found = []
     for together in 1, 5:
-        monkeypatch.setattr(compute_influence, "TOGETHER", together)
+        monkeypatch.setattr(running, "TOGETHER", together)
         shutil.rmtree(tmp_path / "results/influence", ignore_errors=True)
         compute_influence.main([*flags, *more])
         found.append(

@@ -15,24 +15,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY
+from conftest import PARITY, resolved
 from PIL import Image, ImageOps, PngImagePlugin
 from test_house_rules import TREES, dotted
 
 from unlearn import UserError
-from unlearn.commands import encode, examination, inputs
+from unlearn.commands import encode, examination
 from unlearn.commands.baselines import list_readings
-from unlearn.commands.inputs import (
-    check_pictures,
-    encode_exemplars,
-    encode_query,
-    examine_pictures,
-    prepare_training_set,
-    resolve,
-)
-from unlearn.datasets import encoding, pictures
+from unlearn.commands.inputs import check_pictures, prepare_training_set
+from unlearn.datasets import encoding, pictures, queries
 from unlearn.datasets.encoding import encode_training_set
 from unlearn.datasets.pictures import hash_picture, is_cropped, list_notes, load_image, read_picture
+from unlearn.datasets.preparation import examine_pictures
+from unlearn.datasets.queries import encode_exemplars, encode_query
 from unlearn.datasets.settings import read_settings
 from unlearn.datasets.tasks import load_tasks
 from unlearn.datasets.training_sets import read_identity
@@ -429,7 +424,7 @@ def fake_latents(pipeline, paths, resolution, mirrored=False, batch_size=20):
 @pytest.fixture
 def quick(monkeypatch):
     """Encodes no picture."""
-    for module in encoding, inputs:
+    for module in encoding, queries:
         monkeypatch.setattr(module, "encode_images", fake_latents)
 
 
@@ -458,13 +453,11 @@ def test_a_training_image_that_is_turned_is_encoded_anew_and_ordinary_ones_are_n
 
 def test_queries_exemplars_and_measures_of_turned_pictures_get_another_identity(root, model, quick):
     task = load_tasks(PARITY / "fixture/tasks.json", root)[0]
-    args = SimpleNamespace(dataroot=str(root), vae_batch_size=20)
-    settings = read_settings(root)
 
     def identities():
         return [
-            encode_query(model, task, args, settings).identity,
-            encode_exemplars(model, task, args, settings).identity,
+            encode_query(model, task, root).identity,
+            encode_exemplars(model, task, root, 20).identity,
             query_digests([task], root),
             list_readings(
                 root,
@@ -572,7 +565,7 @@ def test_a_third_is_where_a_crop_is_told(size, expected):
 
 def test_a_folder_of_ones_own_takes_the_resolution_that_its_model_was_trained_on(own, emoji, quick):
     args = SimpleNamespace(dataroot=str(own), sd_version=None, device="cpu")
-    assert prepare_training_set(emoji, args, resolve(args)).latents.shape == (2, 8, 4, 8, 8)
+    assert prepare_training_set(emoji, resolved(args)).latents.shape == (2, 8, 4, 8, 8)
     assert read_identity(own / "laion_latents.npy")["resolution"] == 32
 
 
@@ -637,7 +630,7 @@ def test_another_resolution_than_the_models_own_is_told_by_encode_scripts_and_do
     with caplog.at_level("INFO", "unlearn"):
         encode.main(["--dataroot", str(own), "--device", "cpu", "--dry_run"])
         args = SimpleNamespace(dataroot=str(own), sd_version=None, device="cpu", dry_run=True)
-        prepare_training_set(emoji, args, resolve(args))
+        prepare_training_set(emoji, resolved(args))
     assert [line for line in caplog.messages if " -> " not in line] == [text] * 2 * told, (
         "once in each of the two runs"
     )

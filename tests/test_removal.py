@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from unlearn.evaluation import removal
-from unlearn.evaluation.removal import (
+from unlearn.evaluation import equivalents
+from unlearn.evaluation.equivalents import (
     equivalent_rows,
     random_changes,
     random_deviations,
@@ -53,7 +53,7 @@ def test_the_interval_of_an_equivalent_number_holds_the_true_one(
 ):
     """Over 80 worlds; without the models' deviations, or without the widening of few queries, it
     held in 60 to 86 %."""
-    monkeypatch.setattr(removal, "EQUIVALENT_DRAWS", 200)
+    monkeypatch.setattr(equivalents, "EQUIVALENT_DRAWS", 200)
     true = np.interp(0.035, (0, *MEANS), (0, *COUNTS))
     generator = np.random.default_rng(0)
     held = []

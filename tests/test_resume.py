@@ -77,7 +77,9 @@ def test_a_weight_change_killed_before_its_record_was_written_is_made_again(flag
         "1",
     ]
     compute_influence.main(influence)
-    change = tmp_path / "results/influence/tiny/gpt/blob/samples/00000/weight_change.safetensors"
+    change = (
+        tmp_path / "results/influence/tiny/gpt/blob/samples/00000.png/weight_change.safetensors"
+    )
     expected = change.read_bytes()
     change.with_suffix(".json").unlink()
     compute_influence.main(influence)

@@ -4,7 +4,6 @@ told."""
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.attribution import losses, shortlist, sweeps
+from unlearn.attribution import draws, losses, shortlist, sweeps
 from unlearn.attribution.compression import BYTES_A_VIEW, fit, multiply, pack, row_type
 from unlearn.attribution.derivatives import (
     gradient_dots,
@@ -26,6 +25,7 @@ from unlearn.attribution.scoring import audit_seed
 from unlearn.attribution.shortlist import choose_images, estimate_recall, split_outsiders
 from unlearn.attribution.sweeps import Sweep
 from unlearn.commands import index as index_command
+from unlearn.commands import preparation
 from unlearn.models.pipelines import changed_weights, select_parameters
 from unlearn.report.results import describe_recall
 from unlearn.storage.artifacts import write_bytes
@@ -335,13 +335,13 @@ def test_an_audit_takes_more_near_the_cut_and_as_many_as_asked(count, num_audite
 
 
 def test_each_query_audits_images_of_its_own():
-    estimates, args = np.arange(1000.0), SimpleNamespace(seed=0)
+    estimates = np.arange(1000.0)
     audits = [
-        choose_images(estimates, 100, 50, audit_seed(args, query))[1].tolist()
+        choose_images(estimates, 100, 50, audit_seed(0, query))[1].tolist()
         for query in ("one", "two", "one")
     ]
     assert audits[0] == audits[2] != audits[1]
-    assert audit_seed(SimpleNamespace(seed=1), "one") != audit_seed(args, "one")
+    assert audit_seed(1, "one") != audit_seed(0, "one")
 
 
 def test_a_shortlist_of_everything_misses_nothing_and_a_small_audit_tells_nothing():
@@ -440,7 +440,7 @@ def stopped_after(count, monkeypatch):
 
 def test_gradient_scoring_that_was_killed_goes_on_to_the_same_bits(prepared, monkeypatch):
     flags, results = prepared
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (7,))
     expected = rerun(flags, results, "--scoring", "gradient")
     shutil.rmtree(results / "influence")
     with stopped_after(5, monkeypatch), pytest.raises(KeyboardInterrupt):
@@ -497,7 +497,7 @@ def test_a_shortlist_is_scored_exactly_and_the_others_are_estimated(prepared, tm
 
 
 def test_an_index_that_was_killed_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses.chunk_rows, "__defaults__", (7,))
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (7,))
     build(flags, tmp_path / "whole")
     with stopped_after(3, monkeypatch), pytest.raises(KeyboardInterrupt):
         build(flags, tmp_path / "parts")
@@ -549,7 +549,7 @@ def refused(capsys, argv):
 def test_ways_of_scoring_that_do_not_go_together_are_refused_before_a_model_is_loaded(
     flags, capsys, monkeypatch, given, expected
 ):
-    monkeypatch.setattr(compute_influence, "load_model", None)
+    monkeypatch.setattr(preparation, "load_model", None)
     assert refused(capsys, [*flags, *FLAGS, *given]).startswith(expected)
 
 

@@ -43,7 +43,7 @@ INFLUENCE = [
     "2",
 ]
 QUERIES = [
-    f"influence/tiny/gpt/blob/samples/{number:05d}" for number in range(2)
+    f"influence/tiny/gpt/blob/samples/{number:05d}.png" for number in range(2)
 ]  # their folders of results
 SMALL = ["--mem=2G", "--cpus-per-task=1"]  # of sbatch
 APART = ["--exclude=n3,n4"]  # two nodes are kept for the story of a node that is lost

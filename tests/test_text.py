@@ -25,14 +25,16 @@ from transformers import PreTrainedTokenizerFast
 import compute_influence
 import compute_training_loss
 from unlearn import UserError
-from unlearn.commands import doctor, encode, generate, inputs
-from unlearn.datasets.captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images, read_lines
+from unlearn.commands import doctor, encode, generate, preparation
+from unlearn.datasets import queries
+from unlearn.datasets.annotations import read_lines
+from unlearn.datasets.captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES, pair_images
 from unlearn.datasets.encoders import find_unknown
 from unlearn.datasets.pictures import FORMATS
 from unlearn.datasets.training_sets import label_rows, open_training_set
 from unlearn.models.pipelines import load_model
 from unlearn.report.figures import draw_influence, wrap_text
-from unlearn.report.results import print_table, write_csv
+from unlearn.report.ranking import print_table, write_csv
 from unlearn.runtime import programs
 from unlearn.runtime.printing import LineFormatter, printable, show
 from unlearn.storage.artifacts import write_json
@@ -91,15 +93,15 @@ def encode_root(root, model, monkeypatch):
 def lent(monkeypatch, model):
     """Lends the scripts a model that is loaded already."""
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(script, "load_model", lambda name, device, unet: model)
-    monkeypatch.setattr(inputs, "encode_images", encode_images)
+        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(queries, "encode_images", encode_images)
 
 
 @pytest.fixture
 def no_model(monkeypatch):
     """Makes loading a model a failure."""
     for script in compute_training_loss, compute_influence, encode, generate:
-        monkeypatch.setattr(script, "load_model", None)
+        monkeypatch.setattr(preparation, "load_model", None)
 
 
 @pytest.fixture
@@ -511,6 +513,7 @@ def test_text_of_others_is_read_in_one_place():
         "unlearn.storage.leases",
         "unlearn.benchmark.meters",
         "unlearn.storage.artifacts",
+        "unlearn.report.page",
         "unlearn.commands.examination",
     }  # what the system or this project wrote
     for name, tree in TREES.items():
@@ -735,8 +738,8 @@ def test_a_token_of_the_pipelines_own_vocabulary_is_accepted_of_customized_and_b
     own_token, one_task, root, tmp_path, monkeypatch, capsys
 ):
     model = load_model(own_token, "cpu")
-    monkeypatch.setattr(compute_training_loss, "load_model", lambda name, device, unet: model)
-    monkeypatch.setattr(inputs, "encode_images", encode_images)
+    monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(queries, "encode_images", encode_images)
     argv = [
         own_token if value.endswith("sd-tiny") else value
         for value in one_task(prompt="a <new1> beside a <new2>")
@@ -762,12 +765,12 @@ def test_a_token_of_the_pipelines_own_vocabulary_is_accepted_of_customized_and_b
 def test_a_token_of_a_pipeline_that_is_not_on_this_machine_is_judged_when_it_is_loaded(
     one_task, model, monkeypatch, capsys
 ):
-    monkeypatch.setattr(compute_training_loss, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
     argv = [
         "someone/elsewhere" if value.endswith("sd-tiny") else value
         for value in one_task(prompt="a <cat-toy>")
     ]
-    monkeypatch.setattr(compute_training_loss, "prepare_training_set", None)
+    monkeypatch.setattr(preparation, "prepare_training_set", None)
     assert "no embedding (*.bin) of <cat-toy>" in refused(
         capsys, compute_training_loss.main, [*argv, *LOSS_FLAGS]
     )

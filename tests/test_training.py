@@ -9,15 +9,9 @@ import torch
 
 from unlearn import UserError
 from unlearn.attribution import losses
-from unlearn.retraining.training import (
-    Recipe,
-    draw_batch,
-    initial_weights,
-    mean_losses,
-    own_samples,
-    random_members,
-    train,
-)
+from unlearn.retraining.batches import draw_batch, own_samples, random_members
+from unlearn.retraining.recipes import Recipe, initial_weights
+from unlearn.retraining.training import mean_losses, train
 
 RECIPE = Recipe(epochs=2, rate=1e-3, batch_size=10, schedule="linear", seed=0, mixed_precision="no")
 

@@ -1,7 +1,55 @@
 """Which training images made this picture? Data attribution for text-to-image models by unlearning
-synthesized images."""
+synthesized images. The Python interface is described in `unlearn/api.py`."""
+
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["UserError", "__version__"]
+if TYPE_CHECKING:
+    from .api import (
+        Delta,
+        DiagonalFisher,
+        Model,
+        Ranking,
+        TrainingSet,
+        compute_losses,
+        customized,
+        encode_query,
+        load_fisher,
+        load_model,
+        open_training_set,
+        rank,
+        unlearn,
+    )
+
+__all__ = [
+    "Delta",
+    "DiagonalFisher",
+    "Model",
+    "Ranking",
+    "TrainingSet",
+    "UserError",
+    "__version__",
+    "compute_losses",
+    "customized",
+    "encode_query",
+    "load_fisher",
+    "load_model",
+    "open_training_set",
+    "rank",
+    "unlearn",
+]
+
+
+def __getattr__(name: str):
+    """Public names are imported when they are first used: torch and diffusers take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

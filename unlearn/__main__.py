@@ -1,51 +1,61 @@
 """`python -m unlearn COMMAND`: everything beside the two scripts."""
 
+import difflib
+import importlib
 import sys
 
-from .commands import (
-    baselines,
-    benchmark,
-    doctor,
-    encode,
-    evaluate,
-    fisher,
-    generate,
-    index,
-    retrain,
-    tasks,
-)
 from .errors import UserError
-from .runtime.printing import make_streams_safe
-from .runtime.programs import end_with, run
+from .version import __version__
 
-COMMANDS = {
-    "baselines": baselines,
-    "benchmark": benchmark,
-    "doctor": doctor,
-    "encode": encode,
-    "evaluate": evaluate,
-    "fisher": fisher,
-    "generate": generate,
-    "index": index,
-    "retrain": retrain,
-    "tasks": tasks,
+COMMANDS = {  # and what they do; a command is imported when it is called
+    "attribute": "Answer in one command: which of these images made this picture?",
+    "baselines": "Score the training images by other methods: similarity, influence, TRAK.",
+    "benchmark": "Measure time, memory, FLOPs and fidelity of the ways of scoring.",
+    "doctor": "Examine this machine, a data root, its models and results.",
+    "encode": "Make latents and embeddings of a data root's pictures and captions.",
+    "evaluate": "Measure rankings: retrieval, retrained models, agreement.",
+    "fisher": "Estimate the diagonal Fisher of a data root's model.",
+    "generate": "Make pictures from prompts, with tasks that rank their training images.",
+    "index": "Build an index of gradients, from which all images are ranked at once.",
+    "report": "Make a page of results to look at and to send on.",
+    "retrain": "Train models without some images: the gold standard.",
+    "tasks": "Write the task file of the AbC benchmark or of MSCOCO.",
 }
 
 
-def main():
+def show_help() -> None:
+    """Prints the commands."""
+    print("usage: python -m unlearn COMMAND [--help]   (or: unlearn COMMAND)\n")
+    for name, words in COMMANDS.items():
+        print(f"  {name:<10} {words}")
+    print("\ncompute_training_loss.py and compute_influence.py are scripts of their own.")
+
+
+def call(name: str, arguments: list[str]) -> None:
+    """Runs a command."""
+    from .runtime.programs import run
+
+    run(importlib.import_module(f".commands.{name}", __package__).main, arguments)
+
+
+def main() -> None:
     """Hands the arguments to the command that the first one names."""
+    from .runtime.printing import make_streams_safe, printable
+
     make_streams_safe()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: python -m unlearn COMMAND [--help]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<10} {command.__doc__.splitlines()[0]}")
+        show_help()
+    elif name == "--version":
+        print(__version__)
     elif name in COMMANDS:
-        run(COMMANDS[name].main, sys.argv[2:])
+        call(name, sys.argv[2:])
     else:
-        sys.exit(
-            end_with(UserError(f"unknown command {name}; expected one of {', '.join(COMMANDS)}"))
-        )
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        error = UserError(f"unknown command {name}; {hint}")
+        print(f"error: {printable(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def known_answer():
     return hashlib.blake2b(noise.tobytes(), digest_size=8).hexdigest()
 
 
+def identity():
+    """What decides which numbers a seed stands for, for records."""
+    return {"noise": SCHEME, "known_answer": known_answer()}
+
+
 def batch_noise(batch_index, shape, device):
     """[AbU]'s published program: normals of one batch from a torch generator on the scoring device,
     seeded by the index of the batch. Another batch size or device gives other noise; only `--compat

@@ -5,7 +5,7 @@ import math
 import torch
 from diffusers import AutoencoderKL
 
-from unlearn.retraining.training import (
+from .training import (
     Progress,
     batch_generator,
     flip_half,

@@ -10,7 +10,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from unlearn.retraining.training import Progress, batch_generator, load_checkpoint, save_checkpoint
+from .training import Progress, batch_generator, load_checkpoint, save_checkpoint
 
 TOKEN_LENGTH, VOCABULARY_SIZE, TEXT_SIZE = 24, 1200, 80
 UNET = dict(

@@ -3,9 +3,9 @@ their queries."""
 
 import torch
 from diffusers import PNDMScheduler
-from unlearn.base import SCHEDULE, epsilon_loss, tokenize
 
-from unlearn.retraining.training import Progress, batch_generator
+from .base import SCHEDULE, epsilon_loss, tokenize
+from .training import Progress, batch_generator
 
 TOKEN = "<new1>"
 STEPS, BATCH_SIZE, WEIGHT_RATE, TOKEN_RATE = 1000, 32, 2e-3, 1e-2

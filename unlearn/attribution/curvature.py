@@ -90,10 +90,9 @@ class DiagonalFisher:
     def __init__(self, diagonal, damping=0.0):
         """diagonal: {name: tensor}. damping: a multiple of each parameter's mean entry, added to
         its entries."""
-        self.identity, self.warnings = (
-            digest(hash_tensors(diagonal), damping),
-            [],
-        )  # see `inputs.compare_images`
+        self.identity = digest(hash_tensors(diagonal), damping)
+        self.damping = damping
+        self.warnings: list[str] = []  # see `fishers.compare_images`
         self.denominators = {
             name: entries.double() + damping * entries.double().mean()
             for name, entries in diagonal.items()

@@ -23,23 +23,24 @@ from ..storage.records import check_record, keep_complete, record_path, write_re
 from ..storage.sharing import do_once, forget_claim
 from .compression import Compression, fit, multiply, pack, row_type
 from .derivatives import text_gradients
-from .losses import chunk_noise, noise_identity, rows_of, score_rows
+from .draws import rows_of
+from .losses import score_rows
 
 SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{6}-of-\d{6}\.npy)")
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
 
-def index_identity(custom, training_set, fisher, grid, noise_seed):
+def index_identity(custom, sweep, fisher):
     """Identity of an index: what must be the same where it is used. Its precision is recorded but
     never refused."""
+    images = sweep.training_set
     return {
         **custom.identity,
-        "dataset": training_set.name,
-        "num_images": len(training_set),
-        "training_set": training_set.identity,
-        **noise_identity(None, custom.device),
-        "noise_seed": noise_seed,
-        "timesteps": grid,
+        "dataset": images.name,
+        "num_images": len(images),
+        "training_set": images.identity,
+        **sweep.noise.identity(custom.device),
+        "timesteps": sweep.grid,
         "fisher": fisher.identity,
         "fit_images": FIT_IMAGES,
     }
@@ -67,7 +68,7 @@ def fit_compression(custom, sweep, fisher, autocast):
                 images,
                 rows,
                 sweep.grid,
-                chunk_noise(images, rows, sweep.grid, sweep.noise_seed, pool),
+                sweep.draw(rows, custom.device, pool),
                 batch_size,
                 measure,
             )
@@ -102,7 +103,7 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
     """Builds the index of a sweep's training set in `folder`, or keeps what is there. Raises
     UserError where another one is."""
     identity = {
-        **index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed),
+        **index_identity(custom, sweep, fisher),
         "precision": precision,
     }
     listing, compression_path = folder / "shards.txt", folder / "compression.safetensors"
@@ -184,7 +185,7 @@ class Index:
         incomplete or of something else; the shards are read by `estimate`."""
         self.folder, self.sweep, self.command = folder, sweep, command
         remedy = f"build it with the same flags: {command}"
-        identity = index_identity(custom, sweep.training_set, fisher, sweep.grid, sweep.noise_seed)
+        identity = index_identity(custom, sweep, fisher)
         for path in folder / "shards.txt", folder / "compression.safetensors":
             check_record(path, identity, remedy)
         shapes = {name: value.shape for name, value in fisher.denominators.items()}

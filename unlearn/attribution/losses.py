@@ -6,12 +6,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .. import noise
 from ..datasets.training_sets import check_pixels
 from ..models.passes import remembered, sharing_prefix
 from ..models.text_attention import project_text_changed
-
-CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 
 
 def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None):
@@ -26,56 +23,6 @@ def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None
         model.diffuse(latents, noise, timesteps), timesteps, embeddings, keys_values
     ) - model.target(latents, noise, timesteps)
     return error.double().square().mean(dim=tuple(range(1, error.ndim)))
-
-
-def noise_identity(compat, device):
-    """Identity of a noise scheme: what decides which numbers a seed stands for."""
-    if compat:
-        return {"noise": f"torch generator, {compat}", "noise_device": device.type}
-    return {"noise": noise.SCHEME, "known_answer": noise.known_answer()}
-
-
-def loss_identity(model, training_set, grid, noise_seed, precision, compat=None, batch_size=None):
-    """Identity of losses: what must be the same for two of them to be compared."""
-    scheme = {"batch_size": batch_size} if compat else {"noise_seed": noise_seed}
-    return {
-        **model.identity,
-        "dataset": training_set.name,
-        "num_images": len(training_set),
-        "training_set": training_set.identity,
-        **noise_identity(compat, model.device),
-        **scheme,
-        "timesteps": grid,
-        "precision": precision,
-    }
-
-
-def rows_of(images, num_images, num_views):
-    """Rows (view * num_images + image) of every view of some images."""
-    return np.concatenate([view * num_images + np.asarray(images) for view in range(num_views)])
-
-
-def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
-    """`rows_of` each chunk: fixed ranges of images."""
-    for start in range(0, num_images, chunk_images):
-        yield rows_of(range(start, min(start + chunk_images, num_images)), num_images, num_views)
-
-
-def chunk_noise(training_set, rows, grid, noise_seed, pool):
-    """Noise [rows, captions * timesteps, C, h, w] float32 of a chunk, drawn image by image in
-    worker threads."""
-    num_captions, shape = training_set.embeddings.shape[1], training_set.latents.shape[2:]
-
-    def draw(row):
-        view, image = divmod(int(row), len(training_set))
-        slots = [
-            (view, caption, timestep, 0) for caption in range(num_captions) for timestep in grid
-        ]
-        return noise.image_noise(
-            noise_seed, training_set.name, training_set.ids[image], slots, shape
-        )
-
-    return np.stack(list(pool.map(draw, rows)))
 
 
 def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):

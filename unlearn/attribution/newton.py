@@ -6,10 +6,8 @@ from collections import deque
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
 import torch
 
-from .. import noise
 from ..datasets.settings import AUTO, AUTO_CHANGE
 from ..errors import UserError
 from ..models.pipelines import replaced_weights, tracked
@@ -22,69 +20,6 @@ from .losses import sample_losses
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
 CPU_PASS_DRAWS = 64  # on a CPU larger passes are no faster, and these leave one for every core
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
-
-
-class QueryDraws:
-    """Noise and timesteps of a query's unlearning, keyed by (seed, data set, query) and the draw's
-    own number: the same on every device, however the draws are grouped.
-
-    Draws 2j and 2j + 1 are antithetic: opposite noise at one timestep, so that all that is odd in
-    the noise cancels. The timesteps of successive pairs go around the grid in steps of the golden
-    ratio, from a start that belongs to the query: every run of them is spread evenly, where chance
-    would leave gaps. Each draw by itself is uniform and normal, so that their mean stays unbiased.
-    Source: Owen, Monte Carlo theory, methods and examples, sections 8.2 and 16.4.
-    """
-
-    scheme, in_order = "stratified-antithetic", False
-
-    def __init__(self, seed, dataset_id, query_id, num_train_timesteps):
-        self.seed = seed
-        self.dataset_id = dataset_id
-        self.query_id = query_id
-        self.num_train_timesteps = num_train_timesteps
-        self.start = int(
-            noise.image_generator(seed, dataset_id, f"timesteps of {query_id}").random_raw()
-        )
-
-    def draw(self, first, count, shape, device):
-        """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count]
-        int64."""
-        pairs = range(first // 2, (first + count + 1) // 2)
-        positive = noise.image_noise(
-            self.seed,
-            self.dataset_id,
-            f"unlearning {self.query_id}",
-            [(0, 0, 0, j) for j in pairs],
-            shape,
-        )
-        normals = np.stack([positive, -positive], axis=1).reshape(-1, *shape)
-        # In integers: a position on the circle of 2^64, the same on every machine.
-        timesteps = np.array(
-            [(self.start + j * GOLDEN) % 2**64 * self.num_train_timesteps >> 64 for j in pairs]
-        ).repeat(2)
-        wanted = slice(first % 2, first % 2 + count)
-        return torch.from_numpy(normals[wanted]).to(device), torch.from_numpy(timesteps[wanted]).to(
-            device
-        )
-
-
-class CompatDraws:
-    """The published program's: one torch generator on the device, noise and then a permutation of
-    the timesteps."""
-
-    in_order = True
-
-    def __init__(self, seed, num_train_timesteps, device):
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.num_train_timesteps = num_train_timesteps
-
-    def draw(self, first, batch_size, shape, device):
-        """The next batch; it must be asked for in order."""
-        normals = torch.randn((batch_size, *shape), generator=self.generator, device=device)
-        return normals, torch.randperm(
-            self.num_train_timesteps, generator=self.generator, device=device
-        )[:batch_size]
 
 
 class QueryGradient:
@@ -225,92 +160,80 @@ def newton_step(parameters, gradients, fisher, rate=None):
 
 
 def unlearn(
-    model,
-    parameters,
-    latent,
-    embedding,
-    draws,
+    gradient,
     fisher,
-    *,
     rate,
     steps,
     draws_a_step,
-    pass_size,
-    autocast=None,
-    checkpoint_path=None,
-    identity=None,
+    checkpoint=None,
     progress=lambda count: None,
     on_step=lambda rate: None,
 ):
     """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton
-    steps, each along the mean gradient of `draws_a_step` draws. rate: alpha / N, None where each
-    step's is chosen; on_step is told it. pass_size: draws in one pass; memory only, but with
-    CompatDraws. autocast: see QueryGradient.
+    steps, each along the mean of its QueryGradient over `draws_a_step` draws. rate: alpha / N, None
+    where each step's is chosen; on_step is told it.
 
     The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so
-    far are written beside `checkpoint_path`, under a name that holds the digest of `identity`; a
-    run that was killed goes on from there.
+    far are written to the file `checkpoint`; a run that was killed goes on from there.
     """
-    checkpoint = (
-        Path(f"{checkpoint_path}.{digest(identity)[:16]}.checkpoint") if checkpoint_path else None
-    )
+    parameters = gradient.parameters
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size, autocast)
-    total = steps * draws_a_step
     # Cut alike with checkpoints and without, so that a run that was killed sums in the same order.
     segment = max(1, CHECKPOINT_DRAWS // gradient.num_drawn) * gradient.num_drawn
-    with tracked(parameters), replaced_weights(model.denoiser, originals):
-        done, sums = torch.tensor(0), gradient.zeros()
+    with tracked(parameters), replaced_weights(gradient.model.denoiser, originals):
+        done, total, sums = torch.tensor(0), steps * draws_a_step, gradient.zeros()
         state = {
             "draws": done,
             **{f"sum {name}": value for name, value in sums.items()},  # all changed in place below
             **{f"weight {name}": parameter.data for name, parameter in parameters.items()},
         }
-        found = read_tensor_chunk(checkpoint) if checkpoint and checkpoint.exists() else {}
-        if found and (
-            {name: value.shape for name, value in found.items()}
-            != {name: value.shape for name, value in state.items()}
-            or not 0 <= found["draws"] <= total
-        ):
-            raise UserError(
-                f"{checkpoint}: is not a checkpoint of this unlearning; remove it and run the "
-                f"same command again"
-            )
-        for name, value in found.items():
-            state[name].copy_(value)
+        if checkpoint and checkpoint.exists():
+            restore(state, checkpoint, total)
         progress(int(done))
         while done < total:
             count = int(min(segment, draws_a_step - done % draws_a_step))
             gradient.add(sums, int(done), count)
             done += count
             if done % draws_a_step == 0:
-                on_step(
-                    newton_step(
-                        parameters,
-                        {name: value / draws_a_step for name, value in sums.items()},
-                        fisher,
-                        rate,
-                    )
-                )
+                means = {name: value / draws_a_step for name, value in sums.items()}
+                on_step(newton_step(parameters, means, fisher, rate))
                 for value in sums.values():
                     value.zero_()
             progress(count)
-            if (
-                checkpoint
-                and done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS
-                and done < total
-            ):
+            is_due = done // CHECKPOINT_DRAWS > (done - count) // CHECKPOINT_DRAWS
+            if checkpoint and is_due and done < total:
                 write_tensor_chunk(checkpoint, state)
         return {
-            name: (parameter.detach() - originals[name]).cpu()
-            for name, parameter in parameters.items()
+            name: (value.detach() - originals[name]).cpu() for name, value in parameters.items()
         }
 
 
-def remove_checkpoints(checkpoint_path):
-    """Removes the checkpoints of a query whose weight change is complete, half-written ones too."""
-    for path in Path(checkpoint_path).parent.glob(f"{Path(checkpoint_path).name}.*.checkpoint*"):
-        path.unlink(missing_ok=True)  # another process may be at it too
+def restore(state, checkpoint, total):
+    """Brings tensors, in place, to what a checkpoint holds. Raises UserError where it is none of an
+    unlearning of `total` draws."""
+    found = read_tensor_chunk(checkpoint)
+    shapes = {name: value.shape for name, value in state.items()}
+    if {name: value.shape for name, value in found.items()} != shapes or not (
+        0 <= found["draws"] <= total
+    ):
+        raise UserError(
+            f"{checkpoint}: is not a checkpoint of this unlearning; remove it and run the same "
+            f"command again"
+        )
+    for name, value in found.items():
+        state[name].copy_(value)
+
+
+def checkpoint_of(path, identity):
+    """Where the checkpoint of what becomes the weight change at `path` stands: its name holds the
+    digest of what is unlearned."""
+    return Path(f"{path}.{digest(identity)[:16]}.checkpoint")
+
+
+def remove_checkpoints(path):
+    """Removes the checkpoints of a weight change that is complete, half-written ones too."""
+    for checkpoint in Path(path).parent.glob(f"{Path(path).name}.*.checkpoint*"):
+        checkpoint.unlink(missing_ok=True)  # another process may be at it too
 
 
 def total_norm(tensors):

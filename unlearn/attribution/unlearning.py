@@ -5,53 +5,105 @@ from pathlib import Path
 
 import torch
 
-from ..datasets.settings import AUTO, AUTO_CHANGE
+from ..datasets.settings import AUTO
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models.pipelines import Model
 from ..runtime.programs import progress
 from ..storage.artifacts import write_tensors
 from ..storage.records import keep_complete, name_input, read_record, record_path, write_record
 from ..storage.sharing import Share
-from .losses import noise_identity
-from .newton import CompatDraws, QueryDraws, check_change, remove_checkpoints, unlearn
-from .scoring import AUTOCAST
+from .curvature import DiagonalFisher
+from .deltas import Delta
+from .draws import DRAWS
+from .newton import QueryGradient, check_change, checkpoint_of, remove_checkpoints, unlearn
+from .settings import AUTOCAST, UnlearnSettings
+from .studies import Study
+
+REMEDY = "give --overwrite to replace it, or another --result_dir"
 
 
-def unlearning_settings(args):
-    """Identity of how a query is unlearned, the same for all queries that may be compared."""
-    names = (
-        "weight_selection",
-        "damping",
-        "num_train",
-        "unlearn_lr",
-        "unlearn_steps",
-        "unlearn_batch_size",
-        "unlearn_grad_accum_steps",
-        "seed",
-        "precision",
-        "compat",
-    )
+def change_identity(
+    model: Model, query: TrainingSet, fisher: DiagonalFisher, settings: UnlearnSettings
+) -> dict:
+    """Identity of the weight change that unlearns a query."""
     return {
-        **{name: getattr(args, name) for name in names},
-        **({"target_change": AUTO_CHANGE} if args.unlearn_lr == AUTO else {}),
-        **({} if args.compat else {"draws": QueryDraws.scheme}),
+        **model.identity,
+        "query": query.identity,
+        "fisher": fisher.identity,
+        **settings.identity,
+        **DRAWS[settings.compat].identity(model.device),
     }
 
 
-def check_step(args):
-    """Raises UserError where a step that is to be chosen is not the only one."""
-    if args.unlearn_lr == AUTO and args.unlearn_steps != 1:
-        raise UserError(
-            f"--unlearn_lr {AUTO}: scales one Newton step, found --unlearn_steps "
-            f"{args.unlearn_steps}; give --unlearn_steps 1, or "
-            "a number as --unlearn_lr"
+def name_query(query: TrainingSet) -> None:
+    """Tells records and messages which query this is."""
+    name_input("query", f'{query.ids[0]} with the prompt "{query.captions[0]}"')
+
+
+def unlearn_query(
+    model: Model,
+    query: TrainingSet,
+    parameters: dict[str, torch.nn.Parameter],
+    fisher: DiagonalFisher,
+    settings: UnlearnSettings,
+    pass_size: int,
+    path: Path | None = None,
+) -> Delta:
+    """The weight change that unlearns a query, a TrainingSet of one image and view; written with
+    its record to `path` (safetensors), where one is given, and then killed and called again it
+    goes on. pass_size: draws in one pass; memory only. Raises UserError where it diverges."""
+    name_query(query)
+    identity = change_identity(model, query, fisher, settings)
+    draws, rates = DRAWS[settings.compat].of_query(settings.seed, query, model), []
+    if draws.in_order:  # the published program's batches are part of the result
+        pass_size = settings.unlearn_batch_size
+        if pass_size > len(model.alpha_bars):
+            raise UserError(
+                f"--unlearn_batch_size {pass_size}: --compat abu allows at most "
+                f"{len(model.alpha_bars)}"
+            )
+    latent, embedding = (
+        torch.from_numpy(array[0, 0]).to(model.device)
+        for array in (query.latents, query.embeddings)
+    )
+    gradient = QueryGradient(
+        model, parameters, latent, embedding, draws, pass_size, AUTOCAST[settings.precision]
+    )
+    total = settings.unlearn_steps * settings.draws_a_step
+    with progress(total, f"unlearning {query.ids[0]}", "draws") as bar:
+        change = unlearn(
+            gradient,
+            fisher,
+            settings.rate,
+            settings.unlearn_steps,
+            settings.draws_a_step,
+            None if path is None or draws.in_order else checkpoint_of(path, identity),
+            bar.update,
+            rates.append,
         )
+    check_change(query.ids[0], change)
+    if path is None:
+        return Delta(tensors=change)
+    record_path(path).unlink(missing_ok=True)
+    content = write_tensors(path, change)
+    write_record(path, identity, model.device, content, describe_step(rates, settings))
+    return Delta(path)
 
 
-def read_step(path, args):
+def describe_step(rates: list[float], settings: UnlearnSettings) -> dict:
+    """The last step, as its record tells it; alpha where N is known."""
+    if not rates:
+        return {}
+    alpha = {"alpha": rates[-1] * settings.num_train} if settings.num_train else {}
+    return {**alpha, "alpha_over_N": rates[-1]}
+
+
+def read_step(path: Path, settings: UnlearnSettings) -> tuple[float, float]:
     """alpha and alpha / N of the weight change at `path`: what was asked for or, by its record,
     what was chosen."""
-    if args.unlearn_lr != AUTO:
-        return args.unlearn_lr, args.unlearn_lr / args.num_train
+    if settings.unlearn_lr != AUTO:
+        return settings.unlearn_lr, settings.rate
     remedy = "give --overwrite to make it again"
     found = read_record(path, remedy).get("circumstances")
     rate = found.get("alpha_over_N") if isinstance(found, dict) else None
@@ -59,90 +111,37 @@ def read_step(path, args):
         raise UserError(
             f"{record_path(path)}: does not say the step that was chosen (alpha_over_N); {remedy}"
         )
-    return rate * args.num_train, rate
+    return rate * settings.num_train, rate
 
 
-def change_identity(custom, query, fisher, args):
-    """Identity of the weight change that unlearns a query."""
-    return {
-        **custom.identity,
-        "query": query.identity,
-        "fisher": fisher.identity,
-        **unlearning_settings(args),
-        **noise_identity(args.compat, custom.device),
-    }
-
-
-def name_query(query):
-    """Tells records and messages which query this is."""
-    name_input("query", f'{query.ids[0]} with the prompt "{query.captions[0]}"')
-
-
-def unlearn_query(custom, query, parameters, fisher, path, args):
-    """Writes the weight change that unlearns a query to `path` (safetensors) and its record."""
-    name_query(query)
-    identity = change_identity(custom, query, fisher, args)
-    latent, embedding = (
-        torch.from_numpy(array).to(custom.device)
-        for array in (query.latents[0, 0], query.embeddings[0, 0])
-    )
-    if args.compat and args.unlearn_batch_size > len(custom.alpha_bars):
-        raise UserError(
-            f"--unlearn_batch_size {args.unlearn_batch_size}: --compat abu allows at most "
-            f"{len(custom.alpha_bars)}"
-        )
-    if args.compat:
-        draws = CompatDraws(args.seed, len(custom.alpha_bars), custom.device)
-    else:
-        draws = QueryDraws(args.seed, query.name, query.ids[0], len(custom.alpha_bars))
-    draws_a_step, rates = args.unlearn_batch_size * args.unlearn_grad_accum_steps, []
-    with progress(args.unlearn_steps * draws_a_step, f"unlearning {query.ids[0]}", "draws") as bar:
-        change = unlearn(
-            custom,
-            parameters,
-            latent,
-            embedding,
-            draws,
-            fisher,
-            on_step=rates.append,
-            rate=None if args.unlearn_lr == AUTO else args.unlearn_lr / args.num_train,
-            steps=args.unlearn_steps,
-            draws_a_step=draws_a_step,
-            pass_size=args.unlearn_batch_size if args.compat else args.loss_batch_size,
-            autocast=AUTOCAST[args.precision],
-            checkpoint_path=None if args.compat else path,
-            identity=identity,
-            progress=bar.update,
-        )
-    check_change(query.ids[0], change)
-    record_path(path).unlink(missing_ok=True)
-    step = {"alpha": rates[-1] * args.num_train, "alpha_over_N": rates[-1]} if rates else {}
-    write_record(path, identity, custom.device, write_tensors(path, change), step)
-
-
-def unlearn_queries(custom, tasks, queries, parameters, fisher, paths, args):
-    """Has the weight changes of some queries at `paths`: those that are there are kept, those that
-    other processes are at are waited for."""
-    folder = Path(args.result_dir) / "influence"
+def unlearn_queries(
+    study: Study, queries: list[TrainingSet], names: list[str], folder: Path
+) -> list[Delta]:
+    """The weight changes of some queries, in `folder` under their names: those that are there are
+    kept, those that other processes are at are waited for."""
+    paths = [folder / name / "weight_change.safetensors" for name in names]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def is_done(number):
-        name_query(queries[number])
-        return keep_complete(
-            paths[number],
-            change_identity(custom, queries[number], fisher, args),
-            args.overwrite,
-            "give --overwrite to replace it, or another --result_dir",
-        )
+        query = queries[number]
+        name_query(query)
+        identity = change_identity(study.model, query, study.fisher, study.unlearning)
+        return keep_complete(paths[number], identity, study.overwrite, REMEDY)
 
-    with Share(
-        folder,
-        {number: f"{task.result_name}/weight_change" for number, task in enumerate(tasks)},
-        is_done,
-    ) as share:
+    claims = {number: f"{name}/weight_change" for number, name in enumerate(names)}
+    with Share(folder, claims, is_done) as share:
         for number in share:
-            unlearn_query(custom, queries[number], parameters, fisher, paths[number], args)
+            unlearn_query(
+                study.model,
+                queries[number],
+                study.parameters,
+                study.fisher,
+                study.unlearning,
+                study.batch_size,
+                paths[number],
+            )
             share.release(number)
     for path in paths:
         remove_checkpoints(path)
+    return [Delta(path) for path in paths]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from .. import noise
-from ..attribution.losses import chunk_noise, noise_identity
-from ..attribution.newton import QueryDraws, query_gradient
+from ..attribution.draws import QueryDraws, chunk_noise
+from ..attribution.newton import query_gradient
 from ..models.generation import initial_noise
 from ..models.pipelines import select_parameters, tracked
 from ..storage.hashes import digest
@@ -38,7 +38,7 @@ def sweep_identity(run, method, function, selection):
         "timesteps": run.grid,
         "noise_seed": method.noise_seed,
         "precision": method.precision,
-        **noise_identity(None, run.model.device),
+        **noise.identity(),
     }
 
 
@@ -93,7 +93,7 @@ class Influence(Method):
     weights = "cross-attn-kv"  # a selection of `models.pipelines`
 
     def own_identity(self, run):
-        return noise_identity(None, run.model.device)
+        return noise.identity()
 
     def product_identity(self, run):
         """Identity of the products with all queries."""
@@ -172,7 +172,7 @@ class Trak(Method):
     cache_folder = "trak"  # of the training set's features, which JourneyTrak shares
 
     def own_identity(self, run):
-        return noise_identity(None, run.model.device)
+        return noise.identity()
 
     def gradient_of(self, run, parameters, number):
         """A query's gradient as a training image's, over captions and grid under its own noise."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..attribution.losses import CHUNK_IMAGES, chunk_noise, rows_of, sample_losses
+from ..attribution.draws import CHUNK_IMAGES, chunk_noise, rows_of
+from ..attribution.losses import sample_losses
 from ..datasets.training_sets import check_pixels
 from ..models.generation import generate_latents
 from ..runtime.programs import progress

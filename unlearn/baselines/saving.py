@@ -8,9 +8,9 @@ import numpy as np
 
 from ..attribution.influence import is_indifferent, rank_images
 from ..datasets.pictures import hash_picture
-from ..datasets.tasks import Task
+from ..datasets.tasks import Task, find_result
 from ..errors import UserError
-from ..report.results import list_candidates, print_table, write_picture, write_ranking
+from ..report.ranking import Ranking
 from ..runtime.printing import show
 from ..runtime.programs import log
 from ..storage.artifacts import whole_file
@@ -55,7 +55,8 @@ def list_results(run, name, method):
             )
         if task.exemplar_paths:
             identity["exemplars"] = digest([hash_picture(path) for path in task.exemplar_paths])
-        yield Result(name, task, run.folder / name / task.result_name / "influence.npz", identity)
+        path = find_result(run.folder / name, task) / "influence.npz"
+        yield Result(name, task, path, identity)
 
 
 def check_scores(path, scores):
@@ -83,63 +84,41 @@ def write_scores(run, result, scores, warnings):
     write_record(result.path, result.identity, run.model.device)
 
 
-def name_image(path, id):
-    """The file name of a candidate's picture, its id where it has none."""
-    return path.name if path else id
-
-
-def show_ranking(result, top, warnings):
-    """Prints the table of a query's first images, and where their picture stands."""
-    task, is_customized = result.task, bool(result.task.exemplar_paths)
-    print_table(
-        f'{result.name}, {task.synth_image_path}: "{task.prompt}"',
-        ["rank", "score", *["exemplar"] * is_customized, "file name", "caption"],
-        [
-            [
-                rank,
-                f"{score:+.3e}",
-                *["yes" if exemplar else ""] * is_customized,
-                name_image(path, id),
-                caption,
-            ]
-            for rank, id, caption, score, exemplar, path in top
-        ],
-    )
-    show("", f"Picture: {result.path.parent / 'visualization.jpg'}")
-    show(*(f"Warning: {warning}." for warning in warnings))
-
-
-def show_first(result, first, warnings):
+def show_first(result, ranking):
     """Prints a query's first image, and what there is to warn of, in one line."""
-    _, id, caption, score, _, path = first
+    best = ranking.order[0]
     show(
-        f"{result.name}, {result.task.synth_image_path}: {score:+.3e} {name_image(path, id)} "
-        f'"{caption}"' + "".join(f" Warning: {warning}." for warning in warnings)
+        f"{result.name}, {result.task.synth_image_path}: {ranking.scores[best]:+.3e} "
+        f'{ranking.names[best]} "{ranking.captions[best]}"'
+        + "".join(f" Warning: {warning}." for warning in ranking.warnings)
     )
 
 
-def save_query(run, method, result, scores, is_pending, top_k):
-    """Writes what a query's scores end in, and shows it. Of scores that were kept table and picture
+def save_query(run, method, result, query, scores, is_pending, top_k, is_shown=True):
+    """Writes what a query's scores end in, and shows it, where that is asked for. Of scores that were kept table and picture
     are made again, perhaps with another `top_k`."""
     check_scores(result.path, scores)
-    of_fisher = run.fisher.warnings if method.needs_fisher else []
+    task, of_fisher = result.task, run.fisher.warnings if method.needs_fisher else []
+    image_sets = {"exemplar": run.exemplars(task), "laion": run.training_set}
     warnings = [*of_fisher, *[INDIFFERENT] * is_indifferent(scores)]
-    image_sets = {"exemplar": run.exemplars(result.task), "laion": run.training_set}
-    candidates = list_candidates(image_sets, scores, rank_images(scores))
-    folder, top = result.path.parent, candidates[:top_k]
+    ranking = Ranking.of_scores(image_sets, scores, warnings)
     if is_pending:
         record_path(result.path).unlink(missing_ok=True)
-    write_ranking(folder, candidates, warnings)
-    write_picture(folder, result.task, run.dataroot, top, warnings)
+    ranking.to_csv(result.path.with_suffix(".csv"))
+    picture = result.path.with_name("visualization.jpg")
+    ranking.picture(query, top_k, picture)
     if is_pending:
         write_scores(run, result, scores, of_fisher)
+    if not is_shown:
+        return
     if len(run.tasks) > MOST_TABLES:
-        show_first(result, candidates[0], warnings)
+        show_first(result, ranking)
     else:
-        show_ranking(result, top, warnings)
+        ranking.show(top_k, f'{result.name}, {task.synth_image_path}: "{task.prompt}"')
+        show("", f"Picture: {picture}")
 
 
-def score_tasks(run, name, method, top_k):
+def score_tasks(run, name, method, top_k, is_shown=True):
     """Scores all queries by a method where some are pending: so that a run that was killed gives
     the bits of one that was not. Writes and shows each."""
     results = list(list_results(run, name, method))
@@ -148,10 +127,10 @@ def score_tasks(run, name, method, top_k):
     ]
     found = method.scores(run) if any(pending) else [None] * len(results)
     indifferent = []
-    for result, scores, is_pending in zip(results, found, pending, strict=True):
+    for result, query, scores, is_pending in zip(results, run.queries, found, pending, strict=True):
         if not is_pending:
             scores = read_npz(result.path, {"influence": ("f", 1)}, REMEDY)["influence"]
-        save_query(run, method, result, scores, is_pending, top_k)
+        save_query(run, method, result, query, scores, is_pending, top_k, is_shown)
         if is_indifferent(scores):
             indifferent.append(result.task.synth_image_path)
     if indifferent:

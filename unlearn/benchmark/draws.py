@@ -4,7 +4,8 @@ many published draws."""
 import numpy as np
 import torch
 
-from ..attribution.newton import CompatDraws, QueryDraws, query_gradient
+from ..attribution.draws import PublishedDraws, QueryDraws
+from ..attribution.newton import query_gradient
 from ..runtime.programs import log
 from .meters import metered
 
@@ -26,7 +27,7 @@ def find_direction(bench, query, draws, num_draws, pass_size):
 def published_draws(bench, seed):
     """The published program's draws: independent noise, timesteps without replacement in each batch
     of 16."""
-    return CompatDraws(seed, len(bench.world.model.alpha_bars), bench.world.model.device)
+    return PublishedDraws(seed, len(bench.world.model.alpha_bars), bench.world.model.device)
 
 
 def compare(found, reference):

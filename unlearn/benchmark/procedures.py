@@ -7,10 +7,12 @@ import numpy as np
 import torch
 
 from ..attribution.derivatives import gradient_dots, second_order_dots
+from ..attribution.draws import CHUNK_IMAGES, ImageNoise, rows_of
 from ..attribution.index import Index, build_index
 from ..attribution.influence import best_view, loss_changes
-from ..attribution.losses import CHUNK_IMAGES, changed_losses, loss_sums, rows_of
-from ..attribution.scoring import AUDIT, AUTOCAST, TOGETHER
+from ..attribution.losses import changed_losses, loss_sums
+from ..attribution.scoring import TOGETHER
+from ..attribution.settings import AUDIT, AUTOCAST
 from ..attribution.shortlist import choose_images
 from ..attribution.sweeps import Sweep
 from ..models.pipelines import changed_weights
@@ -188,7 +190,8 @@ def score_shortlists(bench, precision="fp32"):
     """An index, built once and timed, ranks all images; the best of them and an audit's are scored
     exactly."""
     world, images = bench.world, bench.world.training_set
-    sweep = Sweep(images, world.grid, bench.settings.gradient_batch_size, bench.settings.seed)
+    noise = ImageNoise(bench.settings.seed)
+    sweep = Sweep(images, world.grid, bench.settings.gradient_batch_size, noise)
     with metered(world.model.device) as building:
         build_index(world.model, sweep, world.fisher, bench.folder / "index", precision, None)
     num_kept = []

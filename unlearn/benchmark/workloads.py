@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from ..attribution.draws import BatchNoise, ImageNoise, QueryDraws
 from ..attribution.influence import best_view, loss_changes, rank_images
-from ..attribution.newton import QueryDraws, relative_change, unlearn
+from ..attribution.newton import QueryGradient, relative_change, unlearn
 from ..attribution.sweeps import Sweep
 from ..evaluation.datamodels import spearman
 from ..models.pipelines import changed_weights
@@ -53,18 +54,10 @@ def unlearn_query(world, settings, number):
     model, name = world.model, f"query {number}"
     latent, embedding = world.query(number)
     draws = QueryDraws(settings.seed, world.training_set.name, name, len(model.alpha_bars))
-    change = unlearn(
-        model,
-        world.parameters,
-        latent,
-        embedding,
-        draws,
-        world.fisher,
-        rate=world.rate,
-        steps=1,
-        draws_a_step=settings.draws,
-        pass_size=settings.gradient_batch_size,
+    gradient = QueryGradient(
+        model, world.parameters, latent, embedding, draws, settings.gradient_batch_size
     )
+    change = unlearn(gradient, world.fisher, world.rate, 1, settings.draws)
     return {key: delta.to(model.device) for key, delta in change.items()}
 
 
@@ -96,7 +89,8 @@ def run_sweep(bench, measure, batch_size, description, compat=None, images=None)
         if isinstance(images, np.ndarray)
         else training_set.first(images or len(training_set))
     )
-    sweep = Sweep(some, bench.world.grid, batch_size, bench.settings.seed, compat)
+    noise = BatchNoise(batch_size) if compat else ImageNoise(bench.settings.seed)
+    sweep = Sweep(some, bench.world.grid, batch_size, noise)
     with TemporaryDirectory(dir=bench.folder) as folder, metered(model.device) as costs:
         values = sweep.run(model, Path(folder), description, measure)
     return values, costs

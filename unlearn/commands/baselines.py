@@ -10,7 +10,6 @@ with its record, influence.csv and visualization.jpg. Killed and run again, the 
 where it was.
 """
 
-import argparse
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -23,23 +22,22 @@ from ..baselines.similarity import feature_encoder
 from ..baselines.similarity_methods import Features
 from ..datasets.encoding import has_given_arrays, map_files
 from ..datasets.pictures import read_header
+from ..datasets.queries import encode_query
 from ..datasets.tasks import load_tasks
 from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps
-from ..models.pipelines import SELECTIONS, load_model, select_parameters
+from ..models.pipelines import SELECTIONS, load_model
 from ..noise import timestep_grid
+from .flags import add_flags, make_parser, resolve
 from .inputs import (
-    add_flags,
     check_pictures,
     check_result_dir,
     check_training_files,
-    compare_images,
-    encode_query,
     find_fisher,
     load_fisher,
     prepare_training_set,
-    resolve,
+    warn_of_fisher,
 )
 
 
@@ -54,16 +52,8 @@ def describe_methods():
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn baselines",
-        description=__doc__,
-        epilog=describe_methods(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--task_json", required=True, help="task file: the queries")
-    parser.add_argument(
-        "--result_dir", default="results", help="where results are written (default results)"
-    )
+    parser = make_parser(__doc__, "python -m unlearn baselines", describe_methods())
+    add_flags(parser, "task_json", "result_dir")
     parser.add_argument(
         "--methods",
         nargs="*",
@@ -232,34 +222,24 @@ def check_needs(methods, training_set, dataroot):
             )
 
 
-def read_fisher(model, args):
-    """The damped Fisher of the weights that influence looks at, whatever the TRAK family's are."""
-    parameters = select_parameters(model.denoiser, Influence.weights)
-    return load_fisher(find_fisher(args), model, parameters, args.damping, of_influence(args))
-
-
-def of_influence(args):
-    """The flags, of which --weight_selection is the TRAK family's alone."""
-    return argparse.Namespace(**{**vars(args), "weight_selection": None})
-
-
 def make_run(model, methods, tasks, args, settings):
     """What the methods score from. The grid, the Fisher and the training set are checked before a
     query is encoded."""
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     check_steps(model, args.num_inference_steps)
     needs_fisher = any(method.needs_fisher for method in methods.values())
-    fisher = read_fisher(model, args) if needs_fisher else None
-    training_set = prepare_training_set(model, args, settings)
+    # Of the weights that influence looks at, whatever the TRAK family's are.
+    fisher = load_fisher(model, args, Influence.weights) if needs_fisher else None
+    training_set = prepare_training_set(model, args)
     if fisher:
-        fisher.warnings = compare_images(find_fisher(args), training_set, of_influence(args))
+        warn_of_fisher(fisher, training_set, args, Influence.weights)
     check_needs(methods, training_set, args.dataroot)
     needs_pictures = any(method.needs_pictures for method in methods.values())
     return Run(
         model,
         training_set,
         tasks,
-        [encode_query(model, task, args, settings) for task in tasks],
+        [encode_query(model, task, args.dataroot) for task in tasks],
         args.dataroot,
         model.resolution(settings),
         grid,

@@ -14,7 +14,6 @@ in the same run. Beside each speed stands how faithful it is: Spearman and the o
 differences under its own noise. Writes a table and results/benchmark/ARCHITECTURE.json.
 """
 
-import argparse
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..attribution.scoring import SHORTLIST
+from ..attribution.settings import SHORTLIST
 from ..benchmark.architectures import (
     CONFIGURATIONS,
     DAMPING,
@@ -38,23 +37,17 @@ from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONL
 from ..benchmark.scaling import measure_scaling
 from ..benchmark.settings import BenchmarkSettings
 from ..benchmark.workloads import make_row, prepare
+from ..datasets.preparation import count_images
 from ..datasets.settings import AUTO
 from ..errors import UserError
 from ..evaluation.metrics import markdown_table
-from ..models.pipelines import load_model, select_parameters
+from ..models.pipelines import load_model
 from ..noise import timestep_grid
 from ..runtime.programs import log
 from ..storage.artifacts import write_json
 from ..storage.records import circumstances
-from .inputs import (
-    add_flags,
-    compare_images,
-    count_images,
-    find_fisher,
-    load_fisher,
-    prepare_training_set,
-    resolve,
-)
+from .flags import add_flags, make_parser, resolve
+from .inputs import find_fisher, load_fisher, prepare_training_set, warn_of_fisher
 
 # Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a
 # query's unlearning, as published.
@@ -84,11 +77,7 @@ SCALING_SIZES = [1_000, 10_000, 100_000]
 
 def parse_arguments(argv):
     """The command line, resolved: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn benchmark")
     parser.add_argument(
         "--architecture", choices=PRESETS, default="emoji", help="what is measured (default emoji)"
     )
@@ -320,11 +309,9 @@ def open_world(args, settings):
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet)
-    fisher = load_fisher(
-        fisher_path, model, select_parameters(model.denoiser, SELECTION), DAMPING, args
-    )
-    training_set = prepare_training_set(model, args, settings)
-    compare_images(fisher_path, training_set, args)
+    fisher = load_fisher(model, args, SELECTION, DAMPING)
+    training_set = prepare_training_set(model, args)
+    warn_of_fisher(fisher, training_set, args, SELECTION)
     training_set = replace(training_set, embeddings=training_set.embeddings[:, :1])
     queries = generate_queries(model, training_set, args.num_queries, args.seed)
     if args.num_images:

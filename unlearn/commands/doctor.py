@@ -8,7 +8,6 @@ Writes nothing and loads no model; every result is read once and compared with i
 status 1 where something has to be put right.
 """
 
-import argparse
 import sys
 
 from ..datasets.encoding import own_root
@@ -25,17 +24,14 @@ from .examination import (
     examine_tasks,
     try_out,
 )
-from .inputs import add_flags, check_names, check_training_files
+from .flags import add_flags, check_names, make_parser
+from .inputs import check_training_files
 from .inventory import examine_results
 
 
 def parse_arguments(argv):
     """The command line; a data root that is wrong is a finding, not an error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn doctor")
     add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "device")
     parser.add_argument("--task_json", help="task file to examine too")
     parser.add_argument(

@@ -13,9 +13,6 @@ a third or more, are counted. Killed and run again, the same command goes on whe
 scripts do the same at first use.
 """
 
-import argparse
-
-from ..advice import encode_command
 from ..datasets.encoding import (
     check_given,
     encode_training_set,
@@ -25,19 +22,17 @@ from ..datasets.encoding import (
     tell_overlooked,
     tell_pairs,
 )
+from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import array_paths
 from ..models.pipelines import load_model
 from ..runtime.programs import log, set_precision
-from .inputs import add_flags, resolve, say_resolution
+from .advice import encode_command
+from .flags import add_flags, make_parser, resolve
 
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn encode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn encode")
     add_flags(parser, "dataroot", "sd_version", "vae_batch_size", "device", "dry_run")
     parser.add_argument(
         "--num_captions",

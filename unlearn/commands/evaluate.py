@@ -17,7 +17,6 @@ are: with --tuning_json, a task file of further queries that are scored and meas
 told after the power of the scores that is best for each method on those.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -33,64 +32,24 @@ from ..baselines.similarity import (
     score_queries,
     word_scores,
 )
-from ..datasets.tasks import group_by_model, load_tasks
+from ..datasets.tasks import load_tasks
 from ..datasets.training_sets import list_images
 from ..errors import UserError
+from ..evaluation.evidence import Commands, Sources
+from ..evaluation.exemplars import report
 from ..evaluation.goldstandard import evaluate_retrained
-from ..evaluation.metrics import (
-    METRICS,
-    chance_metrics,
-    compare_methods,
-    exemplar_ranks,
-    highest_metrics,
-    is_tied,
-    paired_table,
-    query_metrics,
-    summarise,
-    summary_table,
-)
-from ..evaluation.rankings import EFFECTS, check_candidates, count_warnings, read_ranking
+from ..evaluation.metrics import chance_metrics, exemplar_ranks, is_tied, query_metrics
+from ..evaluation.rankings import check_candidates, check_exemplars, read_ranking
+from ..evaluation.scores import OURS
 from ..models.pipelines import load_model
-from ..report.results import write_csv
-from ..runtime.printing import show
+from ..retraining.measures import LOSS_TIMESTEPS
 from ..runtime.programs import progress
 from ..storage.hashes import digest
-from .inputs import add_flags, check_pictures, check_training_files, prepare_training_set, resolve
+from .advice import influence_command, write_command
+from .flags import add_flags, make_parser, resolve
+from .inputs import check_pictures, check_training_files, prepare_training_set
 
-OURS = "ours"
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another
-PAIRED_METRICS = ("Recall@10", "mAP")
-COLUMNS = {  # of the CSV files; a standard error of a single query is empty
-    "evaluate": (
-        "method",
-        "group",
-        "metric",
-        "mean",
-        "standard_error",
-        "highest_possible",
-        "queries",
-    ),
-    "paired": (
-        "baseline",
-        "group",
-        "metric",
-        "mean_difference",
-        "standard_error",
-        "p",
-        "p_by_model",
-        "queries",
-    ),
-    "queries": (
-        "synth_image_path",
-        "test_case",
-        "kind",
-        "exemplars",
-        "candidates",
-        "method",
-        *METRICS[:-1],
-        "AP",
-    ),
-}
 
 
 def check_features(names, paths, dataroot):
@@ -117,7 +76,7 @@ def measure_baselines(tasks, args, settings, methods, rankings):
         for method, name in zip(methods, args.features)
     }
     model = load_model(args.sd_version, args.device, args.unet)
-    training_set = prepare_training_set(model, args, settings)
+    training_set = prepare_training_set(model, args)
     check_candidates(
         rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}"
     )
@@ -203,123 +162,9 @@ def measure_words(tasks, captions):
     )
 
 
-def kind_of(task):
-    """style where the customized model learned a style, by its train prompt, else object."""
-    return "style" if " style of " in task.train_prompt.lower() else "object"
-
-
-def group_queries(tasks):
-    """Row numbers of the queries of each group: all, the kinds, the test cases."""
-    labels = [("all", kind_of(task), task.test_case) for task in tasks]
-    names = dict.fromkeys(label[part] for part in range(3) for label in labels)
-    return {
-        name: np.array([row for row, label in enumerate(labels) if name in label]) for name in names
-    }
-
-
-def name_groups(groups):
-    """Titles by group, one for all groups of the same queries: {"all": "all = object"}."""
-    titles = {}
-    for name, rows in groups.items():
-        titles.setdefault(tuple(rows), []).append(name)
-    return {names[0]: " = ".join(names) for names in titles.values()}
-
-
-def format_change(value):
-    """A change of losses; empty where an influence file of an earlier version does not say it."""
-    return "" if value != value else f"{value:+.1e}"
-
-
-def effect_table(rankings, groups):
-    """Markdown lines: how far unlearning moved the weights and the losses, the mean of each
-    group."""
-    effects = np.array([ranking.effect for ranking in rankings])
-    rows = [
-        [
-            name,
-            f"{effects[rows, 0].mean():.1%}",
-            f"{effects[rows, 1].mean():.4f}",
-            *(format_change(value) for value in effects[rows, 2:].mean(axis=0)),
-        ]
-        for name, rows in groups.items()
-    ]
-    return [
-        f"| {' | '.join(cells)} |"
-        for cells in (["", *EFFECTS], ["---"] + ["---:"] * len(EFFECTS), *rows)
-    ]
-
-
-def spread(numbers):
-    """`5`, or `3 to 7` where they differ."""
-    return (
-        f"{min(numbers):,}"
-        if min(numbers) == max(numbers)
-        else f"{min(numbers):,} to {max(numbers):,}"
-    )
-
-
-def report(tasks, rankings, values, notices, output):
-    """Prints the tables and writes evaluate.csv, paired.csv and queries.csv."""
-    counts, groups = [len(task.exemplar_paths) for task in tasks], group_queries(tasks)
-    summary = summarise(values, np.array([highest_metrics(count) for count in counts]), groups)
-    kinds = {name: rows for name, rows in groups.items() if name in ("all", "object", "style")}
-    paired = compare_methods(
-        values, OURS, kinds, PAIRED_METRICS, np.array([task.model_name for task in tasks])
-    )
-    candidates = [ranking.num_candidates for ranking in rankings]
-    num_models = len(group_by_model(tasks))
-    print(
-        f"{len(tasks)} queries of {num_models} models; {spread(candidates)} candidates each, "
-        f"{spread(counts)} of them "
-        "exemplars.\nMean ± standard error over queries, taken as independent.\n"
-    )
-    for group, title in name_groups(groups).items():
-        show(f"{title} ({len(groups[group])} queries)", "", *summary_table(summary, group), "")
-    for group, title in name_groups(kinds).items():
-        show(
-            f"{title}: {OURS} minus each baseline, paired by query (p: Student's t test over "
-            f"queries, and over models)",
-            "",
-            *paired_table(paired, group),
-            "",
-        )
-    show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
-    show(
-        *count_warnings(
-            {task.synth_image_path: ranking.warnings for task, ranking in zip(tasks, rankings)}
-        )
-    )
-    for notice in notices:
-        show(notice)
-    queries = [
-        (
-            task.synth_image_path,
-            task.test_case,
-            kind_of(task),
-            counts[row],
-            candidates[row],
-            method,
-            *array[row].tolist(),
-        )
-        for row, task in enumerate(tasks)
-        for method, array in values.items()
-    ]
-    for name, rows in ("evaluate", summary), ("paired", paired), ("queries", queries):
-        write_csv(
-            Path(output) / f"{name}.csv",
-            COLUMNS[name],
-            [["" if cell != cell else cell for cell in row] for row in rows],
-        )
-    print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")
-
-
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn evaluate")
     parser.add_argument("--task_json", required=True, help="task file whose queries are finished")
     parser.add_argument(
         "--result_dir", default="results", help="where compute_influence.py wrote (default results)"
@@ -376,14 +221,72 @@ def parse_arguments(argv):
     return args, settings
 
 
+def sources_of(args):
+    """Where the evidence stands, by the flags."""
+    return Sources(
+        args.task_json,
+        args.dataroot,
+        args.retrained,
+        args.result_dir,
+        args.scores,
+        args.tuning_json,
+        tuple(args.methods or ()),
+    )
+
+
+def score_command(args, method, task_json):
+    """What scores the queries of a task file by a method, by all baselines where it is None."""
+    if method == OURS:
+        return influence_command(args, task_json=task_json)
+    methods = None if method is None else [method]
+    return write_command("baselines", args, methods=methods, task_json=task_json)
+
+
+def retrain_command(args, kind, *words, **more):
+    """What makes models of a kind, measured on the queries that are evaluated."""
+    return write_command("retrain", args, kind, *words, output=args.retrained, **more)
+
+
+def alike_command(args, seeds, identity):
+    """What makes full models of these seeds, measured as a model of this identity was."""
+    timesteps = identity["timesteps"] if identity["timesteps"] != LOSS_TIMESTEPS else None
+    return retrain_command(
+        args,
+        "full",
+        "--seeds",
+        *map(str, seeds),
+        loss_time_samples=timesteps,
+        noise_seed=identity["noise_seed"],
+        features=identity.get("features"),
+    )
+
+
+def commands_of(args):
+    """What messages of an evaluation against retrained models tell people to type."""
+    return Commands(
+        score=partial(score_command, args),
+        train_full=lambda task_json: retrain_command(args, "full", task_json=task_json),
+        train_subsets=retrain_command(args, "subsets", count=64),
+        train_alike=partial(alike_command, args),
+    )
+
+
+def read_rankings(tasks, args):
+    """The Ranking of each query. Raises UserError where one is missing, or they are not alike."""
+    check_exemplars(tasks, args.task_json)
+    commands = influence_command(args), influence_command(args, overwrite=True)
+    rankings = [read_ranking(task, args.dataroot, args.result_dir, *commands) for task in tasks]
+    check_candidates(rankings, rankings[0].num_training, rankings[0].training_ids, rankings[0].path)
+    return rankings
+
+
 def main(argv=None):
     """Checks every input, measures ours, chance and the baselines, prints and writes."""
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)
     if args.retrained:
-        return evaluate_retrained(args, tasks)
-    rankings = [read_ranking(task, args) for task in tasks]
-    check_candidates(rankings, rankings[0].num_training, rankings[0].training_ids, rankings[0].path)
+        return evaluate_retrained(tasks, sources_of(args), commands_of(args), args.output)
+    rankings = read_rankings(tasks, args)
     methods = check_features(args.features, list_images(args.dataroot), args.dataroot)
     check_pictures(tasks, args.dataroot)
     check_training_files(args)

@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from .. import noise
-from ..advice import encode_command, fisher_command
+from ..attribution.fishers import has_other_images
 from ..datasets.encoding import check_given, count_pairs, has_given_arrays, list_pairs
+from ..datasets.preparation import examine_pictures
 from ..datasets.settings import read_settings
 from ..datasets.tasks import group_by_model, load_tasks
 from ..datasets.training_sets import array_paths, open_arrays
@@ -32,7 +33,8 @@ from ..models.unets import check_unet_folder
 from ..runtime.programs import choose_device
 from ..storage.reading import read_json
 from ..storage.records import check_content, record_path
-from .inputs import examine_pictures, find_fisher, has_other_images
+from .advice import encode_command, fisher_command
+from .inputs import find_fisher
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"

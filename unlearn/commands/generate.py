@@ -8,13 +8,13 @@ of the prompts gets seed SEED + i: the same picture on any device. Prompts may a
 caption file (--prompts FILE.json).
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from ..datasets.encoders import encode_prompts
 from ..datasets.encoding import check_root_writable
+from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import check_pixels
 from ..errors import UserError
 from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
@@ -33,7 +33,7 @@ from ..storage.reading import (
     resolve_inside,
 )
 from ..storage.records import keep_complete, record_path, write_record
-from .inputs import add_flags, resolve, say_resolution
+from .flags import add_flags, make_parser, resolve
 
 
 def read_prompts(path, limit):
@@ -93,11 +93,7 @@ def make_entries(prompts, seeds, folder, args):
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn generate")
     parser.add_argument(
         "--prompts",
         required=True,

@@ -7,35 +7,30 @@ Writes OUTPUT/<model>/ for the model of each task, 16 KB for every view of an im
 as gradient scoring takes. Killed and run again, the same command goes on.
 """
 
-import argparse
 from pathlib import Path
 
+from ..attribution.draws import ImageNoise
 from ..attribution.index import build_index
-from ..attribution.scoring import AUTOCAST
+from ..attribution.settings import AUTOCAST
 from ..attribution.sweeps import Sweep
 from ..datasets.tasks import group_by_model, load_tasks
 from ..models.customization import check_customization, customized
-from ..models.pipelines import load_model, select_parameters
+from ..models.pipelines import load_model
 from ..noise import timestep_grid
 from ..runtime.programs import log
+from .flags import add_flags, make_parser, resolve
 from .inputs import (
-    add_flags,
     check_training_files,
-    compare_images,
     find_fisher,
     load_fisher,
     prepare_training_set,
-    resolve,
+    warn_of_fisher,
 )
 
 
 def parse_arguments(argv):
-    """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn index",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command line, resolved against the data root's defaults."""
+    parser = make_parser(__doc__, "python -m unlearn index")
     parser.add_argument(
         "--task_json", required=True, help="task file: an index is built for each of its models"
     )
@@ -69,27 +64,27 @@ def parse_arguments(argv):
         help="added to the Fisher, as a multiple of each parameter's mean entry",
     )
     args = parser.parse_args(argv)
-    return args, resolve(args)
+    resolve(args)
+    return args
 
 
 def main(argv=None):
     """Checks, loads, builds model by model."""
-    args, settings = parse_arguments(argv)
+    args = parse_arguments(argv)
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))
     check_training_files(args)
-    fisher_path = find_fisher(args)
+    find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))
-    parameters = select_parameters(model.denoiser, "cross-attn-kv")
-    fisher = load_fisher(fisher_path, model, parameters, args.damping, args)
-    training_set = prepare_training_set(model, args, settings)
-    compare_images(fisher_path, training_set, args)
+    fisher = load_fisher(model, args)
+    training_set = prepare_training_set(model, args)
+    warn_of_fisher(fisher, training_set, args)
     for tasks in groups.values():
         folder = Path(args.output) / tasks[0].model_name
         with customized(model, tasks[0].model_dir(args.dataroot)) as custom:
-            sweep = Sweep(training_set, grid, args.batch_size, args.noise_seed)
+            sweep = Sweep(training_set, grid, args.batch_size, ImageNoise(args.noise_seed))
             build_index(
                 custom,
                 sweep,

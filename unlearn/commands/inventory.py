@@ -7,12 +7,13 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from ..advice import index_command, influence_command, loss_command
+from ..datasets.tasks import find_result
 from ..errors import UserError
 from ..runtime.programs import progress
 from ..storage.leases import EXPIRY, is_dead, read_claim
 from ..storage.reading import read_json
 from ..storage.records import check_content, is_complete
+from .advice import index_command, influence_command, loss_command
 from .examination import NOTE, OK, PROBLEM, Finding, try_out
 
 ARTEFACTS = (".npy", ".npz", ".safetensors", ".txt")
@@ -177,7 +178,7 @@ def examine_progress(args, groups):
     done = [
         task
         for task in tasks
-        if is_complete(Path(args.result_dir) / "influence" / task.result_name / "influence.npz")
+        if is_complete(find_result(Path(args.result_dir) / "influence", task) / "influence.npz")
     ]
     return [
         Finding(

@@ -13,48 +13,97 @@ and run again, the same command goes on where it was; under `accelerate launch` 
 its share of the models.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import noise
-from ..advice import write_command
 from ..baselines.similarity import feature_encoder
+from ..datasets.queries import encode_query
 from ..datasets.tasks import load_tasks
 from ..errors import UserError
+from ..evaluation.retrained import query_digests
+from ..evaluation.scores import OURS
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
 from ..models.pipelines import load_model
-from ..retraining.measures import join_sets, load_pictures, sampling_of
+from ..retraining.measures import (
+    LOSS_TIMESTEPS,
+    MeasureSettings,
+    Questions,
+    join_sets,
+    load_pictures,
+    sampling_of,
+)
 from ..retraining.models import (
     REMEDY,
     finish,
     is_measured,
     measure_identity,
     model_identity,
-    recipe_of,
     train_stack,
     weights_path,
 )
-from ..retraining.plans import PLANS, make_plans, make_stacks, ranking_command
-from ..retraining.training import SCHEDULES
+from ..retraining.plans import PLANS, PlanSettings, make_plans, make_stacks, read_rankings
+from ..retraining.recipes import SCHEDULES, Recipe
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
-from .inputs import (
-    add_flags,
-    check_pictures,
-    check_result_dir,
-    check_training_files,
-    encode_query,
-    prepare_training_set,
-    resolve,
-)
+from .advice import influence_command, write_command
+from .flags import add_flags, make_parser, resolve
+from .inputs import check_pictures, check_result_dir, check_training_files, prepare_training_set
 
 
-def print_cost(plans, untrained, unmeasured, training_set, tasks, args):
+def recipe_of(args):
+    """The recipe by the flags, which the data root's settings have filled; its seed is the first
+    one."""
+    return Recipe(
+        args.train_epochs,
+        args.train_lr,
+        args.train_batch_size,
+        args.train_schedule,
+        args.seeds[0],
+        args.mixed_precision,
+    )
+
+
+def plan_settings(args):
+    """Which models are trained, by the flags."""
+    return PlanSettings(
+        args.kind,
+        tuple(args.seeds),
+        args.first,
+        args.count,
+        args.fraction,
+        tuple(args.top_k),
+    )
+
+
+def measure_settings(args, tasks):
+    """How models are measured, by flags and task files. Raises UserError where these differ in how
+    pictures are made."""
+    return MeasureSettings(
+        args.loss_time_samples, args.noise_seed, *sampling_of(tasks), args.features
+    )
+
+
+def ranking_command(args, folder, method):
+    """What ranks the queries of `retrain`'s task files into `folder`."""
+    if method == OURS:
+        return influence_command(
+            args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None
+        )  # retrain's top_k is another
+    return write_command(
+        "baselines",
+        args,
+        task_json=args.task_json[0],
+        result_dir=folder.parent.parent,
+        methods=[method],
+    )
+
+
+def print_cost(plans, untrained, unmeasured, training_set, tasks, recipe):
     """Prints what there is to do: models, steps and size."""
-    recipe = recipe_of(args, args.seeds[0])
     print(
         f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} "
         f"to be measured on {len(tasks)} queries"
@@ -68,11 +117,7 @@ def print_cost(plans, untrained, unmeasured, training_set, tasks, args):
 
 def parse_arguments(argv):
     """The command line, resolved against the data root's defaults: (args, settings)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn retrain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m unlearn retrain")
     parser.add_argument(
         "kind",
         choices=PLANS,
@@ -130,8 +175,8 @@ def parse_arguments(argv):
     parser.add_argument(
         "--loss_time_samples",
         type=int,
-        default=200,
-        help="timesteps of the queries' losses (default 200)",
+        default=LOSS_TIMESTEPS,
+        help=f"timesteps of the queries' losses (default {LOSS_TIMESTEPS})",
     )
     parser.add_argument(
         "--loss_batch_size", type=int, help="noisy samples in one forward pass; memory only"
@@ -180,7 +225,7 @@ def check_flags(args, tasks):
         if not Path(folder).is_dir():
             raise UserError(
                 f"--influence {folder}: no such folder; make it: "
-                f"{ranking_command(args, Path(folder), 'ours')}"
+                f"{ranking_command(args, Path(folder), OURS)}"
             )
     for task in tasks:
         if task.model_path is not None:
@@ -217,66 +262,117 @@ def check_full_model(plans, args):
             )
 
 
-def main(argv=None):
-    """Checks, plans, then trains and measures stack by stack."""
-    args, settings = parse_arguments(argv)
-    tasks = [task for path in args.task_json for task in load_tasks(path, args.dataroot)]
+def check_inputs(args, tasks):
+    """Raises UserError where flags, folders, pictures or prompts are not as they must be. Cheap."""
     check_flags(args, tasks)
     for folder in args.result_dir, args.output:
         check_result_dir(folder)
     check_training_files(args)
     check_pictures(tasks, args.dataroot)
     check_tokens(None, tasks, args.sd_version)
-    encode = (
-        feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
-    )
-    model = load_model(args.sd_version, args.device, args.unet, trained=False)
+
+
+def check_measures(model, args, tasks):
+    """How models are measured. Raises UserError where this model cannot be measured so."""
     check_customization(model, None, tasks)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
-    num_steps = sampling_of(tasks)[0]
+    measuring = measure_settings(args, tasks)
     if tasks and not args.no_pictures:
-        check_steps(model, num_steps)
-    training_set = prepare_training_set(model, args, settings)
-    index, num_processes = process_share()
-    plans = make_plans(args.kind, args, training_set, tasks)
+        check_steps(model, measuring.num_inference_steps)
+    return measuring
+
+
+def plan_models(args, training_set, tasks):
+    """The models of the kind that is asked for."""
+    settings = plan_settings(args)
+    rankings = read_rankings(
+        [Path(folder) for folder in args.influence],
+        tasks[: args.num_queries],
+        training_set,
+        args.dataroot,
+        partial(ranking_command, args),
+    )
+    plans = make_plans(settings, training_set, rankings)
     check_full_model(plans, args)
-    measures = {
-        plan.name: (
-            args.output / f"{plan.name}.json",
-            measure_identity(model, training_set, plan, tasks, args),
-        )
-        for plan in plans
-    }
+    return plans
+
+
+def find_unfinished(plans, trained, measured, tasks, args):
+    """Those of the plans whose models are to be trained, and to be measured. trained, measured: the
+    identities by name. Raises UserError where files of other models are in the way."""
     unmeasured = [
-        plan for plan in plans if not tasks or not is_measured(*measures[plan.name], args)
+        plan
+        for plan in plans
+        if not tasks
+        or not is_measured(
+            measures_path(args, plan), measured[plan.name], not args.no_pictures, args.overwrite
+        )
     ]
     untrained = [
         plan
         for plan in unmeasured
         if not keep_complete(
-            weights_path(args, plan),
-            model_identity(model, training_set, plan, args),
-            args.overwrite,
-            REMEDY,
+            weights_path(args.result_dir, plan), trained[plan.name], args.overwrite, REMEDY
         )
     ]
-    print_cost(plans, untrained, unmeasured, training_set, tasks, args)
-    if args.dry_run:
-        return
-    queries = (
-        join_sets([encode_query(model, task, args, settings) for task in tasks]) if tasks else None
-    )
+    return untrained, unmeasured
+
+
+def measures_path(args, plan):
+    """Where the measures of a model are written."""
+    return args.output / f"{plan.name}.json"
+
+
+def ask(model, args, settings, tasks, measuring, encode):
+    """What every model is asked: the queries encoded, their pictures loaded. None without tasks."""
+    if not tasks:
+        return None
+    queries = join_sets([encode_query(model, task, args.dataroot) for task in tasks])
     pictures = None
-    if tasks and not args.no_pictures:
+    if not args.no_pictures:
         pictures = load_pictures(
             args.dataroot, [task.synth_image_path for task in tasks], model.resolution(settings)
         )
+    return Questions(
+        tasks, queries, pictures, encode, measuring, args.loss_batch_size, args.vae_batch_size
+    )
+
+
+def main(argv=None):
+    """Checks, plans, then trains and measures stack by stack."""
+    args, settings = parse_arguments(argv)
+    tasks = [task for path in args.task_json for task in load_tasks(path, args.dataroot)]
+    check_inputs(args, tasks)
+    encode = (
+        feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
+    )
+    model = load_model(args.sd_version, args.device, args.unet, trained=False)
+    measuring, recipe = check_measures(model, args, tasks), recipe_of(args)
+    training_set = prepare_training_set(model, args)
+    index, num_processes = process_share()
+    plans = plan_models(args, training_set, tasks)
+    digests = query_digests(tasks, args.dataroot)
+    trained = {
+        plan.name: model_identity(model, training_set, plan, recipe, args.precision)
+        for plan in plans
+    }
+    measured = {
+        plan.name: measure_identity(trained[plan.name], training_set, plan, measuring, digests)
+        for plan in plans
+    }
+    untrained, unmeasured = find_unfinished(plans, trained, measured, tasks, args)
+    print_cost(plans, untrained, unmeasured, training_set, tasks, recipe)
+    if args.dry_run:
+        return
+    questions = ask(model, args, settings, tasks, measuring, encode)
     # Stacks are runs of all plans, done or not, so that a stack which was killed while it was
     # written is the same again.
     for stack in make_stacks(plans, args.stack)[index::num_processes]:
         cost = {}
         if any(plan in untrained for plan in stack):
-            seconds = train_stack(model, training_set, stack, args)
+            seconds = train_stack(
+                model, training_set, stack, recipe, args.precision, args.result_dir
+            )
             cost = {
                 "train_seconds": round(seconds / len(stack), 1),
                 "stacked": len(stack),
@@ -284,7 +380,6 @@ def main(argv=None):
             }
             log.info(f"{len(stack)} models in {seconds:.0f} s, {seconds / len(stack):.1f} s each")
         for plan in stack:
-            if tasks and plan in unmeasured:
-                finish(
-                    model, queries, pictures, tasks, plan, *measures[plan.name], encode, args, cost
-                )
+            if questions and plan in unmeasured:
+                weights, path = weights_path(args.result_dir, plan), measures_path(args, plan)
+                finish(model, questions, plan, weights, path, measured[plan.name], cost)

@@ -9,14 +9,14 @@ leaves it, or from `sample_caption.txt` and `sample/`, as `data/download_mscoco.
 roots bring their own task files.
 """
 
-import argparse
 from pathlib import Path, PurePosixPath
 
-from ..datasets.captions import read_lines
+from ..datasets.annotations import read_lines
 from ..datasets.tasks import strip_dataset
 from ..errors import UserError
 from ..storage.artifacts import write_json
 from ..storage.reading import MOST_TEXT, read_array, read_json, resolve_inside
+from .flags import make_parser
 
 # The models of the paper's queries: entries of json/TEST_CASE.json.
 CHOSEN_ENTRIES = {
@@ -212,9 +212,7 @@ def make_sample_tasks(dataroot):
 
 def main(argv=None):
     """Writes the task file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn tasks", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser(__doc__.splitlines()[0], "python -m unlearn tasks")
     parser.add_argument(
         "--dataroot", default="data/abc", help="the AbC benchmark, or MSCOCO (default: %(default)s)"
     )

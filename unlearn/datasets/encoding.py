@@ -21,7 +21,8 @@ from ..storage.hashes import digest, digest_rows, hash_file, hash_tensors, named
 from ..storage.reading import read_array
 from ..storage.records import check_content, is_complete, record_path, write_record
 from ..storage.sharing import do_once, forget_claim
-from .captions import PAIRS_SHOWN, READERS, find_overlooked, pair_images
+from .annotations import READERS
+from .captions import PAIRS_SHOWN, find_overlooked, pair_images
 from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
 from .pictures import ODDITIES, inspect_picture, list_notes, read_picture
 from .settings import read_settings

@@ -1,11 +1,18 @@
-"""A query's exact latent and embedding, stored by what made it (`latents`, `embeddings` and `row`
-of its task)."""
+"""Queries and exemplars as training sets: encoded from their pictures and prompts, or a query's exact
+latent and embedding, stored by what made it (`latents`, `embeddings` and `row` of its task)."""
+
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
+from ..storage.hashes import digest
 from ..storage.reading import read_array
+from .encoders import encode_images, encode_prompts
+from .pictures import hash_picture
+from .settings import read_settings
 from .tasks import find_file
+from .training_sets import TrainingSet
 
 AXES = {"latents": "[n, C, h, w]", "embeddings": "[n, tokens, features]"}
 
@@ -62,3 +69,74 @@ def read_stored(task, dataroot, latent_shape, embedding_shape):
                 )
             rows[field] = row
     return rows
+
+
+def encode_exemplars(model, task, dataroot, vae_batch_size):
+    """The exemplars of a customized model (whose tokens the model has) as a TrainingSet."""
+    settings = read_settings(dataroot)
+    resolution = model.resolution(settings)
+    latents = [
+        encode_images(
+            model.pipeline, task.exemplar_paths, resolution, mirrored, vae_batch_size
+        ).numpy()
+        for mirrored in (False, True)
+    ]
+    prompts = [task.train_prompt] * len(task.exemplar_paths)
+    ids = task.exemplar_ids(dataroot)
+    return TrainingSet(
+        settings["name"],
+        ids,
+        prompts,
+        [Path(dataroot) / id for id in ids],
+        np.stack(latents),
+        encode_prompts(model.pipeline, prompts).numpy()[:, None],
+        digest(prompts, [hash_picture(path) for path in task.exemplar_paths]),
+    )
+
+
+def encode_query(model, task, dataroot, unscaled=False):
+    """A task's query as a training set of one image and one view: its stored latent and embedding
+    where its task names them, else encoded from picture and prompt. unscaled: leaves the encoded
+    latent of a customized model's query as the VAE gives it, as the published program does; its
+    other queries, [AbU] on MSCOCO, are stored scaled."""
+    settings = read_settings(dataroot)
+    resolution = model.resolution(settings)
+    stored = read_stored(task, dataroot, model.latent_shape(resolution), model.embedding_shape)
+    return encode_picture(
+        model,
+        Path(dataroot) / task.synth_image_path,
+        task.prompt,
+        resolution,
+        name=settings["name"],
+        id=task.synth_image_path,
+        stored=stored,
+        unscaled=unscaled and task.model_path and not stored,
+    )
+
+
+def encode_picture(
+    model, path, prompt, resolution, name="query", id=None, stored=None, unscaled=False
+):
+    """A picture and its prompt as a TrainingSet of one image and one view. name, id: they key its
+    noise; stored: its latent and embedding where they are known; unscaled: see `encode_query`."""
+    stored = stored or {}
+    if "latents" in stored:
+        latents = stored["latents"][None]
+    else:
+        latents = encode_images(model.pipeline, [path], resolution).numpy()
+    if unscaled:
+        latents = latents / model.pipeline.vae.config.scaling_factor
+    if "embeddings" in stored:
+        embeddings = stored["embeddings"][None]
+    else:
+        embeddings = encode_prompts(model.pipeline, [prompt]).numpy()
+    rows = (row.tobytes().hex() for row in stored.values())
+    return TrainingSet(
+        name,
+        [str(path) if id is None else id],
+        [prompt],
+        [Path(path)],
+        latents[None],
+        embeddings[:, None],
+        digest(prompt, hash_picture(path), *rows),
+    )

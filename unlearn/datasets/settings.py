@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..storage.reading import check_keys, check_name, check_text, read_json, resolve_inside
-from .captions import READERS
+from .annotations import READERS
 
 # [AbU] on the AbC benchmark; a data root's dataset.json overrides them, a flag overrides both.
 # resolution 0: the model's own.
@@ -128,6 +128,25 @@ def check_files(item, settings):
                 )
 
 
+def check_settings(item, own):
+    """The settings of a dataset.json that are no remarks. Raises UserError for unknown keys, wrong
+    types and numbers out of range."""
+    if not isinstance(own, dict):
+        raise UserError(f"{item}: expected an object, found {type(own).__name__}")
+    check_keys(item, own, PUBLISHED)
+    own = {key: value for key, value in own.items() if key in PUBLISHED}
+    for key, value in own.items():
+        if key == "unlearn_lr" and value == AUTO:
+            continue
+        kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(
+                f"{item}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}"
+            )
+        check_number(f"{item}: {key}", key, value)
+    return own
+
+
 def is_published_root(dataroot):
     """Whether a data root is the AbC benchmark, to which the published settings belong: it has no
     dataset.json and at least one of the four published test cases (json/test_artchive.json, ...).
@@ -146,22 +165,7 @@ def read_settings(dataroot):
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
     if not path.exists():
         return settings if is_published_root(dataroot) else {**settings, **OWN_ROOT}
-    own = read_json(path, "data set")
-    if not isinstance(own, dict):
-        raise UserError(f"data set {path}: expected an object, found {type(own).__name__}")
-    check_keys(f"data set {path}", own, PUBLISHED)
-    own = {key: value for key, value in own.items() if key in PUBLISHED}
-    for key, value in own.items():
-        if key == "unlearn_lr" and value == AUTO:
-            continue
-        kind = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(
-                f"data set {path}: {key}: expected {type(PUBLISHED[key]).__name__}, found "
-                f"{value!r:.80}"
-            )
-        check_number(f"data set {path}: {key}", key, value)
-    settings.update({**OWN_ROOT, **own})
+    settings.update({**OWN_ROOT, **check_settings(f"data set {path}", read_json(path, "data set"))})
     check_files(f"data set {path}", settings)
     check_text(f"data set {path}: name", settings["name"])
     for (

@@ -1,11 +1,13 @@
 """Task files: which synthesized images are to be attributed, and which model made them: a
 customized one, with its exemplars, or the data root's own base model."""
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
+from ..runtime.programs import say
 from ..storage.reading import check_keys, check_text, read_json, resolve_inside
 
 FIELDS = {
@@ -62,9 +64,14 @@ class Task:
 
     @property
     def result_name(self):
-        """Folder of the query's results below `results/influence`: its path less `synth/` and the
-        suffix `.png`."""
-        return Path(self.synth_image_path).with_suffix("").as_posix().removeprefix("synth/")
+        """Folder of the query's results below `results/influence`, as published: its path less
+        `synth/`, with the suffix `.png`."""
+        return Path(self.synth_image_path).as_posix().removeprefix("synth/")
+
+    @property
+    def query_name(self):
+        """What evidence of retrained models calls the query: `result_name` less the suffix."""
+        return Path(self.result_name).with_suffix("").as_posix()
 
     @property
     def model_name(self):
@@ -246,20 +253,49 @@ def load_tasks(task_json, dataroot):
         for number, values in enumerate(entries)
     ]
     for number, task in enumerate(tasks):
-        if not set(task.result_name.split("/")).isdisjoint(("", ".", "..")):
+        if not set(task.query_name.split("/")).isdisjoint(("", ".", "..")):
             raise UserError(
                 f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its name "
                 f"leaves no folder for results"
             )
-        other = first.setdefault(task.result_name, number)
+        other = first.setdefault(task.query_name, number)
         if other != number:
             raise UserError(
                 f"{task_json}, task {number}: synth_image_path {task.synth_image_path}: its "
                 f"results would stand in the "
-                f"folder of task {other} ({tasks[other].synth_image_path}): {task.result_name}"
+                f"folder of task {other} ({tasks[other].synth_image_path}): {task.query_name}"
             )
     check_nesting(first, f"{task_json}: synth_image_path")
     return tasks
+
+
+def find_result(folder, task):
+    """Folder of a task's results below `folder`; an older one, named without the picture's suffix,
+    where that alone is there."""
+    path, older = Path(folder) / task.result_name, Path(folder) / task.query_name
+    return older if older.is_dir() and not path.exists() else path
+
+
+def find_named_result(folder, query):
+    """Folder of a query's results below `folder`, by its `query_name`."""
+    found = sorted(Path(folder).glob(f"{glob.escape(query)}.*"))
+    older = Path(folder) / query
+    return (
+        older
+        if older.is_dir() and not found
+        else (found or [older.with_name(f"{older.name}.png")])[0]
+    )
+
+
+def tell_older_results(folder, tasks):
+    """Says, in one line, that results of some tasks stand in folders of older names."""
+    older = [task for task in tasks if find_result(folder, task) == Path(folder) / task.query_name]
+    if older and older[0].query_name != older[0].result_name:
+        say(
+            f"{len(older)} of {len(tasks)} queries have results in folders of an older name, without "
+            f"the picture's suffix, first {Path(folder) / older[0].query_name}: they are used; "
+            f"rename one to {Path(older[0].result_name).name} to have it as published"
+        )
 
 
 def check_nesting(names, item):

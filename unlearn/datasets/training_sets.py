@@ -1,6 +1,6 @@
 """One TrainingSet for every benchmark."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,37 +22,35 @@ class TrainingSet:
     ids: list[str]
     captions: list[str]
     paths: list[Path | None]  # None where there is no picture to show
-    latents: np.ndarray = field(
-        repr=False
-    )  # [views, N, channels, height, width], scaled as the denoiser expects
+    # [views, N, channels, height, width], scaled as the denoiser expects
+    latents: np.ndarray = field(repr=False)
     embeddings: np.ndarray = field(repr=False)  # [N, captions, tokens, features]
     source: str = ""  # digest of what latents and embeddings were made from
+    settings: dict = field(default_factory=dict, repr=False, compare=False)  # its data root's
 
     def __len__(self):
         return len(self.ids)
 
     def take(self, indices):
         """The training set of these rows, in this order; latents are copied."""
-        return TrainingSet(
-            self.name,
-            [self.ids[i] for i in indices],
-            [self.captions[i] for i in indices],
-            [self.paths[i] for i in indices],
-            self.latents[:, indices],
-            self.embeddings[indices],
-            self.source,
+        return replace(
+            self,
+            ids=[self.ids[i] for i in indices],
+            captions=[self.captions[i] for i in indices],
+            paths=[self.paths[i] for i in indices],
+            latents=self.latents[:, indices],
+            embeddings=self.embeddings[indices],
         )
 
     def first(self, count):
         """The training set of the first `count` images; nothing is copied."""
-        return TrainingSet(
-            self.name,
-            self.ids[:count],
-            self.captions[:count],
-            self.paths[:count],
-            self.latents[:, :count],
-            self.embeddings[:count],
-            self.source,
+        return replace(
+            self,
+            ids=self.ids[:count],
+            captions=self.captions[:count],
+            paths=self.paths[:count],
+            latents=self.latents[:, :count],
+            embeddings=self.embeddings[:count],
         )
 
     @property
@@ -225,6 +223,7 @@ def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size
         latents=latents.reshape(2, count, *latents.shape[1:]),
         embeddings=embeddings.reshape(count, -1, *embedding_shape),
         source=digest(source_of(latents_path, latents), source_of(embeddings_path, embeddings)),
+        settings=read_settings(dataroot),
     )
     return training_set.first(
         choose_subset_size(count, subset_size, read_settings(dataroot)["largest_subset"])

@@ -6,6 +6,8 @@ subset's scores; the linear datamodeling score (LDS) is the rank correlation of 
 subsets. Source: Park et al., TRAK, ICML 2023, section 2.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from .metrics import student_quantile
@@ -17,7 +19,7 @@ POWERS = (1, 1.5, 2, 3, 4)  # of scores before they are summed
 ROUNDING = 1e-10
 
 
-def count_below(values):
+def count_below(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each entry of values [rows, n]: how many of its row are smaller, and how many are not
     larger, int64 [2, rows, n]; and the order that sorts each row."""
     order = np.argsort(values, axis=1, kind="stable")
@@ -35,14 +37,14 @@ def count_below(values):
     return bounds, order
 
 
-def average_ranks(values):
+def average_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 within each row of values [rows, n], equal values sharing the mean of theirs,
     float64."""
     (low, high), _ = count_below(values)
     return (low + high + 1) / 2
 
 
-def resampled_ranks(bounds, order, weights):
+def resampled_ranks(bounds: np.ndarray, order: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """`average_ranks` of rows in which entry m stands weights[draw, m] times, less a constant:
     [draws, rows, n]. bounds, order: of `count_below`; no row is sorted again."""
     totals = np.zeros((len(weights), len(order), order.shape[1] + 1))
@@ -51,7 +53,7 @@ def resampled_ranks(bounds, order, weights):
     return (low + high) / 2
 
 
-def correlate(first, second, weights):
+def correlate(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Correlation of two arrays over their last axis, entries counted by weights; 0 where one of
     them is constant there: what says nothing predicts nothing."""
     total = weights.sum(axis=-1, keepdims=True)
@@ -63,13 +65,13 @@ def correlate(first, second, weights):
     return (weights * first * second).sum(axis=-1) / np.sqrt(np.where(squares > 0, squares, np.inf))
 
 
-def spearman(first, second):
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Rank correlation of each row of first and second [rows, n], float64 [rows]; ties share their
     mean rank."""
     return correlate(average_ranks(first), average_ranks(second), np.ones(first.shape[1]))
 
 
-def merge_equal(values, least):
+def merge_equal(values: np.ndarray, least: np.ndarray) -> np.ndarray:
     """Values [rows, n] of which those that sorting puts less than `least` [rows, 1] apart are
     equal, to the smallest of them."""
     order = np.argsort(values, axis=1, kind="stable")
@@ -80,7 +82,7 @@ def merge_equal(values, least):
     return merged
 
 
-def predict(scores, kept):
+def predict(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Sum of the scores of the kept images, [queries, models], from scores [queries, N] and kept
     [models, N], bool. Scores are first shifted to a mean of 0, which changes no rank among subsets
     of one size but keeps digits. Sums that differ by rounding alone are made equal: ranks would
@@ -93,14 +95,14 @@ def predict(scores, kept):
     )
 
 
-def datamodeling_scores(scores, kept, losses):
+def datamodeling_scores(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """LDS of each query, [queries]: the rank correlation, over models, of what the scores predict
     and minus the loss. losses: [queries, models]. Source: Park et al., TRAK, ICML 2023, definition
     2.3."""
     return spearman(predict(scores, kept), -losses)
 
 
-def raise_scores(scores, power):
+def raise_scores(scores: np.ndarray, power: float) -> np.ndarray:
     """Scores [queries, N] to a power, negative ones taken as 0 before it; as they are where it is
     1. No power changes the order of positive scores, but all change what their sum says: a higher
     one lets fewer images count."""
@@ -108,7 +110,7 @@ def raise_scores(scores, power):
     return scores if power == 1 else np.maximum(scores, 0) ** power
 
 
-def choose_power(scores, kept, losses):
+def choose_power(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> tuple[float, float]:
     """The power of POWERS with the highest mean LDS, and that LDS; the smallest of equal ones."""
     means = [
         float(datamodeling_scores(raise_scores(scores, power), kept, losses).mean())
@@ -117,7 +119,9 @@ def choose_power(scores, kept, losses):
     return POWERS[int(np.argmax(means))], max(means)
 
 
-def leave_models_out(predictions, losses):
+def leave_models_out(
+    predictions: Mapping[str, np.ndarray], losses: np.ndarray
+) -> dict[str, np.ndarray]:
     """LDS of each query without each of the models in turn: {method: [models, queries]}.
 
     predictions: {method: [queries, models]}; losses: [queries, models].
@@ -136,7 +140,9 @@ def leave_models_out(predictions, losses):
     return measured
 
 
-def mean_interval(by_query, left_out, largest=1):
+def mean_interval(
+    by_query: np.ndarray, left_out: np.ndarray, largest: float = 1
+) -> tuple[float, float, float]:
     """The mean over queries of a measure [queries], LDS or a difference of two, and its 95 %
     interval: (mean, low, high), within what the measure can be, -largest to largest.
 
@@ -158,13 +164,13 @@ def mean_interval(by_query, left_out, largest=1):
     return mean, max(mean - reach, -largest), min(mean + reach, largest)
 
 
-def interval(draws):
+def interval(draws: Sequence[float]) -> tuple[float, float]:
     """The 95 % percentile interval of bootstrap draws: (low, high). Draws at infinity stay
     there."""
     return tuple(float(bound) for bound in np.percentile(draws, INTERVAL, method="nearest"))
 
 
-def fit_rising(values, weights):
+def fit_rising(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
     """The closest values that never fall, by weighted squares: neighbours that fall are pooled
     until none does."""
     blocks = []
@@ -183,7 +189,9 @@ def fit_rising(values, weights):
     return np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
 
 
-def equivalent_number(counts, changes, weights, target):
+def equivalent_number(
+    counts: np.ndarray, changes: np.ndarray, weights: np.ndarray, target: float
+) -> float:
     """How many random images must be removed for a change of `target`: where the line through (0,
     0) and the rising fit of (counts, changes) first reaches it; 0 for a target of 0 or less,
     infinity where the line ends below it.

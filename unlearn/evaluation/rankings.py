@@ -1,12 +1,14 @@
 """Influence files read back, checked, and what of them the metrics need."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..advice import influence_command
 from ..attribution.influence import find_warnings
+from ..datasets.tasks import Task, find_result
 from ..errors import UserError
 from ..storage.hashes import digest, hash_file
 from ..storage.reading import read_json, read_npz
@@ -43,12 +45,12 @@ class Ranking:
     warnings: list[str]  # see `influence.find_warnings`
 
     @property
-    def num_candidates(self):
+    def num_candidates(self) -> int:
         """Exemplars and training images."""
         return len(self.ranks) + self.num_training
 
 
-def read_influence(path, remedy):
+def read_influence(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """Arrays of an influence file by name. Raises UserError where it is missing, damaged or not a
     ranking."""
     check_record(path, {}, remedy)
@@ -68,7 +70,7 @@ def read_influence(path, remedy):
     return arrays
 
 
-def measure_effect(arrays, is_exemplar):
+def measure_effect(arrays: dict[str, np.ndarray], is_exemplar: np.ndarray) -> np.ndarray:
     """What unlearning did, float64 in the order of EFFECTS; NaN where an influence file does not
     say or has no exemplars."""
     own, influence = [float(arrays.get(name, np.nan)) for name in SHOWN], arrays["influence"]
@@ -76,7 +78,7 @@ def measure_effect(arrays, is_exemplar):
     return np.array([own[2], own[0], own[1] - own[0], exemplars, own[3]])
 
 
-def warnings_of(arrays):
+def warnings_of(arrays: dict[str, np.ndarray]) -> list[str]:
     """What there is to warn of in an influence file, by its numbers, also where it was written
     before they were looked at, and what it says itself, of its Fisher."""
     moved, before, after = (
@@ -93,7 +95,7 @@ def warnings_of(arrays):
     )
 
 
-def count_warnings(warnings, what="queries"):
+def count_warnings(warnings: Mapping[Any, list[str]], what: str = "queries") -> list[str]:
     """A line on how many results there is to warn of, in a list, or []. warnings: {name of the
     result: sentences}."""
     warned = {name: sentences for name, sentences in warnings.items() if sentences}
@@ -104,7 +106,7 @@ def count_warnings(warnings, what="queries"):
     ]
 
 
-def check_exemplars(tasks, task_json):
+def check_exemplars(tasks: Sequence[Task], task_json: str) -> None:
     """Raises UserError where a query has no exemplars, whose ranks the AbC metrics measure."""
     without = [task for task in tasks if task.model_path is None]
     if without:
@@ -117,17 +119,18 @@ def check_exemplars(tasks, task_json):
         )
 
 
-def read_ranking(task, args):
-    """The Ranking of one task. Raises UserError where the file is not of this task's exemplars, or
-    it has none."""
-    check_exemplars([task], args.task_json)
-    path = Path(args.result_dir) / "influence" / task.result_name / "influence.npz"
-    remedy = f"make it: {influence_command(args)}"
+def read_ranking(
+    task: Task, dataroot: str, result_dir: str, command: str, overwriting: str
+) -> Ranking:
+    """The Ranking of one task. command: what ranks the queries; overwriting: the same, also those
+    that are ranked. Raises UserError where the file is not of this task's exemplars."""
+    path = find_result(Path(result_dir) / "influence", task) / "influence.npz"
+    remedy = f"make it: {command}"
     arrays = read_influence(path, remedy)
     ids = arrays["ids"].tolist()
     is_exemplar = arrays["is_exemplar"].astype(bool)
     count = len(task.exemplar_paths)
-    expected = task.exemplar_ids(args.dataroot)
+    expected = task.exemplar_ids(dataroot)
     if ids[:count] != expected or not np.array_equal(is_exemplar, np.arange(len(ids)) < count):
         found = [name for name, mask in zip(ids, is_exemplar) if mask]
         raise UserError(
@@ -142,14 +145,16 @@ def read_ranking(task, args):
         len(ids) - count,
         digest(ids[count:]),
         measure_effect(arrays, is_exemplar),
-        check_provenance(path, task, args, remedy),
+        check_provenance(path, task, result_dir, remedy, overwriting),
         warnings_of(arrays),
     )
 
 
-def check_provenance(path, task, args, remedy):
-    """How a query was unlearned, by its record. Raises UserError where the cached losses are no
-    longer those it was ranked against."""
+def check_provenance(
+    path: Path, task: Task, result_dir: str, remedy: str, overwriting: str
+) -> dict:
+    """How a query was unlearned, by its record. overwriting: the command that ranks it again.
+    Raises UserError where the cached losses are no longer those it was ranked against."""
     identity = read_json(record_path(path), "record")["identity"]
     losses_before, settings = identity.get("losses_before", {}), identity.get("settings", {})
     if (
@@ -162,16 +167,18 @@ def check_provenance(path, task, args, remedy):
             f"them; {remedy}"
         )
     for name, content in losses_before.items():
-        losses = Path(args.result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
+        losses = Path(result_dir) / "orig_loss" / task.model_name / f"{name}_loss.npy"
         if losses.exists() and hash_file(losses) != content:
             raise UserError(
                 f"{path}: was ranked against other losses than {losses} now holds; make it "
-                f"again: {influence_command(args, overwrite=True)}"
+                f"again: {overwriting}"
             )
     return settings
 
 
-def check_candidates(rankings, num_training, training_ids, item):
+def check_candidates(
+    rankings: Sequence[Ranking], num_training: int, training_ids: str, item: str | Path
+) -> None:
     """Raises UserError where a ranking is not of these training images."""
     for ranking in rankings:
         if ranking.num_training != num_training:

@@ -1,27 +1,30 @@
-"""What removing images did: leave-K-out, the same for random images, retention, and the equivalent
-number of random images.
+"""What removing images did: leave-K-out, the same for random images, and retention.
 
 Arrays of measures are float64 [3, queries] in the order of MEASURES, NaN for queries that were not
 measured. Models are those of one seed, and their reference is the full model of that seed: a
 picture carries the fingerprint of its own model.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
 
 from ..errors import UserError
-from .datamodels import equivalent_number, interval
 from .metrics import compare_paired, mean_and_error
+from .retrained import RetrainedModel
 from .scores import OURS, RANDOM
 
 MEASURES = ("dL", "mse", "similarity")
-EQUIVALENT_DRAWS = 1000  # of queries and models, for the interval of an equivalent number
 # largest MSE of a query that is made again by its own model: a hundredth of the range. Others' are
 # 1e-3 and more
 SAME_PICTURE = 1e-4
 NOTHING = float("nan"), float("nan")
+Models = Sequence[RetrainedModel]
 
 
-def find_references(models, command):
+def find_references(
+    models: Models, command: Callable[[list[int]], str]
+) -> dict[int, RetrainedModel]:
     """The full model of each seed: {seed: model}. Raises UserError, with the command (of the seeds)
     that trains it, where a model without chosen or random images has none of its seed."""
     references = {model.seed: model for model in models if model.kind == "full"}
@@ -38,7 +41,11 @@ def find_references(models, command):
     return references
 
 
-def find_maker(references, command, can_be_made_again):
+def find_maker(
+    references: Mapping[int, RetrainedModel],
+    command: Callable[[list[int]], str],
+    can_be_made_again: bool,
+) -> RetrainedModel:
     """The full model that made the queries, the one that makes them again. Where pictures cannot be
     made again, for want of the queries' seeds, the one that explains them best. Raises UserError
     where none of {seed: model} does."""
@@ -64,20 +71,20 @@ def find_maker(references, command, can_be_made_again):
     )
 
 
-def measure(model, reference):
+def measure(model: RetrainedModel, reference: RetrainedModel) -> np.ndarray:
     """Of each query: how much higher its loss is than under the reference, and how far the picture
     made again is from it."""
     return np.stack([model.losses - reference.losses, model.mse, model.similarity])
 
 
-def mean_measured(values):
+def mean_measured(values: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     """Mean over the models of values [models, 3, queries], of those that measured; NaN where none
     did."""
     counts = np.isfinite(values).sum(axis=0)
     return np.where(counts, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def group_models(models, kind):
+def group_models(models: Models, kind: str) -> dict[tuple[str | None, int], list[RetrainedModel]]:
     """Models of one kind by (method, number of removed images): numbers rising, ours first, RANDOM
     last."""
     groups = {}
@@ -97,7 +104,7 @@ def group_models(models, kind):
     )
 
 
-def measure_own(models, reference, queries):
+def measure_own(models: Models, reference: RetrainedModel, queries: Sequence[str]) -> np.ndarray:
     """Measures of each query under the models whose images were removed for it, [3, queries]; the
     mean where there are several."""
     values = np.full((len(models), 3, len(queries)), np.nan)
@@ -109,7 +116,9 @@ def measure_own(models, reference, queries):
     return mean_measured(values)
 
 
-def measure_removals(models, reference, queries):
+def measure_removals(
+    models: Models, reference: RetrainedModel, queries: Sequence[str]
+) -> tuple[dict[tuple, np.ndarray], dict[tuple, int]]:
     """Measures [3, queries] by (method, K), RANDOM last at every K, and how many models made them:
     ({...}, {...}). Random removal is measured on every query that a method of this K, or of any K
     where there is none, was measured on."""
@@ -136,7 +145,7 @@ def measure_removals(models, reference, queries):
     return values, {key: len(groups[key]) for key in values}
 
 
-def asked_queries(values, count):
+def asked_queries(values: Mapping[tuple, np.ndarray], count: int) -> np.ndarray:
     """Mask [count] of the queries that any of the values (those of a method and K) is of; all where
     there are none."""
     return (
@@ -146,7 +155,7 @@ def asked_queries(values, count):
     )
 
 
-def summarise_measures(values):
+def summarise_measures(values: np.ndarray) -> list[float]:
     """Mean and standard error over the measured queries of each of [3, queries], one after the
     other."""
     return [
@@ -156,7 +165,7 @@ def summarise_measures(values):
     ]
 
 
-def removal_rows(values, counts):
+def removal_rows(values: Mapping[tuple, np.ndarray], counts: Mapping[tuple, int]) -> list[tuple]:
     """Rows (method, K, queries, models, mean and standard error of each measure)."""
     return [
         (*key, int(np.isfinite(each[0]).sum()), counts[key], *summarise_measures(each))
@@ -164,7 +173,7 @@ def removal_rows(values, counts):
     ]
 
 
-def floor_rows(models, reference, asked):
+def floor_rows(models: Models, reference: RetrainedModel, asked: np.ndarray) -> list[tuple]:
     """Rows like `removal_rows` of the full models: how well the one that made the queries makes
     them again, and how far models of other seeds are from it without any image removed."""
     full = [model for model in models if model.kind == "full"]
@@ -183,7 +192,7 @@ def floor_rows(models, reference, asked):
     ]
 
 
-def paired_rows(values):
+def paired_rows(values: Mapping[tuple, np.ndarray]) -> list[tuple]:
     """Rows (baseline, K, queries, then of each measure: mean difference, standard error, ratio) of
     ours minus each other method of the same K, over the queries that both were measured on."""
     rows = []
@@ -202,7 +211,9 @@ def paired_rows(values):
     return rows
 
 
-def retention_rows(models, reference, queries):
+def retention_rows(
+    models: Models, reference: RetrainedModel, queries: Sequence[str]
+) -> list[tuple]:
     """Rows (method, K, models, own |dL|, others' |dL| and its standard error over models, own MSE,
     others' MSE and its standard error): what a removal did to the query it was for, and to all
     others. Removals without a query have others only."""
@@ -215,7 +226,7 @@ def retention_rows(models, reference, queries):
     ]
 
 
-def other_full_rows(models, maker, queries):
+def other_full_rows(models: Models, maker: RetrainedModel, queries: Sequence[str]) -> list[tuple]:
     """The row like `retention_rows` of the full models of other seeds than the one that made the
     queries, where there are any."""
     others = [model for model in models if model.kind == "full" and model.seed != maker.seed]
@@ -226,7 +237,7 @@ def other_full_rows(models, maker, queries):
     )
 
 
-def retention(models, reference, queries):
+def retention(models: Models, reference: RetrainedModel, queries: Sequence[str]) -> list[float]:
     """One row of `retention_rows`, less its names."""
     own, rest = np.full((len(models), 2), np.nan), np.full((len(models), 2), np.nan)
     for index, model in enumerate(models):
@@ -244,97 +255,3 @@ def retention(models, reference, queries):
             *summarise_measures(rest[None, :, column]),
         )
     ]
-
-
-def random_groups(models):
-    """Models without random images, the random subsets among them, by the number of these images,
-    rising."""
-    groups = {
-        k: group
-        for (method, k), group in group_models(models, "without").items()
-        if method == RANDOM
-    }
-    for (_, k), group in group_models(models, "subset").items():
-        groups[k] = groups.get(k, []) + group
-    return dict(sorted(groups.items()))
-
-
-def random_changes(models, reference):
-    """Loss changes by number of randomly removed images: (numbers [n], changes [n, queries], models
-    [n])."""
-    groups = random_groups(models)
-    changes = [
-        np.mean([model.losses - reference.losses for model in group], axis=0)
-        for group in groups.values()
-    ]
-    return (
-        np.array(list(groups)),
-        np.array(changes),
-        np.array([len(group) for group in groups.values()]),
-    )
-
-
-def shared_variance(losses):
-    """By how much models shift all queries alike, as a variance: the mean covariance of two queries
-    over the models. losses: [models, queries]."""
-    covariance, count = np.atleast_2d(np.cov(losses.T)), losses.shape[1]
-    return (covariance.sum() - np.trace(covariance)) / max(count * (count - 1), 1)
-
-
-def random_deviations(models):
-    """Standard deviation of each of `random_changes` that other random images of the same numbers
-    would bring to all queries alike, [numbers]; what they bring to single queries is seen where
-    queries are drawn. Samples of K of N images vary by K (N - K): so numbers with several models
-    tell of the others too. None where no number has two."""
-    groups = random_groups(models)
-    sizes = {k: k * (len(group[0].kept) - k) for k, group in groups.items()}
-    found = [
-        (len(group) - 1, shared_variance(np.array([model.losses for model in group])) / sizes[k])
-        for k, group in groups.items()
-        if len(group) > 1
-    ]
-    if not found:
-        return None
-    weights, variances = np.array(found).T
-    variance = max(float(np.average(variances, weights=weights)), 0.0)
-    return np.sqrt([variance * sizes[k] / len(group) for k, group in groups.items()])
-
-
-def equivalent_rows(values, curve, deviations, seed=0):
-    """Rows (method, K, queries, mean dL, equivalent number, low, high, most tried) of each method
-    and K: how many random images must be removed for the same loss change of the same queries.
-    Infinity: more than were tried. The interval is from drawing queries, and with each the model
-    without its images, and the shifts of the models without random images; NaN for a single query.
-    deviations: of `random_deviations`, or None: those models' are not in it then. Source: [AbU]
-    Fig. 12."""
-    (counts, changes, weights), rows = curve, []
-    for (method, k), each in values.items():
-        if method == RANDOM or not len(counts):
-            continue
-        asked = np.flatnonzero(np.isfinite(each[0]))
-        means = np.append(changes[:, asked].mean(axis=1), each[0, asked].mean())
-        number = equivalent_number(counts, means[:-1], weights, means[-1])
-        bounds = (
-            interval(
-                draw_equivalents(
-                    np.vstack([changes, each[0]])[:, asked], counts, weights, deviations, seed
-                )
-            )
-            if len(asked) > 1
-            else NOTHING
-        )
-        rows.append((method, k, len(asked), float(means[-1]), number, *bounds, int(counts.max())))
-    return rows
-
-
-def draw_equivalents(changes, counts, weights, deviations, seed):
-    """Equivalent numbers of EQUIVALENT_DRAWS draws. changes: [numbers + 1, queries], the last of
-    the method; deviations: of `random_deviations`. A bootstrap of a few queries is too narrow: its
-    draws are widened as Student's distribution is."""
-    generator, count = np.random.Generator(np.random.Philox(seed)), changes.shape[1]
-    drawn = changes[:, generator.integers(count, size=(EQUIVALENT_DRAWS, count))].mean(axis=2).T
-    widening = np.sqrt(count / generator.chisquare(count - 1, (EQUIVALENT_DRAWS, 1)))
-    drawn = changes.mean(axis=1) + widening * (drawn - changes.mean(axis=1))
-    if deviations is not None:
-        drawn[:, :-1] += deviations * generator.normal(size=(EQUIVALENT_DRAWS, len(counts)))
-    return [equivalent_number(counts, row[:-1], weights, row[-1]) for row in drawn]

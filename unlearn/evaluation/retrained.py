@@ -4,6 +4,7 @@ each query's loss."""
 import base64
 import binascii
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from ..attribution.influence import rank_images
 from ..datasets.pictures import hash_picture
 from ..datasets.queries import AXES, open_stored
+from ..datasets.tasks import Task
 from ..errors import UserError
 from ..storage.hashes import digest
 from ..storage.reading import list_visible, read_json
@@ -61,17 +63,17 @@ class RetrainedModel:
     query: str | None = None  # for which they were
 
     @property
-    def num_removed(self):
+    def num_removed(self) -> int:
         """Images that the model was trained without."""
         return int((~self.kept).sum())
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         """Seed of weights and draws."""
         return self.identity["seed"]
 
 
-def check_entry(path, values, kinds):
+def check_entry(path: Path, values: object, kinds: Mapping[str, type]) -> None:
     """Raises UserError where one of the keys of a model's file is missing or of another type."""
     for key, kind in kinds.items():
         value = values.get(key) if isinstance(values, dict) else None
@@ -82,7 +84,7 @@ def check_entry(path, values, kinds):
             )
 
 
-def read_members(path, identity):
+def read_members(path: Path, identity: dict) -> np.ndarray:
     """The mask of the images that a model was trained on, bool [N]. Raises UserError where it is no
     mask of N images."""
     count = identity["num_images"]
@@ -98,12 +100,12 @@ def read_members(path, identity):
     return np.unpackbits(packed)[:count].astype(bool)
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
     """Whether a value of a JSON file is a finite number that a float holds."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def read_losses(path, losses, queries):
+def read_losses(path: Path, losses: dict, queries: Sequence[str]) -> np.ndarray:
     """Each query's loss, float64. Raises UserError where one is missing or no finite number."""
     for query in queries:
         if query not in losses:
@@ -119,7 +121,7 @@ def read_losses(path, losses, queries):
     return np.array([losses[query] for query in queries], float)
 
 
-def read_measures(record, name, queries):
+def read_measures(record: dict, name: str, queries: Sequence[str]) -> np.ndarray:
     """A measure of each query, float64, NaN where the model was not asked for it. Raises UserError
     where it is no number."""
     values = record.get(name) or {}
@@ -134,7 +136,7 @@ def read_measures(record, name, queries):
     )
 
 
-def check_removed(path, record, kept):
+def check_removed(path: Path, record: dict, kept: np.ndarray) -> tuple[str | None, str | None]:
     """Method and query of a model of kind `without`. Raises UserError where its mask does not fit
     its kind and K."""
     removed, count = record.get("removed") or {}, int((~kept).sum())
@@ -162,7 +164,7 @@ def check_removed(path, record, kept):
     return removed["method"], removed["query"]
 
 
-def read_model(path, queries):
+def read_model(path: Path, queries: Sequence[str]) -> RetrainedModel:
     """The RetrainedModel of one file."""
     record = read_json(path, "retrained model")
     check_entry(path, record, {"identity": dict, "kind": str, "losses": dict})
@@ -186,7 +188,7 @@ def read_model(path, queries):
     )
 
 
-def query_digests(tasks, dataroot):
+def query_digests(tasks: Sequence[Task], dataroot: str) -> dict[str, str]:
     """What a query is, by its name: a digest of prompt, picture, seed and stored rows, so that a
     model's measures tell of which they are."""
     stored = lambda task: [
@@ -195,7 +197,7 @@ def query_digests(tasks, dataroot):
         if getattr(task, field) is not None
     ]
     return {
-        task.result_name: digest(
+        task.query_name: digest(
             task.prompt,
             hash_picture(Path(dataroot) / task.synth_image_path),
             task.seed,
@@ -205,7 +207,7 @@ def query_digests(tasks, dataroot):
     }
 
 
-def shared_fields(identity, queries):
+def shared_fields(identity: dict, queries: Sequence[str]) -> dict[str, object]:
     """What models must share to be compared: recipe, training set, how they were measured, and each
     query."""
     return {
@@ -214,7 +216,7 @@ def shared_fields(identity, queries):
     }
 
 
-def check_alike(models, queries):
+def check_alike(models: Sequence[RetrainedModel], queries: Sequence[str]) -> None:
     """Raises UserError where models are not of one recipe, training set and measurement, or one of
     them stands there twice."""
     first, seen = models[0], {}
@@ -243,7 +245,7 @@ def check_alike(models, queries):
             )
 
 
-def read_retrained(folder, queries, command):
+def read_retrained(folder: str, queries: Sequence[str], command: str) -> list[RetrainedModel]:
     """All models of a folder in an order that does not depend on the files' names: by kind, method,
     query, number of images, seed and members. Raises UserError for an empty folder (command: that
     fills it), unknown files and models that cannot be compared."""
@@ -275,7 +277,9 @@ def read_retrained(folder, queries, command):
     )
 
 
-def check_queries(models, digests, command):
+def check_queries(
+    models: Sequence[RetrainedModel], digests: Mapping[str, str], command: str
+) -> None:
     """Raises UserError where models were measured on another picture or prompt than a query has
     now."""
     for query, expected in digests.items():
@@ -288,7 +292,9 @@ def check_queries(models, digests, command):
             )
 
 
-def check_removed_images(models, scores, queries):
+def check_removed_images(
+    models: Sequence[RetrainedModel], scores: Mapping[str, np.ndarray], queries: Sequence[str]
+) -> None:
     """Raises UserError where a model was trained without other images than the first K of the
     scores that are now evaluated. scores: {method: [queries, N]}."""
     for model in models:

@@ -1,10 +1,45 @@
-"""Markdown tables of the evaluation against retrained models, from its rows."""
+"""Markdown tables and CSV files of the evaluation against retrained models, from its rows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from ..report.ranking import write_csv
+from . import lds
 from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
+
+COLUMNS = {  # of the CSV files
+    "lds": lds.COLUMNS,
+    "lds_queries": lds.QUERY_COLUMNS,
+    "leave_k_out": (
+        "method",
+        "k",
+        "queries",
+        "models",
+        *(name + end for name in MEASURES for end in ("", "_error")),
+    ),
+    "leave_k_out_paired": (
+        "baseline",
+        "k",
+        "queries",
+        *(name + end for name in MEASURES for end in ("", "_error", "_p")),
+    ),
+    "retention": (
+        "method",
+        "k",
+        "models",
+        "own_dL",
+        "others_dL",
+        "others_dL_error",
+        "own_mse",
+        "others_mse",
+        "others_mse_error",
+    ),
+    "equivalent": ("method", "k", "queries", "dL", "random_images", "low", "high", "most_tried"),
+}
 
 UNITS = {
     "dL": 1e-3,
@@ -15,12 +50,12 @@ DIGITS = {"dL": 2, "mse": 2, "similarity": 3}
 SHOWN = {"dL": "dL x1e-3", "mse": "MSE x1e-2", "similarity": "similarity"}
 
 
-def format_interval(mean, low, high):
+def format_interval(mean: float, low: float, high: float) -> str:
     """`+0.123 (0.100 to 0.150)`."""
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def lds_table(rows):
+def lds_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of the LDS of every method and of ours minus it, and of both after the powers
     that tuning queries chose."""
     show = lambda numbers: "" if numbers[0] == "" else format_interval(*numbers)
@@ -41,7 +76,7 @@ def lds_table(rows):
     return markdown_table(header, cells)
 
 
-def format_measure(mean, error, unit, digits=2):
+def format_measure(mean: float, error: float, unit: float, digits: int = 2) -> str:
     """A mean with its standard error in a unit; empty where nothing was measured."""
     return (
         ""
@@ -51,7 +86,7 @@ def format_measure(mean, error, unit, digits=2):
     )
 
 
-def removal_table(rows):
+def removal_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of leave-K-out."""
     cells = [
         [
@@ -67,7 +102,7 @@ def removal_table(rows):
     return markdown_table(["removed by", "K", "queries", "models", *SHOWN.values()], cells)
 
 
-def paired_table(rows):
+def paired_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of ours minus each method, with p values of Student's t test."""
     cells = [
         [
@@ -92,7 +127,7 @@ def paired_table(rows):
     return markdown_table(header, cells)
 
 
-def retention_table(rows):
+def retention_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of retention."""
     cells = [
         [
@@ -118,12 +153,12 @@ def retention_table(rows):
     return markdown_table(header, cells)
 
 
-def format_number(number, most):
+def format_number(number: float, most: int) -> str:
     """A number of images, `>= most` where it is infinite."""
     return f"{number:,.0f}" if np.isfinite(number) else f">= {most:,}"
 
 
-def equivalent_table(rows):
+def equivalent_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of the equivalent numbers of random images; `>= most` where no number that was
     tried does as much."""
     cells = [
@@ -137,3 +172,35 @@ def equivalent_table(rows):
         for method, k, _, change, number, low, high, most in rows
     ]
     return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)
+
+
+TABLES = {  # title and Markdown lines, by the name of the rows
+    "leave_k_out": (
+        "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± "
+        "standard error over queries, each with a model of its own; random and full: over queries "
+        "under the same models, whose own deviation is not in it",
+        removal_table,
+    ),
+    "leave_k_out_paired": (
+        "Leave-K-out, paired by query (p: Student's t test)",
+        paired_table,
+    ),
+    "retention": (
+        "Retention: change of the query that images were removed for, and of all others; mean ± "
+        "standard error over models",
+        retention_table,
+    ),
+    "equivalent": (
+        "Equivalent number of random images: how many must be removed for the same dL (interval "
+        "from drawing queries and models anew)",
+        equivalent_table,
+    ),
+}
+
+
+def write_tables(rows: Mapping[str, Sequence[tuple]], output: str) -> None:
+    """Writes a CSV file of each kind of rows; undefined numbers are empty cells."""
+    for name, columns in COLUMNS.items():
+        cells = [["" if cell != cell else cell for cell in row] for row in rows.get(name, [])]
+        write_csv(Path(output) / f"{name}.csv", columns, cells)
+    print(f"Written: {', '.join(f'{name}.csv' for name in COLUMNS)} in {output}")

@@ -1,22 +1,60 @@
 """What a retrained model is asked about the queries: their losses, and the pictures that it makes
 from their seeds."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..attribution.losses import chunk_noise, score_rows
+from ..attribution.draws import chunk_noise
+from ..attribution.losses import score_rows
 from ..baselines.similarity import normalise
 from ..datasets.pictures import load_image
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.generation import NUM_INFERENCE_STEPS, save_picture
+from ..models.pipelines import Model
 from ..storage.artifacts import whole_file
 from ..storage.hashes import digest
 
+LOSS_TIMESTEPS = 200  # of the queries' losses, by default
 
-def join_sets(sets):
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How models are measured: what must be the same for the measures of two to be compared. The
+    fields are those of the record."""
+
+    timesteps: int  # of the queries' losses
+    noise_seed: int  # of the queries' losses
+    num_inference_steps: int  # of the pictures
+    guidance_scale: float  # of the pictures
+    features: str | None  # name of the model that pictures are compared by; None: VAE latents
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What every model is asked."""
+
+    tasks: list[Task]
+    queries: TrainingSet  # the tasks' queries, in their order
+    pictures: np.ndarray | None  # theirs, [n, H, W, 3] uint8; None where no model makes them again
+    encode: Callable | None  # encoder of `features` (see baselines); None: VAE latents
+    settings: MeasureSettings
+    loss_batch_size: int  # memory only
+    vae_batch_size: int  # memory only
+
+    @property
+    def names(self) -> list[str]:
+        """Of the queries."""
+        return [task.query_name for task in self.tasks]
+
+
+def join_sets(sets: Sequence[TrainingSet]) -> TrainingSet:
     """Training sets of one data set as one, in their order: queries that are measured together."""
     joined = {
         name: [value for images in sets for value in getattr(images, name)]
@@ -32,7 +70,9 @@ def join_sets(sets):
 
 
 @torch.no_grad()
-def query_losses(model, queries, grid, noise_seed, batch_size):
+def query_losses(
+    model: Model, queries: TrainingSet, grid: list[int], noise_seed: int, batch_size: int
+) -> np.ndarray:
     """Loss of each query [n] float64, mean over the grid; its noise is its own, the same under
     every model."""
     with ThreadPoolExecutor(1) as pool:
@@ -51,7 +91,7 @@ def query_losses(model, queries, grid, noise_seed, batch_size):
         )
 
 
-def sampling_of(tasks):
+def sampling_of(tasks: Sequence[Task]) -> tuple[int, float]:
     """Steps and guidance with which the queries were made, and are made again. Raises UserError
     where they are not alike."""
     found = {
@@ -70,7 +110,7 @@ def sampling_of(tasks):
     return found.pop() if found else (NUM_INFERENCE_STEPS, 1.0)
 
 
-def load_pictures(dataroot, names, resolution):
+def load_pictures(dataroot: str, names: Sequence[str], resolution: int) -> np.ndarray:
     """The queries' pictures [n, H, W, 3] uint8. Raises UserError where one is not of the size that
     the model makes."""
     pictures = [np.asarray(load_image(Path(dataroot) / name)) for name in names]
@@ -84,7 +124,7 @@ def load_pictures(dataroot, names, resolution):
     return np.stack(pictures)
 
 
-def write_pictures(folder, names, pictures):
+def write_pictures(folder: Path, names: Sequence[str], pictures: np.ndarray) -> list[Path]:
     """Writes pictures [n, H, W, 3] uint8 as PNG files named after their queries; returns their
     paths."""
     paths = [folder / "pictures" / f"{name}.png" for name in names]
@@ -94,7 +134,9 @@ def write_pictures(folder, names, pictures):
     return paths
 
 
-def compare_pictures(pictures, made, features, made_features):
+def compare_pictures(
+    pictures: np.ndarray, made: np.ndarray, features: np.ndarray, made_features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean squared difference of pixels in [0, 1] and cosine of features, float64 [n] each.
 
     pictures, made: [n, H, W, 3] uint8; features, made_features: [n, ...], VAE latents or a model's.

@@ -2,15 +2,18 @@
 
 import base64
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import noise
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
-from ..evaluation.retrained import query_digests
 from ..models.generation import make_pictures
-from ..models.pipelines import replaced_weights
+from ..models.pipelines import Model, replaced_weights
 from ..runtime.programs import progress
 from ..storage.artifacts import write_json, write_tensors
 from ..storage.hashes import digest
@@ -22,46 +25,45 @@ from ..storage.records import (
     record_path,
     write_record,
 )
-from .measures import compare_pictures, query_losses, sampling_of, write_pictures
-from .training import Recipe, train
+from .measures import MeasureSettings, Questions, compare_pictures, query_losses, write_pictures
+from .plans import Plan
+from .recipes import Recipe
+from .training import train
 
 REMEDY = "give --overwrite to replace it, or another --output and --result_dir"
 
 
-def recipe_of(args, seed):
-    """The recipe by the flags, which the data root's settings have filled."""
-    return Recipe(
-        args.train_epochs,
-        args.train_lr,
-        args.train_batch_size,
-        args.train_schedule,
-        seed,
-        args.mixed_precision,
-    )
-
-
-def model_identity(model, training_set, plan, args):
-    """Identity of one trained model."""
+def model_identity(
+    model: Model, training_set: TrainingSet, plan: Plan, recipe: Recipe, precision: str
+) -> dict:
+    """Identity of one trained model. The seed is the plan's, whatever the recipe's."""
     return {
-        **recipe_of(args, plan.seed).identity(model, training_set),
-        "precision": args.precision,
+        **replace(recipe, seed=plan.seed).identity(model, training_set),
+        "precision": precision,
         "members": digest(np.packbits(plan.members).tobytes().hex()),
     }
 
 
-def weights_path(args, plan):
+def weights_path(result_dir: str | Path, plan: Plan) -> Path:
     """Where a trained model's weights are written."""
-    return Path(args.result_dir) / "retrain" / plan.name / "model.safetensors"
+    return Path(result_dir) / "retrain" / plan.name / "model.safetensors"
 
 
-def train_stack(model, training_set, plans, args):
-    """Trains the models of a stack together and writes their weights and records. Returns the
-    seconds it took."""
-    identities = [model_identity(model, training_set, plan, args) for plan in plans]
-    paths = [weights_path(args, plan) for plan in plans]
+def train_stack(
+    model: Model,
+    training_set: TrainingSet,
+    plans: Sequence[Plan],
+    recipe: Recipe,
+    precision: str,
+    result_dir: str | Path,
+) -> float:
+    """Trains the models of a stack, which are of one seed, together, and writes their weights and
+    records. Returns the seconds it took."""
+    identities = [model_identity(model, training_set, plan, recipe, precision) for plan in plans]
+    paths = [weights_path(result_dir, plan) for plan in plans]
     checkpoint = paths[0].parent.parent / f".{plans[0].name}-{digest(identities)[:16]}.checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    recipe, start = recipe_of(args, plans[0].seed), time.monotonic()
+    start = time.monotonic()
     with progress(
         recipe.num_steps(len(training_set)),
         f"training {plans[0].name}" + (f" and {len(plans) - 1} more" if plans[1:] else ""),
@@ -71,7 +73,7 @@ def train_stack(model, training_set, plans, args):
             model,
             training_set,
             np.stack([plan.members for plan in plans]),
-            recipe,
+            replace(recipe, seed=plans[0].seed),
             checkpoint,
             bar.update,
         )
@@ -84,78 +86,89 @@ def train_stack(model, training_set, plans, args):
     return time.monotonic() - start
 
 
-def measure_identity(model, training_set, plan, tasks, args):
+def measure_identity(
+    trained: dict,
+    training_set: TrainingSet,
+    plan: Plan,
+    settings: MeasureSettings,
+    queries: dict[str, str],
+) -> dict:
     """What must be the same for the measures of two models to be compared, and which images this
-    one has seen."""
-    recipe = model_identity(model, training_set, plan, args)
-    recipe = digest(
-        {
-            name: value
-            for name, value in recipe.items()
-            if name not in ("seed", "initial_weights", "members")
-        }
-    )
-    num_inference_steps, guidance_scale = sampling_of(tasks)
+    one has seen. trained: of `model_identity`; queries: {name: digest}, of `query_digests`."""
+    recipe = {
+        name: value
+        for name, value in trained.items()
+        if name not in ("seed", "initial_weights", "members")
+    }
     return {
         "format_version": FORMAT_VERSION,
-        "recipe": recipe,
+        "recipe": digest(recipe),
         "training_set": training_set.identity,
         "num_images": len(training_set),
         "seed": plan.seed,
         "members": base64.b64encode(np.packbits(plan.members)).decode(),
-        "queries": query_digests(tasks, args.dataroot),
-        "timesteps": args.loss_time_samples,
-        "noise_seed": args.noise_seed,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "features": args.features,
+        "queries": queries,
+        **asdict(settings),
     }
 
 
-def measure(model, weights, queries, pictures, tasks, plan, encode, args):
-    """Measures of the queries under trained weights: {"losses": {query: value}, "mse": ...,
-    "similarity": ...}. encode: encoder of `--features` (see baselines), or None."""
-    grid = noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
+def measure_pictures(
+    model: Model, questions: Questions, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the queries' pictures again, writes them below a folder, and compares them with the
+    queries: mean squared error and similarity, float64 [n] each."""
+    queries, settings = questions.queries, questions.settings
+    latents, made = make_pictures(
+        model,
+        queries.name,
+        queries.embeddings[:, 0],
+        [task.seed for task in questions.tasks],
+        queries.latents.shape[2:],
+        settings.num_inference_steps,
+        settings.guidance_scale,
+        questions.vae_batch_size,
+    )
+    paths = write_pictures(folder, questions.names, made)
+    features = (
+        [questions.encode(files)[0] for files in (queries.paths, paths)]
+        if questions.encode
+        else [queries.latents[0], latents]
+    )
+    return compare_pictures(questions.pictures, made, *features)
+
+
+def measure(
+    model: Model, weights: dict[str, torch.Tensor], questions: Questions, folder: Path, name: str
+) -> dict[str, dict[str, float]]:
+    """Measures of the queries under the trained weights of a model of this name: {"losses": {query:
+    value}, "mse": ..., "similarity": ...}, the last two where it makes pictures, which are written
+    below its folder. Raises UserError where one is not finite."""
+    settings = questions.settings
+    grid = noise.timestep_grid(settings.timesteps, len(model.alpha_bars), "--loss_time_samples")
     with replaced_weights(model.denoiser, weights):
         values = {
-            "losses": query_losses(model, queries, grid, args.noise_seed, args.loss_batch_size)
+            "losses": query_losses(
+                model, questions.queries, grid, settings.noise_seed, questions.loss_batch_size
+            )
         }
-        if not args.no_pictures:
-            latents, made = make_pictures(
-                model,
-                queries.name,
-                queries.embeddings[:, 0],
-                [task.seed for task in tasks],
-                queries.latents.shape[2:],
-                *sampling_of(tasks),
-                args.vae_batch_size,
-            )
-            paths = write_pictures(
-                weights_path(args, plan).parent, [task.result_name for task in tasks], made
-            )
-            features = (
-                [encode(files)[0] for files in (queries.paths, paths)]
-                if encode
-                else [queries.latents[0], latents]
-            )
-            values["mse"], values["similarity"] = compare_pictures(pictures, made, *features)
+        if questions.pictures is not None:
+            values["mse"], values["similarity"] = measure_pictures(model, questions, folder)
     for kind, array in values.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"{plan.name}: {kind} of {int((~np.isfinite(array)).sum())} queries are NaN or "
+                f"{name}: {kind} of {int((~np.isfinite(array)).sum())} queries are NaN or "
                 f"infinite; the model or a feature is broken"
             )
-    names = [task.result_name for task in tasks]
     return {
-        kind: {name: float(f"{value:.9g}") for name, value in zip(names, array)}
+        kind: {query: float(f"{value:.9g}") for query, value in zip(questions.names, array)}
         for kind, array in values.items()
     }
 
 
-def is_measured(path, identity, args):
+def is_measured(path: Path, identity: dict, with_pictures: bool, overwrite: bool) -> bool:
     """Whether a model's measures are there. Raises UserError where they are of other models or
     queries and may stay."""
-    if not path.exists() or args.overwrite:
+    if not path.exists() or overwrite:
         return False
     record = read_json(path, "measures")
     found = record.get("identity") if isinstance(record, dict) else None
@@ -170,14 +183,22 @@ def is_measured(path, identity, args):
             f"task files; give all task "
             f"files that it was measured on, or {REMEDY.removeprefix('give ')}"
         )
-    return args.no_pictures or "mse" in record
+    return not with_pictures or "mse" in record
 
 
-def finish(model, queries, pictures, tasks, plan, path, identity, encode, args, cost):
+def finish(
+    model: Model,
+    questions: Questions,
+    plan: Plan,
+    weights: Path,
+    path: Path,
+    identity: dict,
+    cost: dict,
+) -> None:
     """Measures one trained model and writes its file. cost: what training it took, where it was
     trained now."""
-    weights = read_tensors(weights_path(args, plan), "trained weights")
-    values = measure(model, weights, queries, pictures, tasks, plan, encode, args)
+    tensors = read_tensors(weights, "trained weights")
+    values = measure(model, tensors, questions, weights.parent, plan.name)
     write_json(
         path,
         {

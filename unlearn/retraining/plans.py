@@ -1,18 +1,33 @@
 """Which models `retrain` is to train: their names, and which images each may see."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..advice import influence_command, write_command
 from ..attribution.influence import is_undecided
+from ..datasets.tasks import Task, find_result
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..evaluation.rankings import count_warnings, read_influence, warnings_of
+from ..evaluation.scores import OURS, RANDOM
 from ..runtime.programs import log
 from ..storage.reading import read_json
 from ..storage.records import names_of_file, record_path
-from .training import random_members
+from .batches import random_members
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Which models are trained."""
+
+    kind: str  # one of PLANS
+    seeds: tuple[int, ...] = (0,)  # of weights and batches; all kinds but full take the first
+    first: int = 0  # number of the first random model
+    count: int = 1  # of random models, of each K
+    fraction: float = 0.5  # of the images that a random subset keeps
+    top_k: tuple[int, ...] = ()  # images left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +42,19 @@ class Plan:
     removed: dict | None  # method, query, k
 
 
-def check_count(flag, value, largest, item):
+@dataclass(frozen=True, eq=False)
+class MethodRanking:
+    """A method's ranking of the training set for one query."""
+
+    path: Path  # of the influence file
+    method: str
+    query: str
+    scores: np.ndarray  # [N]
+    order: np.ndarray  # [N] int, the most influential image first
+    warnings: list[str]  # see `influence.find_warnings`
+
+
+def check_count(flag: str, value: int, largest: int, item: str) -> None:
     """Raises UserError where so many images cannot be removed or kept."""
     if not 1 <= value < largest:
         raise UserError(
@@ -35,137 +62,166 @@ def check_count(flag, value, largest, item):
         )
 
 
-def seed_suffix(seed):
+def seed_suffix(seed: int) -> str:
     """What a model's name says of a seed other than 0."""
     return f"-seed{seed}" if seed else ""
 
 
-def plan_full(args, training_set, tasks):
+def plan_full(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
     """Full models, one a seed."""
     return [
         Plan(f"full-seed{seed}", "full", seed, np.ones(len(training_set), bool), None)
-        for seed in args.seeds
+        for seed in settings.seeds
     ]
 
 
-def plan_subsets(args, training_set, tasks):
-    """Models of random subsets, `--fraction` of the images each."""
-    count, kept = len(training_set), round(len(training_set) * args.fraction)
-    check_count(f"--fraction {args.fraction}: images kept:", kept, count, "training images")
-    prefix = "half" if args.fraction == 0.5 else f"subset-{args.fraction:g}"
+def plan_subsets(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
+    """Models of random subsets, `fraction` of the images each."""
+    count, kept = len(training_set), round(len(training_set) * settings.fraction)
+    check_count(f"--fraction {settings.fraction}: images kept:", kept, count, "training images")
+    prefix = "half" if settings.fraction == 0.5 else f"subset-{settings.fraction:g}"
     return [
         Plan(
-            f"{prefix}-{number:03d}{seed_suffix(args.seeds[0])}",
+            f"{prefix}-{number:03d}{seed_suffix(settings.seeds[0])}",
             "subset",
-            args.seeds[0],
+            settings.seeds[0],
             random_members(count, kept, number, training_set.name),
             None,
         )
-        for number in range(args.first, args.first + args.count)
+        for number in range(settings.first, settings.first + settings.count)
     ]
 
 
-def plan_random(args, training_set, tasks):
+def plan_random(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
     """Models without K random images."""
     count, plans = len(training_set), []
-    for k in args.top_k:
+    for k in settings.top_k:
         check_count("--top_k", k, count, "training images")
-        for number in range(args.first, args.first + args.count):
+        for number in range(settings.first, settings.first + settings.count):
             members = random_members(count, count - k, number, f"{training_set.name} without {k}")
             plans.append(
                 Plan(
-                    f"random-k{k}-{number:03d}{seed_suffix(args.seeds[0])}",
+                    f"random-k{k}-{number:03d}{seed_suffix(settings.seeds[0])}",
                     "without",
-                    args.seeds[0],
+                    settings.seeds[0],
                     members,
-                    {"method": "random", "query": None, "k": k},
+                    {"method": RANDOM, "query": None, "k": k},
                 )
             )
     return plans
 
 
-def ranking_command(args, folder, method):
-    """What ranks the queries of `retrain`'s task files into `folder`."""
-    if method == "ours":
-        return influence_command(
-            args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None
-        )  # retrain's top_k is another
-    return write_command(
-        "baselines",
-        args,
-        task_json=args.task_json[0],
-        result_dir=folder.parent.parent,
-        methods=[method],
-    )
-
-
-def plan_without(args, training_set, tasks):
-    """Models without the K most influential images of a query, by each method's influence file."""
+def plan_without(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
+    """Models without the K most influential images of a query, by each ranking."""
     plans, warnings = [], {}
-    for folder in map(Path, args.influence):
-        method = (
-            "ours"
-            if folder.name == "influence" and folder.parent.name != "baselines"
-            else folder.name
-        )
-        for task in tasks[: args.num_queries]:
-            path = folder / task.result_name / "influence.npz"
-            arrays = read_influence(path, f"make it: {ranking_command(args, folder, method)}")
-            ranked = read_json(record_path(path), "record")["identity"].get("candidates")
-            if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
-                where = (
-                    names_of_file(path).get("data root")
-                    or "another data root, or of files that have changed since"
-                )
-                raise UserError(
-                    f"{path}: ranks other training images, {len(arrays['ids'])} of {where}, than "
-                    f"the {len(training_set)} of "
-                    f"{args.dataroot}; give the --dataroot, --sd_version and --laion_subset_size "
-                    f"it was made with"
-                )
-            warnings[path] = warnings_of(arrays)
-            for k in args.top_k:
-                check_count("--top_k", k, len(training_set), "training images")
-                if is_undecided(arrays["influence"], k):
-                    raise UserError(
-                        f"{path}: the images ranked {k} and {k + 1} have the same score; the "
-                        f"order of the files, not {method}, would "
-                        "decide which are removed; give another --top_k, or leave this folder "
-                        "out of --influence"
-                    )
-                members = np.ones(len(training_set), bool)
-                members[arrays["rank"][:k]] = False
-                name = f"without-{method}-{task.result_name.replace('/', '-')}-k{k}{seed_suffix(args.seeds[0])}"
-                plans.append(
-                    Plan(
-                        name,
-                        "without",
-                        args.seeds[0],
-                        members,
-                        {"method": method, "query": task.result_name, "k": k},
-                    )
-                )
+    for ranking in rankings:
+        warnings[ranking.path] = ranking.warnings
+        plans += [plan_removal(ranking, k, settings.seeds[0]) for k in settings.top_k]
     for line in count_warnings(warnings, "rankings"):
         log.warning(line)
     return plans
 
 
-def make_plans(kind, args, training_set, tasks):
-    """The models of a kind. Raises UserError where two would have one name."""
-    plans = PLANS[kind](args, training_set, tasks)
-    names = [plan.name for plan in plans]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
+    """The model without the first K images of a ranking. Raises UserError where the scores do not
+    say which these are."""
+    check_count("--top_k", k, len(ranking.order), "training images")
+    if is_undecided(ranking.scores, k):
         raise UserError(
-            f"retrain {kind}: would train {twice[0]} twice; give each seed, K, folder and task "
-            f"file once"
+            f"{ranking.path}: the images ranked {k} and {k + 1} have the same score; the order of "
+            f"the files, not {ranking.method}, would decide which are removed; give another "
+            f"--top_k, or leave this folder out of --influence"
         )
-    return plans
+    members = np.ones(len(ranking.order), bool)
+    members[ranking.order[:k]] = False
+    query = ranking.query.replace("/", "-")
+    return Plan(
+        f"without-{ranking.method}-{query}-k{k}{seed_suffix(seed)}",
+        "without",
+        seed,
+        members,
+        {"method": ranking.method, "query": ranking.query, "k": k},
+    )
+
+
+def method_of(folder: Path) -> str:
+    """The method whose influence files a folder holds, by its name."""
+    is_ours = folder.name == "influence" and folder.parent.name != "baselines"
+    return OURS if is_ours else folder.name
+
+
+def read_rankings(
+    folders: Sequence[Path],
+    tasks: Sequence[Task],
+    training_set: TrainingSet,
+    dataroot: str,
+    rank_command: Callable[[Path, str], str],
+) -> Iterator[MethodRanking]:
+    """The rankings of the tasks' queries in each folder, one after the other. rank_command: the
+    command line that ranks them into a folder by a method. Raises UserError where one is missing or
+    of other training images."""
+    for folder in folders:
+        method = method_of(folder)
+        for task in tasks:
+            yield read_ranking(
+                find_result(folder, task) / "influence.npz",
+                method,
+                task.query_name,
+                training_set,
+                dataroot,
+                f"make it: {rank_command(folder, method)}",
+            )
+
+
+def read_ranking(
+    path: Path, method: str, query: str, training_set: TrainingSet, dataroot: str, remedy: str
+) -> MethodRanking:
+    """The ranking that an influence file holds. Raises UserError where it is missing or of other
+    training images."""
+    arrays = read_influence(path, remedy)
+    ranked = read_json(record_path(path), "record")["identity"].get("candidates")
+    if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
+        where = (
+            names_of_file(path).get("data root")
+            or "another data root, or of files that have changed since"
+        )
+        raise UserError(
+            f"{path}: ranks other training images, {len(arrays['ids'])} of {where}, than the "
+            f"{len(training_set)} of {dataroot}; give the --dataroot, --sd_version and "
+            f"--laion_subset_size it was made with"
+        )
+    return MethodRanking(
+        path, method, query, arrays["influence"], arrays["rank"], warnings_of(arrays)
+    )
 
 
 PLANS = {"full": plan_full, "subsets": plan_subsets, "random": plan_random, "without": plan_without}
 
 
-def make_stacks(plans, size):
+def make_plans(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking] = ()
+) -> list[Plan]:
+    """The models of a kind; rankings: of the kind `without`. Raises UserError where two would have
+    one name."""
+    plans = PLANS[settings.kind](settings, training_set, rankings)
+    names = [plan.name for plan in plans]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"retrain {settings.kind}: would train {twice[0]} twice; give each seed, K, folder and "
+            f"task file once"
+        )
+    return plans
+
+
+def make_stacks(plans: Sequence[Plan], size: int) -> list[list[Plan]]:
     """Plans of one seed in runs of `size`."""
     seeds = dict.fromkeys(plan.seed for plan in plans)
     alike = [[plan for plan in plans if plan.seed == seed] for seed in seeds]

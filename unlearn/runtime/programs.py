@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -134,6 +135,17 @@ def set_precision(precision):
         "bf16",
     )
     torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def in_precision(precision):
+    """`set_precision` for a while."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    set_precision(precision)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def run_within_memory(work, size, unit):

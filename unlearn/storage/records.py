@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import __version__
 from ..errors import UserError
+from ..version import __version__
 from .artifacts import write_json
 from .hashes import hash_file
 from .reading import read_json
@@ -283,3 +283,10 @@ def check_record(path, expected, remedy):
     record = read_record(path, remedy)
     compare_identity(path, expected, record["identity"], remedy, names_of(record))
     check_content(path, remedy, record)
+
+
+def check_unrecorded(path, identity, overwrite, remedy):
+    """Raises UserError where something without a record stands at `path` and may not be replaced.
+    To be asked where no parts of it stand beside it: with them it was killed before its record."""
+    if Path(path).exists() and not record_path(path).exists() and not overwrite:
+        check_record(path, identity, remedy)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..runtime.programs import log
 from .artifacts import own_part
-from .chunks import make_folder
+from .chunks import make_folder, remove_folders
 from .leases import EXPIRY, HEART, create_claim, is_dead, read_claim
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
@@ -181,3 +181,26 @@ def do_once(folder, name, is_done, work):
         for item in share:
             work()
             share.release(item)
+
+
+def parts_folder(path, key):
+    """Where the parts of what becomes `path` stand until all are done. key: names its settings."""
+    return Path(path).parent / f".{Path(path).stem}-{key[:16]}"
+
+
+def build_once(path, key, is_done, fill, write):
+    """Has `write(content)` make what stands at `path`, once, by whichever of several processes, of
+    what `fill(folder)` gives: it makes, or waits for, the parts that stand in the folder until all
+    is done, and may raise FileNotFoundError where another process has finished and removed it."""
+    folder = parts_folder(path, key)
+    while not is_done():
+        make_folder(folder)
+        if is_done():  # asked again: whoever was done in between has removed the folder for good
+            break
+        try:
+            content = fill(folder)
+            do_once(folder, "result", is_done, lambda: write(content))  # noqa: B023
+        except FileNotFoundError:
+            if folder.is_dir() and not is_done():  # another file is missing
+                raise
+    remove_folders(Path(path))

@@ -1,0 +1,202 @@
+"""The Python interface: what the scripts do, step by step, for notebooks and other programs.
+
+    import unlearn
+    model = unlearn.load_model("data/emoji/pipeline")
+    images = unlearn.open_training_set("data/emoji", model)
+    fisher = unlearn.load_fisher("data/emoji/sd_fisher.safetensors", model)
+    query = unlearn.encode_query(model, "picture.png", prompt="red apple")
+    before = unlearn.compute_losses(model, images)
+    delta = unlearn.unlearn(model, query, fisher, lr=1e-3, num_train=1448)
+    after = unlearn.compute_losses(model, images, delta=delta)
+    ranking = unlearn.rank(images, after - before)
+
+Functions raise UserError and never end the program. What is not given is the data root's, else what
+suits one's own data; see the table of settings in unlearn/README.md.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from . import noise
+from .attribution.caches import cache_columns
+from .attribution.curvature import DiagonalFisher
+from .attribution.deltas import Delta
+from .attribution.draws import ImageNoise
+from .attribution.fishers import KV, open_fisher
+from .attribution.losses import changed_losses, loss_sums
+from .attribution.settings import LossSettings, UnlearnSettings
+from .attribution.sweeps import Sweep
+from .attribution.unlearning import unlearn_query
+from .datasets.preparation import prepare_training_set
+from .datasets.queries import encode_picture
+from .datasets.settings import AUTO, OWN_ROOT, PUBLISHED, read_settings
+from .datasets.training_sets import TrainingSet
+from .errors import UserError
+from .models import pipelines
+from .models.customization import customized
+from .models.pipelines import SELECTIONS, Model, changed_weights, select_parameters
+from .report.ranking import Ranking, rank
+from .runtime.programs import choose_device, in_precision, set_precision
+
+__all__ = [
+    "Delta",
+    "DiagonalFisher",
+    "Model",
+    "Ranking",
+    "TrainingSet",
+    "compute_losses",
+    "customized",
+    "encode_query",
+    "load_fisher",
+    "load_model",
+    "open_training_set",
+    "rank",
+    "unlearn",
+]
+PASS_SIZE = PUBLISHED["batch_size"]
+
+
+def load_model(name: str | Path, device: str | None = None, unet: str | None = None) -> Model:
+    """A Stable Diffusion pipeline in float32, for scoring and unlearning.
+
+    name: a diffusers folder, a name on the hub, or a data root, whose dataset.json says its model;
+    device: cuda, cuda:N or cpu, by default cuda if there is one; unet: the folder of another UNet,
+    for a model trained from scratch. Raises UserError where it cannot be loaded or is of a family
+    that is not known.
+    """
+    set_precision("fp32")
+    if (Path(name) / "dataset.json").is_file():
+        settings = read_settings(name)
+        name, unet = settings["pipeline"], unet or settings["unet"]
+    return pipelines.load_model(str(name), choose_device(device), unet)
+
+
+def open_training_set(
+    dataroot: str | Path, model: Model, subset_size: int | None = None
+) -> TrainingSet:
+    """The training images of a data root, encoded at first use: see data/README.md on what stands in
+    one. subset_size: the first so many. Raises UserError where files are missing or do not fit the
+    model."""
+    return prepare_training_set(model, dataroot, subset_size)
+
+
+def load_fisher(
+    path: str | Path,
+    model: Model,
+    damping: float = OWN_ROOT["damping"],
+    weight_selection: str = KV,
+) -> DiagonalFisher:
+    """The diagonal Fisher of a file that `python -m unlearn fisher` made, or a published one. damping:
+    added to it, as a multiple of each parameter's mean entry. Raises UserError where it is another
+    model's."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; make it: python -m unlearn fisher")
+    parameters = select_parameters(model.denoiser, weight_selection)
+    remedy = "make this model's own: python -m unlearn fisher"
+    return open_fisher(path, model, parameters, damping, remedy)
+
+
+def find_root(picture: Path) -> Path | None:
+    """The data root that a picture stands in: the nearest folder above it with a dataset.json."""
+    return next((folder for folder in picture.parents if (folder / "dataset.json").is_file()), None)
+
+
+def encode_query(model: Model, picture: str | Path, prompt: str) -> TrainingSet:
+    """A synthesized picture and its prompt as a TrainingSet of one image and one view.
+
+    Its noise belongs to its file's name or, where it stands in a data root (below a dataset.json),
+    to its path there: then it is the noise that the scripts take. Raises UserError where the
+    picture cannot be read.
+    """
+    path = Path(picture).absolute()
+    root = find_root(path)
+    settings = read_settings(root) if root else {"resolution": 0}
+    name = settings["name"] if root else "query"
+    id = path.relative_to(root).as_posix() if root else path.name
+    return encode_picture(model, path, prompt, model.resolution(settings), name, id)
+
+
+def compute_losses(
+    model: Model,
+    images: TrainingSet,
+    delta: Delta | None = None,
+    cache: str | Path | None = None,
+    time_samples: int | None = None,
+    noise_seed: int = 0,
+    precision: str = "fp32",
+    batch_size: int = PASS_SIZE,
+) -> np.ndarray:
+    """The diffusion loss of every view of every image, float64 [2n]: n as is, then n mirrored; under
+    the model, or with `delta` under the model that unlearned a query.
+
+    cache: a folder that keeps them: called again with the same arguments it only reads, and killed
+    it goes on. time_samples: timesteps of the grid, by default the data root's; noise_seed,
+    precision (fp32 or tf32): the same for losses that are compared; batch_size: noisy samples in a
+    pass, memory only. Source: [AbU] section 4.
+    """
+    time_samples = time_samples or images.settings.get("time_samples", PUBLISHED["time_samples"])
+    grid = noise.timestep_grid(time_samples, len(model.alpha_bars), "time_samples")
+    settings = LossSettings(grid, ImageNoise(noise_seed), precision)
+    identity = settings.identity(model, images)
+    sweep = Sweep(images, grid, batch_size, settings.noise)
+    changed = {"weight_change": delta.content} if delta else {}
+    with TemporaryDirectory() as folder, in_precision(precision):
+        name = f"losses-{delta.content[:8]}.npy" if delta else "losses.npy"
+        file = [Path(cache or folder) / name], [{**identity, **changed}]
+        if delta is None:
+            [losses] = cache_columns(sweep, model, *file, sum_alone)
+        elif set(delta.tensors) == set(select_parameters(model.denoiser, KV)):
+            with changed_losses(model.denoiser, [delta.tensors]) as measure_of:
+                [losses] = cache_columns(sweep, model, *file, measure_of([0]))
+        else:
+            with changed_weights(model.denoiser, delta.tensors):
+                [losses] = cache_columns(sweep, model, *file, sum_alone)
+    return losses.astype(np.float64)
+
+
+def sum_alone(*samples):
+    """`loss_sums` as a measure of one column."""
+    return loss_sums(*samples)[:, None]
+
+
+def selection_of(model: Model, fisher: DiagonalFisher) -> str:
+    """The weights that a Fisher is of."""
+    for name in SELECTIONS:
+        if select_parameters(model.denoiser, name).keys() == fisher.denominators.keys():
+            return name
+    raise UserError("fisher: is of other weights than this model has; load it for this model")
+
+
+def unlearn(
+    model: Model,
+    query: TrainingSet,
+    fisher: DiagonalFisher,
+    lr: float | str = AUTO,
+    num_train: int | None = None,
+    steps: int = 1,
+    draws: int = UnlearnSettings().draws_a_step,
+    seed: int = 0,
+    precision: str = "fp32",
+    path: str | Path | None = None,
+    batch_size: int = PASS_SIZE,
+) -> Delta:
+    """Unlearns a query: the weight change of `steps` Newton steps, each along F^-1 grad L over `draws`
+    draws of noise and timestep. The model itself stays as it is.
+
+    lr: alpha, with num_train, N: images that the model was trained on; or auto: one step that moves
+    the selected weights by 4 %, whatever N. path: a .safetensors file to keep it in, with its
+    record. Raises UserError where it diverges. Source: [AbU] Eq. 5.
+    """
+    if lr != AUTO and num_train is None:
+        raise UserError(f"lr {lr}: needs num_train, the number of images the model was trained on")
+    selection = selection_of(model, fisher)
+    settings = UnlearnSettings(
+        selection, fisher.damping, num_train, lr, steps, draws, 1, seed, precision
+    )
+    parameters = select_parameters(model.denoiser, selection)
+    file = None if path is None else Path(path)
+    with in_precision(precision):
+        return unlearn_query(model, query, parameters, fisher, settings, batch_size, file)

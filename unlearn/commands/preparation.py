@@ -1,0 +1,53 @@
+"""What both scripts do before they compute: check all that can be checked, load, encode."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from .. import noise
+from ..attribution.curvature import DiagonalFisher
+from ..datasets.queries import read_stored
+from ..datasets.settings import read_settings
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet
+from ..models.customization import check_customization, check_tokens
+from ..models.pipelines import Model, load_model
+from .inputs import (
+    check_pictures,
+    load_fisher,
+    prepare_training_set,
+    warn_of_fisher,
+)
+
+
+@dataclass
+class Prepared:
+    """What a run computes from, all checked."""
+
+    model: Model
+    grid: list[int]  # timesteps of the losses
+    training_set: TrainingSet
+    fisher: DiagonalFisher | None  # of the weights that are unlearned, where any are
+
+
+def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: str) -> Prepared:
+    """Checks the inputs of a run that ranks, or scores under, the models of some tasks, {path of
+    the model: its tasks}; loads the base model, its Fisher where `args` ask for one, and the
+    training set. grid_flag: the flag that says the number of timesteps. Raises UserError, before
+    what is expensive, where something is missing or does not fit."""
+    selection = getattr(args, "weight_selection", None)
+    check_pictures([task for tasks in groups.values() for task in tasks], args.dataroot)
+    for tasks in groups.values():
+        check_tokens(tasks[0].model_dir(args.dataroot), tasks, args.sd_version)
+    model = load_model(args.sd_version, args.device, args.unet)
+    time_samples = getattr(args, grid_flag.removeprefix("--"))
+    grid = noise.timestep_grid(time_samples, len(model.alpha_bars), grid_flag)
+    latent_shape = model.latent_shape(model.resolution(read_settings(args.dataroot)))
+    for tasks in groups.values():
+        check_customization(model, tasks[0].model_dir(args.dataroot), tasks)
+        for task in tasks:
+            read_stored(task, args.dataroot, latent_shape, model.embedding_shape)
+    fisher = load_fisher(model, args, selection) if selection else None
+    training_set = prepare_training_set(model, args)
+    if fisher:
+        warn_of_fisher(fisher, training_set, args, selection)
+    return Prepared(model, grid, training_set, fisher)
