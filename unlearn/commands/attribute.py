@@ -1,0 +1,77 @@
+"""Answers in one command: which of these training images made this picture?
+
+    python -m unlearn attribute picture.png --prompt "red apple" --model MODEL --images FOLDER
+    python -m unlearn attribute a.png b.png --model MODEL --images FOLDER --out DIR
+
+MODEL is the diffusers pipeline that made the picture, a folder or a name on the hub; FOLDER holds
+the images that it was trained on, with captions by any convention: captions.txt, metadata.jsonl or
+.csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
+for all. The prompt is read from the picture's file where the program that made it wrote it there.
+Everything is made at first use and kept below DIR: latents, curvature, losses. Killed and run
+again, the same command goes on; a further picture costs its own part only. Ends in a table, a CSV
+file, a picture and report.html, a page to look at and to send on.
+"""
+
+import shlex
+import sys
+
+from ..front import attribute
+from ..runtime.printing import show
+from ..storage.records import NAMES, name_input
+from .flags import make_parser
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = make_parser(__doc__, "python -m unlearn attribute")
+    parser.add("data", "pictures", nargs="+", metavar="PICTURE", help="what is asked about")
+    parser.add("data", "--prompt", help="of all pictures (default what each file says)")
+    parser.add("data", "--seed", type=int, help="of all pictures, for the page")
+    parser.add(
+        "data", "--images", required=True, metavar="FOLDER", help="the training images, or hf:NAME"
+    )
+    parser.add("data", "--caption", help="of the images that have none, so of all where none has")
+    parser.add(
+        "data",
+        "--captions",
+        help="which captions count where several disagree: metadata.jsonl, metadata.csv, "
+        'captions.txt, .json, .txt, .caption, a file, or "folder"',
+    )
+    parser.add(
+        "data",
+        "--groups",
+        help='a column of the metadata (artist, licence), or "folder", for the page',
+    )
+    parser.add("model", "--model", required=True, help="diffusers pipeline, a folder or a hub name")
+    parser.add("output", "--out", default="attribution", metavar="DIR", help="default attribution")
+    parser.add("output", "--top_k", type=int, default=10, help="images in the table (default 10)")
+    parser.add("running", "--device", help="cuda, cuda:N or cpu (default cuda if there is one)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Attributes, then prints a table for each picture and where its page is."""
+    args = parse_arguments(argv)
+    NAMES.clear()
+    name_input("model", args.model)
+    name_input("data root", args.out)
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "unlearn", "attribute", *words])
+    answers = attribute(
+        args.pictures,
+        args.model,
+        args.images,
+        args.prompt,
+        args.out,
+        args.seed,
+        args.caption,
+        args.captions,
+        args.groups,
+        args.top_k,
+        args.device,
+        command,
+    )
+    for answer in answers:
+        answer.show(args.top_k)
+        for name in ("influence.csv", "visualization.jpg", "report.html"):
+            show(f"{answer.folder / name}")
