@@ -10,7 +10,7 @@ FEWEST = 40  # images; of fewer the rule says nothing
 LEVEL = 0.05  # how often random scores may be said to hold an image that stands out
 MIRROR = 3  # how much farther above the median than the lowest score lies below it
 GAP_MIRROR = 5  # how much wider than the widest gap among the lowest scores
-CLEARLY = 2  # times the bound, from the median, or the gap that chance leaves
+CLEARLY, GAP_CLEARLY = 1.5, 2  # times the bound, from the median; times the gap of chance
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def describe_standing_out(found: StandingOut, num_images: int) -> tuple[str, str
         else f"{found.count:,} of {num_images:,} images stand"
     )
     headline = f"{who} out, but narrowly."
-    if found.clarity >= CLEARLY:
+    if found.clarity >= (GAP_CLEARLY if found.by_gap else CLEARLY):
         headline = f"{who} out clearly."
     elif found.by_gap and found.count > 1:
         headline = f"{who} out as a group."
@@ -145,8 +145,6 @@ def describe_standing_out(found: StandingOut, num_images: int) -> tuple[str, str
     return headline, (
         f"Chance alone rarely passes the dashed line; the first lies "
         f"{format_times(found.clarity)} as far out."
-        if found.clarity >= CLEARLY
-        else "The first lies just beyond the dashed line, which chance alone rarely passes."
     )
 
 
