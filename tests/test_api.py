@@ -2,6 +2,7 @@
 UserError alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,6 @@ PROMPT = "a blob on a table"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A data root of one's own, whose base model made a query, and the scripts' results of it."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("api")
     root = Path(shutil.copytree(PARITY / "fixture/abc", folder / "root"))
     shutil.copytree(PARITY / "fixture/sd-tiny", root / "sd-tiny")
@@ -150,3 +149,33 @@ def test_a_table_opens_in_a_spreadsheet_and_holds_no_formula(steps, tmp_path):
     assert content.startswith(b"\xef\xbb\xbfrank,id,image,caption,score,")
     lines = content.decode("utf-8-sig").splitlines()
     assert ",\"'=HYPERLINK" in lines[1] and ",-1.5,0," in lines[2]
+
+
+def test_the_notebook_and_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Both on the embedded world, cut to some images so that it takes seconds."""
+    for name in "emoji", "emoji_small":
+        ignored = shutil.ignore_patterns("laion_subset", "exemplar", "models", "synth")
+        shutil.copytree(ROOT / "data" / name, tmp_path / "data" / name, ignore=ignored)
+    small, source = tmp_path / "data/emoji_small", ROOT / "data/emoji_small"
+    (small / "synth/queries").mkdir(parents=True)
+    shutil.copy(source / "synth/queries/00000.png", small / "synth/queries")
+    lines = (source / "laion_subset/captions.txt").read_text().splitlines()[:24]
+    pictures = sorted((source / "laion_subset/images").iterdir())[: len(lines)]
+    (small / "laion_subset/images").mkdir(parents=True)
+    (small / "laion_subset/captions.txt").write_text("\n".join(lines) + "\n")
+    for picture in pictures:
+        shutil.copy(picture, small / "laion_subset/images")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "tasks/python.ipynb").read_text())["cells"]
+    notebook = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    readme = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    rankings = []
+    for code in notebook, readme:
+        names = {}
+        exec(compile(code, "code", "exec"), names)
+        rankings.append(names["ranking"])
+    np.testing.assert_array_equal(rankings[0].scores, rankings[1].scores)
+    assert (
+        len(rankings[0]) == 24
+        and rankings[0].names[rankings[0].order[0]] in capsys.readouterr().out
+    )
