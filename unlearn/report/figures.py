@@ -1,8 +1,9 @@
 """The picture of a result: the query and its most influential training images."""
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..runtime.printing import printable
+from .fonts import find_font
 
 TILE, GAP, CAPTION_HEIGHT = 192, 22, 52
 EXEMPLAR_RED, INK, PAPER = (220, 30, 40), (30, 30, 30), "white"
@@ -29,7 +30,7 @@ def wrap_text(draw, text, font, width, lines):
 def draw_tile(sheet, left, top, image, text, framed):
     """Draws one picture (None: an empty tile) with its text below, framed in red where it is an
     exemplar."""
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(sheet), find_font(text, 15)
     if image is not None:
         scale = TILE / max(image.size)
         # Small pictures are enlarged without smoothing: blurring 32 pixels would show what is not
@@ -62,7 +63,7 @@ def draw_influence(query, prompt, candidates, warnings=(), columns=5):
     size = 2 * GAP + (min(columns, len(candidates)) + 1) * cell[0] + 2 * GAP, GAP + rows * cell[1]
     sheet = Image.new("RGB", size, PAPER)
     if warnings:
-        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+        draw, font = ImageDraw.Draw(sheet), find_font(" ".join(warnings), 17)
         text = "\n".join(
             wrap_text(draw, f"Warning: {warning}.", font, size[0] - 2 * GAP, 6)
             for warning in warnings
@@ -87,7 +88,7 @@ def draw_grid(header, rows):
     """
     cell, top = (TILE + GAP, TILE + CAPTION_HEIGHT), CAPTION_HEIGHT
     sheet = Image.new("RGB", (GAP + len(header) * cell[0], top + len(rows) * cell[1]), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(sheet), find_font(" ".join(header), 15)
     for column, text in enumerate(header):
         draw.multiline_text(
             (GAP + column * cell[0], GAP // 2),
