@@ -184,6 +184,8 @@ def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", ren
     Returns (their statuses, what they printed)."""
     with tempfile.TemporaryFile("w+") as printed:
         children = []
+        # A signal that comes before a fork has its handler waits for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         for rank in range(abs(num_processes)):
             if (child := os.fork()) == 0:
                 run_fork(
@@ -194,6 +196,7 @@ def run_forks(main, arguments, num_processes=1, seconds=None, how="SIGKILL", ren
                     renames,
                 )
             children.append(child)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if seconds is not None:
             wait_for_end(children[0], seconds)
             with contextlib.suppress(ProcessLookupError):
@@ -221,6 +224,7 @@ def run_fork(main, arguments, printed, rank, num_processes, renames):
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
         signals.STOP.install()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if renames:
             kill_after_renames(renames)
         main(arguments)
