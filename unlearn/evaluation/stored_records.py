@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..datasets.tasks import Task
+from ..datasets.tasks import BASE, Task
 from ..storage.records import MEANINGS, names_of
 
 OLD_QUERY = re.compile(r'(.+) with the prompt "(.*)"', re.DOTALL)  # of `names`, in every record
@@ -48,6 +48,8 @@ def describe_query(record: dict, task: Task | None, query: str) -> dict:
             seed=task.seed,
             model=task.model_name,
         )
+    if known["model"] in (None, BASE):  # which says nothing to those who have one model alone
+        known["model"] = names_of(record).get("model") or known["model"]
     return {name: value for name, value in known.items() if value is not None}
 
 
