@@ -338,7 +338,7 @@ def test_tables_are_the_same_from_influence_files_and_from_scores_alone(world, t
     tables = read_tables(tmp_path / "out")
     (tmp_path / "results").rename(tmp_path / "gone")
     main(world.flags("--scores", str(tmp_path / "out/scores"), "--output", str(tmp_path / "again")))
-    assert read_tables(tmp_path / "again") == tables and len(tables) == 6
+    assert read_tables(tmp_path / "again") == tables and len(tables) == 7
     assert not (tmp_path / "again/scores").exists()
 
 
@@ -410,6 +410,39 @@ def test_every_ranking_survives_float32():
 def test_random_scores_belong_to_the_query(world):
     np.testing.assert_array_equal(random_scores(QUERIES[::-1], 9)[::-1], random_scores(QUERIES, 9))
     assert len({tuple(row) for row in random_scores(QUERIES, 9)}) == NUM_QUERIES
+
+
+def test_scores_are_told_beyond_their_top_image_and_beyond_similarity(world, capsys):
+    similarity = np.where(world.effect == world.effect.max(axis=1, keepdims=True), 1.0, 0.0)
+    world.save_influence("similarity", similarity)
+    main(world.flags())
+    rows = {row["method"]: row for row in world.table("lds_beyond")}
+    # Scores that are the effects explain the rest too; who knows the top image alone knows no more.
+    assert float(rows["ours"]["beyond_top_image"]) == pytest.approx(1)
+    assert float(rows["ours"]["beyond_similarity"]) == pytest.approx(1)
+    assert float(rows["similarity"]["beyond_top_image"]) == 0
+    assert float(rows["similarity"]["beyond_similarity"]) == 0
+    for row in rows.values():
+        for name in "beyond_top_image", "beyond_similarity":
+            low, value, high = (float(row[name + end]) for end in ("_low", "", "_high"))
+            assert low <= value <= high
+    assert "beyond similarity" in capsys.readouterr().out
+
+
+def test_without_similarity_nothing_is_told_beyond_it(world):
+    main(world.flags())
+    assert {row["beyond_similarity"] for row in world.table("lds_beyond")} == {""}
+
+
+def test_the_ceiling_stands_beside_the_lds_where_models_are_enough(world, capsys):
+    main(world.flags())
+    assert "The ceiling: no sum of one number an image has an LDS above about" in (
+        capsys.readouterr().out
+    )
+    for number in range(5, 12):
+        (world.retrained / f"half-{number:03d}.json").unlink()
+    main(world.flags())
+    assert "The ceiling" not in capsys.readouterr().out
 
 
 def test_halves_alone_give_the_lds_and_removals_alone_give_leave_k_out(world, tmp_path, capsys):

@@ -1,15 +1,18 @@
 """Training from scratch: what is random belongs to the image, what is left out leaves no trace,
 resume changes no bit."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from unlearn import UserError
 from unlearn.attribution import losses
-from unlearn.retraining.batches import draw_batch, own_samples, random_members
+from unlearn.retraining.batches import draw_batch, number_draws, own_samples, random_members
 from unlearn.retraining.recipes import Recipe, initial_weights
 from unlearn.retraining.training import mean_losses, train
 
@@ -109,6 +112,86 @@ def test_images_left_out_leave_no_trace(model, images, left_out):
     others = replace(images, latents=latents, embeddings=embeddings)
     members = members_without(24, *left_out)
     assert same(train(model, images, members, RECIPE)[0], train(model, others, members, RECIPE)[0])
+
+
+REPEATED = replace(RECIPE, repeats=(4, *[1] * 23))
+
+
+def test_an_epoch_sees_an_image_as_often_as_it_is_repeated():
+    occurrences = REPEATED.occurrences(24)
+    assert np.bincount(occurrences).tolist() == list(REPEATED.repeats)
+    assert REPEATED.num_steps(24) == 2 * 3
+    assert replace(REPEATED, repeats=(8, *[1] * 23)).num_steps(24) == 2 * 4
+
+
+def test_no_two_draws_of_an_image_are_the_same_whatever_its_repeats():
+    occurrences = np.repeat(np.arange(3), (3, 1, 2))
+    drawn = np.concatenate([number_draws(occurrences, epoch) for epoch in range(4)])
+    images = np.tile(occurrences, 4)
+    for image, repeats in enumerate((3, 1, 2)):
+        assert sorted(drawn[images == image]) == list(range(4 * repeats))
+
+
+def test_repeats_of_one_each_are_the_training_without_repeats(model, images, full):
+    once = replace(RECIPE, repeats=(1,) * 24)
+    assert same(train(model, images, members_without(24), once)[0], full)
+
+
+def test_an_image_repeated_is_learned_better_than_without(model, images, full):
+    often = train(model, images, members_without(24), replace(RECIPE, repeats=(40, *[1] * 23)))[0]
+    inputs, counted = own_samples(np.ones((1, 1), bool), draw_batch(images, [0], 99_999, 0, 1000))
+    with torch.no_grad():
+        losses_of = [
+            float(mean_losses(model, weights, inputs, counted)[0]) for weights in (full, often)
+        ]
+    assert losses_of[1] < losses_of[0]
+
+
+def test_images_left_out_leave_no_trace_where_they_are_repeated(model, images):
+    latents = np.array(images.latents)
+    latents[:, 0] = 60
+    others, members = replace(images, latents=latents), members_without(24, 0)
+    assert same(
+        train(model, images, members, REPEATED)[0], train(model, others, members, REPEATED)[0]
+    )
+
+
+def test_repeats_enter_the_identity_only_where_there_are_some(model, images):
+    assert "repeats" not in RECIPE.identity(model, images)
+    assert (
+        REPEATED.identity(model, images)["repeats"]
+        != replace(REPEATED, repeats=(2, *[1] * 23)).identity(model, images)["repeats"]
+    )
+
+
+@pytest.fixture
+def other_start(model, tmp_path):
+    """The folder of a UNet of the same configuration with weights of another seed."""
+    model.denoiser.save_config(tmp_path)
+    model.pipeline.scheduler.save_config(tmp_path)
+    save_file(initial_weights(model.denoiser, 7), tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+def test_training_starts_from_the_weights_of_a_folder(model, images, other_start):
+    untouched = replace(RECIPE, rate=1e-30, start=other_start)
+    trained = train(model, images, members_without(24), untouched)[0]
+    assert distance(trained, initial_weights(model.denoiser, 7)) < 1e-4
+    assert distance(trained, initial_weights(model.denoiser, 0)) > 1
+
+
+def test_the_start_enters_the_identity_by_its_weights_not_its_path(model, images, other_start):
+    found = replace(RECIPE, start=other_start).identity(model, images)
+    assert found == {**replace(RECIPE, seed=7).identity(model, images), "seed": 0}
+    assert found != RECIPE.identity(model, images)
+
+
+def test_a_start_of_another_configuration_is_refused(model, other_start):
+    path = Path(other_start) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "norm_eps": 1e-3}))
+    with pytest.raises(UserError, match="train_from .* describes another UNet"):
+        initial_weights(model.denoiser, 0, other_start)
 
 
 def test_images_left_out_of_one_stacked_model_leave_no_trace_in_it(model, images):

@@ -21,6 +21,7 @@ import torch
 from .. import noise
 from ..baselines.similarity import feature_encoder
 from ..datasets.queries import encode_query
+from ..datasets.repeats import read_repeats
 from ..datasets.tasks import load_tasks
 from ..errors import UserError
 from ..evaluation.retrained import query_digests
@@ -54,9 +55,9 @@ from .flags import add_flags, make_parser, resolve
 from .inputs import check_pictures, check_result_dir, check_training_files, prepare_training_set
 
 
-def recipe_of(args):
-    """The recipe by the flags, which the data root's settings have filled; its seed is the first
-    one."""
+def recipe_of(args, settings, num_images):
+    """The recipe by the flags, which the data root's settings have filled, and by these settings;
+    its seed is the first one."""
     return Recipe(
         args.train_epochs,
         args.train_lr,
@@ -64,6 +65,8 @@ def recipe_of(args):
         args.train_schedule,
         args.seeds[0],
         args.mixed_precision,
+        read_repeats(args.dataroot, num_images),
+        settings["train_from"],
     )
 
 
@@ -347,8 +350,9 @@ def main(argv=None):
         feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
     )
     model = load_model(args.sd_version, args.device, args.unet, trained=False)
-    measuring, recipe = check_measures(model, args, tasks), recipe_of(args)
+    measuring = check_measures(model, args, tasks)
     training_set = prepare_training_set(model, args)
+    recipe = recipe_of(args, settings, len(training_set))
     index, num_processes = process_share()
     plans = plan_models(args, training_set, tasks)
     digests = query_digests(tasks, args.dataroot)

@@ -23,9 +23,10 @@ PUBLISHED = {
     "unlearn_batch_size": 16,
     "unlearn_grad_accum_steps": 10,
     "top_k": 10,
-    # A model trained from scratch: its UNet's folder ("" = the pipeline's own), and the recipe,
-    # [AbU] on MSCOCO.
+    # A model trained from scratch: its UNet's folder ("" = the pipeline's own), the folder of the
+    # trained UNet that it starts from ("" = random weights), and the recipe, [AbU] on MSCOCO.
     "unet": "",
+    "train_from": "",
     "train_epochs": 200,
     "train_lr": 1e-4,
     "train_batch_size": 128,
@@ -37,6 +38,7 @@ PUBLISHED = {
     "images": "laion_subset/images",
     "captions": "laion_subset/captions.txt",
     "fisher": "",
+    "repeats": "",
     "num_captions": 0,
     "largest_subset": 100_000,
 }
@@ -65,10 +67,13 @@ FILES = {
     "embeddings": (".npy",),
     "captions": (".txt", *READERS),
     "fisher": (".pt", ".bin", ".safetensors"),
+    "repeats": (".txt",),
 }
+OPTIONAL_FILES = ("fisher", "repeats")  # "" where there is none
 FOLDERS = {
     "pipeline": "model_index.json",
     "unet": "config.json",
+    "train_from": "config.json",
 }  # settings that may name a folder of the data root: what it holds
 MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")
 LARGEST_NUMBERS = {
@@ -105,12 +110,14 @@ def check_files(item, settings):
     for key in (*FILES, "images"):
         check_text(f"{item}: {key}", settings[key], is_path=True)
         path = PurePosixPath(settings[key])
-        if path.is_absolute() or ".." in path.parts or not path.parts and key != "fisher":
+        if path.is_absolute() or ".." in path.parts or not path.parts and key not in OPTIONAL_FILES:
             raise UserError(
                 f"{item}: {key}: expected a path inside the data root, relative to it and no .., "
                 f"found {settings[key]}"
             )
-        if path.parts and key in FILES and path.suffix not in FILES[key]:
+        if not path.parts:
+            continue
+        if key in FILES and path.suffix not in FILES[key]:
             raise UserError(
                 f"{item}: {key}: expected a name that ends in {' or '.join(FILES[key])}, found "
                 f"{path}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..attribution.influence import is_indifferent, is_undecided
 from ..datasets.tasks import Task
 from ..runtime.printing import show
+from .beyond_lds import beyond_rows, ceiling_line
 from .evidence import Commands, Evidence, Sources, read_evidence
 from .lds import (
     COLUMNS,
@@ -143,6 +144,7 @@ def evaluate_retrained(
         for evidence in (reported, tuning)
     )
     lds, lds_queries = lds_rows(subsets, tuning_subsets, queries)
+    powers = {row[0]: row[COLUMNS.index("power")] or 1 for row in lds}
     shown = [
         model
         for model in models
@@ -151,12 +153,18 @@ def evaluate_retrained(
     references, maker, unchecked = find_full_models(tasks, shown, commands, models[0].identity)
     removals = evaluate_removals(shown, references, maker, queries)
     notices = [
+        *filter(None, [ceiling_line(subsets)]),
         *power_lines(bool(lds), len(tuning.queries)),
         *removals.notices,
         *unchecked,
         *score_lines(reported, shown, scores),
     ]
-    rows = {**removals.rows, "lds": lds, "lds_queries": lds_queries}
+    rows = {
+        **removals.rows,
+        "lds": lds,
+        "lds_queries": lds_queries,
+        "lds_beyond": beyond_rows(subsets, powers),
+    }
     print_tables(rows, shown, notices, queries)
     if not sources.scores:
         for each in scores.values():

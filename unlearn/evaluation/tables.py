@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..report.ranking import write_csv
-from . import lds
+from . import beyond_lds, lds
 from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
@@ -14,6 +14,7 @@ from .scores import OURS
 COLUMNS = {  # of the CSV files
     "lds": lds.COLUMNS,
     "lds_queries": lds.QUERY_COLUMNS,
+    "lds_beyond": beyond_lds.COLUMNS,
     "leave_k_out": (
         "method",
         "k",
@@ -73,6 +74,14 @@ def lds_table(rows: Sequence[tuple]) -> list[str]:
     ]
     if rows[0][7] == "":
         header, cells = header[:3], [row[:3] for row in cells]
+    return markdown_table(header, cells)
+
+
+def beyond_table(rows: Sequence[tuple]) -> list[str]:
+    """Markdown lines of the LDS of every method beyond its top image and beyond similarity."""
+    show = lambda numbers: "" if numbers[0] == "" else format_interval(*numbers)
+    cells = [[row[0], f"{row[1]}", show(row[2:5]), show(row[5:8])] for row in rows]
+    header = ["method", "power", "beyond its top image (95 % interval)", "beyond similarity"]
     return markdown_table(header, cells)
 
 
@@ -175,6 +184,11 @@ def equivalent_table(rows: Sequence[tuple]) -> list[str]:
 
 
 TABLES = {  # title and Markdown lines, by the name of the rows
+    "lds_beyond": (
+        "Linear datamodeling score of what is left when a simpler answer is taken out: whether the "
+        "method's own first image was there, or what similarity predicts",
+        beyond_table,
+    ),
     "leave_k_out": (
         "Leave-K-out: loss of the query, error and similarity of its picture made again; mean ± "
         "standard error over queries, each with a model of its own; random and full: over queries "

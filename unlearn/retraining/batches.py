@@ -24,24 +24,39 @@ def random_members(num_images: int, num_kept: int, seed: int, dataset_id: str) -
     return mask
 
 
-def epoch_order(seed: int, dataset_id: str, num_images: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch goes through all images, int64 [num_images]."""
+def epoch_order(seed: int, dataset_id: str, num_occurrences: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch goes through all images and their repeats, int64
+    [num_occurrences]."""
     bits = noise.image_generator(seed, dataset_id, "order of training")
     noise.seek(bits, 0, 0, 0, epoch)
-    return np.random.Generator(bits).permutation(num_images)
+    return np.random.Generator(bits).permutation(num_occurrences)
+
+
+def number_draws(occurrences: np.ndarray, epoch: int) -> np.ndarray:
+    """The number of each occurrence among all draws of its image, int64 [occurrences]: no two
+    repeats see the same noise, and without repeats it is the epoch. occurrences: images in their
+    order, each as often as it is repeated."""
+    repeats = np.bincount(occurrences)
+    first = np.cumsum(repeats) - repeats
+    return epoch * repeats[occurrences] + np.arange(len(occurrences)) - first[occurrences]
 
 
 def draw_batch(
-    training_set: TrainingSet, images: np.ndarray, epoch: int, seed: int, num_train_timesteps: int
+    training_set: TrainingSet,
+    images: np.ndarray,
+    draws: np.ndarray | int,
+    seed: int,
+    num_train_timesteps: int,
 ) -> list[torch.Tensor]:
-    """What training sees of these images in an epoch: latents (a random view), noise, timesteps,
-    embeddings (a random caption), as tensors [batch, ...]."""
+    """What training sees of these images: latents (a random view), noise, timesteps, embeddings (a
+    random caption), as tensors [batch, ...]. draws: the number of each one's draw, [batch] or one
+    for all."""
     num_views, num_captions = training_set.latents.shape[0], training_set.embeddings.shape[1]
     views, captions, timesteps = np.empty((3, len(images)), np.int64)
     normals = np.empty((len(images), *training_set.latents.shape[2:]), np.float32)
-    for row, image in enumerate(images):
+    for row, (image, draw) in enumerate(zip(images, np.broadcast_to(draws, len(images)))):
         bits = noise.image_generator(seed, training_set.name, f"training {training_set.ids[image]}")
-        noise.seek(bits, 0, 0, 0, epoch)
+        noise.seek(bits, 0, 0, 0, int(draw))
         generator = np.random.Generator(bits)
         views[row], captions[row], timesteps[row] = (
             generator.integers(count) for count in (num_views, num_captions, num_train_timesteps)
@@ -84,12 +99,15 @@ def draw_step(
     them count. members: [models, N] bool, the images that each model may see."""
     num_images = len(training_set)
     epoch, number = divmod(step, recipe.steps_an_epoch(num_images))
-    images = epoch_order(recipe.seed, training_set.name, num_images, epoch)[
+    occurrences = recipe.occurrences(num_images)
+    rows = epoch_order(recipe.seed, training_set.name, len(occurrences), epoch)[
         number * recipe.batch_size : (number + 1) * recipe.batch_size
     ]
     # One image at least, even where it does not count: the step is then taken without a gradient.
-    images = images[members[:, images].any(axis=0)] if members[:, images].any() else images[:1]
+    kept = members[:, occurrences[rows]].any(axis=0)
+    rows = rows[kept] if kept.any() else rows[:1]
+    images, draws = occurrences[rows], number_draws(occurrences, epoch)[rows]
     return own_samples(
         members[:, images],
-        draw_batch(training_set, images, epoch, recipe.seed, num_train_timesteps),
+        draw_batch(training_set, images, draws, recipe.seed, num_train_timesteps),
     )

@@ -4,12 +4,15 @@ import inspect
 from dataclasses import asdict, dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
 from .. import noise
 from ..datasets.training_sets import TrainingSet
+from ..errors import UserError
 from ..models.pipelines import Model
+from ..models.unets import load_unet
 from ..storage.hashes import digest, hash_tensors
 
 WARMUP_STEPS = 100
@@ -32,6 +35,10 @@ class Recipe:
     schedule: str
     seed: int
     mixed_precision: str  # no or bf16
+    # How often an epoch sees each image, as kohya's folders say it; () for once each.
+    repeats: tuple[int, ...] = ()
+    # Folder of a trained UNet whose weights training starts from; "": random ones, by the seed.
+    start: str = ""
 
     def num_steps(self, num_images: int) -> int:
         """Steps of a whole training."""
@@ -39,7 +46,11 @@ class Recipe:
 
     def steps_an_epoch(self, num_images: int) -> int:
         """Steps of one pass over the images, the last with fewer of them where they do not fit."""
-        return -(-num_images // self.batch_size)
+        return -(-len(self.occurrences(num_images)) // self.batch_size)
+
+    def occurrences(self, num_images: int) -> np.ndarray:
+        """The images of an epoch, int64 [sum of the repeats], before they are put in order."""
+        return np.repeat(np.arange(num_images), self.repeats or 1)
 
     def rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of a step of so many."""
@@ -48,12 +59,18 @@ class Recipe:
 
     def identity(self, model: Model, training_set: TrainingSet) -> dict:
         """Identity of models trained so, but for the images left out."""
+        recipe = asdict(self)
+        del recipe["start"]  # said by the initial weights
+        if not recipe["repeats"]:  # as before there were any
+            del recipe["repeats"]
+        else:
+            recipe["repeats"] = digest(list(self.repeats))
         return {
-            **asdict(self),
+            **recipe,
             "prediction_type": model.prediction_type,
             "noise_schedule": model.identity["schedule"],
             "unet": digest(own_configuration(model.denoiser)),
-            "initial_weights": hash_initial_weights(model.denoiser, self.seed),
+            "initial_weights": hash_initial_weights(model.denoiser, self.seed, self.start),
             "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}",
             "warmup": WARMUP_STEPS,
             "training_set": training_set.identity,
@@ -72,14 +89,24 @@ def own_configuration(denoiser: UNet2DConditionModel) -> dict:
     }
 
 
-def initial_weights(denoiser: UNet2DConditionModel, seed: int) -> Weights:
-    """Weights {name: tensor} of an untrained denoiser of this configuration, drawn on the CPU."""
+def initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") -> Weights:
+    """Weights {name: tensor} that training starts from: those in the folder `start`, else those of
+    an untrained denoiser of this configuration, drawn on the CPU. Raises UserError where the
+    folder's do not fit."""
+    if start:
+        unet = load_unet(start)["unet"]
+        if own_configuration(unet) != own_configuration(denoiser):
+            raise UserError(
+                f"train_from {start}: its config.json describes another UNet than the one that is "
+                f"to be trained; both must be the same"
+            )
+        return unet.state_dict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(denoiser.config).state_dict()
 
 
 @cache  # every model of a seed starts with the same ones
-def hash_initial_weights(denoiser: UNet2DConditionModel, seed: int) -> str:
+def hash_initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") -> str:
     """Hash of `initial_weights`."""
-    return hash_tensors(initial_weights(denoiser, seed))
+    return hash_tensors(initial_weights(denoiser, seed, start))

@@ -50,10 +50,10 @@ def mean_losses(
     return (each * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-def make_weights(model: Model, seed: int, num_models: int, device: torch.device) -> Weights:
+def make_weights(model: Model, recipe: Recipe, num_models: int, device: torch.device) -> Weights:
     """Initial weights as leaves that need gradients, one a name: [...] of one model, [num_models,
     ...] of several."""
-    weights = initial_weights(model.denoiser, seed)
+    weights = initial_weights(model.denoiser, recipe.seed, recipe.start)
     if num_models > 1:
         weights = {name: value.expand(num_models, *value.shape) for name, value in weights.items()}
     return {
@@ -169,7 +169,7 @@ def train(
     """
     if not members.any(axis=1).all():
         raise UserError("a model would be trained on no image at all; keep at least one")
-    weights = make_weights(model, recipe.seed, len(members), model.device)
+    weights = make_weights(model, recipe, len(members), model.device)
     optimizer = torch.optim.AdamW(
         weights.values(), lr=recipe.rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )

@@ -92,15 +92,18 @@ MEANINGS = {
     "unlearn_batch_size": ("noise draws of a Newton step", None),
     "unlearn_grad_accum_steps": ("a factor of them", None),
     "num_samples": ("gradient samples", None),
+    "sketch_size": ("numbers that a gradient is sketched to", None),
     "projection_size": ("numbers that a gradient is projected to", None),
     "trak_lambda": ("ridge of the kernel", None),
     "num_inference_steps": ("sampling steps of a picture", None),
     "guidance_scale": ("classifier-free guidance", None),
     "epochs": ("passes over the training set", None),
+    "repeats": ("how often an epoch sees each image", "data root"),
     "rate": ("learning rate", None),
     "optimizer": ("optimizer", None),
     "warmup": ("steps before the full learning rate", None),
     "members": ("images that the model was trained on", None),
+    "start": ("trained UNet that training starts from", "data root"),
     "recipe": ("how the model was trained", None),
 }
 

@@ -1,0 +1,255 @@
+"""Attribution by removal: the score is what removal does, exactly; the features belong to the image
+and serve every query."""
+
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unlearn import UserError
+from unlearn.attribution.removal import (
+    FeatureMaker,
+    RemovalSettings,
+    removal_rises,
+    ridge_inverse,
+    score_removal,
+)
+from unlearn.attribution.removal_index import RemovalIndex, build_features, pack, unpack
+from unlearn.attribution.sketch import CountSketch
+from unlearn.models.pipelines import select_parameters
+
+SETTINGS = RemovalSettings(timesteps=(100, 600), sketch_size=64)
+RANDOM = np.random.default_rng(0)
+
+
+def blocks_of(features, size=4):
+    return lambda: (features[start : start + size] for start in range(0, len(features), size))
+
+
+def leverage(rows, query, damping):
+    """phi_q^T (Phi^T Phi + lambda I)^-1 phi_q, summed over the query's rows."""
+    gram = rows.T @ rows + damping * np.eye(rows.shape[1])
+    return float(np.trace(query @ np.linalg.solve(gram, query.T)))
+
+
+@pytest.mark.parametrize("size", [7, 50])  # fewer numbers than rows, and more
+def test_a_score_is_the_rise_of_what_is_left_open_when_an_images_rows_are_removed(size):
+    features, queries = RANDOM.normal(size=(10, 1, 2, size)), RANDOM.normal(size=(3, 1, 2, size))
+    scores = score_removal(blocks_of(features), queries, ridge=0.3)
+    damping = 0.3 * np.square(features).sum(axis=-1).mean()
+    for number, query in enumerate(queries[:, 0]):
+        before = leverage(features.reshape(-1, size), query, damping)
+        for image in range(10):
+            rows = np.delete(features, image, axis=0).reshape(-1, size)
+            rise = leverage(rows, query, damping) - before
+            assert scores[number, image] == pytest.approx(rise, rel=1e-9)
+
+
+def test_an_image_seen_four_times_counts_as_four_images():
+    features, query = RANDOM.normal(size=(6, 1, 2, 9)), RANDOM.normal(size=(1, 1, 2, 9))
+    repeats = np.array([1, 4, 1, 1, 2, 1])
+    rows = np.repeat(features[:, 0], repeats, axis=0).reshape(-1, 9)
+    damping = 0.1 * np.square(features[:, 0] * np.sqrt(repeats)[:, None, None]).sum(-1).mean()
+    owner = np.repeat(np.repeat(np.arange(6), repeats), 2)
+    rise = leverage(rows[owner != 1], query[0, 0], damping) - leverage(rows, query[0, 0], damping)
+    scores = score_removal(blocks_of(features), query, 0.1, repeats)
+    assert scores[0, 1] == pytest.approx(rise, rel=1e-9)
+
+
+def test_scores_do_not_depend_on_how_the_images_are_divided_into_blocks():
+    features, queries = RANDOM.normal(size=(10, 2, 2, 30)), RANDOM.normal(size=(2, 2, 2, 30))
+    whole, parts = (score_removal(blocks_of(features, size), queries) for size in (10, 3))
+    np.testing.assert_allclose(whole, parts, rtol=1e-10)
+
+
+def test_scores_of_several_timesteps_are_the_sum_of_each_ones():
+    features, queries = RANDOM.normal(size=(10, 2, 2, 30)), RANDOM.normal(size=(2, 2, 2, 30))
+    alone = [score_removal(blocks_of(features[:, [step]]), queries[:, [step]]) for step in range(2)]
+    np.testing.assert_allclose(score_removal(blocks_of(features), queries), sum(alone))
+
+
+def test_a_repeated_twin_takes_the_score_of_its_copy():
+    """Two images with the same rows: neither is missed, for the other is there."""
+    alone = RANDOM.normal(size=(8, 1, 2, 20))
+    twins = np.concatenate([alone, alone[:1]])
+    single, doubled = (score_removal(blocks_of(f), alone[:1], 1e-3) for f in (alone, twins))
+    assert doubled[0, 0] < 0.01 * single[0, 0]
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    alive, most = 0, 0
+
+    def forget():
+        nonlocal alive
+        alive -= 1
+
+    def blocks():
+        nonlocal alive, most
+        for number in range(50):
+            block = np.random.default_rng(number).normal(size=(8, 1, 2, 10))
+            weakref.finalize(block, forget)
+            alive += 1
+            most = max(most, alive)
+            yield block
+
+    assert score_removal(blocks, RANDOM.normal(size=(2, 1, 2, 10))).shape == (2, 400)
+    assert most <= 4
+
+
+def test_features_of_nothing_are_refused():
+    with pytest.raises(UserError, match="features of all images are 0"):
+        score_removal(blocks_of(np.zeros((4, 1, 2, 5))), np.ones((1, 1, 2, 5)))
+
+
+def test_a_sketch_keeps_inner_products():
+    weights = {"a": torch.zeros(300, 20), "b": torch.zeros(700)}
+    first, second = (
+        {name: torch.from_numpy(RANDOM.normal(size=value.shape)) for name, value in weights.items()}
+        for _ in range(2)
+    )
+    second = {name: value + 0.5 * first[name] for name, value in second.items()}
+    exact = sum(float((first[name] * second[name]).sum()) for name in weights)
+    found = []
+    for seed in range(200):
+        sketch = CountSketch(weights, 128, seed, "cpu")
+        found.append(float(sketch.reduce(first) @ sketch.reduce(second)))
+    error = np.std(found) / len(found) ** 0.5
+    assert abs(np.mean(found) - exact) < 4 * error < 0.1 * exact
+
+
+def test_where_a_weight_goes_does_not_depend_on_the_other_weights():
+    weights = {"a": torch.zeros(30), "b": torch.zeros(40)}
+    both, alone = CountSketch(weights, 16, 0, "cpu"), CountSketch({"b": weights["b"]}, 16, 0, "cpu")
+    assert torch.equal(both.targets["b"], alone.targets["b"])
+
+
+def test_features_are_the_sketched_derivative_of_the_predictions_signs(model, training_set):
+    maker = FeatureMaker(model, training_set.latents.shape[2:], SETTINGS)
+    features = maker.make(training_set, [5])[0]
+    latent, embedding = (
+        torch.from_numpy(np.array(array, np.float32))
+        for array in (training_set.latents[0, 5], training_set.embeddings[5, 0])
+    )
+    for number, timestep in enumerate(SETTINGS.timesteps):
+        step = torch.tensor([timestep])
+        noisy = model.diffuse(latent[None], maker.normals[number][None], step)
+        direction = {
+            name: torch.from_numpy(RANDOM.normal(size=value.shape)).float()
+            for name, value in select_parameters(model.denoiser, "all").items()
+        }
+
+        def predict(weights):
+            return torch.func.functional_call(
+                model.denoiser, weights, (noisy, step), {"encoder_hidden_states": embedding[None]}
+            ).sample[0]
+
+        present = {name: value.detach() for name, value in model.denoiser.named_parameters()}
+        gradients = torch.func.vjp(predict, present)[1](maker.signs[number, 1])[0]
+        expected = maker.sketch.reduce(gradients).numpy()
+        np.testing.assert_allclose(features[number, 1], expected, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(maker.sketch.reduce(direction), torch.from_numpy(expected))
+
+
+def test_features_do_not_depend_on_the_images_made_beside_them(model, training_set):
+    maker = FeatureMaker(model, training_set.latents.shape[2:], SETTINGS)
+    among = maker.make(training_set, [2, 7, 20])
+    assert np.array_equal(maker.make(training_set, [7])[0], among[1])
+
+
+def test_noise_and_signs_are_common_to_all_images_and_runs(model, training_set):
+    first, second = (
+        FeatureMaker(model, training_set.latents.shape[2:], SETTINGS) for _ in range(2)
+    )
+    assert torch.equal(first.normals, second.normals) and torch.equal(first.signs, second.signs)
+    alone = FeatureMaker(model, training_set.latents.shape[2:], replace(SETTINGS, timesteps=(600,)))
+    assert torch.equal(alone.normals[0], first.normals[1])
+    assert torch.equal(alone.signs[0], first.signs[1])
+
+
+def test_a_timestep_that_the_model_has_not_is_refused(model, training_set):
+    with pytest.raises(UserError, match="timesteps 1000: expected 0 to 999"):
+        FeatureMaker(model, training_set.latents.shape[2:], replace(SETTINGS, timesteps=(1000,)))
+
+
+def test_stored_features_lose_the_last_digits_alone():
+    features = RANDOM.normal(size=(5, 2, 2, 64)).astype(np.float32)
+    features *= 10.0 ** RANDOM.uniform(-20, 20, size=(5, 2, 2, 1)).astype(np.float32)
+    largest = np.abs(features).max(axis=-1, keepdims=True)
+    assert (np.abs(unpack(pack(features)) - features) <= 2.0**-11 * largest).all()
+
+
+def test_an_index_serves_queries_as_features_in_memory_do(model, training_set, tmp_path):
+    images, queries = training_set.first(40), [training_set.take([row]) for row in (3, 50)]
+    build_features(model, images, SETTINGS, tmp_path)
+    scores = RemovalIndex(model, images, SETTINGS, tmp_path).score(queries)
+    maker = FeatureMaker(model, images.latents.shape[2:], SETTINGS)
+    features, asked = (maker.make(training_set, rows) for rows in (range(40), (3, 50)))
+    expected = score_removal(blocks_of(features), asked)
+    np.testing.assert_allclose(scores, expected, rtol=0.05, atol=1e-3 * expected.max())
+    assert scores[0].argmax() == 3  # a training image is what fixes its own prediction
+
+
+def test_repeats_of_other_images_are_refused(model, training_set, tmp_path):
+    images = training_set.first(8)
+    build_features(model, images, SETTINGS, tmp_path)
+    index = RemovalIndex(model, images, SETTINGS, tmp_path)
+    with pytest.raises(UserError, match="repeats: expected 8 numbers, one an image, found 7"):
+        index.score([training_set.take([9])], repeats=np.ones(7))
+    alike = index.score([training_set.take([9])], repeats=np.ones(8))
+    np.testing.assert_allclose(alike, index.score([training_set.take([9])]))
+
+
+def test_a_killed_build_goes_on_and_a_finished_one_is_kept(model, training_set, tmp_path):
+    images = training_set.first(40)
+    build_features(model, images, SETTINGS, tmp_path / "whole")
+    build_features(model, images, SETTINGS, tmp_path / "parts")
+    first, second = sorted((tmp_path / "parts").glob("shards-*/*.npy"))
+    (tmp_path / "parts/features.json").unlink()
+    second.unlink()
+    kept = first.stat().st_mtime_ns
+    build_features(model, images, SETTINGS, tmp_path / "parts")
+    assert first.stat().st_mtime_ns == kept
+    read = [path.read_text() for path in sorted(tmp_path.glob("*/features.txt"))]
+    assert read[0] == read[1]
+
+
+def test_features_of_other_settings_are_refused_by_the_name_of_the_field(
+    model, training_set, tmp_path
+):
+    images = training_set.first(8)
+    build_features(model, images, SETTINGS, tmp_path)
+    others = replace(SETTINGS, probes=3)
+    for call in (build_features, RemovalIndex):
+        with pytest.raises(UserError, match="probes is 2, expected 3"):
+            call(model, images, others, tmp_path)
+
+
+def test_a_damaged_shard_is_told_and_made_anew(model, training_set, tmp_path):
+    images = training_set.first(8)
+    build_features(model, images, SETTINGS, tmp_path)
+    shard = next(tmp_path.glob("shards-*/*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    index = RemovalIndex(model, images, SETTINGS, tmp_path)
+    with pytest.raises(UserError, match="damaged"):
+        index.score([training_set.take([9])])
+    build_features(model, images, SETTINGS, tmp_path)
+    assert np.isfinite(index.score([training_set.take([9])])).all()
+
+
+def test_the_inverse_is_the_same_by_rows_and_by_columns():
+    rows, asked = RANDOM.normal(size=(15, 2, 12)), RANDOM.normal(size=(5, 12))
+    wide, wide_asked = (
+        np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, 40)]) for array in (rows, asked)
+    )
+    by_columns = ridge_inverse(lambda: iter([rows]), 12, 0.1)(asked)
+    by_rows = ridge_inverse(lambda: iter([wide]), 52, 0.1)(wide_asked)
+    np.testing.assert_allclose(by_rows[:, :12], by_columns, rtol=1e-9)
+
+
+def test_no_removal_makes_a_query_more_certain():
+    rows, asked = RANDOM.normal(size=(15, 2, 12)), RANDOM.normal(size=(1, 5, 12))
+    assert (removal_rises(rows, asked, ridge_inverse(lambda: iter([rows]), 12, 0.1)) > 0).all()
