@@ -7,11 +7,14 @@ import json
 import os
 import socket
 import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from safetensors.torch import save
 
 from ..errors import UserError
@@ -31,7 +34,7 @@ STALE = 600  # seconds
 
 
 @cache
-def this_machine():
+def this_machine() -> str:
     """The host's name and a hash of what else tells one process number's realm from another: its
     boot, and the container's name space. Hosts may share a name, and containers of one host."""
     realm = []
@@ -43,12 +46,12 @@ def this_machine():
     return f"{socket.gethostname()}.{digest(realm)[:8]}"
 
 
-def own_part(path):
+def own_part(path: Path) -> Path:
     """Where this process writes what becomes `path`."""
     return path.with_name(f"{path.name}.{this_machine()}.{os.getpid()}.part")
 
 
-def remove_stale_parts(path, own):
+def remove_stale_parts(path: Path, own: Path) -> None:
     """Removes what killed processes left of a half-written `path`: those of this machine at once,
     others' where nothing was written for STALE seconds of the file server's clock, which also gave
     this process's `own` part its time."""
@@ -67,7 +70,7 @@ def remove_stale_parts(path, own):
             pass  # the process is there, another user's; or the part is not any more
 
 
-def open_plain(path, flags):
+def open_plain(path: str | Path, flags: int) -> int:
     """os.open, of a file alone: another's link, pipe or device of that name is not followed, waited
     for or written to. Raises OSError."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -77,7 +80,7 @@ def open_plain(path, flags):
     return descriptor
 
 
-def check_writable(folder, remedy):
+def check_writable(folder: str | Path, remedy: str) -> None:
     """Raises UserError, ending with `remedy`, where nothing can be written in a folder, or in what
     there is of its path. It is tried, before anything expensive: of a file system that is mounted
     read-only no permission tells."""
@@ -96,7 +99,9 @@ def check_writable(folder, remedy):
 
 
 @contextmanager
-def whole_file(path, key=None, parents=True):
+def whole_file(
+    path: str | Path, key: str | None = None, parents: bool = True
+) -> Iterator[BinaryIO]:
     """Opens `path` for writing bytes so that it appears whole or not at all: .part, fsync, rename.
     With a `key` the .part stays where this ends early, and the next run with that key goes on with
     it: its size says how far it came. Without `parents` its folder must be there, else it raises
@@ -129,7 +134,7 @@ def whole_file(path, key=None, parents=True):
         raise
 
 
-def write_bytes(path, *parts):
+def write_bytes(path: str | Path, *parts: bytes) -> str:
     """Writes bytes, one part after the other; returns their hash."""
     with whole_file(path) as file:
         for part in parts:
@@ -137,7 +142,7 @@ def write_bytes(path, *parts):
     return hash_bytes(*parts)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: object) -> None:
     """Writes a JSON file, indented. Halves of characters, as names of files that are not UTF-8
     hold, stand as JSON's escapes."""
     write_bytes(
@@ -146,7 +151,7 @@ def write_json(path, value):
     )
 
 
-def write_array(path, array):
+def write_array(path: str | Path, array: np.ndarray) -> str:
     """Writes one array as .npy; returns the hash of the file's bytes, whatever others write there
     meanwhile."""
     array, header = np.ascontiguousarray(array), io.BytesIO()
@@ -156,7 +161,7 @@ def write_array(path, array):
     )  # not np.save: on a full disk its error does not say so
 
 
-def write_tensors(path, tensors):
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Writes named tensors as safetensors; returns the hash of the file's bytes."""
     # Not save_file: it writes a hidden file of its own, which a kill leaves behind.
     return write_bytes(

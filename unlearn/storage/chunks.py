@@ -9,11 +9,13 @@ import glob
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load, save
 
 from ..errors import UserError
@@ -22,7 +24,7 @@ from .artifacts import own_part, whole_file
 SEAL_BYTES = 16
 
 
-def write_chunk(path, content):
+def write_chunk(path: str | Path, content: bytes) -> None:
     """Writes bytes and their seal, whole or not at all. Raises FileNotFoundError where the folder
     is not there: another process is done with all of it."""
     with whole_file(path, parents=False) as file:
@@ -30,7 +32,7 @@ def write_chunk(path, content):
         file.write(blake2b(content, digest_size=SEAL_BYTES).digest())
 
 
-def read_chunk(path):
+def read_chunk(path: str | Path) -> bytes:
     """The bytes of a chunk. Raises FileNotFoundError where it is not there, and UserError where it
     is damaged, having removed it: the next run makes it anew."""
     content = Path(path).read_bytes()
@@ -46,7 +48,7 @@ def read_chunk(path):
     return content[:-SEAL_BYTES]
 
 
-def make_folder(folder):
+def make_folder(folder: Path) -> None:
     """Makes a folder for chunks, unless it is there: or was a moment ago, when another process was
     done with it and removed it."""
     try:
@@ -56,7 +58,7 @@ def make_folder(folder):
             raise
 
 
-def remove_folder(folder):
+def remove_folder(folder: Path) -> None:
     """Removes a folder of chunks at a stroke, so that who looks for a chunk in it finds all of them
     or no folder."""
     aside = own_part(folder)
@@ -65,7 +67,7 @@ def remove_folder(folder):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_folders(path):
+def remove_folders(path: Path) -> None:
     """Removes the chunks of what is finished at `path`, those of other settings and what a killed
     process left of them too."""
     for folder in path.parent.glob(f".{glob.escape(path.stem)}-*"):
@@ -75,25 +77,25 @@ def remove_folders(path):
             remove_folder(folder)
 
 
-def write_array_chunk(path, array):
+def write_array_chunk(path: str | Path, array: np.ndarray) -> None:
     """Writes an array as a chunk: a .npy file that numpy reads, seal and all."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     write_chunk(path, buffer.getvalue())
 
 
-def read_array_chunk(path):
+def read_array_chunk(path: str | Path) -> np.ndarray:
     """The array of a chunk; errors as of `read_chunk`."""
     return np.load(io.BytesIO(read_chunk(path)), allow_pickle=False)
 
 
-def write_tensor_chunk(path, tensors):
+def write_tensor_chunk(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes named tensors as a chunk."""
     write_chunk(
         path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     )
 
 
-def read_tensor_chunk(path):
+def read_tensor_chunk(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a chunk; errors as of `read_chunk`."""
     return load(read_chunk(path))

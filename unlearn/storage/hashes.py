@@ -4,19 +4,21 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from ..errors import UserError
 
 
-def digest(*parts):
+def digest(*parts: object) -> str:
     """Hash (32 hexadecimal digits) of strings, numbers and JSON-like values, in order."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def digest_rows(rows):
+def digest_rows(rows: Iterable[object]) -> str:
     """`digest(list(rows))` of an iterator, without holding them all."""
     state = hashlib.blake2b(b"[[", digest_size=16)
     for number, row in enumerate(rows):
@@ -28,7 +30,7 @@ def digest_rows(rows):
     return state.hexdigest()
 
 
-def hash_bytes(*parts):
+def hash_bytes(*parts: bytes) -> str:
     """Hash (32 hexadecimal digits) of bytes, one part after the other: `hash_file` of a file that
     holds them."""
     state = hashlib.blake2b(digest_size=16)
@@ -37,7 +39,7 @@ def hash_bytes(*parts):
     return state.hexdigest()
 
 
-def hash_file(path):
+def hash_file(path: str | Path) -> str:
     """Hash (32 hexadecimal digits) of a file's bytes. Raises UserError where it is a folder, pipe
     or device."""
     state = hashlib.blake2b(digest_size=16)
@@ -49,18 +51,18 @@ def hash_file(path):
     return state.hexdigest()
 
 
-def hash_tensors(tensors):
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order
     of the names."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.flatten().view(torch.uint8).numpy())
+        state.update(tensor.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
-def named_weights(module):
+def named_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's weights by name. Transformers before 5.6 puts `text_model.` before every name of a
     CLIP text encoder: without it a model has the same hash under any version."""
     weights, prefix = module.state_dict(), "text_model."

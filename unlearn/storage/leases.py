@@ -24,7 +24,7 @@ BEAT, EXPIRY = 10, 90  # seconds; an NFS client may show a file's time of a minu
 
 
 @cache
-def start_of(pid):
+def start_of(pid: int) -> str | None:
     """When a process of this host started, in ticks since its boot, so that a number given anew is
     another process; None where that is not known (no /proc)."""
     with suppress(OSError, IndexError):
@@ -32,7 +32,7 @@ def start_of(pid):
     return None
 
 
-def describe_owner():
+def describe_owner() -> dict:
     """What a claim of this process says; the time is for people."""
     return {
         "host": this_machine(),
@@ -42,7 +42,7 @@ def describe_owner():
     }
 
 
-def read_claim(path):
+def read_claim(path: Path) -> tuple[dict, tuple[int, int] | None] | None:
     """(its owner or {}, what changes when its heart beats), or None where there is no such
     claim."""
     try:
@@ -64,7 +64,7 @@ def read_claim(path):
     )
 
 
-def is_dead(owner):
+def is_dead(owner: dict) -> bool:
     """Whether a claim's owner is known to be gone: a process of this host that is not there, or
     another one by now."""
     if owner.get("host") != this_machine() or not isinstance(owner.get("pid"), int):
@@ -82,10 +82,10 @@ class Heart:
     """Beats in all claims that this process holds, in a thread of its own; it ends with the last of
     them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock, self.held, self.thread = threading.Lock(), set(), None
 
-    def hold(self, path):
+    def hold(self, path: Path) -> None:
         """Begins to beat in a claim."""
         with self.lock:
             self.held.add(path)
@@ -95,14 +95,14 @@ class Heart:
                 self.thread = threading.Thread(target=self.beat, daemon=True)
                 self.thread.start()
 
-    def drop(self, path):
+    def drop(self, path: Path) -> None:
         """Removes a claim."""
         with self.lock:
             self.held.discard(path)
             with suppress(OSError):  # no permission any more: it will expire
                 path.unlink(missing_ok=True)
 
-    def beat(self):
+    def beat(self) -> None:
         """What the thread does."""
         while True:
             time.sleep(BEAT)
@@ -120,7 +120,7 @@ class Heart:
 HEART = Heart()
 
 
-def create_claim(path):
+def create_claim(path: Path) -> bool:
     """Whether a claim was made: exclusive creation, which the file system gives to one process
     alone. Raises UserError where it cannot be made."""
     try:

@@ -9,7 +9,9 @@ import pickle
 import re
 import stat
 import zipfile
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ DTYPES = {
 }
 
 
-def check_text(item, text, is_path=False):
+def check_text(item: str, text: str, is_path: bool = False) -> None:
     """Raises UserError where a string holds what neither a path nor a prompt can: NUL or half a
     character; or, of a path, a name that is too long for a file system, with what a run appends to
     it."""
@@ -60,7 +62,7 @@ def check_text(item, text, is_path=False):
         )
 
 
-def check_name(item, name):
+def check_name(item: str, name: str | Path) -> None:
     """Raises UserError where a name that a system gave, of a file or folder, is not UTF-8: no text
     file can hold it, and safetensors and torch open no such path."""
     try:
@@ -71,7 +73,7 @@ def check_name(item, name):
         ) from None
 
 
-def resolve_inside(root, path, item):
+def resolve_inside(root: str | Path, path: str | PurePath, item: str) -> Path:
     """The path below `root` that `path` (relative) names. Raises UserError, naming `item`, where it
     leaves `root`."""
     root = Path(
@@ -88,14 +90,14 @@ def resolve_inside(root, path, item):
     return resolved
 
 
-def list_visible(folder, pattern="*"):
+def list_visible(folder: str | Path, pattern: str = "*") -> list[Path]:
     """Paths of a folder's files and folders that match, in the order of their names, [] where it is
     missing; but for hidden ones, which systems put there for themselves (.DS_Store, ._000003.png,
     .ipynb_checkpoints)."""
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
 
 
-def decode_text(content):
+def decode_text(content: bytes) -> str:
     """Text of a file's bytes, as every reader here sees it: without byte order marks (at its start,
     and at a line's, where files were joined), and with line feeds alone: a carriage return ends a
     line too. Raises ValueError where it is not UTF-8."""
@@ -112,7 +114,7 @@ def decode_text(content):
     )
 
 
-def read_text(path, item="file", most=MOST_TEXT):
+def read_text(path: str | Path, item: str = "file", most: int = MOST_TEXT) -> str:
     """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a
     device), not UTF-8 or has more than `most` bytes."""
     try:
@@ -137,7 +139,7 @@ def read_text(path, item="file", most=MOST_TEXT):
         raise UserError(f"{item} {path}: {error}") from None
 
 
-def make_object(pairs):
+def make_object(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object of its keys and values. Raises ValueError where a key is written twice: only
     the last would count."""
     if len(values := dict(pairs)) < len(pairs):
@@ -146,7 +148,7 @@ def make_object(pairs):
     return values
 
 
-def check_keys(item, found, known):
+def check_keys(item: str, found: Iterable[str], known: Collection[str]) -> None:
     """Raises UserError, with the known key that is most like it, where an object's keys hold one
     that nothing reads. Those that begin with _ are remarks."""
     if unknown := [key for key in found if key not in known and not key.startswith("_")]:
@@ -157,7 +159,7 @@ def check_keys(item, found, known):
         )
 
 
-def read_json(path, item="file", most=MOST_JSON):
+def read_json(path: str | Path, item: str = "file", most: int = MOST_JSON) -> Any:
     """Reads a JSON file of at most `most` bytes. Raises UserError where it is missing, larger or
     malformed, naming line and column, or has a key twice."""
     try:
@@ -166,7 +168,7 @@ def read_json(path, item="file", most=MOST_JSON):
         raise UserError(f"{item} {path}: not valid JSON ({error})") from None
 
 
-def read_array(path, item="array", mmap=True):
+def read_array(path: str | Path, item: str = "array", mmap: bool = True) -> np.ndarray:
     """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot
     be done."""
     try:
@@ -179,7 +181,9 @@ def read_array(path, item="array", mmap=True):
         raise UserError(f"{item} {path}: not a complete .npy array of numbers ({error})") from None
 
 
-def read_npz(path, kinds, remedy):
+def read_npz(
+    path: str | Path, kinds: Mapping[str, tuple[str, int]], remedy: str
+) -> dict[str, np.ndarray]:
     """Arrays of an .npz file: {name: array} of those of `kinds` {name: (kinds of dtype, number of
     axes)} that are there. Raises UserError, ending with `remedy`, where it is damaged, would unfold
     to absurdly much, or an array is of another kind."""
@@ -199,7 +203,9 @@ def read_npz(path, kinds, remedy):
     return arrays
 
 
-def read_tensors(path, item="file", names=None):
+def read_tensors(
+    path: str | Path, item: str = "file", names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """Reads named tensors (only `names` where given) from safetensors or, without running code,
     from a torch file.
 

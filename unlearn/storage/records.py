@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,12 +109,12 @@ MEANINGS = {
 }
 
 
-def record_path(path):
+def record_path(path: str | Path) -> Path:
     """Where the record of an artefact stands: `loss.npy` -> `loss.json`."""
     return Path(path).with_suffix(".json")
 
 
-def circumstances(device=None):
+def circumstances(device: torch.device | str | None = None) -> dict:
     """What is reported of a run but never refused: versions, git commit, device, time."""
     root = Path(__file__).parent.parent.parent
     git = (
@@ -135,14 +136,14 @@ def circumstances(device=None):
     }
 
 
-def name_input(kind, name):
+def name_input(kind: str, name: object) -> None:
     """Tells the records that are written from here on what an input, that they know by a hash, is
     called."""
     NAMES[kind] = str(name)
 
 
 @contextmanager
-def named_input(kind, name):
+def named_input(kind: str, name: object) -> Iterator[None]:
     """`name_input` for a while."""
     before = NAMES.get(kind)
     name_input(kind, name)
@@ -152,24 +153,24 @@ def named_input(kind, name):
         name_input(kind, before)
 
 
-def names_of(record):
+def names_of(record: dict) -> dict:
     """What a record calls the inputs that it was made from, {} where it does not say."""
     found = record.get("circumstances")
     names = found.get("names") if isinstance(found, dict) else None
     return names if isinstance(names, dict) else {}
 
 
-def names_of_file(path):
+def names_of_file(path: str | Path) -> dict:
     """`names_of` the record of an artefact."""
     return names_of(read_record(path, ""))
 
 
-def tell_name(path, kind):
+def tell_name(path: str | Path, kind: str) -> str:
     """What the record of an artefact calls one of its inputs."""
     return names_of_file(path).get(kind) or f"another {kind}"
 
 
-def is_opaque(value):
+def is_opaque(value: object) -> bool:
     """Whether a value of an identity holds a hash, which says nothing to anybody."""
     if isinstance(value, dict):
         return any(map(is_opaque, value.values()))
@@ -180,7 +181,7 @@ def is_opaque(value):
     )
 
 
-def explain_difference(field, found, expected, then, now):
+def explain_difference(field: str, found: object, expected: object, then: dict, now: dict) -> str:
     """How two values of an identity's field differ, in words. then, now: names of the inputs that
     they were made from, by kind."""
     if isinstance(found, dict) and isinstance(expected, dict):
@@ -208,7 +209,13 @@ def explain_difference(field, found, expected, then, now):
     )
 
 
-def write_record(path, identity, device=None, content=None, found=None):
+def write_record(
+    path: str | Path,
+    identity: dict,
+    device: torch.device | str | None = None,
+    content: str | None = None,
+    found: dict | None = None,
+) -> None:
     """Writes the record of a complete artefact, whose hash `content` is where it is known already.
     found: what else is reported of it, beside the circumstances."""
     write_json(
@@ -221,12 +228,12 @@ def write_record(path, identity, device=None, content=None, found=None):
     )
 
 
-def is_complete(path):
+def is_complete(path: str | Path) -> bool:
     """Whether an artefact and its record are there."""
     return Path(path).exists() and record_path(path).exists()
 
 
-def keep_complete(path, identity, overwrite, remedy):
+def keep_complete(path: str | Path, identity: dict, overwrite: bool, remedy: str) -> bool:
     """Whether a complete artefact made with these settings is there and is to be kept. Raises
     UserError where what is there was made with others and may not be overwritten. One without a
     record was killed before it was complete."""
@@ -241,7 +248,9 @@ def keep_complete(path, identity, overwrite, remedy):
     return True
 
 
-def compare_identity(path, expected, found, remedy, names=None):
+def compare_identity(
+    path: str | Path, expected: dict, found: dict, remedy: str, names: dict | None = None
+) -> None:
     """Raises UserError naming the first identity field in which the artefact's record differs from
     what is expected. names: see `names_of`."""
     for field, value in {"format_version": FORMAT_VERSION, **expected}.items():
@@ -250,7 +259,7 @@ def compare_identity(path, expected, found, remedy, names=None):
             raise UserError(f"{path}: made with other settings: {reason}; {remedy}")
 
 
-def read_record(path, remedy):
+def read_record(path: str | Path, remedy: str) -> dict:
     """The record of an artefact. Raises UserError, ending with `remedy`, where one of them is
     missing or it is malformed."""
     if not Path(path).exists():
@@ -268,7 +277,7 @@ def read_record(path, remedy):
     return record
 
 
-def check_content(path, remedy, record=None):
+def check_content(path: str | Path, remedy: str, record: dict | None = None) -> None:
     """Checks an artefact against the hash in its record. Raises UserError, ending with `remedy`,
     where it was changed."""
     if (record or read_record(path, remedy)).get("content") != hash_file(path):
@@ -277,7 +286,7 @@ def check_content(path, remedy, record=None):
         )
 
 
-def check_record(path, expected, remedy):
+def check_record(path: str | Path, expected: dict, remedy: str) -> None:
     """Checks an artefact against its record: identity field by field, then the hash of its content.
 
     Raises UserError where the record is missing or malformed, a field differs, or the content was
@@ -288,7 +297,7 @@ def check_record(path, expected, remedy):
     check_content(path, remedy, record)
 
 
-def check_unrecorded(path, identity, overwrite, remedy):
+def check_unrecorded(path: str | Path, identity: dict, overwrite: bool, remedy: str) -> None:
     """Raises UserError where something without a record stands at `path` and may not be replaced.
     To be asked where no parts of it stand beside it: with them it was killed before its record."""
     if Path(path).exists() and not record_path(path).exists() and not overwrite:

@@ -5,8 +5,10 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..runtime.programs import log
@@ -27,7 +29,9 @@ class Share:
     leaving the context releases all. Threads may share it.
     """
 
-    def __init__(self, folder, names, is_done):
+    def __init__(
+        self, folder: str | Path, names: Mapping[Any, str], is_done: Callable[[Any], bool]
+    ) -> None:
         self.folder, self.names, self.is_done = Path(folder), names, is_done
         self.fresh, self.held = (
             deque(names),
@@ -43,16 +47,16 @@ class Share:
         self.chance = random.Random()
         self.told = False
 
-    def __enter__(self):
+    def __enter__(self) -> "Share":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         self.close()
 
-    def __iter__(self):
+    def __iter__(self) -> "Share":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         with self.lock:
             while not self.closed.is_set() and (self.fresh or self.held):
                 while self.fresh:
@@ -74,7 +78,7 @@ class Share:
                     self.wait = min(LONGEST_WAIT, 1.5 * self.wait)
             raise StopIteration
 
-    def claim(self, item, again=False):
+    def claim(self, item: Hashable, again: bool = False) -> bool:
         """Whether the item is now this process's to do; one that another process is at is put
         aside. again: whether it was before, so that its owner's heart is listened to."""
         path = self.folder / f"{self.names[item]}.claim"
@@ -94,12 +98,12 @@ class Share:
             self.fresh.rotate(self.chance.randrange(len(self.fresh) or 1))
         return False
 
-    def take(self, item):
+    def take(self, item: Hashable) -> bool:
         """Whether an item that is asked for out of turn is now this process's to do."""
         with self.lock:
             return self.claim(item, again=True)
 
-    def is_abandoned(self, path):
+    def is_abandoned(self, path: Path) -> bool:
         """Whether a claim's owner is dead, or its heart has stood still for too long since this
         process first saw it so."""
         found = read_claim(path)
@@ -113,7 +117,7 @@ class Share:
         self.seen[path] = stamp, still, now
         return is_dead(owner) or still > EXPIRY
 
-    def tell(self):
+    def tell(self) -> None:
         """Says, once, who is waited for."""
         owners = {
             (read_claim(self.folder / f"{self.names[item]}.claim") or ({}, None))[0].get(
@@ -127,7 +131,7 @@ class Share:
         )
         self.told = True
 
-    def take_over(self, path):
+    def take_over(self, path: Path) -> bool:
         """Claims what was abandoned; of several that try, one succeeds. Raises UserError where the
         old claim cannot be removed."""
         aside = own_part(path)
@@ -149,31 +153,33 @@ class Share:
             ) from error
         return create_claim(path)
 
-    def release(self, item):
+    def release(self, item: Hashable) -> None:
         """Removes the claim of an item that is done, or given up."""
         path = self.mine.pop(item, None)
         if path:
             HEART.drop(path)
 
-    def stop(self):
+    def stop(self) -> None:
         """Ends the iteration, in other threads too; what is held stays so."""
         self.closed.set()
 
-    def close(self):
+    def close(self) -> None:
         """Ends the iteration and releases what is held."""
         self.stop()
         for item in list(self.mine):
             self.release(item)
 
 
-def forget_claim(folder, name):
+def forget_claim(folder: str | Path, name: str) -> None:
     """Removes the claim of work that is known to be done: of one who was killed before it could.
     Where that may not be, as on a read-only file system, it does no harm."""
     with suppress(OSError):
         (Path(folder) / f"{name}.claim").unlink()
 
 
-def do_once(folder, name, is_done, work):
+def do_once(
+    folder: str | Path, name: str, is_done: Callable[[], bool], work: Callable[[], object]
+) -> None:
     """`work()` in one process, where it `is_done()` by none yet; the others wait for it."""
     folder = Path(folder)
     make_folder(folder)
@@ -183,12 +189,18 @@ def do_once(folder, name, is_done, work):
             share.release(item)
 
 
-def parts_folder(path, key):
+def parts_folder(path: str | Path, key: str) -> Path:
     """Where the parts of what becomes `path` stand until all are done. key: names its settings."""
     return Path(path).parent / f".{Path(path).stem}-{key[:16]}"
 
 
-def build_once(path, key, is_done, fill, write):
+def build_once(
+    path: str | Path,
+    key: str,
+    is_done: Callable[[], bool],
+    fill: Callable[[Path], Any],
+    write: Callable[[Any], object],
+) -> None:
     """Has `write(content)` make what stands at `path`, once, by whichever of several processes, of
     what `fill(folder)` gives: it makes, or waits for, the parts that stand in the folder until all
     is done, and may raise FileNotFoundError where another process has finished and removed it."""
