@@ -12,35 +12,36 @@ UNSAFE = re.compile(
 )
 
 
-def printable(text):
+def printable(text: object) -> str:
     """Any value as one line of text: what would end the line, command a terminal or hide what is
     there stands escaped."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def shorten(text, length=60):
+def shorten(text: object, length: int = 60) -> str:
     """`printable`, at most so many characters."""
     text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def show(*lines):
+def show(*lines: object) -> None:
     """Prints lines, each `printable`."""
     for line in lines:
         print(printable(line))
 
 
-def make_streams_safe():
+def make_streams_safe() -> None:
     """From here on, output that the terminal's encoding lacks is escaped; without this, printing it
     would end the program."""
     for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)  # what stands in for it may have none
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
 
 
 class LineFormatter(logging.Formatter):
     """Log messages as one `printable` line each."""
 
-    def formatMessage(self, record):
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """Source: logging.Formatter, which calls it before it appends a traceback."""
         return printable(super().formatMessage(record))

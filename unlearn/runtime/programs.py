@@ -8,8 +8,10 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -19,6 +21,8 @@ from .printing import LineFormatter, make_streams_safe, printable
 from .signals import STOP, Stopped, finishing
 
 log = logging.getLogger("unlearn")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 0.5
 # Faults that no program can prevent, of disks and of names that it was given.
 OF_DISKS = (
@@ -38,7 +42,7 @@ OUT_OF_MEMORY = (
 )  # in errors that have no type of their own
 
 
-def choose_device(name=None):
+def choose_device(name: str | None = None) -> torch.device:
     """The device asked for; cuda if there is one where none was, each launched process its own.
     Raises UserError where it cannot be had."""
     if name is None:
@@ -61,7 +65,7 @@ def choose_device(name=None):
     return device
 
 
-def read_number(variable):
+def read_number(variable: str) -> int | None:
     """The whole number in an environment variable, None where it is not set: or empty, as
     `VARIABLE=` leaves it. Raises UserError where it is something else."""
     if not (text := os.environ.get(variable, "").strip()):
@@ -74,7 +78,7 @@ def read_number(variable):
     return int(text)
 
 
-def local_rank():
+def local_rank() -> int:
     """The number of this process among those of its machine: the launcher's, else that of a task
     that srun started."""
     return next(
@@ -82,7 +86,7 @@ def local_rank():
     )
 
 
-def process_share():
+def process_share() -> tuple[int, int]:
     """(index, number) of this process among those that `accelerate launch`, torchrun or srun
     started, by the variables that these set; (0, 1) without them. No process group is made: nobody
     waits for another, dead or alive. Raises UserError where they are no such numbers."""
@@ -98,7 +102,7 @@ def process_share():
             names[1] == "SLURM_NTASKS" or os.environ.get("SLURM_PTY_PORT")
         ):
             return 0, 1
-    index, number = read_number(names[0]), read_number(names[1]) or 1
+    index, number = read_number(names[0]) or 0, read_number(names[1]) or 1
     if index >= number:
         raise UserError(
             f"the environment variable {names[0]}: expected at most {number - 1}, as {names[1]} "
@@ -107,7 +111,7 @@ def process_share():
     return index, number
 
 
-def part_of(items, shard):
+def part_of(items: Iterable[Item], shard: str | None) -> list[Item]:
     """Those of some items that `--shard I/N` names: the I-th of N parts, runs of nearly equal
     length; all of them without it. Raises UserError where it is no such thing."""
     if shard is None:
@@ -123,13 +127,14 @@ def part_of(items, shard):
     return part
 
 
-def set_precision(precision):
+def set_precision(precision: str) -> None:
     """fp32: TensorFloat-32 off in matrix products and convolutions. tf32 and bf16 (which is
     autocast's to use): on in both. On CUDA, deterministic kernels in each."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # pyright: ignore, because torch sets this property of the module when it is imported
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision in (
         "tf32",
         "bf16",
@@ -138,7 +143,7 @@ def set_precision(precision):
 
 
 @contextmanager
-def in_precision(precision):
+def in_precision(precision: str) -> Iterator[None]:
     """`set_precision` for a while."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_precision(precision)
@@ -148,7 +153,7 @@ def in_precision(precision):
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def run_within_memory(work, size, unit):
+def run_within_memory(work: Callable[[int], Result], size: int, unit: str) -> tuple[Result, int]:
     """`work(size)`, and the size it took: where the device's memory is full, `size` is halved until
     it fits."""
     while True:
@@ -162,18 +167,24 @@ def run_within_memory(work, size, unit):
         log.warning(f"out of memory: going on with {size} {unit} in one pass")
 
 
-def tune_allocator(mmap_threshold=1 << 30, trim_threshold=2**31 - 1, top_pad=64 << 20):
+def tune_allocator(
+    mmap_threshold: int = 1 << 30, trim_threshold: int = 2**31 - 1, top_pad: int = 64 << 20
+) -> None:
     """Keeps freed memory for the next tensor instead of handing it back to the system and asking
     anew, page by page, which costs a CPU a tenth of a small model's time (glibc only; elsewhere it
     does nothing). Arguments in bytes, as mallopt(3)."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in (
-        ((-3, mmap_threshold), (-1, trim_threshold), (-2, top_pad)) if set_option else ()
-    ):
-        set_option(option, value)
+    if set_option:
+        for option, value in (-3, mmap_threshold), (-1, trim_threshold), (-2, top_pad):
+            set_option(option, value)
 
 
-def run_ahead(items, prepare, work, device):
+def run_ahead(
+    items: Iterable[Item],
+    prepare: Callable[[Item], Result],
+    work: Callable[[Item, Result], object],
+    device: torch.device | str,
+) -> None:
     """`work(item, prepare(item))` of every item; what comes next is prepared meanwhile.
 
     On a CPU as many items are worked on at once as torch has threads, each by one of them: faster
@@ -188,14 +199,14 @@ def run_ahead(items, prepare, work, device):
     turns = threading.Semaphore(num_workers)
     lock = threading.Lock()
     ended = threading.Event()
-    end = object()
     source = iter(items)
 
     def run_some():
         while not ended.is_set():
-            with lock:
-                item = next(source, end)
-            if item is end:
+            try:
+                with lock:
+                    item = next(source)
+            except StopIteration:
                 return
             prepared = prepare(item)
             with turns:
@@ -224,13 +235,13 @@ def run_ahead(items, prepare, work, device):
         torch.set_num_threads(num_threads)
 
 
-def say(text):
+def say(text: str) -> None:
     """Logs what one line is enough for, however many processes a launcher started."""
     if process_share()[0] == 0:
         log.info(text)
 
 
-def progress(total, description, unit, done=0):
+def progress(total: int, description: str, unit: str, done: int = 0) -> "tqdm | LineProgress":
     """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines
     elsewhere (SLURM)."""
     description = printable(description)
@@ -242,7 +253,7 @@ def progress(total, description, unit, done=0):
 class LineProgress:
     """Progress as log lines, one every 30 seconds and one at the end."""
 
-    def __init__(self, total, description, unit, done=0):
+    def __init__(self, total: int, description: str, unit: str, done: int = 0) -> None:
         self.total = total
         self.description = description
         self.unit = unit
@@ -250,20 +261,20 @@ class LineProgress:
         self.start_count = done
         self.start = self.printed = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> "LineProgress":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         if error[0] is None:
             self.print()
 
-    def update(self, count=1):
+    def update(self, count: int = 1) -> None:
         """Counts `count` more units done."""
         self.count += count
         if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
             self.print()
 
-    def print(self):
+    def print(self) -> None:
         """Logs what is done, the rate and the time left."""
         self.printed = time.monotonic()
         rate = (self.count - self.start_count) / max(self.printed - self.start, 1e-9)
@@ -278,7 +289,7 @@ class LineProgress:
         )
 
 
-def run(main, argv=None):
+def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:
     """Runs `main(argv)` as a script: a UserError or a full memory ends with one line and status 2,
     a signal that schedulers send before they kill with one line and status 75, "try again"."""
     make_streams_safe()
@@ -323,7 +334,7 @@ def run(main, argv=None):
         sys.exit(130)
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of device or host is full."""
     return (
         isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
@@ -332,7 +343,7 @@ def is_out_of_memory(error):
     )
 
 
-def end_with(message):
+def end_with(message: object) -> int:
     """Prints a user's error as one line; returns the exit status 2."""
     print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     return 2

@@ -5,7 +5,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 log = logging.getLogger("unlearn")
 
@@ -23,15 +25,17 @@ class Stop:
 
     REPEAT = 3
 
-    def __init__(self):
-        self.asked, self.signal, self.depth, self.time = threading.Event(), None, 0, None
+    def __init__(self) -> None:
+        self.asked, self.depth = threading.Event(), 0
+        self.signal: str | None = None
+        self.time = 0.0  # when it was asked for
 
-    def install(self):
+    def install(self) -> None:
         """Takes over both signals."""
         for number in signal.SIGTERM, signal.SIGUSR1:
             signal.signal(number, self.receive)
 
-    def receive(self, number, frame):
+    def receive(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if self.asked.is_set():
             if time.monotonic() - self.time > self.REPEAT:
@@ -49,7 +53,7 @@ STOP = Stop()
 
 
 @contextmanager
-def finishing():
+def finishing() -> Iterator[threading.Event]:
     """A piece of work that a signal does not break off: yields the event that tells of it; at the
     end it raises Stopped."""
     STOP.depth += 1
