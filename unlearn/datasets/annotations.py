@@ -4,6 +4,7 @@ COCO's annotations, lines of text."""
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..storage.reading import MOST_TEXT, check_text, make_object, read_json, rea
 CAPTION_KEYS = ("text", "caption", "prompt")  # of a metadata file; the first that is there counts
 
 
-def read_lines(path):
+def read_lines(path: str | Path) -> list[str]:
     """Lines of a UTF-8 text file, [] where it is missing. Blank lines at its end are none."""
     lines = (
         read_text(path).split("\n") if Path(path).exists() else []
@@ -109,7 +110,7 @@ def read_metadata(path: Path) -> list[tuple[str, list[str]]]:
     return list(entries.values())
 
 
-def check_unicode(item, texts):
+def check_unicode(item: str, texts: Iterable[str]) -> None:
     """Raises UserError where a text holds half a character, as captions cut off in an emoji do."""
     for text in texts:
         try:
@@ -118,7 +119,9 @@ def check_unicode(item, texts):
             raise UserError(f"{item}: expected Unicode text, found {text!a:.80}") from None
 
 
-def check_objects(path, content, key, kinds):
+def check_objects(
+    path: str | Path, content: object, key: str, kinds: dict[str, type]
+) -> list[dict]:
     """The list `key` of a COCO file, whose objects have these fields of these types and an id of
     their own, or UserError."""
     objects = content.get(key) if isinstance(content, dict) else None
@@ -136,7 +139,7 @@ def check_objects(path, content, key, kinds):
                     f"{path}: {key}, entry {number}: {field}: expected {kind.__name__}, found "
                     f"{value!r:.80}"
                 )
-            if kind is str:
+            if isinstance(value, str):
                 check_unicode(f"{path}: {key}, entry {number}: {field}", [value])
         if entry["id"] in seen:
             raise UserError(f"{path}: {key}, entry {number}: id {entry['id']} stands there twice")
@@ -144,7 +147,7 @@ def check_objects(path, content, key, kinds):
     return objects
 
 
-def read_coco(path):
+def read_coco(path: str | Path) -> list[tuple[str, list[str]]]:
     """Entries (file name, [caption, ...]) of COCO's caption annotations: `images` in their order,
     each one's captions in the order of their ids. Raises UserError where the file is none, or
     annotates images that it does not list."""
@@ -174,7 +177,7 @@ READERS = {
 }  # other files are lines, one an image of the folder
 
 
-def read_entries(path):
+def read_entries(path: str | Path) -> list[tuple[str, list[str]]]:
     """Entries (file name, [caption, ...]) of an annotation file, [] where it is missing. Raises
     UserError where a name leads out of the folder of images or stands there twice."""
     entries, seen = READERS[Path(path).suffix](path) if Path(path).exists() else [], set()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
@@ -50,7 +51,7 @@ BEGINNINGS = re.compile(
 )  # of pictures' files
 
 
-def check_pictures(folder, names):
+def check_pictures(folder: str | Path, names: Sequence[str]) -> None:
     """Raises UserError where files' names, relative to their folder, are not UTF-8, or are of
     pictures that are not read."""
     for name in names:
@@ -63,7 +64,7 @@ def check_pictures(folder, names):
         )
 
 
-def list_folder(folder):
+def list_folder(folder: str | Path) -> list[Path]:
     """Paths of a folder's images in the order of their names as text, [] where it is missing.
     Raises UserError: `check_pictures`."""
     paths = [
@@ -75,7 +76,7 @@ def list_folder(folder):
     return paths
 
 
-def plain_letters(text):
+def plain_letters(text: str) -> str:
     """A text without accents and capitals, full-width letters as others: as people's programs
     compare names."""
     return "".join(
@@ -85,7 +86,7 @@ def plain_letters(text):
     )
 
 
-def natural_order(path):
+def natural_order(path: Path) -> tuple[list[tuple[str, int]], str]:
     """Key by which file browsers list files: numbers by their value, in any script; capitals and
     accents beside plain letters; the name before its suffix."""
     parts = re.findall(r"\d+|.", plain_letters(path.stem), re.DOTALL)
@@ -94,18 +95,20 @@ def natural_order(path):
     ], path.suffix.casefold()
 
 
-def spoken_order(path):
+def spoken_order(path: Path) -> tuple[list[tuple[str, int]], str]:
     """Key by which `ls` and others list files in most languages: that of a browser, without spaces
     and punctuation."""
     return natural_order(path.with_name(re.sub(r"[\W_]+", "", path.stem) + path.suffix))
 
 
-def entry_of(name, caption):
+def entry_of(name: str, caption: str) -> str:
     """A line of a metadata.jsonl, for messages."""
     return json.dumps({"file_name": name, "text": shorten(caption, 30)}, ensure_ascii=False)
 
 
-def check_unnamed(path, paths, lines, remedy):
+def check_unnamed(
+    path: str | Path, paths: Sequence[Path], lines: Sequence[str], remedy: str
+) -> None:
     """Raises UserError where captions that are told by their place begin with names of the images:
     they would be paired with others."""
     names = {image.name: image for image in paths}
@@ -126,7 +129,9 @@ def check_unnamed(path, paths, lines, remedy):
         )
 
 
-def check_order(path, paths, lines, remedy=NAME_IT):
+def check_order(
+    path: str | Path, paths: list[Path], lines: Sequence[str], remedy: str = NAME_IT
+) -> None:
     """Raises UserError where images that are told by their place alone stand in one order as text
     and in another in people's listings: line n (without `lines`, row n of the arrays) would be that
     of one image or of another. remedy: what is to be done with a metadata.jsonl, for messages."""
@@ -173,7 +178,7 @@ def check_order(path, paths, lines, remedy=NAME_IT):
     )
 
 
-def label_images(folder, path):
+def label_images(folder: str | Path, path: str | Path) -> tuple[list[str], list[Path], list[str]]:
     """What is known of the rows of arrays that are there already: file names, paths and one caption
     each, every list [] where that is missing."""
     if Path(path).suffix not in READERS:
@@ -190,14 +195,14 @@ def label_images(folder, path):
     )
 
 
-def walk_visible(folder):
+def walk_visible(folder: str | Path) -> Iterator[Path]:
     """Paths of all files below a folder but for hidden ones and those of hidden folders."""
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         yield from (Path(where, name) for name in files if not name.startswith("."))
 
 
-def find_overlooked(folder, paths):
+def find_overlooked(folder: str | Path, paths: Sequence[str | Path]) -> list[Path]:
     """Pictures below a folder, by their first bytes, that are not among these paths, for all that
     their names say: in a sub-folder of one whose captions are lines, or with another suffix than
     those that are listed."""
@@ -217,7 +222,9 @@ def find_overlooked(folder, paths):
     )
 
 
-def match_files(folder, path, entries):
+def match_files(
+    folder: str | Path, path: str | Path, entries: Sequence[tuple[str, list[str]]]
+) -> None:
     """Raises UserError where annotated images are not in the folder, or images in it are not
     annotated."""
     found = {path.relative_to(folder).as_posix() for path in walk_visible(folder)}
@@ -246,7 +253,9 @@ def match_files(folder, path, entries):
         )
 
 
-def choose_captions(path, entries, count):
+def choose_captions(
+    path: str | Path, entries: Sequence[tuple[str, list[str]]], count: int
+) -> list[list[str]]:
     """The first `count` captions of each entry; 0: five of COCO's, elsewhere all, which must be as
     many for every image. Raises UserError where an image has fewer."""
     if empty := [name for name, captions in entries if not captions]:
@@ -267,7 +276,9 @@ def choose_captions(path, entries, count):
     return [captions[:count] for _, captions in entries]
 
 
-def pair_lines(folder, path, paths, remedy=NAME_IT):
+def pair_lines(
+    folder: str | Path, path: str | Path, paths: list[Path], remedy: str = NAME_IT
+) -> list[str]:
     """Lines of a text file that are captions of these images of a folder, each in its place. Raises
     UserError where their numbers differ, or whose is whose is not certain (`check_order`)."""
     lines = read_lines(path)
@@ -280,7 +291,9 @@ def pair_lines(folder, path, paths, remedy=NAME_IT):
     return lines
 
 
-def pair_images(folder, path, num_captions=0):
+def pair_images(
+    folder: str | Path, path: str | Path, num_captions: int = 0
+) -> tuple[list[Path], list[list[str]]]:
     """Paths of the images and the captions of each, of which all have as many, in the order of the
     rows: that of an annotation file, else that of the images' names. Raises UserError where some
     images or captions are alone."""

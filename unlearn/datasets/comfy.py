@@ -136,7 +136,8 @@ def name_values(workflow: dict) -> dict:
         kind, values = node.get("type"), node.get("widgets_values")
         names = WIDGETS.get(kind, ()) if isinstance(kind, str) else ()
         inputs = dict(zip(names, values)) if isinstance(values, list) else {}
-        for entry in node.get("inputs") if isinstance(node.get("inputs"), list) else []:
+        entries = node.get("inputs")
+        for entry in entries if isinstance(entries, list) else []:
             link = entry.get("link") if isinstance(entry, dict) else None
             if isinstance(link, int) and link in sources and isinstance(entry.get("name"), str):
                 inputs[entry["name"]] = sources[link]
@@ -184,8 +185,9 @@ def find_prompt(graph: dict, value: object, depth: int = 0) -> str:
         return ""
     if kind in ENCODERS:
         held = [node["inputs"][name] for name in ENCODERS[kind] if name in node["inputs"]]
-        texts = {to_prompt(find_value(graph, text)) for text in held} or {None}
-        if None in texts:
+        prompts = [to_prompt(find_value(graph, text)) for text in held]
+        texts = {text for text in prompts if text is not None}
+        if not texts or None in prompts:
             raise Uncertain(f"{kind} has no text")
         if len(texts - {""}) > 1:
             raise Uncertain(f"{kind} has several texts: {' | '.join(sorted(texts - {''})):.300}")

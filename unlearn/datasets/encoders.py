@@ -1,5 +1,9 @@
 """Images to latents, prompts to embeddings."""
 
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from PIL import Image
@@ -8,7 +12,32 @@ from ..errors import UserError
 from .pictures import load_image
 
 
-def transform_image(image, resolution, mirrored=False):
+class Encoder(Protocol):
+    """What pictures and captions are encoded by: a `models.pipelines.Model`, a package above."""
+
+    @property
+    def pipeline(self) -> Any:
+        """Its VAE, tokenizer and text encoder."""
+
+    @property
+    def own_resolution(self) -> int | None:
+        """Pixels of a side of the pictures that it was trained on."""
+
+    def resolution(self, settings: dict) -> int:
+        """Pixels of a side of the square that a data root's pictures are brought to."""
+        ...
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        ...
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """(tokens, features)."""
+        ...
+
+
+def transform_image(image: Image.Image, resolution: int, mirrored: bool = False) -> torch.Tensor:
     """RGB image to pixels [3, resolution, resolution] float32 in [-1, 1].
 
     The shorter side is resized (bilinear) to `resolution`, the longer one in proportion, floored;
@@ -20,7 +49,7 @@ def transform_image(image, resolution, mirrored=False):
         size = resolution, int(resolution * height / width)
     else:
         size = int(resolution * width / height), resolution
-    image = image.resize(size, Image.BILINEAR)
+    image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = int(round((size[0] - resolution) / 2.0)), int(round((size[1] - resolution) / 2.0))
     pixels = (
         np.asarray(image.crop((left, top, left + resolution, top + resolution)), np.float32) / 127.5
@@ -30,7 +59,7 @@ def transform_image(image, resolution, mirrored=False):
 
 
 @torch.no_grad()
-def encode_pixels(pipeline, pixels):
+def encode_pixels(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Latents [n, C, h, w] float32 on the CPU of pixels [n, 3, H, W]: the posterior's mean, scaled
     for the denoiser. The mean, not a sample: losses before and after unlearning must differ by the
     model alone."""
@@ -39,7 +68,13 @@ def encode_pixels(pipeline, pixels):
     return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).cpu()
 
 
-def encode_images(pipeline, paths, resolution, mirrored=False, batch_size=20):
+def encode_images(
+    pipeline: Any,
+    paths: Sequence[str | Path],
+    resolution: int,
+    mirrored: bool = False,
+    batch_size: int = 20,
+) -> torch.Tensor:
     """Latents [len(paths), C, h, w] of image files, `batch_size` at a time."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     return torch.cat(
@@ -56,7 +91,7 @@ def encode_images(pipeline, paths, resolution, mirrored=False, batch_size=20):
 
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts):
+def encode_prompts(pipeline: Any, prompts: Iterable[str]) -> torch.Tensor:
     """Embeddings [n, tokens, features] float32 on the CPU: prompts padded and cut to the
     tokenizer's length, the last hidden state of the text encoder."""
     tokens = pipeline.tokenizer(
@@ -81,7 +116,7 @@ def encode_prompts(pipeline, prompts):
     )
 
 
-def count_tokens(tokenizer, prompts):
+def count_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[int]:
     """How many tokens each prompt has before it is cut, those of its beginning and end among
     them."""
     return [
@@ -92,7 +127,7 @@ def count_tokens(tokenizer, prompts):
     ]
 
 
-def find_unknown(tokenizer, texts):
+def find_unknown(tokenizer: Any, texts: Collection[str]) -> list[tuple[bool, bool]]:
     """Of each text, (whether a tokenizer does not know some of it, whether it knows nothing else of
     it). Byte-level vocabularies that are whole know everything. CLIP's unknown token is also its
     padding: a text that is unknown throughout is read as the empty one."""

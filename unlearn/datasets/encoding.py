@@ -7,11 +7,14 @@ import os
 import shlex
 import shutil
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from ..runtime.printing import shorten
@@ -23,25 +26,29 @@ from ..storage.records import check_content, is_complete, record_path, write_rec
 from ..storage.sharing import do_once, forget_claim
 from .annotations import READERS
 from .captions import PAIRS_SHOWN, find_overlooked, pair_images
-from .encoders import count_tokens, encode_images, encode_prompts, find_unknown
+from .encoders import Encoder, count_tokens, encode_images, encode_prompts, find_unknown
 from .pictures import ODDITIES, inspect_picture, list_notes, read_picture
 from .settings import read_settings
 from .training_sets import array_paths, read_identity
 
 THREADS, AHEAD = 4, 1000  # that read images, and how many are read ahead
+Given = TypeVar("Given")
+Seen = TypeVar("Seen")
 
 
-def map_files(function, paths, description):
+def map_files(
+    function: Callable[[Given], Seen], paths: Sequence[Given], description: str
+) -> Iterator[Seen]:
     """`function` of each path, in order, by several threads; of many, with progress."""
-    bar = progress(len(paths), description, "images") if len(paths) > 10 * AHEAD else nullcontext()
-    with ThreadPoolExecutor(THREADS) as pool, bar:
+    bar = progress(len(paths), description, "images") if len(paths) > 10 * AHEAD else None
+    with ThreadPoolExecutor(THREADS) as pool, nullcontext() if bar is None else bar:
         for start in range(0, len(paths), AHEAD):
             yield from pool.map(function, paths[start : start + AHEAD])
-            if len(paths) > 10 * AHEAD:
+            if bar is not None:
                 bar.update(len(paths[start : start + AHEAD]))
 
 
-def find_unreadable(paths):
+def find_unreadable(paths: Sequence[Path]) -> tuple[dict[Path, str], dict[str, list[Path]]]:
     """Why images cannot be read, {path: reason}, and what is odd about the others, {oddity: [path,
     ...]}: each is decoded once."""
 
@@ -61,7 +68,7 @@ def find_unreadable(paths):
     )
 
 
-def list_pairs(dataroot, num_captions=0):
+def list_pairs(dataroot: str | Path, num_captions: int = 0) -> tuple[list[Path], list[list[str]]]:
     """Paths and captions (a list of each image's, all as long) from which latents and embeddings
     are made. The number of captions is the one given, else of dataset.json, else as they were made
     last. Raises UserError where images or captions are alone."""
@@ -87,7 +94,7 @@ def list_pairs(dataroot, num_captions=0):
         ) from None
 
 
-def list_left_out(dataroot):
+def list_left_out(dataroot: str | Path) -> list[str]:
     """Names of the images that `--skip_corrupt` left out when latents were made last; those that
     can be read by now are made again."""
     latents_path = array_paths(dataroot)[0]
@@ -101,7 +108,7 @@ def list_left_out(dataroot):
     return [name for name in names if folder / name in unreadable]
 
 
-def count_pairs(dataroot):
+def count_pairs(dataroot: str | Path) -> int:
     """How many images latents and embeddings of a data root have, or will have when they are made.
     Raises as `list_pairs`."""
     folder = Path(dataroot) / read_settings(dataroot)["images"]
@@ -111,7 +118,7 @@ def count_pairs(dataroot):
     )
 
 
-def tell_overlooked(dataroot, paths):
+def tell_overlooked(dataroot: str | Path, paths: Sequence[Path]) -> None:
     """Says which pictures of a training set's folder have no row."""
     folder = Path(dataroot) / read_settings(dataroot)["images"]
     if overlooked := find_overlooked(folder, paths):
@@ -123,7 +130,7 @@ def tell_overlooked(dataroot, paths):
         )
 
 
-def tell_pairs(paths, captions):
+def tell_pairs(paths: Sequence[Path], captions: Sequence[Sequence[str]]) -> None:
     """Says which captions the first images have, for people to see that they are theirs."""
     for path, lines in list(zip(paths, captions))[:PAIRS_SHOWN]:
         say(
@@ -132,7 +139,7 @@ def tell_pairs(paths, captions):
         )
 
 
-def tell_odd_captions(model, captions):
+def tell_odd_captions(model: Encoder, captions: Sequence[Sequence[str]]) -> None:
     """Says how many captions are empty, of how many the text encoder does not see the end, and how
     many the tokenizer does not know."""
     lines = [line for few in captions for line in few]
@@ -161,13 +168,13 @@ def tell_odd_captions(model, captions):
         )
 
 
-def has_given_arrays(dataroot):
+def has_given_arrays(dataroot: str | Path) -> bool:
     """Whether latents and embeddings came with the data root: ours have a record, or one of them
     has."""
     return all(path.exists() and not record_path(path).exists() for path in array_paths(dataroot))
 
 
-def check_given(dataroot, command):
+def check_given(dataroot: str | Path, command: str) -> None:
     """Raises UserError where only one of latents and embeddings came with the data root: it would
     be replaced. command: that encodes it."""
     paths = array_paths(dataroot)
@@ -180,7 +187,14 @@ def check_given(dataroot, command):
             )
 
 
-def encoding_identity(model, dataroot, paths, captions, resolution, hashes):
+def encoding_identity(
+    model: Encoder,
+    dataroot: str | Path,
+    paths: Sequence[Path],
+    captions: Sequence[Sequence[str]],
+    resolution: int,
+    hashes: Sequence[str],
+) -> dict:
     """Identity of latents and embeddings that are made from images (hashes: `hash_picture` of each)
     and captions."""
     parts = {
@@ -215,7 +229,7 @@ def encoding_identity(model, dataroot, paths, captions, resolution, hashes):
     }
 
 
-def count_rows(file, start, row_bytes):
+def count_rows(file: BinaryIO, start: int, row_bytes: int) -> int:
     """How many rows of a file that was begun before are whole: finite numbers. A node that lost its
     power leaves a size, and zeros from anywhere within a row."""
 
@@ -228,7 +242,7 @@ def count_rows(file, start, row_bytes):
     return next((max(0, number - 1) for number in range(size) if not is_whole()), size)
 
 
-def is_made(path, identity, shape, thorough=False):
+def is_made(path: Path, identity: dict, shape: Sequence[int], thorough: bool = False) -> bool:
     """Whether an array of this shape, made under this identity, is there; with `thorough`, whether
     its bytes are also those that its record says. One that cannot be opened, or has another shape,
     is not: it is made again."""
@@ -242,7 +256,7 @@ def is_made(path, identity, shape, thorough=False):
         return False
 
 
-def check_rows(path, rows, shape, description):
+def check_rows(path: Path, rows: np.ndarray, shape: Sequence[int], description: str) -> None:
     """Raises UserError where a batch of rows is not of this shape, or has NaN or infinite entries:
     of no such model is any kept."""
     if rows.shape != shape:
@@ -258,7 +272,15 @@ def check_rows(path, rows, shape, description):
         )
 
 
-def write_rows(path, shape, starts, encode, identity, description, thorough=False):
+def write_rows(
+    path: Path,
+    shape: tuple[int, ...],
+    starts: Sequence[int],
+    encode: Callable[[int], torch.Tensor],
+    identity: dict,
+    description: str,
+    thorough: bool = False,
+) -> None:
     """Writes a float32 array batch by batch, so that memory does not grow with it, and its record.
     Ended early, the same call goes on with the batch it was at. starts: the first row of each
     batch; encode(number): the rows of a batch. Raises UserError where these are not of the array's
@@ -301,7 +323,9 @@ def write_rows(path, shape, starts, encode, identity, description, thorough=Fals
             write_record(path, identity, content=hash_file(file.name))
 
 
-def array_shapes(model, dataroot, num_images, num_captions, resolution):
+def array_shapes(
+    model: Encoder, dataroot: str | Path, num_images: int, num_captions: int, resolution: int
+) -> dict[Path, tuple[int, ...]]:
     """Shapes of latents (all images as is, then all mirrored) and embeddings of images with so many
     captions each, {path: shape}."""
     latents_path, embeddings_path = array_paths(dataroot)
@@ -312,7 +336,16 @@ def array_shapes(model, dataroot, num_images, num_captions, resolution):
     }
 
 
-def write_latents(model, path, shape, paths, resolution, batch_size, identity, thorough=False):
+def write_latents(
+    model: Encoder,
+    path: Path,
+    shape: tuple[int, ...],
+    paths: Sequence[Path],
+    resolution: int,
+    batch_size: int,
+    identity: dict,
+    thorough: bool = False,
+) -> None:
     """Writes latents [2N, C, h, w]: all images as is, then all mirrored."""
     batches = [(view, start) for view in (0, 1) for start in range(0, len(paths), batch_size)]
 
@@ -333,7 +366,15 @@ def write_latents(model, path, shape, paths, resolution, batch_size, identity, t
     )
 
 
-def write_embeddings(model, path, shape, captions, batch_size, identity, thorough=False):
+def write_embeddings(
+    model: Encoder,
+    path: Path,
+    shape: tuple[int, ...],
+    captions: Sequence[Sequence[str]],
+    batch_size: int,
+    identity: dict,
+    thorough: bool = False,
+) -> None:
     """Writes embeddings [N, tokens, features], or [N, captions, tokens, features] where images have
     several."""
     starts = range(0, len(captions), batch_size)
@@ -346,7 +387,7 @@ def write_embeddings(model, path, shape, captions, batch_size, identity, thoroug
     write_rows(path, shape, starts, encode, identity, "embeddings of the captions", thorough)
 
 
-def check_disk(dataroot, sizes):
+def check_disk(dataroot: str | Path, sizes: dict[Path, int]) -> None:
     """Raises UserError where the disk has no room for arrays of these sizes, {path: bytes}, less
     what is there of them."""
     present = sum(
@@ -363,13 +404,15 @@ def check_disk(dataroot, sizes):
         )
 
 
-def encoding_plan(model, dataroot, captions, resolution):
+def encoding_plan(
+    model: Encoder, dataroot: str | Path, captions: Sequence[Sequence[str]], resolution: int
+) -> dict[Path, int]:
     """Bytes of latents and embeddings of images with these captions, {path: bytes}."""
     shapes = array_shapes(model, dataroot, len(captions), len(captions[0]), resolution)
     return {path: 4 * math.prod(shape) for path, shape in shapes.items()}
 
 
-def choose_readable(paths, skip_corrupt, command):
+def choose_readable(paths: Sequence[Path], skip_corrupt: bool, command: str) -> list[int]:
     """Rows of the images that can be read. Raises UserError where some cannot and are not to be
     left out."""
     unreadable, odd = find_unreadable(paths)
@@ -390,7 +433,7 @@ def choose_readable(paths, skip_corrupt, command):
     return [row for row, path in enumerate(paths) if path not in unreadable]
 
 
-def is_encoded(identity, shapes, thorough=False):
+def is_encoded(identity: dict, shapes: dict[Path, tuple[int, ...]], thorough: bool = False) -> bool:
     """Whether latents and embeddings of these shapes, {path: shape}, are there (`is_made`)."""
     return all(
         is_made(path, identity, shape, how)
@@ -399,7 +442,7 @@ def is_encoded(identity, shapes, thorough=False):
     )
 
 
-def own_root(dataroot):
+def own_root(dataroot: str | Path) -> str:
     """Commands that make a data root of one's own of one that cannot be written. Its pictures,
     pipeline and Fisher become links; what tasks and dataset.json name is copied, because those
     paths may not lead out of a data root; latents and embeddings are left out."""
@@ -442,7 +485,7 @@ def own_root(dataroot):
     return " && ".join(commands)
 
 
-def check_root_writable(dataroot, what, folders):
+def check_root_writable(dataroot: str | Path, what: str, folders: Iterable[str | Path]) -> None:
     """Raises UserError, with the commands that help, where folders of a data root, in which `what`
     is to be made, cannot be written."""
     for folder in dict.fromkeys(folders):
@@ -455,15 +498,15 @@ def check_root_writable(dataroot, what, folders):
 
 
 def encode_training_set(
-    model,
-    dataroot,
-    resolution,
-    batch_size,
-    num_captions=0,
-    skip_corrupt=False,
-    overwrite=False,
-    command="",
-):
+    model: Encoder,
+    dataroot: str | Path,
+    resolution: int,
+    batch_size: int,
+    num_captions: int = 0,
+    skip_corrupt: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+) -> bool:
     """Makes latents and embeddings of a data root from its images and captions where it has none
     (the emoji world commits pictures, not latents), or has those of another model or of other
     pictures, or what cannot be opened; those that came with it stay, and what is whole is not made

@@ -88,8 +88,8 @@ def to_integer(value: object) -> int | None:
 
 def to_size(width: object, height: object) -> tuple[int, int] | None:
     """Width and height in pixels, None unless both are positive."""
-    sides = to_integer(width), to_integer(height)
-    return sides if all(sides) else None
+    columns, rows = to_integer(width), to_integer(height)
+    return (columns, rows) if columns and rows else None
 
 
 def to_sampler(*names: object) -> str | None:

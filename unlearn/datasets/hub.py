@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..runtime.printing import shorten
@@ -28,7 +29,7 @@ def is_dataset(source: str | Path) -> bool:
     )
 
 
-def import_datasets():
+def import_datasets() -> Any:
     """The library. Raises UserError where it is missing, or would run a data set's own code."""
     try:
         import datasets
@@ -36,15 +37,16 @@ def import_datasets():
         raise UserError(
             "Hugging Face data sets need the library datasets: pip install 'datasets>=4.0'"
         ) from None
-    if int(datasets.__version__.split(".")[0]) < 4:
+    library: Any = datasets
+    if int(library.__version__.split(".")[0]) < 4:
         raise UserError(
-            f"datasets {datasets.__version__} can run code of data sets; "
+            f"datasets {library.__version__} can run code of data sets; "
             f"pip install 'datasets>=4.0', which never does"
         )
-    return datasets
+    return library
 
 
-def load_split(source: str):
+def load_split(source: str) -> tuple[Any, str]:
     """One split of a data set, its pictures not decoded. Raises UserError where it cannot be
     loaded, or it is not clear which split is meant."""
     datasets = import_datasets()

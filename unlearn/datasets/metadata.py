@@ -6,7 +6,7 @@ limited, JSON is only read, and what is broken or not certain becomes a note.
 
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from . import comfy, generators
 from .generation import Generation
@@ -56,7 +56,7 @@ def read_texts(path: str | Path) -> tuple[dict[str, str], list[str]]:
     found = {}
     with open_picture(path) as image:
         found.update(image.info)
-        if image.format == "PNG":
+        if isinstance(image, PngImagePlugin.PngImageFile):
             found.update(image.text)  # decodes the picture: chunks may stand after its pixels
         found.update(read_exif(image))
     texts, notes = {}, []

@@ -2,7 +2,7 @@
 dataset.json."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Plan:
     pictures: list[Original]
 
 
-def write_plan(root: Path, plan: Plan, stale: Sequence[str] = ()) -> None:
+def write_plan(root: Path, plan: Plan, stale: Collection[str] = ()) -> None:
     """Writes originals.json. stale: files in the images' folder that an earlier plan made."""
     write_json(root / ORIGINALS, {**asdict(plan), "stale": sorted(stale)})
 

@@ -4,12 +4,13 @@ transparent; 16 bits of grey as 8."""
 import os
 import struct
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from ..errors import UserError
 from ..storage.hashes import digest, hash_file
@@ -69,7 +70,7 @@ KEY_SCALES = {  # a PNG's transparent value on the scale of its pixels, by their
 
 
 @contextmanager
-def open_picture(path):
+def open_picture(path: str | Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
     """An image of which only the header is read yet. Raises UserError where it is missing,
     truncated or no image, then or in the course of the `with` block."""
     if isinstance(path, (str, Path)) and os.path.lexists(path) and not os.path.isfile(path):
@@ -98,13 +99,13 @@ def open_picture(path):
         raise UserError(f"image {path}: cannot be read, it may be truncated ({error})") from None
 
 
-def load_image(path):
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
     """Reads an image as RGB. Raises UserError where it is missing, truncated, no image, or of
     numbers without a known range."""
     return read_picture(path)[0]
 
 
-def read_picture(path):
+def read_picture(path: str | Path | BinaryIO) -> tuple[Image.Image, set[str]]:
     """(RGB image, which of ODDITIES it has). Raises UserError as `load_image` does."""
     oddities = set()
     with open_picture(path) as image:
@@ -122,14 +123,16 @@ def read_picture(path):
             image = (
                 image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
             )
-            oddities |= {"transparent"} if image.getchannel("A").getextrema()[0] < 255 else set()
+            alpha = cast(tuple[float, float], image.getchannel("A").getextrema())  # of one channel
+            oddities |= {"transparent"} if alpha[0] < 255 else set()
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        oddities |= {"plain"} if all(low == high for low, high in image.getextrema()) else set()
+        colours = cast(tuple[tuple[int, int], ...], image.getextrema())  # of three channels
+        oddities |= {"plain"} if all(low == high for low, high in colours) else set()
         return image if turn is None else image.transpose(turn), oddities
 
 
-def read_orientation(image):
+def read_orientation(image: Image.Image) -> int:
     """How EXIF, or XMP, says that a picture is to be turned: 1 to 8; 1 where it says nothing or is
     broken. Pillow itself turns TIFF when its pixels are loaded."""
     try:
@@ -140,7 +143,7 @@ def read_orientation(image):
         return 1
 
 
-def scale_key(image):
+def scale_key(image: ImageFile.ImageFile) -> None:
     """Brings the transparent value of a PNG to the scale of its pixels, in place: Pillow leaves it
     as in the file, but spreads pixels of 1, 2 and 4 bits over 8, and reads the upper 8 of colours
     of 16."""
@@ -148,7 +151,7 @@ def scale_key(image):
         image.format == "PNG"
         and image.mode != "P"
         and "transparency" in image.info
-        and (scale := KEY_SCALES.get(image.tile[0][3]))
+        and (scale := KEY_SCALES.get(str(image.tile[0][3])))
     ):
         key = image.info["transparency"]
         image.info["transparency"] = (
@@ -156,7 +159,7 @@ def scale_key(image):
         )
 
 
-def eight_bits(path, image):
+def eight_bits(path: str | Path | BinaryIO, image: Image.Image) -> Image.Image:
     """A grey picture of integers as "L", or as "LA" where one of its values is transparent. Raises
     UserError where white has no known value: floating-point numbers, signed ones of 16 bits, and
     those of 32 bits that need more than 16, or fit into 8."""
@@ -184,12 +187,12 @@ def eight_bits(path, image):
     return grey
 
 
-def grey_bits(image):
+def grey_bits(image: Image.Image) -> int | None:
     """How many bits the values of an image of integers have; None where its mode does not say."""
     return tiff_tag(image, BITS, 16) if image.mode.startswith("I;16") else None
 
 
-def tiff_tag(image, tag, default=None):
+def tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> Any:
     """A tag of a TIFF, its first number; `default` where the image is none, or lacks it."""
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return value[0] if isinstance(value, tuple) else value
@@ -204,20 +207,20 @@ class Picture(NamedTuple):
     is_cropped: bool  # whether the square in its centre leaves out a third of it or more
 
 
-def inspect_picture(path):
+def inspect_picture(path: str | Path) -> Picture:
     """A file's Picture; of one that cannot be read, by its bytes alone."""
     content, (reading, cropped) = hash_file(path), read_header(path)
     return Picture(digest(content, reading) if reading else content, cropped)
 
 
-def hash_picture(path):
+def hash_picture(path: str | Path) -> str:
     """Hash of a picture as it is read: of its bytes (`hash_file`), so that what was made of
     ordinary pictures stays valid; for those that are turned, transparent or of more bits, also of
     that."""
     return inspect_picture(path).content
 
 
-def read_header(path):
+def read_header(path: str | Path) -> tuple[list[str], bool]:
     """(how the rule reads a file, [] where plainly; whether it is cropped), ([], False) where it
     cannot be read."""
     try:
@@ -227,7 +230,7 @@ def read_header(path):
         return [], False
 
 
-def describe_reading(path, image):
+def describe_reading(path: str | Path, image: ImageFile.ImageFile) -> list[str]:
     """How the rule reads an image that is not plain, [] where it is. A transparent picture may turn
     out to be opaque all over: only its pixels tell."""
     if image.format == "PNG" and "exif" not in image.info and has_late_metadata(path):
@@ -244,18 +247,18 @@ def describe_reading(path, image):
     return reading
 
 
-def was_scrambled(image, orientation):
+def was_scrambled(image: ImageFile.ImageFile, orientation: int) -> bool:
     """Whether a TIFF was read wrongly before Pillow was kept from mapping it (`open_picture`);
     others keep their identity."""
     return (
         orientation >= 5
         and len(image.tile) == 1
         and image.tile[0][0] == "raw"
-        and image.tile[0][3][0] == image.mode in MAPPED
+        and (image.tile[0][3] or [None])[0] == image.mode in MAPPED
     )
 
 
-def has_late_metadata(path):
+def has_late_metadata(path: str | Path) -> bool:
     """Whether a PNG says after its pixels how it is to be turned."""
     with open(path, "rb") as file:
         file.seek(8)
@@ -276,12 +279,18 @@ def has_late_metadata(path):
     return False
 
 
-def is_cropped(size):
+def is_cropped(size: tuple[int, int]) -> bool:
     """Whether the square in the centre leaves out a third of a picture or more."""
     return 2 * max(size) >= 3 * min(size)
 
 
-def list_notes(kind, total, cropped=(), odd=None, most=3):
+def list_notes(
+    kind: str,
+    total: int,
+    cropped: Sequence[str] = (),
+    odd: Mapping[str, Sequence[str]] | None = None,
+    most: int = 3,
+) -> list[str]:
     """Lines on pictures that are not seen as they stand in their files; `most` names in each. odd:
     {one of ODDITIES: names}."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.programs import in_precision, say
+from .encoders import Encoder
 from .encoding import check_given, count_pairs, encode_training_set, has_given_arrays, list_pairs
 from .pictures import is_cropped, list_notes, read_picture
 from .queries import check_stored
@@ -34,7 +35,7 @@ def check_training_files(dataroot: str | Path, subset_size: int | None, command:
     return choose_subset_size(available, subset_size, read_settings(dataroot)["largest_subset"])
 
 
-def say_resolution(model, settings: dict) -> None:
+def say_resolution(model: Encoder, settings: dict) -> None:
     """Tells where a data root brings pictures to another size than the model was trained on."""
     used, own = model.resolution(settings), model.own_resolution
     if own not in (None, used):
@@ -45,7 +46,7 @@ def say_resolution(model, settings: dict) -> None:
 
 
 def prepare_training_set(
-    model,
+    model: Encoder,
     dataroot: str | Path,
     subset_size: int | None = None,
     vae_batch_size: int | None = None,
@@ -71,7 +72,9 @@ def prepare_training_set(
     return training_set
 
 
-def imagine_training_set(model, dataroot: str | Path, subset_size: int | None) -> TrainingSet:
+def imagine_training_set(
+    model: Encoder, dataroot: str | Path, subset_size: int | None
+) -> TrainingSet:
     """A training set of zeros of the right shape where it is not encoded yet, for what only counts
     and encodes nothing."""
     if all(path.exists() for path in array_paths(dataroot)):

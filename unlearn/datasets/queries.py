@@ -1,6 +1,7 @@
 """Queries and exemplars as training sets: encoded from their pictures and prompts, or a query's exact
 latent and embedding, stored by what made it (`latents`, `embeddings` and `row` of its task)."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,16 @@ import numpy as np
 from ..errors import UserError
 from ..storage.hashes import digest
 from ..storage.reading import read_array
-from .encoders import encode_images, encode_prompts
+from .encoders import Encoder, encode_images, encode_prompts
 from .pictures import hash_picture
 from .settings import read_settings
-from .tasks import find_file
+from .tasks import Task, find_file
 from .training_sets import TrainingSet
 
 AXES = {"latents": "[n, C, h, w]", "embeddings": "[n, tokens, features]"}
 
 
-def open_stored(task, dataroot, field):
+def open_stored(task: Task, dataroot: str | Path, field: str) -> np.ndarray:
     """The array (memory-mapped) that holds a query's latent or embedding. Raises UserError where it
     is none or ends before the task's row: all that can be told without a model."""
     item = f"{task.synth_image_path}: {field}"
@@ -32,14 +33,14 @@ def open_stored(task, dataroot, field):
             f"{item} {path}: expected {AXES[field]} of floats, found {list(array.shape)} "
             f"{array.dtype}"
         )
-    if not 0 <= task.row < len(array):
+    if task.row is None or not 0 <= task.row < len(array):
         raise UserError(
             f"{item} {path}: expected a row from 0 to {len(array) - 1}, found {task.row}"
         )
     return array
 
 
-def check_stored(tasks, dataroot):
+def check_stored(tasks: Iterable[Task], dataroot: str | Path) -> None:
     """Raises UserError, before a model is loaded, where a task's stored arrays cannot hold its
     query."""
     for task in tasks:
@@ -48,7 +49,9 @@ def check_stored(tasks, dataroot):
                 open_stored(task, dataroot, field)
 
 
-def read_stored(task, dataroot, latent_shape, embedding_shape):
+def read_stored(
+    task: Task, dataroot: str | Path, latent_shape: Sequence[int], embedding_shape: Sequence[int]
+) -> dict[str, np.ndarray]:
     """The query's stored latent [C, h, w] and embedding [tokens, features], float32, by field; {}
     where it has none. Raises UserError where one has another shape than the model's or is not
     finite."""
@@ -71,7 +74,9 @@ def read_stored(task, dataroot, latent_shape, embedding_shape):
     return rows
 
 
-def encode_exemplars(model, task, dataroot, vae_batch_size):
+def encode_exemplars(
+    model: Encoder, task: Task, dataroot: str | Path, vae_batch_size: int
+) -> TrainingSet:
     """The exemplars of a customized model (whose tokens the model has) as a TrainingSet."""
     settings = read_settings(dataroot)
     resolution = model.resolution(settings)
@@ -81,7 +86,7 @@ def encode_exemplars(model, task, dataroot, vae_batch_size):
         ).numpy()
         for mirrored in (False, True)
     ]
-    prompts = [task.train_prompt] * len(task.exemplar_paths)
+    prompts = [task.train_prompt or ""] * len(task.exemplar_paths)
     ids = task.exemplar_ids(dataroot)
     return TrainingSet(
         settings["name"],
@@ -94,7 +99,9 @@ def encode_exemplars(model, task, dataroot, vae_batch_size):
     )
 
 
-def encode_query(model, task, dataroot, unscaled=False):
+def encode_query(
+    model: Encoder, task: Task, dataroot: str | Path, unscaled: bool = False
+) -> TrainingSet:
     """A task's query as a training set of one image and one view: its stored latent and embedding
     where its task names them, else encoded from picture and prompt. unscaled: leaves the encoded
     latent of a customized model's query as the VAE gives it, as the published program does; its
@@ -110,13 +117,20 @@ def encode_query(model, task, dataroot, unscaled=False):
         name=settings["name"],
         id=task.synth_image_path,
         stored=stored,
-        unscaled=unscaled and task.model_path and not stored,
+        unscaled=unscaled and task.model_path is not None and not stored,
     )
 
 
 def encode_picture(
-    model, path, prompt, resolution, name="query", id=None, stored=None, unscaled=False
-):
+    model: Encoder,
+    path: str | Path,
+    prompt: str,
+    resolution: int,
+    name: str = "query",
+    id: str | None = None,
+    stored: dict[str, np.ndarray] | None = None,
+    unscaled: bool = False,
+) -> TrainingSet:
     """A picture and its prompt as a TrainingSet of one image and one view. name, id: they key its
     noise; stored: its latent and embedding where they are known; unscaled: see `encode_query`."""
     stored = stored or {}

@@ -82,7 +82,7 @@ LARGEST_NUMBERS = {
 }  # more pictures than a JPEG can be high; more pixels than a VAE takes
 
 
-def check_number(item, name, value):
+def check_number(item: str, name: str, value: object) -> None:
     """Raises UserError where the setting `name` is a number that is not finite or out of range;
     seeds may be negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -103,7 +103,7 @@ def check_number(item, name, value):
         raise UserError(f"{item} {shown}: expected a {kind} of at most {largest:,}")
 
 
-def check_files(item, settings):
+def check_files(item: str, settings: dict) -> None:
     """Raises UserError where a data root's files are outside of it, of another kind, or would
     overwrite one another."""
     taken = {"dataset.json": "dataset.json"}
@@ -135,7 +135,7 @@ def check_files(item, settings):
                 )
 
 
-def check_settings(item, own):
+def check_settings(item: str, own: object) -> dict:
     """The settings of a dataset.json that are no remarks. Raises UserError for unknown keys, wrong
     types and numbers out of range."""
     if not isinstance(own, dict):
@@ -154,7 +154,7 @@ def check_settings(item, own):
     return own
 
 
-def is_published_root(dataroot):
+def is_published_root(dataroot: str | Path) -> bool:
     """Whether a data root is the AbC benchmark, to which the published settings belong: it has no
     dataset.json and at least one of the four published test cases (json/test_artchive.json, ...).
     MSCOCO's own dataset.json says all of its step."""
@@ -163,7 +163,7 @@ def is_published_root(dataroot):
     )
 
 
-def read_settings(dataroot):
+def read_settings(dataroot: str | Path) -> dict:
     """Settings of a data root: those of its `dataset.json` over the published ones, of which
     OWN_ROOT stands for those of AbC's step where it is not AbC; num_train is None where it is the
     number of its training images. `pipeline` and `unet` may be folders of the data root. Raises

@@ -3,6 +3,7 @@ customized one, with its exemplars, or the data root's own base model."""
 
 import glob
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -63,47 +64,47 @@ class Task:
     row: int | None = None  # the query's, of both
 
     @property
-    def result_name(self):
+    def result_name(self) -> str:
         """Folder of the query's results below `results/influence`, as published: its path less
         `synth/`, with the suffix `.png`."""
         return Path(self.synth_image_path).as_posix().removeprefix("synth/")
 
     @property
-    def query_name(self):
+    def query_name(self) -> str:
         """What evidence of retrained models calls the query: `result_name` less the suffix."""
         return Path(self.result_name).with_suffix("").as_posix()
 
     @property
-    def model_name(self):
+    def model_name(self) -> str:
         """Folder of the model's losses below `results/orig_loss`: its path less `models/`; that of
         the base model is `base`."""
         return BASE if self.model_path is None else self.model_path.removeprefix("models/")
 
     @property
-    def image_sets(self):
+    def image_sets(self) -> tuple[str, ...]:
         """Names of the candidates' losses, in the order of the results: exemplars first, where
         there are any."""
         return ("laion",) if self.model_path is None else ("exemplar", "laion")
 
-    def exemplar_ids(self, dataroot):
+    def exemplar_ids(self, dataroot: str | Path) -> list[str]:
         """Paths of the exemplars relative to the data root: unlike their names, they tell those of
         different models apart."""
         return [
             path.relative_to(os.path.realpath(dataroot)).as_posix() for path in self.exemplar_paths
         ]
 
-    def model_dir(self, dataroot):
+    def model_dir(self, dataroot: str | Path) -> Path | None:
         """Folder of the customized model, None where it is the base model."""
         return None if self.model_path is None else Path(dataroot) / self.model_path
 
 
-def strip_dataset(path):
+def strip_dataset(path: str | Path) -> str:
     """`dataset/exemplar/0.png` -> `exemplar/0.png`: only the first component, and only where it is
     `dataset`."""
     return str(path).removeprefix("dataset/")
 
 
-def read_list(path, item):
+def read_list(path: str | Path, item: str) -> list:
     """A JSON file that holds a list. Raises UserError where it does not, or is too large to be
     read."""
     entries = read_json(path, item, LARGEST_FILE)
@@ -113,7 +114,7 @@ def read_list(path, item):
     return entries
 
 
-def read_test_case(dataroot, name):
+def read_test_case(dataroot: str | Path, name: str) -> list[dict]:
     """Entries of `json/NAME.json`, one a customized model. Raises UserError where it is missing or
     malformed."""
     path = resolve_inside(dataroot, f"json/{name}.json", f"test_case {name}")
@@ -138,7 +139,7 @@ def read_test_case(dataroot, name):
     return entries
 
 
-def check_fields(item, values):
+def check_fields(item: str, values: object) -> dict:
     """Every field of a task, None where it is absent (or null) and may be: without any of
     CUSTOMIZED_FIELDS it is a task of the base model. Raises UserError, naming task and key, where
     one is missing, of another type, or none of a task's."""
@@ -167,7 +168,7 @@ def check_fields(item, values):
     }
 
 
-def plain_path(path, item):
+def plain_path(path: str, item: str) -> str:
     """The shortest spelling of a relative path: `./a//b/` -> `a/b`. Raises UserError where it is
     absolute or goes up."""
     if len(path) > LONGEST_PATH:
@@ -184,7 +185,7 @@ def plain_path(path, item):
     return plain.as_posix()
 
 
-def find_file(dataroot, path, item):
+def find_file(dataroot: str | Path, path: str, item: str) -> Path:
     """The existing file below the data root that `path` names, or UserError."""
     check_text(item, path)
     try:
@@ -196,7 +197,9 @@ def find_file(dataroot, path, item):
     return resolved
 
 
-def find_exemplars(item, values, dataroot, test_cases):
+def find_exemplars(
+    item: str, values: dict, dataroot: str | Path, test_cases: dict[str, list[dict]]
+) -> tuple[Path, ...]:
     """The exemplars of a customized model's task, resolved. Raises UserError where its test case
     has no such entry."""
     name, index = values["test_case"], values["test_case_ind"]
@@ -216,7 +219,9 @@ def find_exemplars(item, values, dataroot, test_cases):
     return entry["found"]
 
 
-def make_task(item, values, dataroot, test_cases):
+def make_task(
+    item: str, values: object, dataroot: str | Path, test_cases: dict[str, list[dict]]
+) -> Task:
     """Checks one entry of a task file and finds its exemplars. `test_cases` caches the test cases
     read so far."""
     values = check_fields(item, values)
@@ -242,7 +247,7 @@ def make_task(item, values, dataroot, test_cases):
     return Task(**values, exemplar_paths=paths)
 
 
-def load_tasks(task_json, dataroot):
+def load_tasks(task_json: str | Path, dataroot: str | Path) -> list[Task]:
     """Reads and checks a task file: a list of tasks in its order. Raises UserError naming task, key
     and value, also where two tasks would write to one folder."""
     if not Path(dataroot).is_dir():
@@ -269,14 +274,14 @@ def load_tasks(task_json, dataroot):
     return tasks
 
 
-def find_result(folder, task):
+def find_result(folder: str | Path, task: Task) -> Path:
     """Folder of a task's results below `folder`; an older one, named without the picture's suffix,
     where that alone is there."""
     path, older = Path(folder) / task.result_name, Path(folder) / task.query_name
     return older if older.is_dir() and not path.exists() else path
 
 
-def find_named_result(folder, query):
+def find_named_result(folder: str | Path, query: str) -> Path:
     """Folder of a query's results below `folder`, by its `query_name`."""
     found = sorted(Path(folder).glob(f"{glob.escape(query)}.*"))
     older = Path(folder) / query
@@ -287,7 +292,7 @@ def find_named_result(folder, query):
     )
 
 
-def tell_older_results(folder, tasks):
+def tell_older_results(folder: str | Path, tasks: Collection[Task]) -> None:
     """Says, in one line, that results of some tasks stand in folders of older names."""
     older = [task for task in tasks if find_result(folder, task) == Path(folder) / task.query_name]
     if older and older[0].query_name != older[0].result_name:
@@ -298,7 +303,7 @@ def tell_older_results(folder, tasks):
         )
 
 
-def check_nesting(names, item):
+def check_nesting(names: Collection[str], item: str) -> None:
     """Raises UserError where one of these folders stands within another, among its files."""
     for name in names:
         for parent in PurePosixPath(name).parents:
@@ -306,7 +311,7 @@ def check_nesting(names, item):
                 raise UserError(f"{item}: the folder of {name} would stand within that of {parent}")
 
 
-def group_by_model(tasks):
+def group_by_model(tasks: Iterable[Task]) -> dict[str | None, list[Task]]:
     """Tasks by model, {path of the customized model, or None: [task, ...]}, in the order of first
     appearance. Raises UserError where two tasks of a model disagree on its exemplars or train
     prompt, or two models would share a folder of losses."""

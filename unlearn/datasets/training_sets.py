@@ -1,5 +1,6 @@
 """One TrainingSet for every benchmark."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,17 +22,17 @@ class TrainingSet:
     name: str  # with an image's id it keys the image's noise
     ids: list[str]
     captions: list[str]
-    paths: list[Path | None]  # None where there is no picture to show
+    paths: Sequence[Path | None]  # None where there is no picture to show
     # [views, N, channels, height, width], scaled as the denoiser expects
     latents: np.ndarray = field(repr=False)
     embeddings: np.ndarray = field(repr=False)  # [N, captions, tokens, features]
     source: str = ""  # digest of what latents and embeddings were made from
     settings: dict = field(default_factory=dict, repr=False, compare=False)  # its data root's
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, indices):
+    def take(self, indices: Sequence[int]) -> "TrainingSet":
         """The training set of these rows, in this order; latents are copied."""
         return replace(
             self,
@@ -42,7 +43,7 @@ class TrainingSet:
             embeddings=self.embeddings[indices],
         )
 
-    def first(self, count):
+    def first(self, count: int) -> "TrainingSet":
         """The training set of the first `count` images; nothing is copied."""
         return replace(
             self,
@@ -54,7 +55,7 @@ class TrainingSet:
         )
 
     @property
-    def identity(self):
+    def identity(self) -> str:
         """Digest of name, ids, shapes and source. Captions are labels here: what was made of them
         is in the source."""
         return digest(
@@ -62,12 +63,12 @@ class TrainingSet:
         )
 
 
-def label_rows(dataroot):
+def label_rows(dataroot: str | Path) -> tuple[list[int], list[Path], list[str]]:
     """Index, path and first caption of each row: (indices, paths, captions), each list [] where
     that is missing. Images that `python -m unlearn encode --skip_corrupt` left out have an index
     and no row."""
     settings = read_settings(dataroot)
-    names, *labels = label_images(
+    names, paths, captions = label_images(
         Path(dataroot) / settings["images"], Path(dataroot) / settings["captions"]
     )
     latents_path = Path(dataroot) / settings["latents"]
@@ -77,25 +78,26 @@ def label_rows(dataroot):
         else []
     )
     kept = [index for index, name in enumerate(names) if name not in left_out]
-    return kept, *(
-        [values[index] for index in kept] if len(values) == len(names) else values
-        for values in labels
-    )
+
+    def keep(values):
+        return [values[index] for index in kept] if len(values) == len(names) else values
+
+    return kept, keep(paths), keep(captions)
 
 
-def list_images(dataroot):
+def list_images(dataroot: str | Path) -> list[Path]:
     """Paths of the training images in the order of the rows, [] where their folder is missing."""
     return label_rows(dataroot)[1]
 
 
-def probe(array):
+def probe(array: np.ndarray) -> str:
     """Digest of eight rows spread over an array, and of its shape: tells two files apart without
     reading them."""
     rows = np.linspace(0, len(array) - 1, 8).astype(int)
     return digest(list(array.shape), str(array.dtype), [array[row].tobytes().hex() for row in rows])
 
 
-def read_identity(path):
+def read_identity(path: str | Path) -> dict:
     """Identity in the record of latents or embeddings that this project made. Raises UserError
     where it is no record."""
     record = read_json(record_path(path), "record")
@@ -113,13 +115,13 @@ def read_identity(path):
     return identity
 
 
-def source_of(path, array):
+def source_of(path: str | Path, array: np.ndarray) -> str:
     """What an array was made from: its record's identity where this project made it, else a probe
     of its rows."""
     return digest(read_identity(path)) if record_path(path).exists() else probe(array)
 
 
-def choose_subset_size(available, asked, largest):
+def choose_subset_size(available: int, asked: int | None, largest: int) -> int:
     """How many images to use: all, at most `largest`; or as many as asked. Raises UserError where
     that is too many."""
     if asked is not None and not 1 <= asked <= available:
@@ -127,19 +129,21 @@ def choose_subset_size(available, asked, largest):
     return min(available, largest) if asked is None else asked
 
 
-def check_pixels(item, values):
+def check_pixels(item: str, values: object) -> None:
     """Raises UserError where an array has NaN or infinite entries."""
     if not np.isfinite(np.asarray(values)).all():
         raise UserError(f"{item}: has NaN or infinite entries; download or encode it again")
 
 
-def array_paths(dataroot):
+def array_paths(dataroot: str | Path) -> tuple[Path, Path]:
     """Where latents and embeddings of the training set stand."""
     settings = read_settings(dataroot)
     return Path(dataroot) / settings["latents"], Path(dataroot) / settings["embeddings"]
 
 
-def open_arrays(dataroot):
+def open_arrays(
+    dataroot: str | Path,
+) -> tuple[np.ndarray, np.ndarray, Sequence[int], list[Path], list[str]]:
     """Latents and embeddings (memory-mapped), images' indices, pictures and captions of a data
     root. Raises UserError where they are missing or their numbers disagree: all that can be told
     without a model."""
@@ -176,7 +180,7 @@ def open_arrays(dataroot):
     return latents, embeddings, indices or range(count), paths, captions
 
 
-def check_finite(dataroot, training_set):
+def check_finite(dataroot: str | Path, training_set: TrainingSet) -> None:
     """Reads latents and embeddings that came with a data root once, so that no sweep stops in its
     last hour. Raises UserError, naming file and image, where an entry is NaN or infinite. What this
     project made was checked then."""
@@ -195,7 +199,13 @@ def check_finite(dataroot, training_set):
                     check_pixels(f"{path}, {training_set.ids[row]}", np.asarray(array[row]))
 
 
-def open_training_set(dataroot, name, latent_shape, embedding_shape, subset_size=None):
+def open_training_set(
+    dataroot: str | Path,
+    name: str,
+    latent_shape: Sequence[int],
+    embedding_shape: Sequence[int],
+    subset_size: int | None = None,
+) -> TrainingSet:
     """Opens the training set of a data root: latents [2N, C, h, w] (N as is, then N mirrored),
     embeddings [N, tokens, features] or [N, captions, tokens, features] and, where they are, images
     and captions.
