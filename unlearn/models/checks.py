@@ -5,8 +5,9 @@ import codecs
 import inspect
 import math
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import diffusers
 import tokenizers
@@ -16,6 +17,11 @@ import transformers
 from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.reading import list_visible, read_json
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .pipelines import Model
 
 MODULES = (
     None,
@@ -45,7 +51,7 @@ MORE_INPUTS = (
 )  # of a UNet
 
 
-def check_marks(folder):
+def check_marks(folder: str | Path) -> None:
     """Raises UserError where a JSON file of a pipeline begins with a byte order mark, which the
     libraries that read it do not drop."""
     for path in [Path(folder) / "model_index.json", *list_visible(folder, "*/*.json")]:
@@ -67,10 +73,10 @@ class Parts(NamedTuple):
     text_encoder: dict
     tokens: int | None  # a prompt's, by the tokenizer; None where it does not say
     vocabulary: int  # tokens that the tokenizer numbers itself, without added ones
-    scheduler: object
+    scheduler: Any
 
 
-def read_index(folder):
+def read_index(folder: str | Path) -> Any:
     """A pipeline's model_index.json. Raises UserError where it is none."""
     path = Path(folder) / "model_index.json"
     if not path.exists():
@@ -81,7 +87,7 @@ def read_index(folder):
     return read_json(path, "--sd_version")
 
 
-def check_classes(name, index, unet=""):
+def check_classes(name: str | Path, index: Any, unet: str = "") -> None:
     """Raises UserError where a pipeline's index (model_index.json) names classes of other modules
     than the two libraries': files beside it, say, which some versions of diffusers would run; or
     parts of another family than Stable Diffusion 1 and 2. unet: the folder of a UNet that is used
@@ -113,7 +119,7 @@ def check_classes(name, index, unet=""):
             )
 
 
-def class_names(index):
+def class_names(index: dict) -> dict[str, str]:
     """The class of each part that an index names."""
     return {
         part: value[1]
@@ -122,7 +128,9 @@ def class_names(index):
     }
 
 
-def check_sizes(folder, parts=("unet", "vae", "text_encoder", "scheduler")):
+def check_sizes(
+    folder: str | Path, parts: Sequence[str] = ("unet", "vae", "text_encoder", "scheduler")
+) -> None:
     """Raises UserError where a configuration of a pipeline's folder asks for absurdly much: it
     would be built before its weights are looked at."""
 
@@ -146,21 +154,21 @@ def check_sizes(folder, parts=("unet", "vae", "text_encoder", "scheduler")):
             visit(path, part, read_json(path, "--sd_version"))
 
 
-def read_config(path):
+def read_config(path: str | Path) -> dict:
     """A part's configuration, an object."""
     if not isinstance(config := read_json(path, "--sd_version"), dict):
         raise UserError(f"--sd_version {path}: expected an object, found {type(config).__name__}")
     return config
 
 
-def read_parts(folder, unet=""):
+def read_parts(folder: str | Path, unet: str = "") -> Parts:
     """The Parts of a pipeline's folder by its configurations alone, with the UNet and schedule of
     the folder `unet` where one is given. Raises UserError where one cannot be read."""
-    folder, classes = Path(folder), class_names(read_config(Path(folder) / "model_index.json"))
+    root, classes = Path(folder), class_names(read_config(Path(folder) / "model_index.json"))
     own = {"unet": "UNet2DConditionModel", "scheduler": "DDPMScheduler"} if unet else {}
     places = {
-        "unet": Path(unet) if unet else folder / "unet",
-        "scheduler": Path(unet) if unet else folder / "scheduler",
+        "unet": Path(unet) if unet else root / "unet",
+        "scheduler": Path(unet) if unet else root / "scheduler",
     }
     classes = {**classes, **own}
 
@@ -176,8 +184,8 @@ def read_parts(folder, unet=""):
                 f"({reason:.200})"
             ) from None
 
-    def configured(part):
-        config = read_config(places.get(part, folder / part) / "config.json")
+    def configured(part: str) -> dict:
+        config = read_config(places.get(part, root / part) / "config.json")
         defaults = {
             name: value.default
             for name, value in inspect.signature(
@@ -190,26 +198,26 @@ def read_parts(folder, unet=""):
     text = build(
         "text_encoder",
         transformers,
-        lambda cls: cls.config_class.from_dict(read_config(folder / "text_encoder/config.json")),
+        lambda cls: cls.config_class.from_dict(read_config(root / "text_encoder/config.json")),
     )
     scheduler = build(
         "scheduler",
         diffusers,
         lambda cls: cls.from_config(read_config(places["scheduler"] / "scheduler_config.json")),
     )
-    tokenizer = folder / "tokenizer/tokenizer_config.json"
+    tokenizer = root / "tokenizer/tokenizer_config.json"
     return Parts(
         classes,
         configured("unet"),
         configured("vae"),
         describe_text_encoder(text),
         read_config(tokenizer).get("model_max_length") if tokenizer.exists() else None,
-        count_vocabulary(folder / "tokenizer"),
+        count_vocabulary(root / "tokenizer"),
         scheduler,
     )
 
 
-def describe_text_encoder(config):
+def describe_text_encoder(config: object) -> dict:
     """What is asked of a text encoder's configuration, by whatever names it has there; None where
     it has it not."""
     return {
@@ -218,7 +226,7 @@ def describe_text_encoder(config):
     }
 
 
-def count_vocabulary(folder):
+def count_vocabulary(folder: Path) -> int:
     """How many tokens a tokenizer's folder numbers, without added ones; 0 where that does not stand
     in its files."""
     try:
@@ -237,7 +245,7 @@ def count_vocabulary(folder):
     )
 
 
-def parts_of(pipeline):
+def parts_of(pipeline: "DiffusionPipeline") -> Parts:
     """The Parts of a pipeline that is loaded."""
     classes = {
         part: type(module).__name__
@@ -255,7 +263,7 @@ def parts_of(pipeline):
     )
 
 
-def guess_unet(given, made, latent):
+def guess_unet(given: object, made: object, latent: int) -> str:
     """What a UNet probably is that takes `given` channels and gives `made`, where latents have
     `latent`."""
     kinds = {
@@ -272,7 +280,7 @@ def guess_unet(given, made, latent):
     )
 
 
-def check_fit(name, parts, unet=""):
+def check_fit(name: str | Path, parts: Parts, unet: str = "") -> None:
     """Raises UserError, naming the numbers and what it probably is, where the parts of a pipeline
     do not fit each other, or one of them lacks what attribution asks of it."""
 
@@ -315,7 +323,7 @@ def check_fit(name, parts, unet=""):
         refuse(f"its VAE's scaling_factor: expected a number, found {scaling!r:.80}")
 
 
-def check_text_encoder(parts, which, refuse):
+def check_text_encoder(parts: Parts, which: str, refuse: Callable[[str], NoReturn]) -> None:
     """The part of `check_fit` that concerns texts."""
     text, name = parts.text_encoder, parts.classes.get("text_encoder")
     for key, value in text.items():
@@ -348,7 +356,7 @@ def check_text_encoder(parts, which, refuse):
         )
 
 
-def check_schedule(parts, refuse):
+def check_schedule(parts: Parts, refuse: Callable[[str], NoReturn]) -> None:
     """The part of `check_fit` that concerns the scheduler."""
     scheduler, name = parts.scheduler, type(parts.scheduler).__name__
     alpha_bars = getattr(scheduler, "alphas_cumprod", None)
@@ -376,7 +384,7 @@ def check_schedule(parts, refuse):
         )
 
 
-def check_pipeline(folder, unet=""):
+def check_pipeline(folder: str | Path, unet: str = "") -> None:
     """Raises UserError where the configurations of a pipeline's folder tell that it may not be
     loaded, or cannot be used. No model is loaded. unet: the folder of a UNet that is used instead
     of its own, or ""."""
@@ -396,11 +404,11 @@ def check_pipeline(folder, unet=""):
 
 
 @torch.no_grad()
-def check_passes(model, name):
+def check_passes(model: "Model", name: str | Path) -> None:
     """Raises UserError where one of a model's parts cannot take the least that it is asked for: a
     configuration may be absurd and yet load."""
     pipeline, device = model.pipeline, model.device
-    small = torch.zeros(1, model.denoiser.config.in_channels, 16, 16, device=device)
+    small = torch.zeros(1, model.denoiser.config["in_channels"], 16, 16, device=device)
     pixels = torch.zeros(
         1, 3, 8 * pipeline.vae_scale_factor, 8 * pipeline.vae_scale_factor, device=device
     )

@@ -4,13 +4,17 @@ used."""
 import copy
 import re
 import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from ..datasets.encoders import count_tokens, find_unknown
+from ..datasets.tasks import Task
 from ..errors import UserError
 from ..runtime.printing import shorten
 from ..runtime.programs import log
@@ -27,7 +31,9 @@ BRACKETED = re.compile(
 )  # what may be meant as a token, full-width brackets among them
 
 
-def read_customization(model_dir):
+def read_customization(
+    model_dir: str | Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights by parameter name and embeddings by new token of a customized model. Raises UserError
     where there are none or some are not finite."""
     weights = read_tensors(
@@ -53,7 +59,7 @@ def read_customization(model_dir):
     return weights, tokens
 
 
-def prompts_of(tasks, encoded=False):
+def prompts_of(tasks: Iterable[Task], encoded: bool = False) -> dict[str, str]:
     """Prompts of tasks by what uses them, {name: prompt}; with `encoded` those alone that a text
     encoder will read."""
     prompts = {
@@ -66,7 +72,7 @@ def prompts_of(tasks, encoded=False):
     }
 
 
-def open_tokenizer(pipeline):
+def open_tokenizer(pipeline: str | Path) -> Any:
     """The tokenizer of a pipeline whose files are on this machine; None where they are not, or are
     damaged (`load_model` tells)."""
     try:
@@ -77,20 +83,20 @@ def open_tokenizer(pipeline):
         return None
 
 
-def with_tokens(tokenizer, tokens):
+def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> Any:
     """A copy of a tokenizer that knows these tokens too."""
     copied = copy.deepcopy(tokenizer)
     copied.add_tokens(list(tokens))
     return copied
 
 
-def is_token(tokenizer, word):
+def is_token(tokenizer: Any, word: str) -> bool:
     """Whether a word in <> is a token of a tokenizer's own."""
     numbers = tokenizer(word, add_special_tokens=False).input_ids
     return len(numbers) == 1 and numbers[0] != tokenizer.unk_token_id
 
 
-def find_strange(tokenizer, prompts):
+def find_strange(tokenizer: Any, prompts: Mapping[str, str]) -> tuple[str, str, str | None] | None:
     """The first word in <> that is no token of a tokenizer's own, (name of its prompt, word, the
     token that it is another spelling of or None); None where there is none. With spaces it is one
     only where a token is meant: `a < b > c` is not."""
@@ -106,7 +112,9 @@ def find_strange(tokenizer, prompts):
     return None
 
 
-def check_words(model_dir, tokens, tokenizer, prompts):
+def check_words(
+    model_dir: str | Path | None, tokens: Iterable[str], tokenizer: Any, prompts: Mapping[str, str]
+) -> None:
     """Raises UserError where a prompt has a word like <new1> that its model's tokenizer
     (`with_tokens` of its own) does not know."""
     if not (strange := find_strange(tokenizer, prompts)):
@@ -129,7 +137,7 @@ def check_words(model_dir, tokens, tokenizer, prompts):
     )
 
 
-def check_tokens(model_dir, tasks, pipeline):
+def check_tokens(model_dir: str | Path | None, tasks: Iterable[Task], pipeline: str | Path) -> None:
     """`check_words` of a model's tasks (None: the base model) as far as that goes without a
     model."""
     prompts, tokens = prompts_of(tasks), read_customization(model_dir)[1] if model_dir else {}
@@ -141,12 +149,12 @@ def check_tokens(model_dir, tasks, pipeline):
         check_words(model_dir, tokens, with_tokens(tokenizer, tokens), prompts)
 
 
-def list_names(names, most=3):
+def list_names(names: Sequence[str], most: int = 3) -> str:
     """Names with commas, the first few of many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
-def check_lengths(tokenizer, prompts):
+def check_lengths(tokenizer: Any, prompts: Mapping[str, str]) -> None:
     """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where
     a token like <new1> is cut off."""
     if not prompts:
@@ -177,7 +185,7 @@ def check_lengths(tokenizer, prompts):
         )
 
 
-def check_known(tokenizer, prompts):
+def check_known(tokenizer: Any, prompts: Mapping[str, str]) -> None:
     """Says which prompts, {name: prompt}, are empty, and of which a tokenizer does not know some.
     Raises UserError where it knows nothing of one."""
     if empty := [name for name, prompt in prompts.items() if not prompt.strip()]:
@@ -196,18 +204,20 @@ def check_known(tokenizer, prompts):
         )
 
 
-def check_texts(tokenizer, prompts):
+def check_texts(tokenizer: Any, prompts: Mapping[str, str]) -> None:
     """What there is to say of prompts, {name: prompt}, that a text encoder will read:
     `check_lengths` and `check_known`."""
     check_lengths(tokenizer, prompts)
     check_known(tokenizer, prompts)
 
 
-def tell_unused(model_dir, tokens, tokenizer, tasks):
+def tell_unused(
+    model_dir: str | Path, tokens: Collection[str], tokenizer: Any, tasks: Iterable[Task]
+) -> None:
     """Says where the train prompt of a customized model has none of its tokens: the exemplars'
     losses would not concern them."""
     numbers = set(tokenizer.convert_tokens_to_ids(list(tokens)))
-    for prompt in sorted({task.train_prompt for task in tasks}):
+    for prompt in sorted({task.train_prompt for task in tasks if task.train_prompt is not None}):
         if tokens and numbers.isdisjoint(
             tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         ):
@@ -218,7 +228,9 @@ def tell_unused(model_dir, tokens, tokenizer, tasks):
             )
 
 
-def check_prompts(model, model_dir, tokens, tasks):
+def check_prompts(
+    model: Model, model_dir: str | Path | None, tokens: Collection[str], tasks: Collection[Task]
+) -> None:
     """What there is to say of a model's prompts when its tokenizer is loaded: `check_words`,
     `check_texts` and `tell_unused`."""
     if not tasks:
@@ -230,7 +242,9 @@ def check_prompts(model, model_dir, tokens, tasks):
         tell_unused(model_dir, tokens, tokenizer, tasks)
 
 
-def check_customization(model, model_dir, tasks=()):
+def check_customization(
+    model: Model, model_dir: str | Path | None, tasks: Collection[Task] = ()
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A customized model's weights and tokens (`read_customization`), none for None, the base
     model. Raises UserError where one does not fit the model, or the tokens do not fit the prompts
     of its tasks (`check_prompts`)."""
@@ -255,7 +269,7 @@ def check_customization(model, model_dir, tasks=()):
     return weights, tokens
 
 
-def add_tokens(pipeline, tokens):
+def add_tokens(pipeline: DiffusionPipeline, tokens: Mapping[str, torch.Tensor]) -> None:
     """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of
     that name are replaced). Raises UserError where the tokenizer gives a token a number that the
     text encoder does not have."""
@@ -274,7 +288,7 @@ def add_tokens(pipeline, tokens):
 
 
 @contextmanager
-def customized(model, model_dir):
+def customized(model: Model, model_dir: str | Path | None) -> Iterator[Model]:
     """The model with a customized model's K, V and tokens; yields it as a Model with its own hash.
     The base weights are restored at the end. Where `model_dir` is None it is the base model
     itself."""

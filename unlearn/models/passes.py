@@ -6,9 +6,12 @@ CPU it is taken in blocks of rows that stay in the cache.
 """
 
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 
 BLOCK_ROWS = (
@@ -22,7 +25,7 @@ MEMORY = (
 class BlockedFeedForward(FeedForward):
     """Diffusers' feed-forward layer in blocks of samples where it runs on a CPU."""
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         samples, forward = max(1, BLOCK_ROWS // hidden_states.shape[1]), super().forward
         if hidden_states.device.type != "cpu" or len(hidden_states) <= samples:
             return forward(hidden_states, *args, **kwargs)
@@ -31,24 +34,28 @@ class BlockedFeedForward(FeedForward):
         )
 
 
-def replace_feed_forward(denoiser, old=FeedForward, new=BlockedFeedForward):
+def replace_feed_forward(
+    denoiser: torch.nn.Module,
+    old: type[FeedForward] = FeedForward,
+    new: type[FeedForward] = BlockedFeedForward,
+) -> None:
     """Makes every feed-forward layer of one kind one of another."""
     for module in denoiser.modules():
         if type(module) is old:
             module.__class__ = new
 
 
-def modules_before_text(denoiser):
+def modules_before_text(denoiser: UNet2DConditionModel) -> Iterator[Any]:
     """The costly ones of the modules that run, once a pass, before the first cross-attention
     does."""
-    block = denoiser.down_blocks[0]
+    block: Any = denoiser.down_blocks[0]  # of one of several classes
     yield denoiser.conv_in
     yield from block.resnets[:1]
     for attention in getattr(block, "attentions", ())[:1]:
         yield from (layer.attn1 for layer in getattr(attention, "transformer_blocks", ())[:1])
 
 
-def remember(forward):
+def remember(forward: Callable) -> Callable:
     """A function that gives again what it gave first in this thread's `remembered`, and is itself
     outside of one."""
 
@@ -64,7 +71,7 @@ def remember(forward):
 
 
 @contextmanager
-def remembered():
+def remembered() -> Iterator[None]:
     """Passes of this thread, of the same noisy samples at the same timesteps, which may differ in
     the weights of K and V only."""
     MEMORY.outputs = {}
@@ -75,7 +82,7 @@ def remembered():
 
 
 @contextmanager
-def sharing_prefix(denoiser):
+def sharing_prefix(denoiser: UNet2DConditionModel) -> Iterator[None]:
     """Lets passes share, within a `remembered`, what comes before the first cross-attention; the
     denoiser is as it was at the end."""
     modules = list(modules_before_text(denoiser))

@@ -2,12 +2,14 @@
 selected, and how weights are changed and restored."""
 
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from transformers.utils import logging as transformers_logging
@@ -19,7 +21,7 @@ from ..storage.hashes import digest, hash_tensors, named_weights
 from ..storage.reading import read_json
 from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline, parts_of
 from .passes import replace_feed_forward
-from .text_attention import project_text, share_texts
+from .text_attention import KeysValues, project_text, share_texts
 from .unets import check_unet_folder, load_unet
 
 SELECTIONS = {  # of a UNet's parameters, by name
@@ -55,22 +57,22 @@ class Model:
     alpha_bars: torch.Tensor = field(repr=False)  # [num_train_timesteps] float32, on the device
 
     @property
-    def denoiser(self):
+    def denoiser(self) -> UNet2DConditionModel:
         """The UNet."""
         return self.pipeline.unet
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the denoiser is."""
         return self.denoiser.device
 
     @property
-    def prediction_type(self):
+    def prediction_type(self) -> str:
         """epsilon, sample or v_prediction, by the scheduler's configuration."""
         return self.pipeline.scheduler.config.prediction_type
 
     @property
-    def identity(self):
+    def identity(self) -> dict:
         """Identity fields of every loss: weights, noise schedule, prediction type."""
         return {
             "weights": self.weights_hash,
@@ -79,12 +81,12 @@ class Model:
         }
 
     @property
-    def own_resolution(self):
+    def own_resolution(self) -> int | None:
         """Pixels of a side of the pictures that it was trained on, None where its configuration
         does not say."""
         return trained_resolution(self.denoiser.config, self.pipeline.vae.config)
 
-    def resolution(self, settings):
+    def resolution(self, settings: dict) -> int:
         """Pixels of a side of the square that pictures are brought to: the data root's, else the
         model's own. Raises UserError where neither says."""
         if not (resolution := settings["resolution"] or self.own_resolution):
@@ -95,7 +97,7 @@ class Model:
             )
         return resolution
 
-    def latent_shape(self, resolution):
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image of `resolution` pixels."""
         size = resolution // self.pipeline.vae_scale_factor
         if not size:
@@ -103,29 +105,39 @@ class Model:
                 f"resolution {resolution}: expected at least {self.pipeline.vae_scale_factor}, "
                 f"the pixels of one latent"
             )
-        return self.denoiser.config.in_channels, size, size
+        return self.denoiser.config["in_channels"], size, size
 
     @property
-    def embedding_shape(self):
+    def embedding_shape(self) -> tuple[int, int]:
         """(tokens, features) of a prompt's embedding."""
         return (
             self.pipeline.tokenizer.model_max_length,
             self.pipeline.text_encoder.config.hidden_size,
         )
 
-    def diffuse(self, latents, noise, timesteps):
+    def diffuse(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """Noisy latents sqrt(alpha_bar) x + sqrt(1 - alpha_bar) epsilon at each sample's
         timestep."""
         alpha_bar = self.alpha_bars[timesteps][:, None, None, None]
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
-    def target(self, latents, noise, timesteps):
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """What the denoiser is trained to predict of these noisy latents."""
         return TARGETS[self.prediction_type](
             self.alpha_bars[timesteps][:, None, None, None], latents, noise
         )
 
-    def predict(self, noisy, timesteps, embeddings, keys_values=None):
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: torch.Tensor,
+        keys_values: KeysValues | None = None,
+    ) -> torch.Tensor:
         """The denoiser's prediction. embeddings: [texts, tokens, features], each of as many
         successive samples as there are samples a text; keys_values: theirs
         (`text_attention.project_text`), where they are known."""
@@ -140,7 +152,7 @@ class Model:
         ).sample
 
 
-def trained_resolution(unet, vae):
+def trained_resolution(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
     """Pixels of a side by the configurations of UNet and VAE, as diffusers' pipelines take it; None
     where they do not say."""
     size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
@@ -155,7 +167,9 @@ def trained_resolution(unet, vae):
     return resolution if 0 < resolution <= LARGEST_NUMBERS["resolution"] else None
 
 
-def load_model(name, device, unet=None, trained=True):
+def load_model(
+    name: str | Path, device: torch.device | str, unet: str | None = None, trained: bool = True
+) -> Model:
     """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the
     UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`).
     Raises UserError where it cannot be loaded or is of a family or prediction type that is not
@@ -164,6 +178,7 @@ def load_model(name, device, unet=None, trained=True):
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    unet = unet or ""
     if unet:
         check_unet_folder(unet)
     if Path(name).exists():
@@ -172,7 +187,9 @@ def load_model(name, device, unet=None, trained=True):
     try:
         if not Path(name).exists():  # before gigabytes are downloaded
             check_classes(
-                name, read_json(hf_hub_download(name, "model_index.json"), "--sd_version"), unet
+                name,
+                read_json(hf_hub_download(str(name), "model_index.json"), "--sd_version"),
+                unet,
             )
         pipeline = DiffusionPipeline.from_pretrained(
             name, use_safetensors=True, safety_checker=None, **parts
@@ -221,7 +238,7 @@ def load_model(name, device, unet=None, trained=True):
     return model
 
 
-def select_parameters(denoiser, selection):
+def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, torch.nn.Parameter]:
     """The parameters of a selection, by name in the model's order. Raises UserError where none
     matches."""
     selected = {
@@ -237,7 +254,9 @@ def select_parameters(denoiser, selection):
 
 
 @contextmanager
-def replaced_weights(denoiser, weights):
+def replaced_weights(
+    denoiser: torch.nn.Module, weights: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """Replaces named weights by others; the exact originals come back at the end."""
     parameters = {name: value for name, value in denoiser.named_parameters() if name in weights}
     originals = {name: value.detach().clone() for name, value in parameters.items()}
@@ -251,7 +270,9 @@ def replaced_weights(denoiser, weights):
 
 
 @contextmanager
-def changed_weights(denoiser, change):
+def changed_weights(
+    denoiser: torch.nn.Module, change: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """Adds a weight change {name: tensor}; the exact originals come back at the end."""
     parameters = dict(denoiser.named_parameters())
     with replaced_weights(
@@ -265,7 +286,7 @@ def changed_weights(denoiser, change):
 
 
 @contextmanager
-def tracked(parameters):
+def tracked(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Asks for gradients of these parameters; at the end nobody asks for them any more."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)

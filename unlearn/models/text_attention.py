@@ -7,6 +7,11 @@ already the sum over samples, timesteps and positions: the weights' own gradient
 once with the text.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -20,25 +25,26 @@ NOT_PLAIN = (
     "norm_k",
     "residual_connection",
 )  # of diffusers' Attention
+KeysValues = dict[str, tuple[torch.Tensor, torch.Tensor]]  # of texts, by layer
 
 
 class TextAttention(AttnProcessor2_0):
     """Attention of diffusers' own kind, but with given keys and values where a text's are handed
     down."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: str) -> None:
         super().__init__()
         self.layer = layer
 
     def __call__(
         self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        temb=None,
-        keys_values=None,
-    ):
+        attn: Any,  # diffusers' Attention
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        keys_values: KeysValues | None = None,
+    ) -> torch.Tensor:
         if keys_values is None or self.layer not in keys_values:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb
@@ -54,12 +60,12 @@ class TextAttention(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).reshape(queries.shape)))
 
 
-def share_texts(denoiser):
+def share_texts(denoiser: UNet2DConditionModel) -> None:
     """Gives every attention of a UNet the processor that takes keys and values from outside. Raises
     UserError where its attention is not the plain one of Stable Diffusion's UNets."""
     for name, processor in denoiser.attn_processors.items():
         layer = name.removesuffix(".processor")
-        attn = denoiser.get_submodule(layer)
+        attn: Any = denoiser.get_submodule(layer)  # diffusers' Attention
         if (
             type(processor) not in (AttnProcessor2_0, TextAttention)
             or any(getattr(attn, kind, None) for kind in NOT_PLAIN)
@@ -74,12 +80,12 @@ def share_texts(denoiser):
     )
 
 
-def text_layers(denoiser):
+def text_layers(denoiser: torch.nn.Module) -> dict[str, Any]:
     """The cross-attention layers by name."""
     return {name: module for name, module in denoiser.named_modules() if name.endswith(".attn2")}
 
 
-def project_text(denoiser, embeddings):
+def project_text(denoiser: torch.nn.Module, embeddings: torch.Tensor) -> KeysValues:
     """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}.
     embeddings: [texts, tokens, features]."""
     return {
@@ -88,16 +94,17 @@ def project_text(denoiser, embeddings):
     }
 
 
-def project_text_changed(denoiser, embeddings, change):
+def project_text_changed(
+    denoiser: torch.nn.Module, embeddings: torch.Tensor, change: Mapping[str, torch.Tensor]
+) -> KeysValues:
     """Keys and values of texts as `project_text` would give them under a weight change {parameter
     name: [inner, features]}."""
+
+    def project(layer, module, projection):
+        weight = module.get_submodule(projection).weight
+        return linear(embeddings, weight + change[f"{layer}.{projection}.weight"].to(weight))
+
     return {
-        layer: tuple(
-            linear(embeddings, weight + change[name].to(weight))
-            for name, weight in (
-                (f"{layer}.{projection}.weight", module.get_submodule(projection).weight)
-                for projection in ("to_k", "to_v")
-            )
-        )
+        layer: (project(layer, module, "to_k"), project(layer, module, "to_v"))
         for layer, module in text_layers(denoiser).items()
     }

@@ -2,7 +2,9 @@
 against a model's."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -13,7 +15,12 @@ from ..storage.reading import read_json, read_tensors
 UNET_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "model.bin")
 
 
-def check_shapes(path, tensors, parameters, item):
+def check_shapes(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    item: str,
+) -> None:
     """Raises UserError where a tensor's name is not a parameter's or its shape is another."""
     for name, tensor in tensors.items():
         if name not in parameters:
@@ -25,7 +32,7 @@ def check_shapes(path, tensors, parameters, item):
             )
 
 
-def read_config(path):
+def read_config(path: str | Path) -> dict:
     """A configuration, an object. Raises UserError where it is none: diffusers would take a string
     for a name on the hub."""
     config = read_json(path, "unet")
@@ -34,7 +41,7 @@ def read_config(path):
     return config
 
 
-def check_unet_folder(folder):
+def check_unet_folder(folder: str | Path) -> None:
     """Raises UserError where a folder has no configuration of a UNet that was trained from scratch,
     or none of its schedule."""
     for file in ("config.json", "scheduler_config.json"):
@@ -45,7 +52,7 @@ def check_unet_folder(folder):
             )
 
 
-def load_unet(folder, trained=True):
+def load_unet(folder: str | Path, trained: bool = True) -> dict[str, Any]:
     """The parts of a pipeline that a model trained from scratch brings, from its folder: `unet`
     (config.json and weights, `diffusion_pytorch_model.safetensors` or the published `model.bin`;
     random ones, seeded, where it is not to be `trained` yet) and `scheduler`
@@ -55,7 +62,11 @@ def load_unet(folder, trained=True):
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            unet = UNet2DConditionModel.from_config(read_config(folder / "config.json"))
+            # A pair only where it is asked for the settings that it does not take.
+            unet = cast(
+                UNet2DConditionModel,
+                UNet2DConditionModel.from_config(read_config(folder / "config.json")),
+            )
         # Both concern sampling alone: latents are not bounded as pixels are, and Stable Diffusion's
         # pipeline expects the offset.
         scheduler = DDPMScheduler.from_config(
