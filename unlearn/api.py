@@ -16,8 +16,10 @@ suits one's own data; see the table of settings in unlearn/README.md.
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import torch
 
 from . import noise
 from .attribution.caches import cache_columns
@@ -113,7 +115,7 @@ def encode_query(model: Model, picture: str | Path, prompt: str) -> TrainingSet:
     """
     path = Path(picture).absolute()
     root = find_root(path)
-    settings = read_settings(root) if root else {"resolution": 0}
+    settings: dict = read_settings(root) if root else {"resolution": 0}
     name = settings["name"] if root else "query"
     id = path.relative_to(root).as_posix() if root else path.name
     return encode_picture(model, path, prompt, model.resolution(settings), name, id)
@@ -157,7 +159,7 @@ def compute_losses(
     return losses.astype(np.float64)
 
 
-def sum_alone(*samples):
+def sum_alone(*samples: Any) -> torch.Tensor:
     """`loss_sums` as a measure of one column."""
     return loss_sums(*samples)[:, None]
 

@@ -89,7 +89,7 @@ def describe_origin(task: Task, output: Output) -> dict:
 def measure_query(study: Study, query: TrainingSet, delta: Delta, changes: dict) -> dict:
     """What stands beside a query's scores: its own losses, the step, how far the weights moved."""
     before, after = own_losses(study, query, delta)
-    alpha, rate = read_step(delta.path, study.unlearning)
+    alpha, rate = read_step(delta.file, study.unlearning)
     return {
         "query_loss_before": before,
         "query_loss_after": after,
@@ -111,7 +111,7 @@ def save_query(
 ) -> None:
     """Writes and prints one query's ranking; of several processes that a launcher started, one
     does. found: what an index tells of it."""
-    folder, top_k = delta.path.parent, output.top_k
+    folder, top_k = delta.file.parent, output.top_k
     identity = {
         "weight_change": delta.content,
         "settings": {**study.unlearning.identity, **study.scoring.identity},

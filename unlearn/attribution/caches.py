@@ -1,12 +1,15 @@
 """Results of sweeps in files, each with its record: made once, kept, shared among processes."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..errors import UserError
+from ..models.pipelines import Model
 from ..storage.artifacts import write_array
 from ..storage.chunks import make_folder, remove_folder
 from ..storage.hashes import digest
@@ -19,14 +22,16 @@ from ..storage.records import (
     write_record,
 )
 from ..storage.sharing import build_once, parts_folder
-from .draws import split_rows
+from .draws import BatchNoise, split_rows
 from .losses import loss_sums, score_rows
-from .sweeps import Companions
+from .sweeps import Companions, Sweep
 
 REMEDY = "give --overwrite to replace it, or another --result_dir"
 
 
-def cache_losses(sweep, model, path, identity, overwrite=False):
+def cache_losses(
+    sweep: Sweep, model: Model, path: str | Path, identity: dict, overwrite: bool = False
+) -> np.ndarray:
     """Losses [views * N] of a sweep, cached at `path`: see `cache_columns`."""
 
     def measure(*samples):
@@ -35,7 +40,7 @@ def cache_losses(sweep, model, path, identity, overwrite=False):
     return cache_columns(sweep, model, [Path(path)], [identity], measure, overwrite)[0]
 
 
-def open_folders(files, overwrite):
+def open_folders(files: Sequence[tuple[Path, dict]], overwrite: bool) -> dict[int, Path]:
     """The folders, which are there, for the chunks of those of some files, (path, identity), that
     are not complete yet: {number: folder}. What is wrong with one is said when it is its turn."""
     folders = {}
@@ -54,7 +59,13 @@ def open_folders(files, overwrite):
     return folders
 
 
-def write_columns(paths, identities, columns, kept, device):
+def write_columns(
+    paths: Sequence[Path],
+    identities: Sequence[dict],
+    columns: np.ndarray,
+    kept: Sequence[bool],
+    device: torch.device,
+) -> None:
     """Writes those columns of a sweep that are not `kept`, and their records."""
     for path, identity, column, is_kept in zip(paths, identities, columns.T, kept):
         if is_kept:
@@ -69,8 +80,15 @@ def write_columns(paths, identities, columns, kept, device):
 
 
 def cache_columns(
-    sweep, model, paths, identities, measure, overwrite=False, later=(), measure_with=None
-):
+    sweep: Sweep,
+    model: Model,
+    paths: Sequence[Path],
+    identities: Sequence[dict],
+    measure: Callable[..., torch.Tensor],
+    overwrite: bool = False,
+    later: Sequence[tuple[Path, dict]] = (),
+    measure_with: Callable[[list[int]], Callable[..., torch.Tensor]] | None = None,
+) -> list[np.ndarray]:
     """Runs one sweep of a measure [texts, columns] into a file (.npy float32 [views * N]) and its
     record for every column, or keeps what is there under the same identity. Returns the columns.
 
@@ -89,7 +107,11 @@ def cache_columns(
         ]
 
     def fill(folder):
-        companions = Companions(open_folders(later, overwrite), measure_with) if later else None
+        companions = (
+            Companions(open_folders(later, overwrite), measure_with)
+            if later and measure_with
+            else None
+        )
         description = f"{paths[0].parent.name}/{paths[0].stem}"
         return sweep.run(model, folder, description, measure, companions)
 
@@ -106,10 +128,14 @@ def cache_columns(
     return [read_array(path, "losses", mmap=False) for path in paths]
 
 
-def adopt_losses(sweep, model, path, identity, command):
+def adopt_losses(
+    sweep: Sweep, model: Model, path: str | Path, identity: dict, command: str
+) -> None:
     """Gives a loss cache of the published program, which has no record, its record, after its first
     and last batch were scored again and agreed to 1e-4. Raises UserError where they do not;
     command: that makes such a cache."""
+    if not isinstance(sweep.noise, BatchNoise):
+        raise TypeError("only losses under the published program's noise can be adopted")
     losses = read_array(path, "losses", mmap=False)
     if losses.shape != (sweep.num_rows,):
         raise UserError(
@@ -133,7 +159,9 @@ def adopt_losses(sweep, model, path, identity, command):
     write_record(path, identity, model.device)
 
 
-def load_losses(sweep, model, path, identity, command, overwriting):
+def load_losses(
+    sweep: Sweep, model: Model, path: str | Path, identity: dict, command: str, overwriting: str
+) -> np.ndarray:
     """Losses before unlearning, [2n] float32, checked against their record; the published
     program's, which have none, are adopted. command: that makes them; overwriting: the same with
     --overwrite."""

@@ -1,11 +1,14 @@
 """The diagonal Fisher: mean over samples of the squared gradient of each sample's own loss, and its
 inverse."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from ..errors import UserError
+from ..models.pipelines import Model
 from ..models.unets import check_shapes
 from ..storage.hashes import digest, hash_tensors
 from .losses import sample_losses
@@ -15,29 +18,37 @@ class GradientTaps:
     """Records, for some linear layers, the input [batch, ..., in] and the gradient of the output
     [batch, ..., out], from which every sample's own weight gradient follows. A context manager."""
 
-    def __init__(self, denoiser, names):
+    def __init__(self, denoiser: torch.nn.Module, names: Iterable[str]) -> None:
         modules = dict(denoiser.named_modules())
         self.layers = {name.rpartition(".")[0]: modules[name.rpartition(".")[0]] for name in names}
         self.inputs, self.output_gradients = {}, {}
 
-    def __enter__(self):
+    def __enter__(self) -> "GradientTaps":
         self.hooks = [
             layer.register_forward_hook(partial(self.record_forward, name))
             for name, layer in self.layers.items()
         ]
         return self
 
-    def record_forward(self, name, layer, inputs, output):
+    def record_forward(
+        self,
+        name: str,
+        layer: torch.nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
+    ) -> None:
         """Keeps the input and asks for the gradient of the output."""
         self.inputs[name] = inputs[0].detach()
         output.register_hook(partial(self.output_gradients.__setitem__, name))
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         for hook in self.hooks:
             hook.remove()
 
 
-def per_sample_gradients(model, parameters, samples):
+def per_sample_gradients(
+    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradient of each sample's loss with respect to each selected parameter: yields (name, [batch,
     *shape]).
 
@@ -46,10 +57,12 @@ def per_sample_gradients(model, parameters, samples):
     `losses.sample_losses`.
     """
     modules = dict(model.denoiser.named_modules())
+    latents, noise, timesteps, embeddings = samples
     if all(type(modules[name.rpartition(".")[0]]) is torch.nn.Linear for name in parameters):
         with GradientTaps(model.denoiser, parameters) as taps:
             # The sum keeps each sample's gradient its own: no factor of the batch's size to undo.
-            sample_losses(model, *samples).sum().backward(inputs=list(parameters.values()))
+            losses = sample_losses(model, latents, noise, timesteps, embeddings)
+            losses.sum().backward(inputs=list(parameters.values()))
         for name in parameters:
             layer, _, kind = name.rpartition(".")
             gradients = taps.output_gradients[layer].flatten(1, -2)
@@ -63,10 +76,16 @@ def per_sample_gradients(model, parameters, samples):
     else:
         rows = [
             torch.autograd.grad(
-                sample_losses(model, *(tensor[i : i + 1] for tensor in samples)).sum(),
+                sample_losses(
+                    model,
+                    latents[i : i + 1],
+                    noise[i : i + 1],
+                    timesteps[i : i + 1],
+                    embeddings[i : i + 1],
+                ).sum(),
                 list(parameters.values()),
             )
-            for i in range(len(samples[0]))
+            for i in range(len(latents))
         ]
         for name, gradients in zip(parameters, zip(*rows)):
             yield name, torch.stack(gradients)
@@ -74,7 +93,9 @@ def per_sample_gradients(model, parameters, samples):
         parameter.grad = None
 
 
-def squared_gradient_sums(model, parameters, samples):
+def squared_gradient_sums(
+    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Sum over the batch of the squared gradient of each sample, {name: float64 tensor}.
     Source: [AbU] section 4.1, every sample weighted alike."""
     return {
@@ -87,7 +108,7 @@ class DiagonalFisher:
     """The diagonal of the Fisher matrix of selected parameters, with damping, ready to divide a
     gradient."""
 
-    def __init__(self, diagonal, damping=0.0):
+    def __init__(self, diagonal: Mapping[str, torch.Tensor], damping: float = 0.0) -> None:
         """diagonal: {name: tensor}. damping: a multiple of each parameter's mean entry, added to
         its entries."""
         self.identity = digest(hash_tensors(diagonal), damping)
@@ -98,7 +119,7 @@ class DiagonalFisher:
             for name, entries in diagonal.items()
         }
 
-    def precondition(self, gradients):
+    def precondition(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """F^-1 g, {name: float32 tensor}, on the gradients' device."""
         return {
             name: (gradient.double() / self.denominators[name].to(gradient.device)).float()
@@ -106,7 +127,13 @@ class DiagonalFisher:
         }
 
 
-def check_fisher(path, diagonal, parameters, damping, remedy="make it again"):
+def check_fisher(
+    path: str | Path,
+    diagonal: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    damping: float,
+    remedy: str = "make it again",
+) -> None:
     """Raises UserError where a Fisher lacks selected parameters, has other shapes, negative or
     non-finite entries, or zero ones that no damping lifts; the message names the parameter and ends
     with what to do."""

@@ -16,16 +16,23 @@ class Delta:
 
     def __init__(
         self, path: str | Path | None = None, tensors: dict[str, torch.Tensor] | None = None
-    ):
+    ) -> None:
         """Either the path of a safetensors file, or the tensors themselves."""
         self.path = None if path is None else Path(path)
         if tensors is not None:
             self.tensors = tensors
 
+    @property
+    def file(self) -> Path:
+        """The path of its file. Raises ValueError where it was given as tensors alone."""
+        if self.path is None:
+            raise ValueError("this weight change stands in no file")
+        return self.path
+
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The change. Raises UserError where the file is missing or malformed."""
-        return read_tensors(self.path)
+        return read_tensors(self.file)
 
     @cached_property
     def content(self) -> str:

@@ -5,12 +5,15 @@ A difference of two nearly equal losses loses its digits to rounding; a derivati
 bfloat16 keeps the ranking.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
 
-from ..models.text_attention import project_text
+from ..models.pipelines import Model
+from ..models.text_attention import KeysValues, project_text
 from ..noise import image_generator
 from .losses import sample_losses
 
@@ -18,24 +21,33 @@ PROJECTIONS = ("to_k", "to_v")
 PROBES = 2  # random directions for each sample's curvature: one more costs one more backward pass
 
 
-def make_leaves(model, embeddings):
+def make_leaves(
+    model: Model, embeddings: torch.Tensor
+) -> tuple[KeysValues, list[torch.Tensor], list[str]]:
     """Keys and values of texts as {layer: pair} that gradients are asked of, the same as a list,
     and the names of the weights that made each of these."""
     keys_values = {
-        layer: tuple(tensor.detach().requires_grad_(True) for tensor in pair)
-        for layer, pair in project_text(model.denoiser, embeddings).items()
+        layer: (keys.detach().requires_grad_(True), values.detach().requires_grad_(True))
+        for layer, (keys, values) in project_text(model.denoiser, embeddings).items()
     }
     names = [f"{layer}.{projection}.weight" for layer in keys_values for projection in PROJECTIONS]
     return keys_values, [tensor for pair in keys_values.values() for tensor in pair], names
 
 
-def contract(gradient, embeddings):
+def contract(gradient: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Gradients of a weight [texts, out, in] from those of keys or values [texts, tokens, out] and
     the texts [texts, tokens, in]."""
     return torch.einsum("nto,nti->noi", gradient.float(), embeddings)
 
 
-def text_gradients(model, latents, noise, timesteps, embeddings, autocast=None):
+def text_gradients(
+    model: Model,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradient of the summed loss of each text's samples with respect to the weights of K and V:
     yields (parameter name, [texts, out, in] float32), layer by layer; nothing else of that size is
     ever held.
@@ -53,22 +65,27 @@ def text_gradients(model, latents, noise, timesteps, embeddings, autocast=None):
         yield name, contract(gradient, embeddings)
 
 
-def dot(named_gradients, changes):
+def dot(
+    named_gradients: Iterable[tuple[str, torch.Tensor]], changes: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """Inner products [texts, changes] float64 of gradients, pairs of name and [texts, out, in],
     with stacked weight changes."""
-    return sum(
+    products = (
         (gradient.flatten(1) @ changes[name].T).double() for name, gradient in named_gradients
     )
+    return cast(torch.Tensor, sum(products))  # 0 only without any gradient
 
 
-def stack_changes(changes):
+def stack_changes(changes: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Weight changes [{name: [out, in]}, ...] as {name: [changes, out * in]}."""
     return {
         name: torch.stack([change[name].flatten() for change in changes]) for name in changes[0]
     }
 
 
-def gradient_dots(changes, autocast=None):
+def gradient_dots(
+    changes: Sequence[Mapping[str, torch.Tensor]], autocast: torch.dtype | None = None
+) -> Callable[..., torch.Tensor]:
     """A measure for `losses.score_rows`: the gradient of each text's summed loss, at the model's
     present weights, dotted with each of several weight changes: [texts, changes] float64.
 
@@ -77,10 +94,16 @@ def gradient_dots(changes, autocast=None):
     rule.
     """
     stacked = stack_changes(changes)
-    return lambda model, *samples: dot(text_gradients(model, *samples, autocast), stacked)
+    return lambda model, latents, noise, timesteps, embeddings: dot(
+        text_gradients(model, latents, noise, timesteps, embeddings, autocast), stacked
+    )
 
 
-def second_order_dots(changes, autocast=None, num_probes=PROBES):
+def second_order_dots(
+    changes: Sequence[Mapping[str, torch.Tensor]],
+    autocast: torch.dtype | None = None,
+    num_probes: int = PROBES,
+) -> Callable[..., torch.Tensor]:
     """A measure for `losses.score_rows`: first and second order of the loss change at the model's
     present weights, for each of several weight changes: [texts, changes] float64.
 
@@ -132,15 +155,15 @@ def second_order_dots(changes, autocast=None, num_probes=PROBES):
 
 
 @cache
-def probe_pattern(number, size):
+def probe_pattern(number: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A fixed order of a sample's numbers and a sign for each: (int64 [size], float32 [size])."""
     generator = np.random.Generator(image_generator(number, "probe", str(size)))
     return torch.from_numpy(generator.permutation(size)), torch.from_numpy(
-        generator.choice(np.float32([-1, 1]), size)
+        generator.choice(np.array([-1, 1], np.float32), size)
     )
 
 
-def probe_signs(noise, num_probes):
+def probe_signs(noise: torch.Tensor, num_probes: int) -> Iterator[torch.Tensor]:
     """Random signs [num_probes][batch, C, h, w] that belong to the image as its noise does: that
     noise's signs in another order, times fixed ones, so that they have nothing to do with what the
     noise itself does to a prediction."""

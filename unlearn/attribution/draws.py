@@ -1,6 +1,7 @@
 """Noise and timesteps, of losses and of unlearning: drawn our way, where they belong to the image,
 or as the published program draws them (`compat` abu), where they belong to the batch."""
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -10,28 +11,37 @@ import torch
 from .. import noise
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models.pipelines import Model
 
 CHUNK_IMAGES = 32  # part of no result: any chunking gives the same losses
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 
 
-def rows_of(images, num_images, num_views):
+def rows_of(images: Sequence[int] | np.ndarray, num_images: int, num_views: int) -> np.ndarray:
     """Rows (view * num_images + image) of every view of some images."""
     return np.concatenate([view * num_images + np.asarray(images) for view in range(num_views)])
 
 
-def chunk_rows(num_images, num_views, chunk_images=CHUNK_IMAGES):
+def chunk_rows(
+    num_images: int, num_views: int, chunk_images: int = CHUNK_IMAGES
+) -> Iterator[np.ndarray]:
     """`rows_of` each chunk: fixed ranges of images."""
     for start in range(0, num_images, chunk_images):
         yield rows_of(range(start, min(start + chunk_images, num_images)), num_images, num_views)
 
 
-def split_rows(rows, size):
+def split_rows(rows: np.ndarray, size: int) -> list[np.ndarray]:
     """Rows in runs of `size`, the last one shorter."""
     return np.split(rows, np.arange(size, len(rows), size))
 
 
-def chunk_noise(training_set, rows, grid, noise_seed, pool):
+def chunk_noise(
+    training_set: TrainingSet,
+    rows: Sequence[int] | np.ndarray,
+    grid: Sequence[int],
+    noise_seed: int,
+    pool: Executor,
+) -> np.ndarray:
     """Noise [rows, captions * timesteps, C, h, w] float32 of a chunk, drawn image by image in
     worker threads."""
     num_captions = training_set.embeddings.shape[1]
@@ -142,7 +152,7 @@ class QueryDraws:
     scheme = "stratified-antithetic"
     in_order = False  # whether they must be asked for in order, batch by batch
 
-    def __init__(self, seed, dataset_id, query_id, num_train_timesteps):
+    def __init__(self, seed: int, dataset_id: str, query_id: str, num_train_timesteps: int) -> None:
         self.seed = seed
         self.dataset_id = dataset_id
         self.query_id = query_id
@@ -152,7 +162,7 @@ class QueryDraws:
         )
 
     @classmethod
-    def of_query(cls, seed, query, model):
+    def of_query(cls, seed: int, query: TrainingSet, model: Model) -> "QueryDraws":
         """The draws of a query, a TrainingSet of one image."""
         return cls(seed, query.name, query.ids[0], len(model.alpha_bars))
 
@@ -161,7 +171,9 @@ class QueryDraws:
         """What the numbers depend on besides the seed, for records."""
         return noise.identity()
 
-    def draw(self, first, count, shape, device):
+    def draw(
+        self, first: int, count: int, shape: Sequence[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count]
         int64."""
         pairs = range(first // 2, (first + count + 1) // 2)
@@ -189,12 +201,12 @@ class PublishedDraws:
 
     in_order = True
 
-    def __init__(self, seed, num_train_timesteps, device):
+    def __init__(self, seed: int, num_train_timesteps: int, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_train_timesteps = num_train_timesteps
 
     @classmethod
-    def of_query(cls, seed, query, model):
+    def of_query(cls, seed: int, query: TrainingSet, model: Model) -> "PublishedDraws":
         """The draws of a query: the same for all."""
         return cls(seed, len(model.alpha_bars), model.device)
 
@@ -203,7 +215,9 @@ class PublishedDraws:
         """What the numbers depend on besides the seed, for records."""
         return published_identity(device)
 
-    def draw(self, first, batch_size, shape, device):
+    def draw(
+        self, first: int, batch_size: int, shape: Sequence[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch; it must be asked for in order."""
         normals = torch.randn((batch_size, *shape), generator=self.generator, device=device)
         return normals, torch.randperm(

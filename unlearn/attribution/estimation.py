@@ -1,6 +1,7 @@
 """The diagonal Fisher estimated from samples: kept section by section, shared among processes."""
 
 import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,7 +129,9 @@ def estimate_fisher(
     build_once(path, digest(identity), is_kept, fill, write)
 
 
-def draw_samples(training_set, numbers, num_train_timesteps, seed):
+def draw_samples(
+    training_set: TrainingSet, numbers: Iterable[int], num_train_timesteps: int, seed: int
+) -> list[torch.Tensor]:
     """The Fisher's samples of these numbers: uniform image, view, caption and timestep, and noise
     that belongs to (image, sample). Returns latents, noise, timesteps and embeddings as float32 and
     int64 tensors."""
@@ -171,7 +174,14 @@ def draw_samples(training_set, numbers, num_train_timesteps, seed):
     ]
 
 
-def sum_chunk(model, parameters, training_set, numbers, batch_size, seed):
+def sum_chunk(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    training_set: TrainingSet,
+    numbers: np.ndarray,
+    batch_size: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
     """Sum of squared gradients over the samples of a chunk, {name: float64 tensor}."""
     sums = {
         name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()
@@ -186,7 +196,16 @@ def sum_chunk(model, parameters, training_set, numbers, batch_size, seed):
     return sums
 
 
-def sum_section(model, parameters, training_set, seed, batch_size, samples, checkpoint, update):
+def sum_section(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    training_set: TrainingSet,
+    seed: int,
+    batch_size: int,
+    samples: np.ndarray,
+    checkpoint: Path,
+    update: Callable[[int], object],
+) -> dict[str, torch.Tensor]:
     """Sums over a section of samples, chunk by chunk, {name: float64 tensor}; `checkpoint` holds
     the sums so far."""
     state = read_tensor_chunk(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
@@ -208,7 +227,14 @@ def sum_section(model, parameters, training_set, seed, batch_size, samples, chec
     return sums
 
 
-def accumulate(model, parameters, training_set, settings, batch_size, folder):
+def accumulate(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    training_set: TrainingSet,
+    settings: FisherSettings,
+    batch_size: int,
+    folder: Path,
+) -> dict[str, torch.Tensor]:
     """Sums over all samples, {name: float64 tensor}, section by section: processes share them. In
     `folder` the sums of each are kept. Raises FileNotFoundError where another process was done with
     the folder and has removed it."""

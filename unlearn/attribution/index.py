@@ -8,12 +8,15 @@ and run again, building goes on.
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import UserError
+from ..models.pipelines import Model
 from ..runtime.programs import progress
 from ..storage.artifacts import write_bytes, write_tensors
 from ..storage.chunks import read_chunk
@@ -22,15 +25,17 @@ from ..storage.reading import read_array, read_tensors, read_text
 from ..storage.records import check_record, keep_complete, record_path, write_record
 from ..storage.sharing import do_once, forget_claim
 from .compression import Compression, fit, multiply, pack, row_type
+from .curvature import DiagonalFisher
 from .derivatives import text_gradients
 from .draws import rows_of
 from .losses import score_rows
+from .sweeps import Sweep
 
 SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{6}-of-\d{6}\.npy)")
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
 
-def index_identity(custom, sweep, fisher):
+def index_identity(custom: Model, sweep: Sweep, fisher: DiagonalFisher) -> dict:
     """Identity of an index: what must be the same where it is used. Its precision is recorded but
     never refused."""
     images = sweep.training_set
@@ -46,7 +51,9 @@ def index_identity(custom, sweep, fisher):
     }
 
 
-def fit_compression(custom, sweep, fisher, autocast):
+def fit_compression(
+    custom: Model, sweep: Sweep, fisher: DiagonalFisher, autocast: torch.dtype | None
+) -> Compression:
     """The Compression fitted to the gradients of images spread over the training set. In one
     thread: sums then do not depend on which batch comes first."""
     images = sweep.training_set
@@ -56,10 +63,12 @@ def fit_compression(custom, sweep, fisher, autocast):
     )  # all timesteps of a text together: their sum is what is compressed
 
     def visit_gradients(visit):
-        def measure(model, *samples):
-            for name, gradients in text_gradients(model, *samples, autocast):
+        def measure(model, latents, noise, timesteps, embeddings):
+            for name, gradients in text_gradients(
+                model, latents, noise, timesteps, embeddings, autocast
+            ):
                 visit(name, gradients)
-            return torch.zeros(len(samples[-1]))
+            return torch.zeros(len(embeddings))
 
         for part in np.array_split(spread, -(-len(spread) // 16)):
             rows = rows_of(part, len(images), images.latents.shape[0])
@@ -87,19 +96,29 @@ def fit_compression(custom, sweep, fisher, autocast):
         )
 
 
-def read_listing(path):
+def read_listing(path: str | Path) -> list[tuple[str, str]]:
     """(hash, name below the index's folder) of each shard of a complete index. Raises UserError
     where the file is no such list."""
-    lines = [SHARD.fullmatch(line) for line in read_text(path).splitlines()]
-    if not all(lines):
-        raise UserError(
-            f"{path}: line {lines.index(None) + 1}: expected a hash and the name of a shard; "
-            f"build the index again"
-        )
-    return [line.groups() for line in lines]
+    shards = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not (found := SHARD.fullmatch(line)):
+            raise UserError(
+                f"{path}: line {number}: expected a hash and the name of a shard; build the "
+                f"index again"
+            )
+        shards.append((found[1], found[2]))
+    return shards
 
 
-def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=False):
+def build_index(
+    custom: Model,
+    sweep: Sweep,
+    fisher: DiagonalFisher,
+    folder: Path,
+    precision: str,
+    autocast: torch.dtype | None,
+    overwrite: bool = False,
+) -> None:
     """Builds the index of a sweep's training set in `folder`, or keeps what is there. Raises
     UserError where another one is."""
     identity = {
@@ -152,7 +171,9 @@ def build_index(custom, sweep, fisher, folder, precision, autocast, overwrite=Fa
             shutil.rmtree(other, ignore_errors=True)
 
 
-def check_compression(path, shapes, remedy):
+def check_compression(
+    path: str | Path, shapes: Mapping[str, Sequence[int]], remedy: str
+) -> dict[str, torch.Tensor]:
     """The tensors of a Compression of weights of these shapes. Raises UserError, ending with
     `remedy`, where they are not."""
     tensors = read_tensors(path)
@@ -180,7 +201,9 @@ def check_compression(path, shapes, remedy):
 class Index:
     """An index that is complete and belongs to this model, training set, grid and Fisher."""
 
-    def __init__(self, folder, custom, sweep, fisher, command):
+    def __init__(
+        self, folder: Path, custom: Model, sweep: Sweep, fisher: DiagonalFisher, command: str
+    ) -> None:
         """Raises UserError, naming the command that builds it, where the index is missing,
         incomplete or of something else; the shards are read by `estimate`."""
         self.folder, self.sweep, self.command = folder, sweep, command
@@ -198,7 +221,7 @@ class Index:
                 f"{folder}: expected {len(sweep.chunks)} shards, found {len(self.shards)}; {remedy}"
             )
 
-    def estimate(self, changes):
+    def estimate(self, changes: Sequence[Mapping[str, torch.Tensor]]) -> np.ndarray:
         """First order of every view's loss change for each weight change: [changes, views * N]
         float32, in one pass over the shards. Raises UserError where a shard is not the one that was
         built."""

@@ -9,34 +9,34 @@ LEAST_CHANGE, MOST_CHANGE = (
 ROUNDING = 1e-5  # of a loss, relative: ten times what float32 and the order of its sums make of it
 
 
-def loss_changes(before, after):
+def loss_changes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Influence of each view: L(z, unlearned) - L(z, theta0), float64 [2n]. Source: [AbU] Eq. 6."""
     return np.asarray(after, np.float64) - np.asarray(before, np.float64)
 
 
-def best_view(scores):
+def best_view(scores: np.ndarray) -> np.ndarray:
     """Scores of n images, [n], from those of their views [2n] (as is, then mirrored): the larger
     one. Source: [AbU] section 4, flips."""
     return scores.reshape(2, -1).max(axis=0)
 
 
-def rank_images(influence):
+def rank_images(influence: np.ndarray) -> np.ndarray:
     """Indices by falling influence; equal ones in their order."""
     return np.argsort(-influence, kind="stable")
 
 
-def is_indifferent(scores):
+def is_indifferent(scores: np.ndarray) -> bool:
     """Whether all images have the same score: such scores say nothing."""
     return bool(np.ptp(scores) == 0)
 
 
-def is_undecided(scores, k):
+def is_undecided(scores: np.ndarray, k: int) -> bool:
     """Whether the k-th and the next image have the same score, so that their order in the data root
     decides which are the first k."""
     return k < len(scores) and bool(np.equal(*-np.partition(-scores, (k - 1, k))[k - 1 : k + 1]))
 
 
-def find_warnings(moved, before, after):
+def find_warnings(moved: float, before: float, after: float) -> list[str]:
     """Why a ranking may mean nothing, a short sentence each. moved: relative change of the weights;
     before, after: the query's own loss. NaN, where one is not known, warns of nothing."""
     warnings = []

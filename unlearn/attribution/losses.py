@@ -1,17 +1,27 @@
 """Losses of images under a model, on a fixed grid of timesteps with noise that belongs to the
 image."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
-from ..datasets.training_sets import check_pixels
+from ..datasets.training_sets import TrainingSet, check_pixels
 from ..models.passes import remembered, sharing_prefix
-from ..models.text_attention import project_text_changed
+from ..models.pipelines import Model
+from ..models.text_attention import KeysValues, project_text_changed
 
 
-def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None):
+def sample_losses(
+    model: Model,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+    keys_values: KeysValues | None = None,
+) -> torch.Tensor:
     """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's
     device.
 
@@ -25,7 +35,14 @@ def sample_losses(model, latents, noise, timesteps, embeddings, keys_values=None
     return error.double().square().mean(dim=tuple(range(1, error.ndim)))
 
 
-def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
+def loss_sums(
+    model: Model,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+    keys_values: KeysValues | None = None,
+) -> torch.Tensor:
     """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
     with torch.no_grad():
         return (
@@ -36,7 +53,9 @@ def loss_sums(model, latents, noise, timesteps, embeddings, keys_values=None):
 
 
 @contextmanager
-def changed_losses(denoiser, changes):
+def changed_losses(
+    denoiser: UNet2DConditionModel, changes: Sequence[Mapping[str, torch.Tensor]]
+) -> Iterator[Callable[[Sequence[int]], Callable[..., torch.Tensor]]]:
     """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under
     some of several weight changes of K and V, [texts, numbers] float64. changes: [{parameter name:
     tensor}, ...]; the denoiser itself is not changed."""
@@ -65,7 +84,15 @@ def changed_losses(denoiser, changes):
         yield measure_of
 
 
-def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss_sums):
+def score_rows(
+    model: Model,
+    training_set: TrainingSet,
+    rows: np.ndarray,
+    grid: Sequence[int],
+    noises: np.ndarray,
+    batch_size: int,
+    measure: Callable[..., torch.Tensor] = loss_sums,
+) -> np.ndarray:
     """Losses [rows] float64, each the mean over captions and grid; `batch_size` samples go through
     the model at once.
 
@@ -82,11 +109,11 @@ def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss
         f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings
     )
     num_captions, shape, sums = embeddings.shape[1], latents.shape[1:], []
-    latents, embeddings, noises = (
+    latents, embeddings, drawn = (
         torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises)
     )
     latents, embeddings = latents.repeat_interleave(num_captions, dim=0), embeddings.flatten(0, 1)
-    noises, timesteps = noises.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
+    drawn, timesteps = drawn.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
     # A batch is a block of texts x timesteps, so that a text's keys and values are made once.
     num_blocks = -(-len(latents) // max(1, batch_size // len(grid)))
     for texts in torch.arange(len(latents)).tensor_split(num_blocks):
@@ -94,7 +121,7 @@ def score_rows(model, training_set, rows, grid, noises, batch_size, measure=loss
         for slots in torch.arange(len(grid)).split(batch_size):
             latent, normals, embedding = (
                 tensor.to(model.device, non_blocking=True)
-                for tensor in (latents[texts], noises[texts][:, slots], embeddings[texts])
+                for tensor in (latents[texts], drawn[texts][:, slots], embeddings[texts])
             )
             times = timesteps[slots].to(model.device).repeat(len(texts))
             partial = partial + measure(

@@ -3,6 +3,7 @@
 
 import math
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -10,12 +11,14 @@ import torch
 
 from ..datasets.settings import AUTO, AUTO_CHANGE
 from ..errors import UserError
-from ..models.pipelines import replaced_weights, tracked
+from ..models.pipelines import Model, replaced_weights, tracked
 from ..models.text_attention import text_layers
 from ..runtime.programs import run_ahead, run_within_memory
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
 from ..storage.hashes import digest
+from .curvature import DiagonalFisher
 from .derivatives import PROJECTIONS, text_gradients
+from .draws import PublishedDraws, QueryDraws
 from .losses import sample_losses
 
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
@@ -31,7 +34,16 @@ class QueryGradient:
     (of K and V alone), float32 where None.
     """
 
-    def __init__(self, model, parameters, latent, embedding, draws, pass_size, autocast=None):
+    def __init__(
+        self,
+        model: Model,
+        parameters: dict[str, torch.nn.Parameter],
+        latent: torch.Tensor,
+        embedding: torch.Tensor,
+        draws: QueryDraws | PublishedDraws,
+        pass_size: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.parameters = parameters
         self.latent = latent
@@ -51,7 +63,9 @@ class QueryGradient:
         }
         self.of_text = parameters.keys() == names
 
-    def differentiate(self, normals, timesteps):
+    def differentiate(
+        self, normals: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Gradient of the summed loss of some draws: {name: float32 tensor}."""
         samples = (
             self.model,
@@ -71,7 +85,7 @@ class QueryGradient:
             )
         )
 
-    def sum_pass(self, normals, timesteps):
+    def sum_pass(self, normals: torch.Tensor, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
         """`differentiate`, summed in float64; where the device's memory is full, in ever smaller
         passes from there on."""
 
@@ -85,14 +99,14 @@ class QueryGradient:
         self.pass_size = min(self.pass_size, size)
         return sums
 
-    def zeros(self):
+    def zeros(self) -> dict[str, torch.Tensor]:
         """A sum of no gradients."""
         return {
             name: torch.zeros_like(value, dtype=torch.float64)
             for name, value in self.parameters.items()
         }
 
-    def add(self, sums, first, count):
+    def add(self, sums: dict[str, torch.Tensor], first: int, count: int) -> None:
         """Adds the gradients of draws `first` to `first + count` to `sums`, in place, pass by pass
         in their order."""
         starts = range(first, first + count, self.num_drawn)
@@ -120,13 +134,22 @@ class QueryGradient:
             run_ahead(starts, draw, work, self.model.device)
 
 
-def add_gradients(sums, gradients):
+def add_gradients(sums: dict[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]) -> None:
     """Adds gradients to sums {name: float64 tensor}, in place."""
     for name, gradient in gradients.items():
         sums[name] += gradient
 
 
-def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_draws, pass_size):
+def query_gradient(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    latent: torch.Tensor,
+    embedding: torch.Tensor,
+    draws: QueryDraws | PublishedDraws,
+    first_draw: int,
+    num_draws: int,
+    pass_size: int,
+) -> dict[str, torch.Tensor]:
     """Mean gradient of the query's loss over `num_draws` draws, {name: float64 tensor}. Arguments
     as of `QueryGradient`."""
     gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size)
@@ -135,7 +158,11 @@ def query_gradient(model, parameters, latent, embedding, draws, first_draw, num_
     return {name: value / num_draws for name, value in sums.items()}
 
 
-def choose_rate(parameters, directions, change=AUTO_CHANGE):
+def choose_rate(
+    parameters: Mapping[str, torch.Tensor],
+    directions: Mapping[str, torch.Tensor],
+    change: float = AUTO_CHANGE,
+) -> float:
     """alpha / N with which a step along F^-1 grad L, {name: tensor}, moves the weights by `change`,
     relative to their norm: change ||theta|| / ||F^-1 grad L||. Raises UserError where no rate
     does."""
@@ -149,7 +176,12 @@ def choose_rate(parameters, directions, change=AUTO_CHANGE):
     return change * weights / length
 
 
-def newton_step(parameters, gradients, fisher, rate=None):
+def newton_step(
+    parameters: dict[str, torch.nn.Parameter],
+    gradients: Mapping[str, torch.Tensor],
+    fisher: DiagonalFisher,
+    rate: float | None = None,
+) -> float:
     """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N, by default
     that of `choose_rate`. Returns it. Source: [AbU] Eq. 5."""
     directions = fisher.precondition(gradients)
@@ -160,15 +192,15 @@ def newton_step(parameters, gradients, fisher, rate=None):
 
 
 def unlearn(
-    gradient,
-    fisher,
-    rate,
-    steps,
-    draws_a_step,
-    checkpoint=None,
-    progress=lambda count: None,
-    on_step=lambda rate: None,
-):
+    gradient: QueryGradient,
+    fisher: DiagonalFisher,
+    rate: float | None,
+    steps: int,
+    draws_a_step: int,
+    checkpoint: Path | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+    on_step: Callable[[float], object] = lambda rate: None,
+) -> dict[str, torch.Tensor]:
     """Unlearns one query: the weight change {name: float32 tensor on the CPU} after `steps` Newton
     steps, each along the mean of its QueryGradient over `draws_a_step` draws. rate: alpha / N, None
     where each step's is chosen; on_step is told it.
@@ -208,7 +240,7 @@ def unlearn(
         }
 
 
-def restore(state, checkpoint, total):
+def restore(state: Mapping[str, torch.Tensor], checkpoint: Path, total: int) -> None:
     """Brings tensors, in place, to what a checkpoint holds. Raises UserError where it is none of an
     unlearning of `total` draws."""
     found = read_tensor_chunk(checkpoint)
@@ -224,31 +256,33 @@ def restore(state, checkpoint, total):
         state[name].copy_(value)
 
 
-def checkpoint_of(path, identity):
+def checkpoint_of(path: str | Path, identity: dict) -> Path:
     """Where the checkpoint of what becomes the weight change at `path` stands: its name holds the
     digest of what is unlearned."""
     return Path(f"{path}.{digest(identity)[:16]}.checkpoint")
 
 
-def remove_checkpoints(path):
+def remove_checkpoints(path: str | Path) -> None:
     """Removes the checkpoints of a weight change that is complete, half-written ones too."""
     for checkpoint in Path(path).parent.glob(f"{Path(path).name}.*.checkpoint*"):
         checkpoint.unlink(missing_ok=True)  # another process may be at it too
 
 
-def total_norm(tensors):
+def total_norm(tensors: Mapping[str, torch.Tensor]) -> float:
     """Norm of {name: tensor} taken as one vector."""
     return sum(float(value.detach().double().square().sum()) for value in tensors.values()) ** 0.5
 
 
-def relative_change(change, parameters):
+def relative_change(
+    change: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+) -> float:
     """Norm of a weight change relative to the weights'."""
     squares = sum(float(delta.double().square().sum()) for delta in change.values())
     weights = sum(float(parameters[name].detach().double().square().sum()) for name in change)
     return (squares / weights) ** 0.5
 
 
-def check_change(query_id, change):
+def check_change(query_id: str, change: Mapping[str, torch.Tensor]) -> None:
     """Raises UserError where unlearning diverged."""
     for name, delta in change.items():
         if not torch.isfinite(delta).all():

@@ -6,6 +6,7 @@ and second order at the original weights: one forward pass and a few backward on
 of a model together.
 """
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -34,12 +35,14 @@ TOGETHER = 5
 RECALL_OF = 100
 
 
-def score_exact(study, deltas, images, name, later):
+def score_exact(
+    study: Study, deltas: Sequence[Delta], images: TrainingSet, name: str, later: Sequence[Delta]
+) -> list[np.ndarray]:
     """L(z, unlearned) - L(z, theta0) of one query: [[2n]] float64. Source: [AbU] Eq. 6."""
     model, sweep = study.model, study.sweep(images)
     identity = study.losses.identity(model, images)
     files = [
-        (delta.path.parent / f"{name}_loss.npy", {**identity, "weight_change": delta.content})
+        (delta.file.parent / f"{name}_loss.npy", {**identity, "weight_change": delta.content})
         for delta in (*deltas, *later)
     ]
     path, own = files[0]
@@ -66,7 +69,9 @@ def score_exact(study, deltas, images, name, later):
     return [loss_changes(study.before[name], after)]
 
 
-def score_midpoint(study, deltas, images, name, later):
+def score_midpoint(
+    study: Study, deltas: Sequence[Delta], images: TrainingSet, name: str, later: Sequence[Delta]
+) -> list[np.ndarray]:
     """The derivative along the change of one query, where the weights have gone half of it: [[2n]]
     float32."""
     scheme = {"scoring": "midpoint"}
@@ -74,21 +79,30 @@ def score_midpoint(study, deltas, images, name, later):
         return score_derivatives(study, deltas, images, name, gradient_dots, scheme)
 
 
-def score_gradients(study, deltas, images, name, later):
+def score_gradients(
+    study: Study, deltas: Sequence[Delta], images: TrainingSet, name: str, later: Sequence[Delta]
+) -> list[np.ndarray]:
     """First and second order of the loss change of each query at the original weights:
     [queries][2n] float32."""
     scheme = {"scoring": "gradient", "probes": PROBES}
     return score_derivatives(study, deltas, images, name, second_order_dots, scheme)
 
 
-def score_derivatives(study, deltas, images, name, measure_of, scheme):
+def score_derivatives(
+    study: Study,
+    deltas: Sequence[Delta],
+    images: TrainingSet,
+    name: str,
+    measure_of: Callable[..., Callable[..., torch.Tensor]],
+    scheme: dict,
+) -> list[np.ndarray]:
     """What a measure of derivatives says of each weight change, cached beside it: [queries][2n]
     float32."""
     identity = study.losses.identity(study.model, images)
     return cache_columns(
         study.sweep(images),
         study.model,
-        [delta.path.parent / f"{name}_change.npy" for delta in deltas],
+        [delta.file.parent / f"{name}_change.npy" for delta in deltas],
         [{**identity, "weight_change": delta.content, **scheme} for delta in deltas],
         measure_of(
             [delta.on(study.model.device) for delta in deltas], AUTOCAST[study.losses.precision]
@@ -119,13 +133,13 @@ def score_queries(
     ]
 
 
-def audit_seed(seed, query):
+def audit_seed(seed: int, query: str) -> int:
     """The seed of a query's audit: each query has its own, or all would audit the same ranks of
     their estimates."""
     return int(digest(seed, "audit", query), 16)
 
 
-def shortlisted(study, kept):
+def shortlisted(study: Study, kept: np.ndarray) -> tuple[Study, np.ndarray]:
     """The study of some images of the training set alone, under a name of their own, and the rows
     of their views."""
     images = study.image_sets["laion"]
@@ -142,10 +156,14 @@ def shortlisted(study, kept):
     return replace(study, image_sets=sets, before=before), rows
 
 
-def score_shortlist(study, name, delta, estimates):
+def score_shortlist(
+    study: Study, name: str, delta: Delta, estimates: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict]:
     """Loss changes of every candidate for one query, and what is known of them: the index's
     estimate for most, scored for its best images, some others and the exemplars."""
     best, settings = best_view(estimates), study.scoring
+    if settings.shortlist is None or settings.audit is None:
+        raise ValueError("a study with an index needs the sizes of shortlist and audit")
     seed = audit_seed(study.unlearning.seed, name)
     shortlist, audit = choose_images(best, settings.shortlist, settings.audit, seed)
     kept = np.sort(np.concatenate([shortlist, audit]))
@@ -174,6 +192,8 @@ def score_shortlists(
 ) -> list[tuple[dict[str, np.ndarray], dict]]:
     """`score_shortlist` of some queries, whose estimates one pass over the index gives. names: of
     the queries."""
+    if study.index is None:
+        raise ValueError("a study without an index has no shortlists")
     estimates = study.index.estimate([delta.tensors for delta in deltas])
     return [
         score_shortlist(study, name, delta, estimate)

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..datasets.settings import AUTO, AUTO_CHANGE, OWN_ROOT, PUBLISHED
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models.pipelines import Model
 from .draws import DRAWS, BatchNoise, ImageNoise
 
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # dtype of the denoiser's products
@@ -25,7 +27,7 @@ class LossSettings:
     noise: ImageNoise | BatchNoise = ImageNoise()
     precision: str = "fp32"  # fp32, tf32, or bf16, which a difference of losses does not survive
 
-    def identity(self, model, images) -> dict:
+    def identity(self, model: Model, images: TrainingSet) -> dict:
         """Identity of the losses of a training set under a model."""
         return {
             **model.identity,
@@ -54,7 +56,7 @@ class UnlearnSettings:
     precision: str = "fp32"
     compat: str | None = None  # abu: the published program's draws
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unlearn_lr == AUTO and self.unlearn_steps != 1:
             raise UserError(
                 f"--unlearn_lr {AUTO}: scales one Newton step, found --unlearn_steps "
@@ -69,7 +71,14 @@ class UnlearnSettings:
     @property
     def rate(self) -> float | None:
         """alpha / N, None where it is chosen for each query."""
-        return None if self.unlearn_lr == AUTO else self.unlearn_lr / self.num_train
+        return None if isinstance(self.unlearn_lr, str) else self.unlearn_lr / self.known_num_train
+
+    @property
+    def known_num_train(self) -> int:
+        """N. Raises ValueError where it was left out."""
+        if self.num_train is None:
+            raise ValueError("num_train: the number of training images was not given")
+        return self.num_train
 
     @property
     def identity(self) -> dict:

@@ -1,6 +1,8 @@
 """Which images an index's estimates leave to be scored exactly, and how many of the best they miss.
 NumPy only."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 GROUPS = 10  # of the images outside a shortlist, by their estimates: each has its own errors
@@ -16,7 +18,7 @@ LOW = 2.5  # percentile of the share found
 CAUTION = 1.1
 
 
-def split_outsiders(count, num_audited):
+def split_outsiders(count: int, num_audited: int) -> tuple[np.ndarray, np.ndarray]:
     """Bounds [groups + 1] of groups of `count` outsiders in the order of falling estimates, and how
     many of each to audit [groups]. Groups grow from the cut on, the same number is audited in each:
     most of what is missed lies near the cut."""
@@ -27,13 +29,15 @@ def split_outsiders(count, num_audited):
     return np.maximum(bounds, np.minimum(allotted, count)), np.diff(allotted)
 
 
-def rank_outsiders(estimates, num_shortlisted):
+def rank_outsiders(estimates: np.ndarray, num_shortlisted: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a shortlist of estimates [N], and of the others, both by falling estimate."""
     order = np.argsort(-estimates, kind="stable")
     return order[:num_shortlisted], order[num_shortlisted:]
 
 
-def choose_images(estimates, num_shortlisted, num_audited, seed):
+def choose_images(
+    estimates: np.ndarray, num_shortlisted: int, num_audited: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows to be scored again: the `num_shortlisted` highest of estimates [N], and `num_audited` of
     the others, at random within groups of like estimates. Returns both as sorted int64 arrays.
     seed: of numpy.random.default_rng, another one for each query."""
@@ -47,7 +51,7 @@ def choose_images(estimates, num_shortlisted, num_audited, seed):
     return np.sort(shortlist), np.sort(np.concatenate(audit))
 
 
-def standardise(groups):
+def standardise(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and deviation of the errors of each group, taken with its neighbours', and all errors in
     units of these: (means, deviations, errors), the errors' own deviation 1."""
     pools = [np.concatenate(groups[max(0, place - 1) : place + 2]) for place in range(len(groups))]
@@ -60,7 +64,13 @@ def standardise(groups):
     return means, deviations, errors / (errors.std() or 1)
 
 
-def draw_scores(estimates, exact, groups, unknown, generator):
+def draw_scores(
+    estimates: np.ndarray,
+    exact: np.ndarray,
+    groups: Sequence[np.ndarray],
+    unknown: Sequence[np.ndarray],
+    generator: np.random.Generator,
+) -> np.ndarray:
     """What the images of `unknown` may have scored, drawn once: a line through the audited images,
     all but one of each group, drawn with replacement, predicts scores from estimates, and each
     image errs from it as audited ones of like estimates do. groups: audited rows of each group;
@@ -86,7 +96,14 @@ def draw_scores(estimates, exact, groups, unknown, generator):
     )
 
 
-def estimate_recall(estimates, exact, shortlist, audit, k, seed=0):
+def estimate_recall(
+    estimates: np.ndarray,
+    exact: np.ndarray,
+    shortlist: np.ndarray,
+    audit: np.ndarray,
+    k: int,
+    seed: int = 0,
+) -> tuple[float, float]:
     """What share of the exact top k of all images the shortlist holds, estimated from the audit:
     (share, lower bound).
 

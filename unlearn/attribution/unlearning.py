@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from ..datasets.settings import AUTO
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
@@ -102,8 +101,9 @@ def describe_step(rates: list[float], settings: UnlearnSettings) -> dict:
 def read_step(path: Path, settings: UnlearnSettings) -> tuple[float, float]:
     """alpha and alpha / N of the weight change at `path`: what was asked for or, by its record,
     what was chosen."""
-    if settings.unlearn_lr != AUTO:
-        return settings.unlearn_lr, settings.rate
+    alpha, asked = settings.unlearn_lr, settings.rate
+    if not isinstance(alpha, str) and asked is not None:
+        return alpha, asked
     remedy = "give --overwrite to make it again"
     found = read_record(path, remedy).get("circumstances")
     rate = found.get("alpha_over_N") if isinstance(found, dict) else None
@@ -111,7 +111,7 @@ def read_step(path: Path, settings: UnlearnSettings) -> tuple[float, float]:
         raise UserError(
             f"{record_path(path)}: does not say the step that was chosen (alpha_over_N); {remedy}"
         )
-    return rate * settings.num_train, rate
+    return rate * settings.known_num_train, rate
 
 
 def unlearn_queries(
