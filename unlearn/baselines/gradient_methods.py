@@ -1,9 +1,10 @@
 """Methods that compare gradients of training images with the query's: influence functions and the
 TRAK family. [TRAK], [Journey] and [D-TRAK] stand in `gradients`."""
 
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ import torch
 from .. import noise
 from ..attribution.draws import QueryDraws, chunk_noise
 from ..attribution.newton import query_gradient
+from ..datasets.tasks import Task
 from ..models.generation import initial_noise
 from ..models.pipelines import select_parameters, tracked
 from ..storage.hashes import digest
 from .gradients import (
+    Reduce,
     cache_reduced,
     expected_latents,
     kernel_scores,
@@ -22,13 +25,13 @@ from .gradients import (
     reduce_images,
     view_samples,
 )
-from .interface import Method
+from .interface import Method, Run
 from .projection import Sketch
 
 VIEWS = {"max": np.max, "mean": np.mean}  # how an image's score follows from those of its views
 
 
-def sweep_identity(run, method, function, selection):
+def sweep_identity(run: Run, method: "Influence | Trak", function: str, selection: str) -> dict:
     """Identity of gradients of the training set."""
     return {
         **run.model.identity,
@@ -42,7 +45,13 @@ def sweep_identity(run, method, function, selection):
     }
 
 
-def sweep(run, noise_seed, function, parameters, reduce):
+def sweep(
+    run: Run,
+    noise_seed: int,
+    function: str,
+    parameters: dict[str, torch.nn.Parameter],
+    reduce: Reduce,
+) -> Callable[[Sequence[int], Executor], np.ndarray]:
     """`compute` of gradients.cache_reduced over the training set."""
     return lambda images, pool: reduce_images(
         run.model,
@@ -58,15 +67,18 @@ def sweep(run, noise_seed, function, parameters, reduce):
     )
 
 
-def flatten(gradients):
+def flatten(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Gradients {name: tensor} as one vector."""
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def query_tensors(run, number):
+def query_tensors(run: Run, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latent [C, h, w] and embedding [tokens, features] of a query, on the model's device."""
     arrays = run.queries[number].latents[0, 0], run.queries[number].embeddings[0, 0]
-    return [torch.from_numpy(np.array(array, np.float32)).to(run.model.device) for array in arrays]
+    latent, embedding = (
+        torch.from_numpy(np.array(array, np.float32)).to(run.model.device) for array in arrays
+    )
+    return latent, embedding
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,14 @@ class Influence(Method):
     needs_fisher = True
     weights = "cross-attn-kv"  # a selection of `models.pipelines`
 
-    def own_identity(self, run):
+    def own_identity(self, run: Run) -> dict:
         return noise.identity()
 
-    def product_identity(self, run):
+    def product_identity(self, run: Run) -> dict:
         """Identity of the products with all queries."""
         return {
             **sweep_identity(run, self, "loss", self.weights),
-            "fisher": run.fisher.identity,
+            "fisher": run.needed_fisher.identity,
             "seed": self.seed,
             "draws": QueryDraws.scheme,
             "unlearn_batch_size": self.unlearn_batch_size,
@@ -107,7 +119,9 @@ class Influence(Method):
             "queries": [query.identity for query in run.queries],
         }
 
-    def direction(self, run, parameters, number):
+    def direction(
+        self, run: Run, parameters: dict[str, torch.nn.Parameter], number: int
+    ) -> torch.Tensor:
         """F^-1 grad L of a query, [weights]."""
         query = run.queries[number]
         gradient = query_gradient(
@@ -119,9 +133,9 @@ class Influence(Method):
             self.unlearn_batch_size * self.unlearn_grad_accum_steps,
             run.batch_size,
         )
-        return flatten(run.fisher.precondition(gradient))
+        return flatten(run.needed_fisher.precondition(gradient))
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         parameters = select_parameters(run.model.denoiser, self.weights)
         identity = self.product_identity(run)
 
@@ -171,19 +185,20 @@ class Trak(Method):
     function = "loss"  # whose gradients are taken, a key of `gradients.FUNCTIONS`
     cache_folder = "trak"  # of the training set's features, which JourneyTrak shares
 
-    def own_identity(self, run):
+    def own_identity(self, run: Run) -> dict:
         return noise.identity()
 
-    def gradient_of(self, run, parameters, number):
+    def gradient_of(
+        self, run: Run, parameters: dict[str, torch.nn.Parameter], number: int
+    ) -> dict[str, torch.Tensor]:
         """A query's gradient as a training image's, over captions and grid under its own noise."""
         query = run.queries[number]
-        normals = chunk_noise(
-            query, np.arange(1), run.grid, self.noise_seed, SimpleNamespace(map=map)
-        )
+        with ThreadPoolExecutor(1) as pool:
+            normals = chunk_noise(query, np.arange(1), run.grid, self.noise_seed, pool)
         samples = view_samples(query, 0, 0, run.grid, normals[0], run.model.device)
         return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
 
-    def feature_identity(self, run):
+    def feature_identity(self, run: Run) -> dict:
         """Identity of the training set's features."""
         return {
             **sweep_identity(run, self, self.function, self.weight_selection),
@@ -191,7 +206,7 @@ class Trak(Method):
             "seed": self.seed,
         }
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         parameters = select_parameters(run.model.denoiser, self.weight_selection)
         with tracked(parameters):
             sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device)
@@ -226,7 +241,9 @@ class JourneyTrak(Trak):
 
     num_inference_steps: int
 
-    def gradient_of(self, run, parameters, number):
+    def gradient_of(
+        self, run: Run, parameters: dict[str, torch.nn.Parameter], number: int
+    ) -> dict[str, torch.Tensor]:
         """A query's gradient along its own sampling trajectory: the mean over the steps of that at
         the final latents which the model expects there, noised to the step's timestep. The
         trajectory starts where the query's seed has it, elsewhere at noise that belongs to the
@@ -253,5 +270,5 @@ class JourneyTrak(Trak):
         samples = latents, normals, timesteps, embedding.expand(len(latents), -1, -1)
         return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
 
-    def query_identity(self, run, task):
+    def query_identity(self, run: Run, task: Task) -> dict:
         return {"query_seed": task.seed}  # its trajectory starts where the query's own did

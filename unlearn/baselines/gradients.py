@@ -5,7 +5,8 @@ of them.
 [D-TRAK]: Zheng et al., ICLR 2024, arXiv 2311.00500.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 
 from ..attribution.draws import CHUNK_IMAGES, chunk_noise, rows_of
 from ..attribution.losses import sample_losses
-from ..datasets.training_sets import check_pixels
+from ..datasets.training_sets import TrainingSet, check_pixels
 from ..models.generation import generate_latents
+from ..models.pipelines import Model
 from ..runtime.programs import progress
 from ..runtime.signals import finishing
 from ..storage.artifacts import whole_file
@@ -26,9 +28,16 @@ from ..storage.records import keep_complete, record_path, write_record
 from ..storage.sharing import Share, do_once
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
+Reduce = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # of an image's gradients, to [size]
 
 
-def output_norms(model, latents, noise, timesteps, embeddings):
+def output_norms(
+    model: Model,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+) -> torch.Tensor:
     """|| prediction ||^2 of each sample: [batch] float64. Source: [D-TRAK] section 3, the squared
     L2 norm of the output."""
     prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings)
@@ -41,13 +50,20 @@ FUNCTIONS = {
 }  # whose gradients are taken, of samples as in losses.sample_losses
 
 
-def mean_gradient(model, parameters, function, samples, batch_size):
+def mean_gradient(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    function: str,
+    samples: Sequence[torch.Tensor],
+    batch_size: int,
+) -> dict[str, torch.Tensor]:
     """Gradient of a function's mean over samples, {name: tensor}; `batch_size` samples go through
     the model at once.
 
     samples: latents, noise, timesteps, embeddings, on the model's device; parameters: `tracked`.
     """
-    total, count = None, len(samples[0])
+    count = len(samples[0])
+    sums: list[torch.Tensor] = []
     for start in range(0, count, batch_size):
         values = FUNCTIONS[function](
             model, *(tensor[start : start + batch_size] for tensor in samples)
@@ -55,15 +71,18 @@ def mean_gradient(model, parameters, function, samples, batch_size):
         gradients = torch.autograd.grad(
             values.sum() / count, list(parameters.values()), materialize_grads=True
         )
-        total = (
-            gradients
-            if total is None
-            else [sum + gradient for sum, gradient in zip(total, gradients)]
-        )
-    return dict(zip(parameters, total))
+        sums = [sum + gradient for sum, gradient in zip(sums, gradients)] or list(gradients)
+    return dict(zip(parameters, sums))
 
 
-def view_samples(training_set, view, image, grid, normals, device):
+def view_samples(
+    training_set: TrainingSet,
+    view: int,
+    image: int,
+    grid: Sequence[int],
+    normals: np.ndarray,
+    device: torch.device,
+) -> tuple[torch.Tensor, ...]:
     """The samples of one view of an image: each caption at each timestep. normals: [captions *
     timesteps, C, h, w]."""
     latent, embeddings = (
@@ -74,18 +93,27 @@ def view_samples(training_set, view, image, grid, normals, device):
         f"latents or embeddings of {training_set.ids[image]}",
         [float(latent.sum()), float(embeddings.sum())],
     )
-    normals = torch.from_numpy(normals).to(device)
+    noise = torch.from_numpy(normals).to(device)
     return (
-        latent.expand_as(normals),
-        normals,
+        latent.expand_as(noise),
+        noise,
         torch.tensor(grid, device=device).repeat(len(embeddings)),
         embeddings.repeat_interleave(len(grid), dim=0),
     )
 
 
 def reduce_images(
-    model, parameters, function, training_set, images, grid, noise_seed, batch_size, reduce, pool
-):
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    function: str,
+    training_set: TrainingSet,
+    images: Sequence[int],
+    grid: Sequence[int],
+    noise_seed: int,
+    batch_size: int,
+    reduce: Reduce,
+    pool: Executor,
+) -> np.ndarray:
     """`reduce` of each image's mean gradient over captions and grid, under the image's own noise,
     as in losses.score_rows: [images, views, size] float32. reduce: from {name: tensor} to [size].
 
@@ -124,7 +152,13 @@ def reduce_images(
     )
 
 
-def cache_reduced(path, identity, training_set, compute, overwrite):
+def cache_reduced(
+    path: Path,
+    identity: dict,
+    training_set: TrainingSet,
+    compute: Callable[[Sequence[int], Executor], np.ndarray],
+    overwrite: bool,
+) -> np.ndarray:
     """What `compute(images, pool)` gives of every image, [N, views, size] float32, memory-mapped
     from `path` (.npy). Chunks of images stand beside it until all are done, so that a run that was
     killed goes on and processes share them. Raises UserError where the file was made with other
@@ -154,7 +188,12 @@ def cache_reduced(path, identity, training_set, compute, overwrite):
     return read_array(path, "gradients")
 
 
-def fill_chunks(folder, chunks, compute, description):
+def fill_chunks(
+    folder: Path,
+    chunks: dict[Path, range],
+    compute: Callable[[Sequence[int], Executor], np.ndarray],
+    description: str,
+) -> None:
     """Writes what `compute(images, pool)` gives of every chunk, {path in folder: images}; those
     that other processes are at are theirs. Returns when all are there, or the folder is not,
     because another process was done with it."""
@@ -173,7 +212,9 @@ def fill_chunks(folder, chunks, compute, description):
             bar.update(len(chunks[chunk]))
 
 
-def join_chunks(path, identity, chunks, training_set):
+def join_chunks(
+    path: Path, identity: dict, chunks: dict[Path, range], training_set: TrainingSet
+) -> None:
     """Writes the arrays of all chunks as one (.npy float32), chunk by chunk, and its record."""
     first = read_array_chunk(next(iter(chunks)))
     record_path(path).unlink(missing_ok=True)
@@ -197,7 +238,7 @@ def join_chunks(path, identity, chunks, training_set):
     write_record(path, identity)
 
 
-def kernel_scores(features, queries, damping):
+def kernel_scores(features: np.ndarray, queries: np.ndarray, damping: float) -> np.ndarray:
     """phi(z)^T (Phi^T Phi + lambda I)^-1 phi(z_hat) of all views of all images, [queries, N, views]
     float64; Phi holds every view as a row, lambda is `damping` times the mean of the diagonal of
     Phi^T Phi.
@@ -232,7 +273,9 @@ EXPECTED = {
 
 
 @torch.no_grad()
-def expected_latents(model, embedding, start, num_steps):
+def expected_latents(
+    model: Model, embedding: torch.Tensor, start: torch.Tensor, num_steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model expects the final latents to be at each step of the sampling trajectory from
     `start`: latents [steps, C, h, w] and the steps' timesteps, on the model's device.
 
@@ -240,18 +283,18 @@ def expected_latents(model, embedding, start, num_steps):
     generation.generate_latents, without guidance. Source: [Journey], which attributes a step by
     what the model expects there, not by the final image.
     """
-    noisy, timesteps = [], []
+    seen, steps = [], []
     generate_latents(
         model,
         embedding[None],
         start[None],
         num_steps,
         callback=lambda latents, timestep: (
-            noisy.append(latents[0].clone()),
-            timesteps.append(int(timestep)),
+            seen.append(latents[0].clone()),
+            steps.append(int(timestep)),
         ),
     )
-    noisy, timesteps = torch.stack(noisy), torch.tensor(timesteps, device=model.device)
+    noisy, timesteps = torch.stack(seen), torch.tensor(steps, device=model.device)
     prediction = model.predict(noisy, timesteps, embedding.expand(len(noisy), -1, -1))
     return EXPECTED[model.prediction_type](
         model.alpha_bars[timesteps][:, None, None, None], noisy, prediction

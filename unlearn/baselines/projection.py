@@ -8,6 +8,8 @@ bits, which depend on seed and parameter name alone: not on device, library vers
 order of weights.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -22,7 +24,9 @@ class Sketch:
     """The projection of named gradients to `size` numbers. It keeps 16 bytes a weight on the
     device."""
 
-    def __init__(self, parameters, size, seed, device):
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], size: int, seed: int, device: torch.device
+    ) -> None:
         """parameters: {name: tensor} whose gradients will be projected."""
         self.size, self.num_blocks = size, min(BLOCKS, size)
         self.targets = {
@@ -33,7 +37,7 @@ class Sketch:
             for name, value in parameters.items()
         }
 
-    def draw_targets(self, name, block, count, seed):
+    def draw_targets(self, name: str, block: int, count: int, seed: int) -> np.ndarray:
         """Where a parameter's weights go in one block, [count] int32: an entry, plus `size` where
         the sign is negative."""
         start = block * self.size // self.num_blocks
@@ -46,7 +50,7 @@ class Sketch:
             + (raw & np.uint64(1)) * np.uint64(self.size)
         ).astype(np.int32)
 
-    def project(self, gradients):
+    def project(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The sketch of gradients {name: tensor}, [size] of their dtype. Linear; E <sketch a,
         sketch b> = <a, b>, with a variance of at most 2 |a|^2 |b|^2 / size. Source: Kane and
         Nelson, Sparser Johnson-Lindenstrauss Transforms."""

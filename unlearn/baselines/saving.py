@@ -1,14 +1,17 @@
 """What a baseline leaves of each query: influence.npz with its record, the ranking as a table, the
 picture."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..attribution.influence import is_indifferent, rank_images
 from ..datasets.pictures import hash_picture
 from ..datasets.tasks import Task, find_result
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..report.ranking import Ranking
 from ..runtime.printing import show
@@ -17,17 +20,18 @@ from ..storage.artifacts import whole_file
 from ..storage.hashes import digest
 from ..storage.reading import read_npz
 from ..storage.records import keep_complete, record_path, write_record
+from .interface import Method, Run
 
 REMEDY = "give --overwrite to replace it, or another --result_dir"
 MOST_TABLES = 20  # where there are more queries, each is a line
 INDIFFERENT = "all images have the same score: it says nothing of them"
 
 
-def method_identity(run, name, method):
+def method_identity(run: Run, name: str, method: Method) -> dict:
     """Identity of a method's scores, but for the query."""
     identity = {**run.model.identity, "method": name, "settings": method.settings}
     if method.needs_fisher:
-        identity["fisher"] = run.fisher.identity
+        identity["fisher"] = run.needed_fisher.identity
     identity.update(method.own_identity(run))
     if method.needs_pictures and run.readings:
         identity["readings"] = digest(run.readings)
@@ -44,7 +48,7 @@ class Result:
     identity: dict
 
 
-def list_results(run, name, method):
+def list_results(run: Run, name: str, method: Method) -> Iterator[Result]:
     """The Result of each query."""
     of_method = method_identity(run, name, method)
     for task, query in zip(run.tasks, run.queries):
@@ -59,7 +63,7 @@ def list_results(run, name, method):
         yield Result(name, task, path, identity)
 
 
-def check_scores(path, scores):
+def check_scores(path: str | Path, scores: np.ndarray) -> None:
     """Raises UserError where a score is not finite."""
     if not np.isfinite(scores).all():
         raise UserError(
@@ -68,10 +72,11 @@ def check_scores(path, scores):
         )
 
 
-def write_scores(run, result, scores, warnings):
+def write_scores(run: Run, result: Result, scores: np.ndarray, warnings: Sequence[str]) -> None:
     """Writes one query's scores as compute_influence.py does, exemplars first, and what there is to
     warn of. The record comes last: what is not whole has none."""
     exemplars = run.exemplars(result.task).ids
+    more: dict[str, Any] = {"warnings": np.array(warnings, str)} if warnings else {}
     with whole_file(result.path) as file:
         np.savez(
             file,
@@ -79,12 +84,12 @@ def write_scores(run, result, scores, warnings):
             influence=scores,
             rank=rank_images(scores),
             is_exemplar=np.arange(len(scores)) < len(exemplars),
-            **({"warnings": np.array(warnings, str)} if warnings else {}),
+            **more,
         )
     write_record(result.path, result.identity, run.model.device)
 
 
-def show_first(result, ranking):
+def show_first(result: Result, ranking: Ranking) -> None:
     """Prints a query's first image, and what there is to warn of, in one line."""
     best = ranking.order[0]
     show(
@@ -94,11 +99,20 @@ def show_first(result, ranking):
     )
 
 
-def save_query(run, method, result, query, scores, is_pending, top_k, is_shown=True):
+def save_query(
+    run: Run,
+    method: Method,
+    result: Result,
+    query: TrainingSet,
+    scores: np.ndarray,
+    is_pending: bool,
+    top_k: int,
+    is_shown: bool = True,
+) -> None:
     """Writes what a query's scores end in, and shows it, where that is asked for. Of scores that were kept table and picture
     are made again, perhaps with another `top_k`."""
     check_scores(result.path, scores)
-    task, of_fisher = result.task, run.fisher.warnings if method.needs_fisher else []
+    task, of_fisher = result.task, run.needed_fisher.warnings if method.needs_fisher else []
     image_sets = {"exemplar": run.exemplars(task), "laion": run.training_set}
     warnings = [*of_fisher, *[INDIFFERENT] * is_indifferent(scores)]
     ranking = Ranking.of_scores(image_sets, scores, warnings)
@@ -118,7 +132,7 @@ def save_query(run, method, result, query, scores, is_pending, top_k, is_shown=T
         show("", f"Picture: {picture}")
 
 
-def score_tasks(run, name, method, top_k, is_shown=True):
+def score_tasks(run: Run, name: str, method: Method, top_k: int, is_shown: bool = True) -> None:
     """Scores all queries by a method where some are pending: so that a run that was killed gives
     the bits of one that was not. Writes and shows each."""
     results = list(list_results(run, name, method))
@@ -127,9 +141,12 @@ def score_tasks(run, name, method, top_k, is_shown=True):
     ]
     found = method.scores(run) if any(pending) else [None] * len(results)
     indifferent = []
-    for result, query, scores, is_pending in zip(results, run.queries, found, pending, strict=True):
-        if not is_pending:
-            scores = read_npz(result.path, {"influence": ("f", 1)}, REMEDY)["influence"]
+    for result, query, scored, is_pending in zip(results, run.queries, found, pending, strict=True):
+        scores = (
+            read_npz(result.path, {"influence": ("f", 1)}, REMEDY)["influence"]
+            if scored is None or not is_pending
+            else scored
+        )
         save_query(run, method, result, query, scores, is_pending, top_k, is_shown)
         if is_indifferent(scores):
             indifferent.append(result.task.synth_image_path)

@@ -10,7 +10,9 @@ mirrored.
 """
 
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +23,18 @@ from transformers.utils import logging as transformers_logging
 
 from ..datasets.encoders import encode_images, transform_image
 from ..datasets.pictures import load_image
-from ..datasets.training_sets import check_pixels
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet, check_pixels
 from ..errors import UserError
 
 BLOCK_IMAGES = 64  # candidates in memory at once; part of no result
 LARGEST_PIXELS = 64  # pixels are compared at this resolution at the most
 # what is left of features less their mean, relative: less is what float32 makes of nothing
 ROUNDING = 1e-5
+Encode = Callable[[Sequence[Path]], np.ndarray]  # image files to features [views, n, size]
 
 
-def pixel_encoder(resolution):
+def pixel_encoder(resolution: int) -> Encode:
     """Encoder to pixels in [-1, 1]: cropped as for the VAE, averaged down to 64 x 64 where they are
     larger."""
     size = min(resolution, LARGEST_PIXELS)
@@ -49,7 +53,7 @@ def pixel_encoder(resolution):
     return encode
 
 
-def latent_encoder(pipeline, resolution, batch_size):
+def latent_encoder(pipeline: Any, resolution: int, batch_size: int) -> Encode:
     """Encoder to VAE latents, as the training set's are."""
     return lambda paths: (
         torch.stack(
@@ -63,7 +67,7 @@ def latent_encoder(pipeline, resolution, batch_size):
     )
 
 
-def feature_encoder(name, device, batch_size):
+def feature_encoder(name: str, device: torch.device, batch_size: int) -> Encode:
     """Encoder to the image features of a transformers model (folder or hub name, safetensors only):
     `get_image_features` where it has that (CLIP), else the first token of its last hidden state
     (DINO's CLS).
@@ -115,7 +119,7 @@ def feature_encoder(name, device, batch_size):
 
 
 @torch.no_grad()
-def image_features(model, processor, images):
+def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) -> np.ndarray:
     """Features [n, size] float32 of RGB images. Raises ValueError where the model gives none of
     that shape."""
     inputs = processor(images=images, return_tensors="pt").to(model.device)
@@ -130,13 +134,13 @@ def image_features(model, processor, images):
     return features.float().cpu().numpy()
 
 
-def encode_blocks(encode, paths):
+def encode_blocks(encode: Encode, paths: Sequence[Path]) -> Iterator[np.ndarray]:
     """Features [2, b, size] of image files, block by block."""
     for start in range(0, len(paths), BLOCK_IMAGES):
         yield encode(paths[start : start + BLOCK_IMAGES])
 
 
-def latent_blocks(training_set):
+def latent_blocks(training_set: TrainingSet) -> Iterator[np.ndarray]:
     """Latents [2, b, size] of a training set, block by block from the memory map. Raises UserError
     where not finite."""
     for start in range(0, len(training_set), BLOCK_IMAGES):
@@ -145,7 +149,7 @@ def latent_blocks(training_set):
         yield latents.reshape(*latents.shape[:2], -1)
 
 
-def text_blocks(training_set):
+def text_blocks(training_set: TrainingSet) -> Iterator[np.ndarray]:
     """Embeddings [captions, b, size] of a training set's captions, block by block. With
     `cosine_scores` an image counts by its best caption, as by its better view: one that says what
     the prompt says is not held back by four that tell other things."""
@@ -155,12 +159,12 @@ def text_blocks(training_set):
         yield embeddings.reshape(*embeddings.shape[:2], -1).swapaxes(0, 1)
 
 
-def list_words(text):
+def list_words(text: str) -> set[str]:
     """The different words of a text, in lower case."""
     return set(re.findall(r"\w+", text.lower()))
 
 
-def word_scores(prompts, captions):
+def word_scores(prompts: Iterable[str], captions: Sequence[str]) -> Iterator[np.ndarray]:
     """Yields each prompt's scores [captions] float64: how many words it and a caption share, over
     how many they have in all (Jaccard); 0 where neither has one. No model has any part in it."""
     owners, sizes = {}, np.empty(len(captions))
@@ -176,14 +180,14 @@ def word_scores(prompts, captions):
         yield shared / np.maximum(len(words) + sizes - shared, 1)
 
 
-def normalise(features):
+def normalise(features: np.ndarray) -> np.ndarray:
     """Features of length 1 along the last axis; zeros stay zeros."""
     return features / np.maximum(
         np.linalg.norm(features, axis=-1, keepdims=True), np.finfo(np.float32).tiny
     )
 
 
-def centre(features, mean):
+def centre(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Features less the mean, of length 1 along the last axis; 0 where they are the mean but for
     rounding, whose direction says nothing."""
     centred = features - mean
@@ -191,9 +195,11 @@ def centre(features, mean):
     return normalise(centred)
 
 
-def mean_features(blocks, progress=lambda count: None):
+def mean_features(
+    blocks: Iterable[np.ndarray], progress: Callable[[int], object] = lambda count: None
+) -> np.ndarray:
     """Mean of features [views, b, size] over all views and images of the blocks, [size] float32."""
-    total, count = 0.0, 0
+    total, count = np.zeros(()), 0
     for block in blocks:
         total = total + block.sum(axis=(0, 1), dtype=np.float64)
         count = count + block.shape[0] * block.shape[1]
@@ -201,7 +207,12 @@ def mean_features(blocks, progress=lambda count: None):
     return (total / count).astype(np.float32)
 
 
-def cosine_scores(queries, blocks, mean, progress=lambda count: None):
+def cosine_scores(
+    queries: np.ndarray,
+    blocks: Iterable[np.ndarray],
+    mean: np.ndarray,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
     """Scores [queries, n] float32: cosine with the better of a candidate's views, both less the
     mean.
 
@@ -215,7 +226,13 @@ def cosine_scores(queries, blocks, mean, progress=lambda count: None):
     return np.concatenate(scores, axis=1)
 
 
-def score_queries(encode, blocks, tasks, dataroot, progress=lambda count: None):
+def score_queries(
+    encode: Encode,
+    blocks: Callable[[], Iterable[np.ndarray]],
+    tasks: Sequence[Task],
+    dataroot: str | Path,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[np.ndarray]:
     """Yields each task's scores [exemplars + n] float32: its exemplars first, then the training
     images. blocks: a function that gives their blocks of features, which are gone through twice:
     `progress` is told of 2 n images."""

@@ -1,16 +1,18 @@
 """Methods that never look at the weights of the model that made the picture: chance, shared words,
 centred cosines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from .. import noise
 from ..runtime.programs import progress
-from .interface import Method
+from .interface import Method, Run
 from .similarity import (
+    Encode,
     cosine_scores,
     encode_blocks,
     latent_blocks,
@@ -23,19 +25,24 @@ from .similarity import (
 )
 
 
-def feature_scores(run, encode, blocks, name):
+def feature_scores(
+    run: Run, encode: Encode, blocks: Callable[[], Iterable[np.ndarray]], name: str
+) -> list[np.ndarray]:
     """Centred cosine to the query's picture, of the better of an image's two views. blocks: see
     `score_queries`."""
     with progress(2 * len(run.training_set), name, "images") as bar:
         return list(score_queries(encode, blocks, run.tasks, run.dataroot, bar.update))
 
 
-def picture_scores(run, encode, name):
+def picture_scores(run: Run, encode: Encode, name: str) -> list[np.ndarray]:
     """Cosine of what an encoder makes of the training images' pictures."""
-    return feature_scores(run, encode, lambda: encode_blocks(encode, run.training_set.paths), name)
+    paths = cast(Sequence[Path], run.training_set.paths)  # all there, as `needs_pictures` says
+    return feature_scores(run, encode, lambda: encode_blocks(encode, paths), name)
 
 
-def compare_queries(run, queries, blocks, name):
+def compare_queries(
+    run: Run, queries: Sequence[np.ndarray], blocks: Callable[[], Iterable[np.ndarray]], name: str
+) -> np.ndarray:
     """Centred cosines [queries, N] of the queries' features with the training set's. blocks: see
     `score_queries`."""
     with progress(2 * len(run.training_set), name, "images") as bar:
@@ -45,7 +52,7 @@ def compare_queries(run, queries, blocks, name):
         )
 
 
-def text_scores(run, name):
+def text_scores(run: Run, name: str) -> np.ndarray:
     """Cosines [queries, N] of the prompt's embedding and the best caption's, last hidden states
     with every token."""
     return compare_queries(
@@ -62,7 +69,7 @@ class Random(Method):
 
     seed: int
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         return [
             noise.image_generator(
                 self.seed, query.name, f"random order, {query.ids[0]}"
@@ -81,7 +88,7 @@ class Words(Method):
 
     needs_captions = True
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         training = word_scores([task.prompt for task in run.tasks], run.training_set.captions)
         return [
             np.concatenate(
@@ -104,7 +111,7 @@ class Pixel(Cosines):
 
     needs_pictures = True
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         return picture_scores(run, pixel_encoder(run.resolution), "pixel")
 
 
@@ -112,7 +119,7 @@ class Pixel(Cosines):
 class Vae(Cosines):
     """Cosine of VAE latents."""
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         return feature_scores(
             run,
             latent_encoder(run.model.pipeline, run.resolution, run.vae_batch_size),
@@ -127,7 +134,7 @@ class Text(Cosines):
 
     needs_base_model = True
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         return list(text_scores(run, "text"))
 
 
@@ -138,7 +145,7 @@ class Similarity(Cosines):
 
     needs_base_model = True
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         texts = text_scores(run, "similarity, texts")
         latents = compare_queries(
             run,
@@ -159,11 +166,11 @@ class Features(Method):
     needs_pictures = True
 
     @property
-    def settings(self):
+    def settings(self) -> dict:
         return Cosines().settings
 
-    def scores(self, run):
+    def scores(self, run: Run) -> list[np.ndarray]:
         return picture_scores(run, self.encode, Path(self.model).name)
 
-    def own_identity(self, run):
+    def own_identity(self, run: Run) -> dict:
         return {"features": self.model}
