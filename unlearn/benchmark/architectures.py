@@ -7,7 +7,9 @@ model's would and rounding weighs more: beside each fidelity stands the size of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from ..models.unets import load_unet
 from ..noise import timestep_grid
 from ..storage.artifacts import write_tensors
 from ..storage.reading import read_tensors
+from .settings import BenchmarkSettings
 
 SELECTION = "cross-attn-kv"
 DAMPING = 0.1
@@ -76,17 +79,22 @@ class World:
     load: Callable
 
     @property
-    def parameters(self):
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The weights that unlearning changes, by name."""
         return select_parameters(self.model.denoiser, SELECTION)
 
-    def query(self, number):
+    def query(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latent [C, h, w] and embedding [tokens, features] of a query, on the model's device."""
         arrays = self.query_latents[number], self.query_embeddings[number]
-        return [torch.from_numpy(np.array(array)).to(self.model.device) for array in arrays]
+        latent, embedding = (
+            torch.from_numpy(np.array(array)).to(self.model.device) for array in arrays
+        )
+        return latent, embedding
 
 
-def load_published(pipeline, unet, fisher_path, device):
+def load_published(
+    pipeline: str, unet: str | None, fisher_path: str | Path, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Loads a pipeline onto the device, and {name: entry} of a Fisher, as the published program
     does for every query."""
     parts = load_unet(unet) if unet else {}
@@ -96,7 +104,9 @@ def load_published(pipeline, unet, fisher_path, device):
     return {name: entries.to(device) for name, entries in read_tensors(fisher_path).items()}
 
 
-def generate_queries(model, training_set, count, seed):
+def generate_queries(
+    model: Model, training_set: TrainingSet, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Latents [count, C, h, w] and embeddings [count, tokens, features] of pictures that the model
     makes of training captions, which are spread over the training set."""
     images = np.linspace(0, len(training_set) - 1, count).astype(int)
@@ -104,13 +114,12 @@ def generate_queries(model, training_set, count, seed):
     start = initial_noise(
         training_set.name, range(seed, seed + count), training_set.latents.shape[2:]
     )
-    latents = generate_latents(
-        model, *(torch.from_numpy(array).to(model.device) for array in (embeddings, start))
-    )
+    texts, noises = (torch.from_numpy(array).to(model.device) for array in (embeddings, start))
+    latents = generate_latents(model, texts, noises)
     return latents.cpu().numpy(), embeddings
 
 
-def multiply_images(training_set, num_images, seed):
+def multiply_images(training_set: TrainingSet, num_images: int, seed: int) -> TrainingSet:
     """A larger training set: the images, then made-up ones with ids of their own. A made-up latent
     is one image's, shifted by up to a latent pixel, mixed with 20 % of another's and a tenth of
     noise, under the first one's text."""
@@ -135,24 +144,26 @@ def multiply_images(training_set, num_images, seed):
     )
 
 
-def seeded_model(configuration, device, seed):
+def seeded_model(configuration: dict, device: torch.device, seed: int) -> Model:
     """A Model of seeded weights from `unet` and `scheduler`, keyword arguments of diffusers'
     classes; it can encode and decode nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**configuration["unet"])
-    unet.eval().requires_grad_(False).to(device)
+    # diffusers wraps `to` so that checkers take its argument for self
+    unet.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
     share_texts(unet)
     replace_feed_forward(unet)
     scheduler = DDPMScheduler(**configuration["scheduler"])
     return Model(
-        SimpleNamespace(unet=unet, scheduler=scheduler),
+        # all of a pipeline that scoring looks at
+        cast(DiffusionPipeline, SimpleNamespace(unet=unet, scheduler=scheduler)),
         f"seeded {seed}",
         scheduler.alphas_cumprod.float().to(device),
     )
 
 
-def seeded_training_set(name, configuration, num_images, seed):
+def seeded_training_set(name: str, configuration: dict, num_images: int, seed: int) -> TrainingSet:
     """Images whose latents and embeddings are standard normals; the second view mirrors the
     first."""
     generator, unet = np.random.default_rng(seed), configuration["unet"]
@@ -173,7 +184,9 @@ def seeded_training_set(name, configuration, num_images, seed):
     )
 
 
-def estimate_fisher(model, training_set, num_samples, batch_size, seed):
+def estimate_fisher(
+    model: Model, training_set: TrainingSet, num_samples: int, batch_size: int, seed: int
+) -> dict[str, torch.Tensor]:
     """Mean squared gradient of K and V over a few samples, {name: float32 tensor}: uniform images
     and timesteps."""
     generator = np.random.default_rng([seed, 1])
@@ -201,15 +214,19 @@ def estimate_fisher(model, training_set, num_samples, batch_size, seed):
     return {name: (value / num_samples).float() for name, value in sums.items()}
 
 
-def seeded_world(name, configuration, settings, folder):
+def seeded_world(
+    name: str, configuration: dict, settings: BenchmarkSettings, folder: Path
+) -> World:
     """A World of seeded weights, images, queries and Fisher. Files that the published way loads for
     every query are written to `folder`."""
     model = seeded_model(configuration, settings.device, settings.seed)
+    if (num_images := settings.num_images) is None:
+        raise ValueError("num_images: a seeded world needs their number")
     images = seeded_training_set(
-        name, configuration, settings.num_images + settings.num_queries, settings.seed
+        name, configuration, num_images + settings.num_queries, settings.seed
     )
-    training_set = images.first(settings.num_images)
-    queries = images.take(range(settings.num_images, len(images)))
+    training_set = images.first(num_images)
+    queries = images.take(range(num_images, len(images)))
     diagonal = estimate_fisher(
         model, training_set, settings.fisher_samples, settings.gradient_batch_size, settings.seed
     )
@@ -220,7 +237,7 @@ def seeded_world(name, configuration, settings, folder):
         with torch.device("meta"):
             unet = UNet2DConditionModel(**configuration["unet"])
         unet.load_state_dict(read_tensors(folder / "unet.safetensors"), assign=True)
-        unet.to(settings.device)
+        unet.to(settings.device)  # pyright: ignore[reportArgumentType]  (see `seeded_model`)
         return {
             key: entries.to(settings.device)
             for key, entries in read_tensors(folder / "fisher.safetensors").items()

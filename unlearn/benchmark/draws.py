@@ -1,6 +1,8 @@
 """How many draws of noise and timestep unlearning needs: its weight change against that of very
 many published draws."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -8,12 +10,15 @@ from ..attribution.draws import PublishedDraws, QueryDraws
 from ..attribution.newton import query_gradient
 from ..runtime.programs import log
 from .meters import metered
+from .workloads import Bench
 
 REFERENCE_DRAWS = 16_000  # [AbU]'s, on the AbC benchmark
 PUBLISHED_BATCH = 16
 
 
-def find_direction(bench, query, draws, num_draws, pass_size):
+def find_direction(
+    bench: Bench, query: int, draws: QueryDraws | PublishedDraws, num_draws: int, pass_size: int
+) -> np.ndarray:
     """F^-1 grad L of a query over `num_draws` draws, flattened: float64, on the CPU."""
     world = bench.world
     gradient = query_gradient(
@@ -24,13 +29,13 @@ def find_direction(bench, query, draws, num_draws, pass_size):
     ).numpy()
 
 
-def published_draws(bench, seed):
+def published_draws(bench: Bench, seed: int) -> PublishedDraws:
     """The published program's draws: independent noise, timesteps without replacement in each batch
     of 16."""
     return PublishedDraws(seed, len(bench.world.model.alpha_bars), bench.world.model.device)
 
 
-def compare(found, reference):
+def compare(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Cosine with a reference, and the norm of the difference relative to its norm."""
     norms = np.linalg.norm(found), np.linalg.norm(reference)
     return float(found @ reference / norms[0] / norms[1]), float(
@@ -38,7 +43,7 @@ def compare(found, reference):
     )
 
 
-def measure_draws(bench, counts):
+def measure_draws(bench: Bench, counts: Iterable[int]) -> list[dict]:
     """One row for each number of draws, means over queries: cosine and relative error of our draws
     and of the published ones with REFERENCE_DRAWS published draws of another seed, and the seconds
     a query that ours took."""

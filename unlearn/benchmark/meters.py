@@ -5,8 +5,10 @@ import ctypes
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +23,7 @@ CEILING_SIZES = {
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
-def anonymous_bytes():
+def anonymous_bytes() -> int | None:
     """Anonymous resident memory of this process, which no memory-mapped file is part of; None where
     the system does not tell (it is Linux's)."""
     try:
@@ -33,7 +35,7 @@ def anonymous_bytes():
     return int(found[1]) * 1024 if found else None
 
 
-def hand_back_memory():
+def hand_back_memory() -> None:
     """Gives the system what was freed but kept for later, so that one measurement's peak is not the
     one before's (glibc only)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -41,24 +43,25 @@ def hand_back_memory():
         trim(0)
 
 
-def synchronise(device):
+def synchronise(device: torch.device) -> None:
     """Waits until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
-def metered(device):
+def metered(device: torch.device) -> Iterator[dict[str, Any]]:
     """Yields a dictionary; at the end it holds `seconds`, `host_bytes` (peak of anonymous memory,
     the whole process's; None where it cannot be told) and `device_bytes` (peak of allocated CUDA
     memory; None on a CPU)."""
     hand_back_memory()
-    costs, peak, done = {"device_bytes": None}, anonymous_bytes(), threading.Event()
+    costs: dict[str, Any] = {"device_bytes": None}
+    peak, done = anonymous_bytes(), threading.Event()
 
     def sample():
         nonlocal peak
         while not done.wait(SECONDS_BETWEEN_SAMPLES):
-            peak = max(peak, anonymous_bytes())
+            peak = max(peak or 0, anonymous_bytes() or 0)
 
     watcher = threading.Thread(target=sample, daemon=True)
     if peak is not None:
@@ -80,7 +83,7 @@ def metered(device):
     costs["host_bytes"] = peak
 
 
-def count_flops(work):
+def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products and convolutions of one call of `work`, its
     backward passes too. Attention is taken apart into its products for that: not every fused kernel
     of it is known to the counter."""
@@ -89,7 +92,9 @@ def count_flops(work):
     return counter.get_total_flops()
 
 
-def measure_ceiling(device, precision, size=None, seconds=CEILING_SECONDS):
+def measure_ceiling(
+    device: torch.device, precision: str, size: int | None = None, seconds: float = CEILING_SECONDS
+) -> float:
     """Floating-point operations a second of a large matrix product, the best of many, on a device
     with all of torch's threads. precision: fp32, tf32 or bf16; the flags of the first two are the
     caller's to set."""

@@ -1,7 +1,9 @@
 """The procedures of the benchmark: functions from a Bench to its scores and what they cost."""
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +21,27 @@ from ..models.pipelines import changed_weights
 from ..runtime.programs import progress
 from .meters import metered
 from .published import batch_losses, default_flags, published_losses, published_step, stock_layers
-from .workloads import count_sample_flops, precision_set, run_sweep, score_differences, score_each
+from .workloads import (
+    Bench,
+    count_sample_flops,
+    precision_set,
+    run_sweep,
+    score_differences,
+    score_each,
+)
 
 WARM_UP_IMAGES = 4
 MOST_PUBLISHED_IMAGES = 2000  # what the published loop costs for more follows from its rate
 
 
-def result(bench, scores, costs, flops, precision, **more):
+def result(
+    bench: Bench,
+    scores: dict[str, np.ndarray],
+    costs: list[dict],
+    flops: float,
+    precision: str,
+    **more: Any,
+) -> dict:
     """What a procedure gives: scores {size: [exact queries, N]}, the costs of its sweeps,
     operations a sample, the precision of its products; how many queries a sweep serves and how many
     images are in it, and what else is not as usual."""
@@ -47,14 +63,24 @@ def result(bench, scores, costs, flops, precision, **more):
     }
 
 
-def warm_up_sweep(bench, measure, batch_size, num_images=WARM_UP_IMAGES):
+def warm_up_sweep(
+    bench: Bench,
+    measure: Callable[..., torch.Tensor],
+    batch_size: int,
+    num_images: int = WARM_UP_IMAGES,
+) -> dict:
     """What a sweep over the first images costs; kernels are chosen, compiled and loaded in it."""
     return run_sweep(
         bench, measure, batch_size, "warm-up", images=min(num_images, len(bench.world.training_set))
     )[1]
 
 
-def score_exactly(bench, precision="fp32", autocast=None, variant=None):
+def score_exactly(
+    bench: Bench,
+    precision: str = "fp32",
+    autocast: torch.dtype | None = None,
+    variant: Callable[[Any], AbstractContextManager] | None = None,
+) -> dict:
     """Differences of the losses. variant: a context that makes another UNet of the UNet for a
     while."""
     device = bench.world.model.device
@@ -86,7 +112,7 @@ def score_exactly(bench, precision="fp32", autocast=None, variant=None):
     )
 
 
-def score_together(bench):
+def score_together(bench: Bench) -> dict:
     """Differences of the losses of several queries that one sweep gives: as many as scoring takes
     together, or all exact ones."""
     batch_size = bench.settings.batch_size
@@ -117,7 +143,7 @@ reference = cache(
 
 
 @contextmanager
-def compiled(unet):
+def compiled(unet: torch.nn.Module) -> Iterator[None]:
     """The UNet, compiled, once for each size of a pass: with sizes left open, guards alone took a
     quarter of an hour. As it was at the end."""
     unet.forward = torch.compile(unet.forward, dynamic=False)
@@ -129,16 +155,17 @@ def compiled(unet):
 
 
 @contextmanager
-def channels_last(unet):
+def channels_last(unet: torch.nn.Module) -> Iterator[None]:
     """The UNet with its weights' channels last in memory; as it was at the end."""
-    unet.to(memory_format=torch.channels_last)
+    # torch's stubs lack this form of `to`
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     try:
         yield
     finally:
-        unet.to(memory_format=torch.contiguous_format)
+        unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
 
-def score_midpoints(bench, precision="fp32"):
+def score_midpoints(bench: Bench, precision: str = "fp32") -> dict:
     """Directional derivatives at the midpoint of each query's change, one sweep each."""
     autocast = AUTOCAST[precision]
 
@@ -159,7 +186,7 @@ def score_midpoints(bench, precision="fp32"):
     return result(bench, scores, costs, count_sample_flops(bench, measure), precision)
 
 
-def score_gradients(bench, precision="fp32"):
+def score_gradients(bench: Bench, precision: str = "fp32") -> dict:
     """First and second order at the original weights along every query's change, in one sweep for
     each size."""
     scores, all_costs = {}, []
@@ -186,7 +213,7 @@ def score_gradients(bench, precision="fp32"):
     )
 
 
-def score_shortlists(bench, precision="fp32"):
+def score_shortlists(bench: Bench, precision: str = "fp32") -> dict:
     """An index, built once and timed, ranks all images; the best of them and an audit's are scored
     exactly."""
     world, images = bench.world, bench.world.training_set
@@ -235,7 +262,7 @@ def score_shortlists(bench, precision="fp32"):
     )
 
 
-def score_as_published(bench):
+def score_as_published(bench: Bench) -> dict:
     """The published program's loop, and as its reference float32 differences under its own
     noise."""
     world, settings = bench.world, bench.settings

@@ -2,13 +2,17 @@
 measured against: a batch at a time with noise drawn for the batch, stock attention, a text repeated
 for each of its noisy samples. Nothing else uses it."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from ..datasets.training_sets import TrainingSet
 from ..models.passes import BlockedFeedForward, replace_feed_forward
 from ..models.pipelines import replaced_weights
 from ..noise import batch_noise
@@ -16,7 +20,7 @@ from ..runtime.programs import set_precision, tune_allocator
 
 
 @contextmanager
-def default_flags():
+def default_flags() -> Iterator[None]:
     """Torch's default precision flags: TensorFloat-32 off in matrix products but on in
     convolutions, and no kernel need be deterministic; and what glibc's allocator comes to by
     itself. `fp32` comes back at the end."""
@@ -32,7 +36,7 @@ def default_flags():
 
 
 @contextmanager
-def stock_layers(unet):
+def stock_layers(unet: UNet2DConditionModel) -> Iterator[None]:
     """The UNet with the attention processors and feed-forward layers that diffusers gives it; its
     own come back at the end."""
     own = dict(unet.attn_processors)
@@ -45,7 +49,14 @@ def stock_layers(unet):
         replace_feed_forward(unet)
 
 
-def batch_losses(unet, alpha_bars, latents, noise, timesteps, embeddings):
+def batch_losses(
+    unet: UNet2DConditionModel,
+    alpha_bars: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    embeddings: torch.Tensor,
+) -> torch.Tensor:
     """|| epsilon - prediction ||^2 of each sample, mean over pixels: [batch] float32. The target is
     the noise whatever the model's prediction type, and embeddings [batch, tokens, features] are one
     a sample."""
@@ -55,7 +66,9 @@ def batch_losses(unet, alpha_bars, latents, noise, timesteps, embeddings):
     return (prediction - noise).square().mean(dim=(1, 2, 3))
 
 
-def take_batch(training_set, rows, grid, device):
+def take_batch(
+    training_set: TrainingSet, rows: np.ndarray, grid: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, timesteps and embeddings of a batch of rows (as is, then mirrored), on the device;
     row, then timestep."""
     views, images = np.divmod(rows, len(training_set))
@@ -69,7 +82,14 @@ def take_batch(training_set, rows, grid, device):
 
 
 @torch.no_grad()
-def published_losses(unet, alpha_bars, training_set, grid, batch_size, progress=lambda count: None):
+def published_losses(
+    unet: UNet2DConditionModel,
+    alpha_bars: torch.Tensor,
+    training_set: TrainingSet,
+    grid: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
     """Losses [2N] float32, all images as is, then all mirrored; the noise of a batch from a
     generator on the device, seeded by the batch's index. progress(count) is told of finished
     samples."""
@@ -87,8 +107,16 @@ def published_losses(unet, alpha_bars, training_set, grid, batch_size, progress=
 
 
 def published_step(
-    unet, parameters, alpha_bars, latent, embedding, fisher, rate, batch_size, accum_steps
-):
+    unet: UNet2DConditionModel,
+    parameters: dict[str, torch.nn.Parameter],
+    alpha_bars: torch.Tensor,
+    latent: torch.Tensor,
+    embedding: torch.Tensor,
+    fisher: Mapping[str, torch.Tensor],
+    rate: float,
+    batch_size: int,
+    accum_steps: int,
+) -> None:
     """One Newton step on a query, noise and timesteps unseeded and no damping; the weights are
     restored at the end, for only its cost is wanted. latent: [C, h, w], embedding: [tokens,
     features]; fisher: {name: tensor}."""
@@ -110,7 +138,8 @@ def published_step(
             )
             (losses.mean() / accum_steps).backward()
         for name, parameter in parameters.items():
-            parameter.data.add_(parameter.grad / fisher[name].to(parameter), alpha=rate)
+            gradient = cast(torch.Tensor, parameter.grad)  # there since `backward`
+            parameter.data.add_(gradient / fisher[name].to(parameter), alpha=rate)
             parameter.grad = None
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -1,7 +1,11 @@
 """How cost grows with images and timesteps: training sets of any size in a model's own shapes, made
 up and memory-mapped."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import numpy as np
+import torch
 
 from ..attribution.derivatives import second_order_dots
 from ..attribution.losses import loss_sums
@@ -11,12 +15,15 @@ from ..noise import timestep_grid
 from ..runtime.programs import log
 from ..storage.reading import read_array
 from .meters import metered
+from .workloads import Bench
 
 GRIDS = (1, 2, 5, 10)  # timesteps of the smallest training set; the others have one
 WRITTEN_AT_ONCE = 1000  # images
 
 
-def make_training_set(num_images, latent_shape, embedding, path, seed=0):
+def make_training_set(
+    num_images: int, latent_shape: Sequence[int], embedding: np.ndarray, path: Path, seed: int = 0
+) -> TrainingSet:
     """A training set of standard normals, its latents in the file `path` (.npy, memory-mapped), all
     of one text. embedding: [tokens, features]."""
     generator = np.random.default_rng(seed)
@@ -37,7 +44,13 @@ def make_training_set(num_images, latent_shape, embedding, path, seed=0):
     )
 
 
-def measure_sweep(bench, training_set, grid, measure, batch_size):
+def measure_sweep(
+    bench: Bench,
+    training_set: TrainingSet,
+    grid: list[int],
+    measure: Callable[..., torch.Tensor],
+    batch_size: int,
+) -> dict:
     """Seconds, microseconds a sample and peak memory of one sweep."""
     folder = bench.folder / "scaling"
     folder.mkdir(exist_ok=True)
@@ -56,7 +69,7 @@ def measure_sweep(bench, training_set, grid, measure, batch_size):
     }
 
 
-def measure_scaling(bench, sizes, grids=GRIDS):
+def measure_scaling(bench: Bench, sizes: Sequence[int], grids: Sequence[int] = GRIDS) -> list[dict]:
     """One row for each number of images at one timestep, and for each other number of timesteps of
     the fewest images: exact scoring, a query a sweep, and gradient scoring, all queries in one."""
     num_timesteps = len(bench.world.model.alpha_bars)

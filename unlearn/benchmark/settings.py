@@ -26,6 +26,6 @@ class BenchmarkSettings:
     target_draws: int  # ... and for so many draws of a query's unlearning
 
     @property
-    def draws(self):
+    def draws(self) -> int:
         """Draws of noise and timestep in a query's one Newton step."""
         return self.unlearn_batch_size * self.unlearn_grad_accum_steps

@@ -1,6 +1,7 @@
 """What a benchmark measures on and with: unlearned queries, timed sweeps, and a row of speed, cost
 and fidelity."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
 from ..attribution.draws import BatchNoise, ImageNoise, QueryDraws
 from ..attribution.influence import best_view, loss_changes, rank_images
@@ -36,7 +38,7 @@ class Bench:
     unlearn_seconds: float  # a query's
     folder: Path  # for what is not kept
 
-    def change(self, query, size, part=1.0):
+    def change(self, query: int, size: str, part: float = 1.0) -> dict[str, torch.Tensor]:
         """A query's weight change of a size, or a part of it."""
         return {
             name: delta * (self.factors[size][query] * part)
@@ -44,12 +46,14 @@ class Bench:
         }
 
     @property
-    def denoiser(self):
+    def denoiser(self) -> UNet2DConditionModel:
         """The UNet that is measured."""
         return self.world.model.denoiser
 
 
-def unlearn_query(world, settings, number):
+def unlearn_query(
+    world: World, settings: BenchmarkSettings, number: int
+) -> dict[str, torch.Tensor]:
     """One Newton step on a query: the weight change, on the model's device."""
     model, name = world.model, f"query {number}"
     latent, embedding = world.query(number)
@@ -61,7 +65,7 @@ def unlearn_query(world, settings, number):
     return {key: delta.to(model.device) for key, delta in change.items()}
 
 
-def prepare(world, settings, folder):
+def prepare(world: World, settings: BenchmarkSettings, folder: Path) -> Bench:
     """Unlearns every query, timed: the Bench that the procedures are measured on."""
     unlearn_query(world, replace(settings, unlearn_grad_accum_steps=1), 0)  # warms up
     changes = []
@@ -80,7 +84,14 @@ def prepare(world, settings, folder):
     return Bench(world, settings, changes, factors, costs["seconds"] / settings.num_queries, folder)
 
 
-def run_sweep(bench, measure, batch_size, description, compat=None, images=None):
+def run_sweep(
+    bench: Bench,
+    measure: Callable[..., torch.Tensor],
+    batch_size: int,
+    description: str,
+    compat: str | None = None,
+    images: int | np.ndarray | None = None,
+) -> tuple[np.ndarray, dict]:
     """Values [views * N, ...] of a measure over the training set, its first `images` or those of
     these rows, and what that cost."""
     training_set, model = bench.world.training_set, bench.world.model
@@ -96,7 +107,9 @@ def run_sweep(bench, measure, batch_size, description, compat=None, images=None)
     return values, costs
 
 
-def score_each(bench, score):
+def score_each(
+    bench: Bench, score: Callable[[int, str], tuple[np.ndarray, dict]]
+) -> tuple[dict[str, np.ndarray], list[dict]]:
     """Scores [exact queries, N] of each size of a change, and the costs of each sweep. score(query,
     size): one query's."""
     scores, all_costs = {}, []
@@ -107,7 +120,9 @@ def score_each(bench, score):
     return scores, all_costs
 
 
-def score_differences(bench, find_losses):
+def score_differences(
+    bench: Bench, find_losses: Callable[[], tuple[np.ndarray, dict]]
+) -> tuple[dict[str, np.ndarray], list[dict]]:
     """Scores and costs by differences of losses. find_losses(): losses [2N] and their cost, under
     the present weights."""
     before, first_costs = find_losses()
@@ -121,7 +136,7 @@ def score_differences(bench, find_losses):
     return scores, [first_costs, *costs]
 
 
-def count_sample_flops(bench, measure):
+def count_sample_flops(bench: Bench, measure: Callable[..., object]) -> float:
     """Floating-point operations a sample of a measure."""
     training_set = bench.world.training_set
     grid = bench.world.grid
@@ -140,7 +155,7 @@ def count_sample_flops(bench, measure):
     ) / len(grid)
 
 
-def describe_fidelity(scores, reference):
+def describe_fidelity(scores: np.ndarray, reference: np.ndarray) -> dict:
     """How far scores [queries, N] rank as a reference does: Spearman, and how many of its top
     images are in their top; the means over queries. The size of a change of a loss is there too:
     rounding is small or large next to it."""
@@ -158,7 +173,7 @@ def describe_fidelity(scores, reference):
 
 
 @contextmanager
-def precision_set(precision):
+def precision_set(precision: str) -> Iterator[None]:
     """Torch's flags as for a precision; `fp32` comes back at the end."""
     set_precision(precision)
     try:
@@ -168,13 +183,13 @@ def precision_set(precision):
 
 
 @cache
-def find_ceiling(device, precision):
+def find_ceiling(device: torch.device, precision: str) -> float:
     """`measure_ceiling`, once a run, with the flags that a precision stands for."""
     with precision_set(precision):
         return measure_ceiling(device, precision)
 
 
-def score_seconds(found, seconds, num_images, num_measured):
+def score_seconds(found: dict, seconds: float, num_images: int, num_measured: int) -> float:
     """Seconds that scoring one query takes with `num_images`. seconds: a sweep's of
     `found["images_a_sweep"]` images; an index's sweep stays the same, and its scan of
     `num_measured` images grows."""
@@ -183,7 +198,7 @@ def score_seconds(found, seconds, num_images, num_measured):
     return seconds * num_images / found["images_a_sweep"] / found["queries_a_sweep"]
 
 
-def make_row(bench, name, found, exact):
+def make_row(bench: Bench, name: str, found: dict, exact: dict) -> dict:
     """A procedure's row from its result (`procedures.result`) and that of exact differences. Its
     fidelity is measured against theirs, unless it brings its own reference."""
     training_set, settings = bench.world.training_set, bench.settings
