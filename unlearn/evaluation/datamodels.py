@@ -32,8 +32,8 @@ def count_below(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         :, ::-1
     ]
     bounds = np.empty((2, *values.shape), np.int64)
-    for bound, sorted_bound in zip(bounds, (low, high)):
-        np.put_along_axis(bound, order, sorted_bound, axis=1)
+    for number, sorted_bound in enumerate((low, high)):
+        np.put_along_axis(bounds[number], order, sorted_bound, axis=1)
     return bounds, order
 
 
@@ -167,10 +167,13 @@ def mean_interval(
 def interval(draws: Sequence[float]) -> tuple[float, float]:
     """The 95 % percentile interval of bootstrap draws: (low, high). Draws at infinity stay
     there."""
-    return tuple(float(bound) for bound in np.percentile(draws, INTERVAL, method="nearest"))
+    low, high = np.percentile(draws, INTERVAL, method="nearest")
+    return float(low), float(high)
 
 
-def fit_rising(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
+def fit_rising(
+    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray
+) -> np.ndarray:
     """The closest values that never fall, by weighted squares: neighbours that fall are pooled
     until none does."""
     blocks = []

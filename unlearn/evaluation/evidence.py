@@ -73,8 +73,8 @@ def read_methods(
         if scores
         else read_result_dir(result_dir, queries, methods, score_command)
     )
-    first = next(iter(found.values()), None)
     for each in found.values():
+        first = next(iter(found.values()))
         if (each.training_set, each.ids) != (first.training_set, first.ids):
             raise UserError(
                 f"{each.method}: scores {len(each.ids)} training images, {first.method} "

@@ -58,12 +58,12 @@ COLUMNS = {  # of the CSV files; a standard error of a single query is empty
 
 def kind_of(task: Task) -> str:
     """style where the customized model learned a style, by its train prompt, else object."""
-    return "style" if " style of " in task.train_prompt.lower() else "object"
+    return "style" if " style of " in (task.train_prompt or "").lower() else "object"
 
 
 def group_queries(tasks: Sequence[Task]) -> Groups:
     """Row numbers of the queries of each group: all, the kinds, the test cases."""
-    labels = [("all", kind_of(task), task.test_case) for task in tasks]
+    labels = [("all", kind_of(task), str(task.test_case)) for task in tasks]
     names = dict.fromkeys(label[part] for part in range(3) for label in labels)
     return {
         name: np.array([row for row, label in enumerate(labels) if name in label]) for name in names

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ..storage.artifacts import whole_file
 from .plot_styles import BLUE, FAINT, GREY, INK, STYLE, label_rows, style_methods
@@ -100,10 +100,11 @@ def draw_plots(rows: Mapping[str, Sequence[tuple]], curve: Curve | None, output:
     import matplotlib.pyplot as plt
 
     removed = {row[0] for row in rows.get("leave_k_out", []) if row[1]}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(cast(Any, STYLE)):  # the stubs want each key's own type
         figures = {
             "lds": rows.get("lds") and draw_lds(plt, rows["lds"]),
             "leave_k_out": removed
+            and curve is not None
             and draw_removals(plt, rows["leave_k_out"], curve, style_methods(removed)),
             "equivalent": rows.get("equivalent") and draw_equivalents(plt, rows["equivalent"]),
         }

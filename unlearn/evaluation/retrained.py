@@ -298,6 +298,8 @@ def check_removed_images(
     """Raises UserError where a model was trained without other images than the first K of the
     scores that are now evaluated. scores: {method: [queries, N]}."""
     for model in models:
+        if model.method is None or model.query is None:
+            continue
         if model.query in queries and model.method in scores:
             first = rank_images(scores[model.method][queries.index(model.query)])[
                 : model.num_removed

@@ -61,10 +61,10 @@ def strip_name(picture: str) -> str:
 def count_draws(settings: dict) -> dict:
     """Settings with the draws of a step as one number, of which two flags are the factors."""
     names = "unlearn_batch_size", "unlearn_grad_accum_steps"
-    factors = [settings.get(name) for name in names]
-    if not all(isinstance(factor, int) for factor in factors):
+    size, number = (settings.get(name) for name in names)
+    if not isinstance(size, int) or not isinstance(number, int):
         return settings
-    draws = {names[0]: factors[0] * factors[1], names[1]: None}
+    draws = {names[0]: size * number, names[1]: None}
     return {name: draws.get(name, value) for name, value in settings.items()}
 
 

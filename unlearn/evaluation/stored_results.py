@@ -83,7 +83,7 @@ def read_labels(path: Path) -> dict[str, tuple[str, str]]:
 class DataRoot:
     """Names, captions and pictures of a data root's images, read when first asked for."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path | None) -> None:
         self.folder = Path(folder) if folder and Path(folder).is_dir() else None
         self.labels = None
 
@@ -143,7 +143,13 @@ def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | N
     return None, {}
 
 
-def make_rows(arrays, index, labels, root, ranks) -> list[Row]:
+def make_rows(
+    arrays: dict[str, np.ndarray],
+    index: dict[str, np.ndarray],
+    labels: dict[str, tuple[str, str]],
+    root: DataRoot,
+    ranks: dict,
+) -> list[Row]:
     """The Rows of a ranking, most influential first."""
     order = arrays["rank"]
     ids = [str(arrays["ids"][number]) for number in order]
@@ -173,7 +179,7 @@ def name_originals(rows: list[Row], dataroot: Path | None) -> list[Row]:
     """The rows of a data root that was made of a folder, with the names and groups that its
     pictures have there."""
     originals = read_originals(dataroot) if dataroot else {}
-    if not originals:
+    if dataroot is None or not originals:
         return rows
     images = Path(dataroot) / read_settings(dataroot)["images"]
     named = []
@@ -237,7 +243,9 @@ def find_query(root: DataRoot, picture: str | None, query: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def list_missing(root_name, root, known, picture, comparison) -> list[str]:
+def list_missing(
+    root_name: str | None, root: DataRoot, known: dict, picture: Path | None, comparison: str | None
+) -> list[str]:
     """What the page lacks, and how it is got."""
     notes = []
     if root.folder is None:

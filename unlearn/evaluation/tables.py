@@ -102,7 +102,7 @@ def removal_table(rows: Sequence[tuple]) -> list[str]:
             row[0],
             *(f"{count:,}" for count in row[1:4]),
             *(
-                format_measure(*row[4 + 2 * place : 6 + 2 * place], UNITS[name], DIGITS[name])
+                format_measure(row[4 + 2 * place], row[5 + 2 * place], UNITS[name], DIGITS[name])
                 for place, name in enumerate(MEASURES)
             ),
         ]
@@ -144,9 +144,9 @@ def retention_table(rows: Sequence[tuple]) -> list[str]:
             f"{row[1]:,}",
             f"{row[2]:,}",
             format_measure(row[3], np.nan, UNITS["dL"]),
-            format_measure(*row[4:6], UNITS["dL"]),
+            format_measure(row[4], row[5], UNITS["dL"]),
             format_measure(row[6], np.nan, UNITS["mse"]),
-            format_measure(*row[7:9], UNITS["mse"]),
+            format_measure(row[7], row[8], UNITS["mse"]),
         ]
         for row in rows
     ]

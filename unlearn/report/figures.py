@@ -1,5 +1,8 @@
 """The picture of a result: the query and its most influential training images."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from PIL import Image, ImageDraw
 
 from ..runtime.printing import printable
@@ -9,7 +12,7 @@ TILE, GAP, CAPTION_HEIGHT = 192, 22, 52
 EXEMPLAR_RED, INK, PAPER = (220, 30, 40), (30, 30, 30), "white"
 
 
-def wrap_text(draw, text, font, width, lines):
+def wrap_text(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int, lines: int) -> str:
     """`text` in at most `lines` lines that fit `width` pixels; the last ends in an ellipsis where
     text is left over."""
     rows, words = [], [printable(word) for word in text[:500].split()]  # more than fits any tile
@@ -27,7 +30,9 @@ def wrap_text(draw, text, font, width, lines):
     return "\n".join(rows)
 
 
-def draw_tile(sheet, left, top, image, text, framed):
+def draw_tile(
+    sheet: Image.Image, left: int, top: int, image: Image.Image | None, text: str, framed: bool
+) -> None:
     """Draws one picture (None: an empty tile) with its text below, framed in red where it is an
     exemplar."""
     draw, font = ImageDraw.Draw(sheet), find_font(text, 15)
@@ -35,7 +40,7 @@ def draw_tile(sheet, left, top, image, text, framed):
         scale = TILE / max(image.size)
         # Small pictures are enlarged without smoothing: blurring 32 pixels would show what is not
         # there.
-        filter = Image.NEAREST if scale >= 3 else Image.LANCZOS
+        filter = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter
         )
@@ -51,7 +56,13 @@ def draw_tile(sheet, left, top, image, text, framed):
     )
 
 
-def draw_influence(query, prompt, candidates, warnings=(), columns=5):
+def draw_influence(
+    query: Image.Image | None,
+    prompt: str,
+    candidates: Sequence[tuple[Image.Image | None, str, bool]],
+    warnings: Sequence[str] = (),
+    columns: int = 5,
+) -> Image.Image:
     """The query at the left, its most influential images in rows beside it, and below them what
     there is to warn of.
 
@@ -80,7 +91,9 @@ def draw_influence(query, prompt, candidates, warnings=(), columns=5):
     return sheet
 
 
-def draw_grid(header, rows):
+def draw_grid(
+    header: Sequence[str], rows: Sequence[Sequence[tuple[Image.Image | None, str]]]
+) -> Image.Image:
     """A table of pictures.
 
     header: texts of the columns; rows: [[(RGB image or None, text), ...], ...], one entry a column.

@@ -46,7 +46,7 @@ def format_share(share: float) -> str:
     return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
 
 
-def make_safe(value):
+def make_safe(value: object) -> object:
     """What stands for a value in a page, before it is escaped: text is `printable`."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -115,7 +115,7 @@ def list_all(report: Report) -> dict:
                 shorten(row.caption, LONGEST),
                 float(f"{row.score:.6g}"),
                 row.other_rank,
-                groups.get(row.group),
+                None if row.group is None else groups.get(row.group),
                 int(row.is_exemplar) + 2 * int(row.is_estimate),
             ]
             for row in report.rows[:MOST_ROWS]
@@ -128,7 +128,7 @@ def compare_first(report: Report) -> str | None:
     ranks = [row.other_rank for row in report.rows[:NUM_MARKED]]
     if report.comparison is None or not ranks or None in ranks:
         return None
-    shared = sum(rank <= len(ranks) for rank in ranks)
+    shared = sum(rank is not None and rank <= len(ranks) for rank in ranks)
     return (
         f"Of the first {len(ranks)}, {shared} are also among the first {len(ranks)} by "
         f"{report.comparison}, which never looks at the model."

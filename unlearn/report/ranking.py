@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ class Ranking:
 
     @classmethod
     def of_scores(
-        cls, image_sets: dict[str, TrainingSet], scores: np.ndarray, warnings=()
+        cls, image_sets: dict[str, TrainingSet], scores: np.ndarray, warnings: Iterable[str] = ()
     ) -> "Ranking":
         """The ranking of the images of some sets, `exemplar` first, by scores [n]."""
         sets = list(image_sets.values())
@@ -51,7 +52,7 @@ class Ranking:
             warnings=list(warnings),
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
     def rows(self, count: int | None = None) -> list[list]:
@@ -107,7 +108,7 @@ class Ranking:
             (load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
             for rank, _, caption, score, exemplar, path in self.rows(count)
         ]
-        image = load_image(query.paths[0]) if query else None
+        image = load_image(query.paths[0]) if query and query.paths[0] else None
         prompt = query.captions[0] if query else ""
         drawn = draw_influence(image, prompt, pictures, self.warnings)
         if path:
@@ -118,7 +119,11 @@ class Ranking:
         return drawn
 
 
-def rank(images: TrainingSet | dict[str, TrainingSet], changes, warnings=()) -> Ranking:
+def rank(
+    images: TrainingSet | dict[str, TrainingSet],
+    changes: "np.ndarray | dict[str, np.ndarray]",
+    warnings: Iterable[str] = (),
+) -> Ranking:
     """Ranks candidates by how much their losses rose. Source: [AbU] Eq. 6.
 
     images: a TrainingSet, or several by name, of which `exemplar` comes first; changes: of the
@@ -153,7 +158,7 @@ def name_images(ids: list[str], paths: list, is_exemplar: np.ndarray) -> list[st
     return [path.removeprefix(parent) or id for id, path in zip(ids, known)]
 
 
-def load_picture(path):
+def load_picture(path: str | Path | None) -> Image.Image | None:
     """A candidate's picture, or None, with a warning, where it cannot be read: that must not cost
     the result."""
     try:
@@ -166,14 +171,14 @@ def load_picture(path):
         return None
 
 
-def defuse(cell):
+def defuse(cell: object) -> object:
     """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe,
     which spreadsheets do not show."""
     is_formula = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") and not is_number(cell)
     return f"'{cell}" if is_formula else cell
 
 
-def is_number(text):
+def is_number(text: str) -> bool:
     """Whether a text is a number."""
     try:
         float(text)
@@ -182,7 +187,9 @@ def is_number(text):
     return True
 
 
-def write_csv(path, header, rows, mark=b""):
+def write_csv(
+    path: str | Path, header: Sequence[object], rows: Iterable[Sequence[object]], mark: bytes = b""
+) -> None:
     """Writes a CSV file; text in it is `printable`, so that a row is a line. mark: the bytes that it
     begins with."""
     text = io.StringIO()
@@ -197,7 +204,7 @@ def write_csv(path, header, rows, mark=b""):
         file.write(mark + text.getvalue().encode())
 
 
-def print_table(title, header, rows):
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints rows under a header, columns aligned."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

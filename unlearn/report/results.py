@@ -19,7 +19,7 @@ from .ranking import Ranking, rank
 OF_QUERY = ("query_loss_before", "query_loss_after", "relative_weight_change")
 
 
-def describe_recall(recall, recall_low, recall_k, num_audited):
+def describe_recall(recall: float, recall_low: float, recall_k: int, num_audited: int) -> str:
     """What an audit says of a shortlist, in a sentence."""
     if np.isnan(recall):
         return (
@@ -38,7 +38,7 @@ def describe_recall(recall, recall_low, recall_k, num_audited):
     )
 
 
-def median_change(changes):
+def median_change(changes: np.ndarray) -> float:
     """Median over the images of the mean of their views' loss changes, [2n]: the larger view, which
     ranks an image, would be well above 0 from the noise of the two alone."""
     return float(np.median(changes.reshape(2, -1).mean(axis=0)))

@@ -22,7 +22,7 @@ def make_thumbnail(path: Path | None, size: int) -> dict | None:
     if image is None:
         return None
     is_tiny = max(image.size) <= TINY
-    image.thumbnail((size, size), Image.LANCZOS)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     image.info.clear()  # comments, places and profiles are nobody's business
     file = io.BytesIO()
     kind = "PNG" if is_tiny else "JPEG"

@@ -56,13 +56,11 @@ class Questions:
 
 def join_sets(sets: Sequence[TrainingSet]) -> TrainingSet:
     """Training sets of one data set as one, in their order: queries that are measured together."""
-    joined = {
-        name: [value for images in sets for value in getattr(images, name)]
-        for name in ("ids", "captions", "paths")
-    }
     return type(sets[0])(
         sets[0].name,
-        **joined,
+        ids=[id for images in sets for id in images.ids],
+        captions=[caption for images in sets for caption in images.captions],
+        paths=[path for images in sets for path in images.paths],
         latents=np.concatenate([images.latents for images in sets], axis=1),
         embeddings=np.concatenate([images.embeddings for images in sets]),
         source=digest([images.source for images in sets]),

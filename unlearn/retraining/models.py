@@ -106,7 +106,7 @@ def measure_identity(
         "training_set": training_set.identity,
         "num_images": len(training_set),
         "seed": plan.seed,
-        "members": base64.b64encode(np.packbits(plan.members)).decode(),
+        "members": base64.b64encode(np.packbits(plan.members).tobytes()).decode(),
         "queries": queries,
         **asdict(settings),
     }
@@ -118,11 +118,14 @@ def measure_pictures(
     """Makes the queries' pictures again, writes them below a folder, and compares them with the
     queries: mean squared error and similarity, float64 [n] each."""
     queries, settings = questions.queries, questions.settings
+    seeds = [task.seed for task in questions.tasks if task.seed is not None]
+    if questions.pictures is None or len(seeds) != len(questions.tasks):
+        raise ValueError("pictures can be compared only where every query has a seed and a picture")
     latents, made = make_pictures(
         model,
         queries.name,
         queries.embeddings[:, 0],
-        [task.seed for task in questions.tasks],
+        seeds,
         queries.latents.shape[2:],
         settings.num_inference_steps,
         settings.guidance_scale,

@@ -183,9 +183,9 @@ def train(
         plain_attention(model.denoiser, len(members)),
         finishing() as stopping,
     ):
-        upcoming = ahead.submit(draw, start) if start < num_steps else None
+        upcoming = None
         for step in range(start, num_steps):
-            inputs, counted = upcoming.result()
+            inputs, counted = (upcoming or ahead.submit(draw, step)).result()
             upcoming = ahead.submit(draw, step + 1) if step + 1 < num_steps else None
             optimizer.param_groups[0]["lr"] = recipe.rate_at(step, num_steps)
             take_step(model, weights, optimizer, inputs, counted, recipe.mixed_precision)
