@@ -13,6 +13,8 @@ the same command goes on; several processes of it, by `accelerate launch` or on 
 share the work. --shard I/N takes the I-th of N parts of the queries.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from unlearn.attribution.settings import (
 )
 from unlearn.attribution.studies import Study
 from unlearn.commands.advice import index_command, influence_command, loss_command
-from unlearn.commands.flags import add_flags, make_parser, print_plan, resolve, step_size
+from unlearn.commands.flags import Parser, add_flags, make_parser, print_plan, resolve, step_size
 from unlearn.commands.inputs import (
     check_result_dir,
     check_training_files,
@@ -40,23 +42,24 @@ from unlearn.commands.inputs import (
     loss_noise,
     loss_path,
 )
-from unlearn.commands.preparation import prepare
+from unlearn.commands.preparation import Prepared, prepare
 from unlearn.datasets.queries import encode_exemplars
 from unlearn.datasets.settings import AUTO, AUTO_CHANGE
 from unlearn.datasets.tasks import (
+    Task,
     find_result,
     group_by_model,
     load_tasks,
     tell_older_results,
 )
 from unlearn.models.customization import customized
-from unlearn.models.pipelines import SELECTIONS, select_parameters
+from unlearn.models.pipelines import SELECTIONS, Model, select_parameters
 from unlearn.running import Output, attribute_queries, group_size
 from unlearn.runtime.programs import part_of, run
 from unlearn.storage.hashes import hash_file
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line, resolved against the data root's defaults."""
     parser = make_parser(__doc__)
     add_flags(
@@ -83,7 +86,7 @@ def parse_arguments(argv):
     return args
 
 
-def add_unlearning_flags(parser):
+def add_unlearning_flags(parser: Parser) -> None:
     """Adds the flags of the Newton steps."""
     own = "dataset.json's, of AbC"
     parser.add(
@@ -146,7 +149,7 @@ def add_unlearning_flags(parser):
     )
 
 
-def add_scoring_flags(parser):
+def add_scoring_flags(parser: Parser) -> None:
     """Adds the flags of scoring, of what is shown, and of passes and their precision."""
     parser.add(
         "scoring",
@@ -198,7 +201,7 @@ def add_scoring_flags(parser):
     )
 
 
-def check_scoring(args):
+def check_scoring(args: Namespace) -> None:
     """Raises UserError where a way of scoring does not go with the other flags."""
     given = [f"--{flag}" for flag in ("shortlist", "audit") if getattr(args, flag) is not None]
     if given and not args.index:
@@ -229,13 +232,13 @@ def check_scoring(args):
         )
 
 
-def unlearn_settings(args):
+def unlearn_settings(args: Namespace) -> UnlearnSettings:
     """How the queries are unlearned: the fields are flags of the same names."""
     names = [field.name for field in fields(UnlearnSettings)]
     return UnlearnSettings(**{name: getattr(args, name) for name in names})
 
 
-def check_outputs(args, groups):
+def check_outputs(args: Namespace, groups: dict[str | None, list[Task]]) -> None:
     """Raises UserError, before a model is loaded, where the losses that this run compares with were
     never made, or an index; or where a query's folder holds losses that are not this program's."""
     for tasks in groups.values():
@@ -259,9 +262,11 @@ def check_outputs(args, groups):
                     )
 
 
-def open_study(args, prepared, model, tasks):
+def open_study(args: Namespace, prepared: Prepared, model: Model, tasks: list[Task]) -> Study:
     """What ranks the candidates of some tasks under their model, all checked: losses before
     unlearning of exact scoring, and the index, where one is used."""
+    if (fisher := prepared.fisher) is None:
+        raise ValueError("unlearning needs a Fisher")
     image_sets = {"laion": prepared.training_set}
     if "exemplar" in tasks[0].image_sets:
         exemplars = encode_exemplars(model, tasks[0], args.dataroot, args.vae_batch_size)
@@ -269,7 +274,7 @@ def open_study(args, prepared, model, tasks):
     study = Study(
         model,
         image_sets,
-        prepared.fisher,
+        fisher,
         unlearn_settings(args),
         LossSettings(prepared.grid, loss_noise(args, "loss_batch_size"), args.precision),
         ScoreSettings.of_index(args.scoring, args.shortlist, args.audit)
@@ -285,11 +290,13 @@ def open_study(args, prepared, model, tasks):
         study.before_hashes[name] = hash_file(path)
     if args.index:
         folder, sweep = Path(args.index) / tasks[0].model_name, study.sweep(prepared.training_set)
-        study.index = Index(folder, model, sweep, prepared.fisher, index_command(args))
+        study.index = Index(folder, model, sweep, fisher, index_command(args))
     return study
 
 
-def describe_cost(args, prepared, groups):
+def describe_cost(
+    args: Namespace, prepared: Prepared, groups: dict[str | None, list[Task]]
+) -> None:
     """Prints the plan of a run: --dry_run."""
     num_queries = sum(map(len, groups.values()))
     draws = args.unlearn_steps * args.unlearn_batch_size * args.unlearn_grad_accum_steps
@@ -306,7 +313,7 @@ def describe_cost(args, prepared, groups):
     )
 
 
-def describe_output(args):
+def describe_output(args: Namespace) -> Output:
     """Where results go, and what they say of themselves."""
     return Output(
         Path(args.result_dir) / "influence",
@@ -318,7 +325,7 @@ def describe_output(args):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, then unlearns, scores and saves, a few queries at a time."""
     args = parse_arguments(argv)
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))

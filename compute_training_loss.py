@@ -10,21 +10,24 @@ several processes of it, by `accelerate launch` or on several machines, share th
 I/N takes the I-th of N parts of the models.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 from unlearn.attribution.caches import adopt_losses, cache_losses
 from unlearn.attribution.settings import LossSettings
 from unlearn.attribution.sweeps import Sweep
 from unlearn.commands.advice import loss_command
 from unlearn.commands.flags import add_flags, make_parser, print_plan, resolve
 from unlearn.commands.inputs import check_result_dir, check_training_files, loss_noise, loss_path
-from unlearn.commands.preparation import prepare
+from unlearn.commands.preparation import Prepared, prepare
 from unlearn.datasets.queries import encode_exemplars
-from unlearn.datasets.tasks import group_by_model, load_tasks
+from unlearn.datasets.tasks import Task, group_by_model, load_tasks
 from unlearn.models.customization import customized
 from unlearn.runtime.programs import log, part_of, run
 from unlearn.storage.records import record_path
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line, resolved against the data root's defaults."""
     parser = make_parser(__doc__)
     add_flags(
@@ -50,7 +53,7 @@ def parse_arguments(argv):
     return args
 
 
-def cache_model(prepared, tasks, args):
+def cache_model(prepared: Prepared, tasks: list[Task], args: Namespace) -> None:
     """Caches the losses of the exemplars, where there are any, and of the training set under the
     model of some tasks."""
     settings = LossSettings(prepared.grid, loss_noise(args), args.precision)
@@ -69,7 +72,7 @@ def cache_model(prepared, tasks, args):
             log.info(f"{path}: losses of {len(images)} images, as is and mirrored")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, scores, saves."""
     args = parse_arguments(argv)
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))

@@ -2,7 +2,9 @@
 defaults, and run as printed."""
 
 import shlex
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..datasets.settings import OWN_DEFAULTS, read_settings
 from ..runtime.programs import choose_device
@@ -52,14 +54,14 @@ DEFAULTS = {
 TAKE_BF16 = ("compute_influence.py", "index")
 
 
-def find_program(name):
+def find_program(name: str) -> list[str]:
     """How a program is started: a script by its path, where it is not in the present folder."""
     if not name.endswith(".py"):
         return ["-m", "unlearn", name]
     return [name if Path(name).is_file() else str(Path(__file__).parent.parent.parent / name)]
 
 
-def write_command(name, args, *words, **more):
+def write_command(name: str, args: Namespace, *words: str, **more: Any) -> str:
     """The command line of a program of this project that goes with a run's flags `args`. words:
     what follows its name; more: further flags, or other values of flags, True where one takes
     none."""
@@ -78,17 +80,17 @@ def write_command(name, args, *words, **more):
     return shlex.join(parts)
 
 
-def loss_command(args, **more):
+def loss_command(args: Namespace, **more: Any) -> str:
     """What caches the losses that a run needs."""
     return write_command("compute_training_loss.py", args, **more)
 
 
-def index_command(args, **more):
+def index_command(args: Namespace, **more: Any) -> str:
     """What builds the indices that a run asks for."""
     return write_command("index", args, **{"output": getattr(args, "index", None), **more})
 
 
-def influence_command(args, **more):
+def influence_command(args: Namespace, **more: Any) -> str:
     """What ranks the queries of a run's task file."""
     index = {
         name: getattr(args, name)
@@ -98,12 +100,12 @@ def influence_command(args, **more):
     return write_command("compute_influence.py", args, **index, **more)
 
 
-def encode_command(args, **more):
+def encode_command(args: Namespace, **more: Any) -> str:
     """What encodes a data root's training set."""
     return write_command("encode", args, **more)
 
 
-def fisher_command(args, output=None, **more):
+def fisher_command(args: Namespace, output: str | Path | None = None, **more: Any) -> str:
     """What makes the Fisher that a run asks for, and what must then be given where it would not be
     found by itself."""
     output = (

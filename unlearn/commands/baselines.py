@@ -11,11 +11,13 @@ where it was.
 """
 
 import textwrap
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from ..baselines.gradient_methods import VIEWS, Influence
-from ..baselines.interface import Run
+from ..baselines.interface import Method, Run
 from ..baselines.methods import METHODS
 from ..baselines.saving import score_tasks
 from ..baselines.similarity import feature_encoder
@@ -23,13 +25,14 @@ from ..baselines.similarity_methods import Features
 from ..datasets.encoding import has_given_arrays, map_files
 from ..datasets.pictures import read_header
 from ..datasets.queries import encode_query
-from ..datasets.tasks import load_tasks
+from ..datasets.tasks import Task, load_tasks
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps
-from ..models.pipelines import SELECTIONS, load_model
+from ..models.pipelines import SELECTIONS, Model, load_model
 from ..noise import timestep_grid
-from .flags import add_flags, make_parser, resolve
+from .flags import Parser, add_flags, make_parser, resolve
 from .inputs import (
     check_pictures,
     check_result_dir,
@@ -41,7 +44,7 @@ from .inputs import (
 )
 
 
-def describe_methods():
+def describe_methods() -> str:
     """The first sentence on each method, for --help."""
     lines = ["methods:"]
     for name, method in METHODS.items():
@@ -50,7 +53,7 @@ def describe_methods():
     return "\n".join(lines)
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn baselines", describe_methods())
     add_flags(parser, "task_json", "result_dir")
@@ -96,7 +99,7 @@ def parse_arguments(argv):
     return args, resolve(args)
 
 
-def add_gradient_flags(parser):
+def add_gradient_flags(parser: Parser) -> None:
     """Adds the flags of the influence function and of the TRAK family."""
     parser.add_argument(
         "--views",
@@ -146,7 +149,7 @@ def add_gradient_flags(parser):
     )
 
 
-def name_features(names):
+def name_features(names: Sequence[str]) -> list[str]:
     """Method names of the feature models: the last part of each. Raises UserError where one is
     another method's."""
     methods = [Path(name).resolve().name for name in names]
@@ -158,7 +161,7 @@ def name_features(names):
     return methods
 
 
-def check_methods(args, tasks):
+def check_methods(args: Namespace, tasks: Sequence[Task]) -> None:
     """Raises UserError where there is no method, one is unknown, or one cannot score a task."""
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown or not args.methods + args.features:
@@ -177,28 +180,29 @@ def check_methods(args, tasks):
         )
 
 
-def make_method(method, args):
+def make_method(method: type[Method], args: Namespace) -> Method:
     """A method of METHODS with the flags that its fields are named after."""
-    return method(
-        **{field.name: getattr(args, field.name) for field in fields(method) if field.init}
-    )
+    make: Callable[..., Method] = method
+    return make(**{field.name: getattr(args, field.name) for field in fields(method) if field.init})
 
 
-def list_readings(dataroot, training_set):
+def list_readings(dataroot: str | Path, training_set: TrainingSet) -> dict:
     """How pictures that are not plain are read, {id: reading}, of a data root whose arrays, and so
     its identity, tell nothing of them."""
     if not has_given_arrays(dataroot):
         return {}
-    readings = map_files(lambda path: read_header(path)[0], training_set.paths, "looking at images")
+    readings = map_files(
+        lambda path: read_header(path)[0] if path else [], training_set.paths, "looking at images"
+    )
     return {id: reading for id, reading in zip(training_set.ids, readings) if reading}
 
 
-def of_base_model(tasks):
+def of_base_model(tasks: Sequence[Task]) -> list[Task]:
     """Those tasks whose pictures the base model made."""
     return [task for task in tasks if task.model_path is None]
 
 
-def check_run(args):
+def check_run(args: Namespace) -> tuple[list[Task], list[str]]:
     """The checks that need no model: (tasks, method names of the feature models)."""
     tasks, feature_names = load_tasks(args.task_json, args.dataroot), name_features(args.features)
     check_methods(args, tasks)
@@ -211,7 +215,9 @@ def check_run(args):
     return tasks, feature_names
 
 
-def check_needs(methods, training_set, dataroot):
+def check_needs(
+    methods: dict[str, Method], training_set: TrainingSet, dataroot: str | Path
+) -> None:
     """Raises UserError where the training images lack what a method looks at."""
     for need, values in ("pictures", training_set.paths), ("captions", training_set.captions):
         names = [name for name, method in methods.items() if getattr(method, f"needs_{need}")]
@@ -222,7 +228,9 @@ def check_needs(methods, training_set, dataroot):
             )
 
 
-def make_run(model, methods, tasks, args, settings):
+def make_run(
+    model: Model, methods: dict[str, Method], tasks: list[Task], args: Namespace, settings: dict
+) -> Run:
     """What the methods score from. The grid, the Fisher and the training set are checked before a
     query is encoded."""
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
@@ -252,7 +260,7 @@ def make_run(model, methods, tasks, args, settings):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, then scores and saves method by method."""
     args, settings = parse_arguments(argv)
     tasks, feature_names = check_run(args)

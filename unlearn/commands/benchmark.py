@@ -15,6 +15,8 @@ differences under its own noise. Writes a table and results/benchmark/ARCHITECTU
 """
 
 import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +38,7 @@ from ..benchmark.draws import measure_draws
 from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
 from ..benchmark.scaling import measure_scaling
 from ..benchmark.settings import BenchmarkSettings
-from ..benchmark.workloads import make_row, prepare
+from ..benchmark.workloads import Bench, make_row, prepare
 from ..datasets.preparation import count_images
 from ..datasets.settings import AUTO
 from ..errors import UserError
@@ -75,7 +77,7 @@ PRESETS = {
 SCALING_SIZES = [1_000, 10_000, 100_000]
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn benchmark")
     parser.add_argument(
@@ -170,7 +172,7 @@ def parse_arguments(argv):
     return args, settings
 
 
-def check(args):
+def check(args: Namespace) -> None:
     """Resolves what `resolve` does not; raises UserError for what cannot be."""
     on_cuda = args.device.type == "cuda"
     for name in args.procedures or []:
@@ -198,7 +200,9 @@ def check(args):
         )
 
 
-def measure_procedures(bench, names, save):
+def measure_procedures(
+    bench: Bench, names: Sequence[str], save: Callable[[list[dict]], object]
+) -> list[dict]:
     """The row of each procedure; save(rows) after each. One that fails on this machine says so in
     its row."""
     rows = []
@@ -218,7 +222,7 @@ def measure_procedures(bench, names, save):
     return rows
 
 
-def format_row(row, sizes):
+def format_row(row: dict, sizes: Sequence[str]) -> list[str]:
     """A row's cells."""
     if "samples_per_second" not in row:
         return [row["procedure"], *[""] * (7 + 2 * len(sizes)), row["note"]]
@@ -245,7 +249,7 @@ def format_row(row, sizes):
     ]
 
 
-def print_tables(report, target_images):
+def print_tables(report: dict, target_images: int) -> None:
     """The rows, and the scaling where it was measured, on screen."""
     sizes = list(next((row["fidelity"] for row in report["rows"] if "fidelity" in row), {}))
     header = [
@@ -305,7 +309,7 @@ def print_tables(report, target_images):
         print("\n" + "\n".join(markdown_table(header, rows)))
 
 
-def open_world(args, settings):
+def open_world(args: Namespace, settings: dict) -> World:
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet)
@@ -333,7 +337,7 @@ def open_world(args, settings):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, unlearns, measures, saves."""
     args, settings = parse_arguments(argv)
     check(args)

@@ -9,6 +9,8 @@ status 1 where something has to be put right.
 """
 
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 
 from ..datasets.encoding import own_root
 from ..datasets.settings import read_settings
@@ -29,7 +31,7 @@ from .inputs import check_training_files
 from .inventory import examine_results
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line; a data root that is wrong is a finding, not an error."""
     parser = make_parser(__doc__, "python -m unlearn doctor")
     add_flags(parser, "dataroot", "sd_version", "laion_subset_size", "device")
@@ -44,7 +46,7 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Examines one thing after the other, and prints."""
     args = parse_arguments(argv)
     data, readable = examine_data(args)

@@ -13,6 +13,9 @@ a third or more, are counted. Killed and run again, the same command goes on whe
 scripts do the same at first use.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 from ..datasets.encoding import (
     check_given,
     encode_training_set,
@@ -30,7 +33,7 @@ from .advice import encode_command
 from .flags import add_flags, make_parser, resolve
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn encode")
     add_flags(parser, "dataroot", "sd_version", "vae_batch_size", "device", "dry_run")
@@ -54,7 +57,7 @@ def parse_arguments(argv):
     return args, resolve(args)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, encodes."""
     args, settings = parse_arguments(argv)
     if has_given_arrays(args.dataroot) and not args.overwrite:

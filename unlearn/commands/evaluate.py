@@ -17,13 +17,17 @@ are: with --tuning_json, a task file of further queries that are scored and meas
 told after the power of the scores that is best for each method on those.
 """
 
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from ..attribution.influence import is_indifferent, rank_images
 from ..baselines.similarity import (
+    Encode,
     encode_blocks,
     feature_encoder,
     latent_blocks,
@@ -32,14 +36,14 @@ from ..baselines.similarity import (
     score_queries,
     word_scores,
 )
-from ..datasets.tasks import load_tasks
+from ..datasets.tasks import Task, load_tasks
 from ..datasets.training_sets import list_images
 from ..errors import UserError
 from ..evaluation.evidence import Commands, Sources
 from ..evaluation.exemplars import report
 from ..evaluation.goldstandard import evaluate_retrained
 from ..evaluation.metrics import chance_metrics, exemplar_ranks, is_tied, query_metrics
-from ..evaluation.rankings import check_candidates, check_exemplars, read_ranking
+from ..evaluation.rankings import Ranking, check_candidates, check_exemplars, read_ranking
 from ..evaluation.scores import OURS
 from ..models.pipelines import load_model
 from ..retraining.measures import LOSS_TIMESTEPS
@@ -52,7 +56,7 @@ from .inputs import check_pictures, check_training_files, prepare_training_set
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another
 
 
-def check_features(names, paths, dataroot):
+def check_features(names: Sequence[str], paths: Sequence[Path], dataroot: str | Path) -> list[str]:
     """Method names of the feature models. Raises UserError where two are the same or there are no
     pictures to look at."""
     methods = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
@@ -69,7 +73,13 @@ def check_features(names, paths, dataroot):
     return methods
 
 
-def measure_baselines(tasks, args, settings, methods, rankings):
+def measure_baselines(
+    tasks: list[Task],
+    args: Namespace,
+    settings: dict,
+    methods: Sequence[str],
+    rankings: Sequence[Ranking],
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Metrics [queries, metrics] of each similarity baseline by name, and notices, a line each."""
     features = {
         method: feature_encoder(name, args.device, args.vae_batch_size)
@@ -103,7 +113,7 @@ def measure_baselines(tasks, args, settings, methods, rankings):
         blocks = (
             partial(latent_blocks, training_set)
             if method == "vae"
-            else partial(encode_blocks, encode, training_set.paths)
+            else partial(encode_blocks, encode, cast(Sequence[Path], training_set.paths))
         )
         values[method], lines = measure(
             method, encode, blocks, tasks, args.dataroot, len(training_set)
@@ -112,7 +122,14 @@ def measure_baselines(tasks, args, settings, methods, rankings):
     return values, notices
 
 
-def measure(method, encode, blocks, tasks, dataroot, num_training):
+def measure(
+    method: str,
+    encode: Encode,
+    blocks: Callable[[], Iterable[np.ndarray]],
+    tasks: Sequence[Task],
+    dataroot: str | Path,
+    num_training: int,
+) -> tuple[np.ndarray, list[str]]:
     """Metrics [queries, metrics] of one baseline, those of chance where it gives all images the
     same score, and notices."""
     rows, ties, indifferent = [], 0, 0
@@ -134,7 +151,7 @@ def measure(method, encode, blocks, tasks, dataroot, num_training):
     return np.array(rows), notices
 
 
-def tie_lines(method, count):
+def tie_lines(method: str, count: int) -> list[str]:
     """A line on queries whose exemplars tie, in a list, or []."""
     return (
         [
@@ -146,12 +163,12 @@ def tie_lines(method, count):
     )
 
 
-def measure_words(tasks, captions):
+def measure_words(tasks: Sequence[Task], captions: Sequence[str]) -> np.ndarray:
     """Metrics [queries, metrics] of the words that prompts share with captions, an exemplar's being
     its model's train prompt. Training images as good as the exemplars are ranked before them: texts
     are often alike, and what cannot tell them apart has found nothing."""
     scores = word_scores(
-        [task.prompt for task in tasks], [*(task.train_prompt for task in tasks), *captions]
+        [task.prompt for task in tasks], [*(task.train_prompt or "" for task in tasks), *captions]
     )
     before = [int((row[len(tasks) :] >= row[place]).sum()) for place, row in enumerate(scores)]
     return np.array(
@@ -162,7 +179,7 @@ def measure_words(tasks, captions):
     )
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn evaluate")
     parser.add_argument("--task_json", required=True, help="task file whose queries are finished")
@@ -221,7 +238,7 @@ def parse_arguments(argv):
     return args, settings
 
 
-def sources_of(args):
+def sources_of(args: Namespace) -> Sources:
     """Where the evidence stands, by the flags."""
     return Sources(
         args.task_json,
@@ -234,7 +251,7 @@ def sources_of(args):
     )
 
 
-def score_command(args, method, task_json):
+def score_command(args: Namespace, method: str | None, task_json: str | Path) -> str:
     """What scores the queries of a task file by a method, by all baselines where it is None."""
     if method == OURS:
         return influence_command(args, task_json=task_json)
@@ -242,12 +259,12 @@ def score_command(args, method, task_json):
     return write_command("baselines", args, methods=methods, task_json=task_json)
 
 
-def retrain_command(args, kind, *words, **more):
+def retrain_command(args: Namespace, kind: str, *words: str, **more: Any) -> str:
     """What makes models of a kind, measured on the queries that are evaluated."""
     return write_command("retrain", args, kind, *words, output=args.retrained, **more)
 
 
-def alike_command(args, seeds, identity):
+def alike_command(args: Namespace, seeds: Iterable[int], identity: dict) -> str:
     """What makes full models of these seeds, measured as a model of this identity was."""
     timesteps = identity["timesteps"] if identity["timesteps"] != LOSS_TIMESTEPS else None
     return retrain_command(
@@ -261,7 +278,7 @@ def alike_command(args, seeds, identity):
     )
 
 
-def commands_of(args):
+def commands_of(args: Namespace) -> Commands:
     """What messages of an evaluation against retrained models tell people to type."""
     return Commands(
         score=partial(score_command, args),
@@ -271,7 +288,7 @@ def commands_of(args):
     )
 
 
-def read_rankings(tasks, args):
+def read_rankings(tasks: Sequence[Task], args: Namespace) -> list[Ranking]:
     """The Ranking of each query. Raises UserError where one is missing, or they are not alike."""
     check_exemplars(tasks, args.task_json)
     commands = influence_command(args), influence_command(args, overwrite=True)
@@ -280,7 +297,7 @@ def read_rankings(tasks, args):
     return rankings
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks every input, measures ours, chance and the baselines, prints and writes."""
     args, settings = parse_arguments(argv)
     tasks = load_tasks(args.task_json, args.dataroot)

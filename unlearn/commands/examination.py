@@ -8,9 +8,11 @@ import os
 import platform
 import shutil
 import tomllib
+from argparse import Namespace
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,10 +25,10 @@ from ..attribution.fishers import has_other_images
 from ..datasets.encoding import check_given, count_pairs, has_given_arrays, list_pairs
 from ..datasets.preparation import examine_pictures
 from ..datasets.settings import read_settings
-from ..datasets.tasks import group_by_model, load_tasks
+from ..datasets.tasks import Task, group_by_model, load_tasks
 from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
-from ..models.checks import PARTS, check_pipeline, read_parts
+from ..models.checks import PARTS, Parts, check_pipeline, read_parts
 from ..models.customization import check_tokens
 from ..models.pipelines import trained_resolution
 from ..models.unets import check_unet_folder
@@ -50,7 +52,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def try_out(function, *args):
+def try_out(function: Callable[..., Any], *args: Any) -> tuple[Any, Finding | None]:
     """(what a function gives, None), or (None, the PROBLEM it raised as UserError, which says what
     to do)."""
     try:
@@ -59,7 +61,7 @@ def try_out(function, *args):
         return None, Finding(PROBLEM, " ".join(str(error).split()))
 
 
-def read_requirements():
+def read_requirements() -> tuple[str, list[Requirement]]:
     """(range of Python, requirements): of pyproject.toml in a checkout, else of the installed
     package, which has no such file."""
     if PYPROJECT.is_file():
@@ -73,7 +75,7 @@ def read_requirements():
     ]
 
 
-def examine_environment():
+def examine_environment() -> list[Finding]:
     """Python, the packages that this one asks for, and whether NumPy still draws the noise that
     caches were made with."""
     (python, requirements) = read_requirements()
@@ -115,7 +117,7 @@ def examine_environment():
     return [Finding(OK, ", ".join(found)), *findings]
 
 
-def examine_device(name):
+def examine_device(name: str | None) -> list[Finding]:
     """The device that a run would take, its memory or cores."""
     device, problem = try_out(choose_device, name)
     if problem:
@@ -131,7 +133,9 @@ def examine_device(name):
             if free > total / 2
             else Finding(NOTE, text, "another program uses it: nvidia-smi names it")
         ]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     findings = [Finding(OK, f"cpu, {torch.get_num_threads()} threads on {cores} cores")]
     if torch.get_num_threads() > cores:
         findings.append(
@@ -151,7 +155,7 @@ def examine_device(name):
     return findings
 
 
-def memory_limit():
+def memory_limit() -> int:
     """Bytes of memory that this process may use at most: the machine's, or less in a container or a
     SLURM job."""
     limits = [psutil.virtual_memory().total]
@@ -161,7 +165,7 @@ def memory_limit():
     return min(limits)
 
 
-def examine_memory(pipeline):
+def examine_memory(pipeline: str | Path | None) -> list[Finding]:
     """Memory, and whether a local pipeline's weights, made float32, fit into it."""
     available, total = psutil.virtual_memory().available, memory_limit()
     needed = (
@@ -181,7 +185,9 @@ def examine_memory(pipeline):
     return [Finding(OK, text)]
 
 
-def examine_disk(folders, remedies=None, only_read=()):
+def examine_disk(
+    folders: dict[str, str], remedies: dict[str, str] | None = None, only_read: Collection[str] = ()
+) -> list[Finding]:
     """Free space where a run writes, {what: folder}, and whether it may write there. remedies:
     {what: what to do where it may not}, if not to give another folder; only_read: what of these
     nothing is to be written in."""
@@ -213,16 +219,16 @@ def examine_disk(folders, remedies=None, only_read=()):
     return findings
 
 
-def pipeline_folder(name):
+def pipeline_folder(name: str | Path) -> Path | None:
     """Where the files of a pipeline stand on this machine, a folder or the hub's cache; None where
     they do not. Raises ValueError where it is neither a folder nor a name on the hub."""
     if Path(name).is_dir():
         return Path(name)
-    cached = try_to_load_from_cache(name, "model_index.json")
+    cached = try_to_load_from_cache(str(name), "model_index.json")
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def examine_pipeline(name, unet):
+def examine_pipeline(name: str, unet: str) -> Finding:
     """Whether the pipeline is there: a folder, or a hub name whose files are in the cache; and
     whether its parts, by their configurations, are of a known kind and fit each other. unet: the
     data root's own, or ""."""
@@ -253,11 +259,11 @@ def examine_pipeline(name, unet):
     )
 
 
-def examine_resolution(name, settings):
+def examine_resolution(name: str, settings: dict) -> list[Finding]:
     """Whether pictures are brought to the size that the model was trained on, as far as its
     configuration is there to be read."""
 
-    def find_config(part):
+    def find_config(part) -> Any:
         if part == "unet" and settings["unet"]:
             return Path(settings["unet"]) / "config.json"
         return (
@@ -294,7 +300,7 @@ def examine_resolution(name, settings):
     )
 
 
-def examine_fisher(args):
+def examine_fisher(args: Namespace) -> Finding:
     """The Fisher that compute_influence.py would take."""
     path, problem = try_out(find_fisher, args)
     if problem or not record_path(path).exists() or path.suffix != ".safetensors":
@@ -319,7 +325,7 @@ def examine_fisher(args):
     return Finding(OK, f"Fisher {path}")
 
 
-def check_shapes(dataroot, parts, resolution):
+def check_shapes(dataroot: str | Path, parts: Parts | None, resolution: int) -> None:
     """Raises UserError where latents and embeddings cannot be opened, or have other shapes than a
     model of these Parts (None: not known) makes."""
     latents, embeddings = open_arrays(dataroot)[:2]
@@ -328,7 +334,7 @@ def check_shapes(dataroot, parts, resolution):
         if parts and parts.classes["vae"] == "AutoencoderKL"
         else None
     )
-    if not isinstance(blocks, (list, tuple)) or parts.tokens is None:
+    if parts is None or not isinstance(blocks, (list, tuple)) or parts.tokens is None:
         return
     size = resolution // 2 ** (len(blocks) - 1)
     shapes = (
@@ -342,12 +348,12 @@ def check_shapes(dataroot, parts, resolution):
             )
 
 
-def examine_training_set(args, parts, resolution):
+def examine_training_set(args: Namespace, parts: Parts | None, resolution: Any) -> Finding:
     """Images, captions, latents and embeddings of a data root, and whether these are such as a
     model of these Parts (None: not known) makes."""
     dataroot = args.dataroot
     given = has_given_arrays(dataroot)
-    pairs, problem = (None, None) if given else try_out(list_pairs, dataroot)
+    pairs, problem = ([], None) if given else try_out(list_pairs, dataroot)
     if problem := problem or try_out(check_given, dataroot, encode_command(args))[1]:
         return problem
     made = all(path.exists() and record_path(path).exists() for path in array_paths(dataroot))
@@ -374,7 +380,7 @@ def examine_training_set(args, parts, resolution):
     )
 
 
-def examine_data(args):
+def examine_data(args: Namespace) -> tuple[list[Finding], bool]:
     """A data root: (its findings, that of the training set first, whether it can be read at
     all)."""
     settings, problem = try_out(read_settings, args.dataroot)
@@ -398,10 +404,10 @@ def examine_data(args):
     ], True
 
 
-def examine_tasks(args):
+def examine_tasks(args: Namespace) -> tuple[list[Finding], dict[str | None, list[Task]]]:
     """A task file: (its findings, its tasks by model)."""
     tasks, problem = try_out(load_tasks, args.task_json, args.dataroot)
-    groups, problem = (None, problem) if problem else try_out(group_by_model, tasks)
+    groups, problem = ({}, problem) if problem else try_out(group_by_model, tasks)
     if problem:
         return [problem], {}
     pipeline = args.sd_version or read_settings(args.dataroot)["pipeline"]

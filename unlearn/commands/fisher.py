@@ -8,6 +8,8 @@ samples: killed and run again, the same command goes on where it was. Processes,
 launch` or of several jobs, share the samples.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution.estimation import (
@@ -25,7 +27,7 @@ from .flags import add_flags, make_parser, resolve
 from .inputs import check_training_files, prepare_training_set
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line, resolved against the data root's defaults."""
     parser = make_parser(__doc__, "python -m unlearn fisher")
     add_flags(
@@ -72,7 +74,7 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, accumulates, saves."""
     args = parse_arguments(argv)
     num_images = check_training_files(args)

@@ -2,10 +2,14 @@
 
 import argparse
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..datasets.preparation import count_images
 from ..datasets.settings import AUTO, OWN_DEFAULTS, check_number, read_settings
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..runtime.printing import show
 from ..runtime.programs import choose_device, set_precision
@@ -74,7 +78,7 @@ DEFAULTS = {"result_dir": "results"}
 class Parser(argparse.ArgumentParser):
     """A parser whose flags stand in GROUPS, and whose errors are one line."""
 
-    def __init__(self, doc, prog=None, epilog=None):
+    def __init__(self, doc: str | None, prog: str | None = None, epilog: str | None = None) -> None:
         super().__init__(
             prog=prog,
             description=doc,
@@ -83,11 +87,11 @@ class Parser(argparse.ArgumentParser):
         )
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
-    def add(self, group, *args, **kwargs):
+    def add(self, group: str, *args: Any, **kwargs: Any) -> argparse.Action:
         """Adds a flag to one of GROUPS."""
         return self.groups[group].add_argument(*args, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """The flags. Raises UserError, naming the nearest flag, where one is not known."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -98,17 +102,17 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """A user's mistake: one line."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def make_parser(doc, prog=None, epilog=None):
+def make_parser(doc: str | None, prog: str | None = None, epilog: str | None = None) -> Parser:
     """The parser of a program that is documented by `doc`, and in `epilog` what its words mean."""
     return Parser(doc, prog, epilog)
 
 
-def add_flags(parser, *names):
+def add_flags(parser: Parser, *names: str) -> None:
     """Adds shared flags to their groups."""
     for name in names:
         group, kind, text = FLAGS[name]
@@ -126,19 +130,19 @@ def add_flags(parser, *names):
             )
 
 
-def check_names(args):
+def check_names(args: argparse.Namespace) -> None:
     """Raises UserError where a flag names something that is not UTF-8."""
     for flag, value in vars(args).items():
         if isinstance(value, str):
             check_name(f"--{flag}", value)
 
 
-def step_size(text):
+def step_size(text: str) -> float | str:
     """The type of --unlearn_lr: a number or auto."""
     return text if text == AUTO else float(text)
 
 
-def resolve(args, flag_of=None):
+def resolve(args: argparse.Namespace, flag_of: dict[str, str] | None = None) -> dict:
     """Fills the flags left at None in place: from the data root's dataset.json, else as published,
     or chosen for a data root that is neither. Sets precision and device. `flag_of` maps a flag to a
     setting of another name. Raises UserError for values out of range."""
@@ -172,8 +176,15 @@ def resolve(args, flag_of=None):
 
 
 def print_plan(
-    args, groups, training_set, grid, num_sweeps, batch_size, num_draws=0, change_bytes=0
-):
+    args: argparse.Namespace,
+    groups: dict[str | None, list[Task]],
+    training_set: TrainingSet,
+    grid: Sequence[int],
+    num_sweeps: int,
+    batch_size: int,
+    num_draws: int = 0,
+    change_bytes: int = 0,
+) -> None:
     """Prints the resolved flags and what the run costs: forward passes, memory of a batch's inputs,
     disk. num_sweeps: how often the training set is scored; num_draws: samples of unlearning, over
     all queries; change_bytes: size of a query's weight change."""

@@ -8,7 +8,10 @@ of the prompts gets seed SEED + i: the same picture on any device. Prompts may a
 caption file (--prompts FILE.json).
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +39,7 @@ from ..storage.records import keep_complete, record_path, write_record
 from .flags import add_flags, make_parser, resolve
 
 
-def read_prompts(path, limit):
+def read_prompts(path: str | Path, limit: int | None) -> list[str]:
     """Prompts, one a line, or the captions of a COCO annotation file, at most `limit` (None: all).
     Raises UserError where there are none or the file is no text."""
     if str(path).endswith(".json"):
@@ -58,7 +61,7 @@ def read_prompts(path, limit):
     return prompts[:limit]
 
 
-def check_words(names, tokenizer):
+def check_words(names: dict[str, str], tokenizer: Any) -> None:
     """Raises UserError where one of some prompts, {name: prompt}, has a word like <new1> that is no
     token of the pipeline's."""
     if strange := find_strange(tokenizer, names):
@@ -71,7 +74,9 @@ def check_words(names, tokenizer):
         )
 
 
-def make_entries(prompts, seeds, folder, args):
+def make_entries(
+    prompts: Sequence[str], seeds: Sequence[int], folder: str, args: Namespace
+) -> list[dict]:
     """Entries of the task file, paths relative to the data root."""
     sampling = {
         "num_inference_steps": args.num_inference_steps,
@@ -91,7 +96,7 @@ def make_entries(prompts, seeds, folder, args):
     ]
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn generate")
     parser.add_argument(
@@ -125,7 +130,7 @@ def parse_arguments(argv):
     return args, resolve(args)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, generates, writes pictures, arrays and the task file."""
     args, settings = parse_arguments(argv)
     prompts = read_prompts(args.prompts, args.limit)

@@ -7,6 +7,8 @@ Writes OUTPUT/<model>/ for the model of each task, 16 KB for every view of an im
 as gradient scoring takes. Killed and run again, the same command goes on.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution.draws import ImageNoise
@@ -28,7 +30,7 @@ from .inputs import (
 )
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line, resolved against the data root's defaults."""
     parser = make_parser(__doc__, "python -m unlearn index")
     parser.add_argument(
@@ -68,7 +70,7 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, builds model by model."""
     args = parse_arguments(argv)
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))

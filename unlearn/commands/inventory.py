@@ -4,10 +4,12 @@ and what to do about it."""
 import os
 import re
 import time
+from argparse import Namespace
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..datasets.tasks import find_result
+from ..datasets.tasks import Task, find_result
 from ..errors import UserError
 from ..runtime.programs import progress
 from ..storage.leases import EXPIRY, is_dead, read_claim
@@ -21,14 +23,14 @@ CHUNK = re.compile(r"\d+-of-(\d+)\.(npy|sums)")
 SHOWN = 3  # names in one finding
 
 
-def name_some(paths):
+def name_some(paths: Sequence[Path]) -> str:
     """The first of some paths, and how many more there are."""
     return ", ".join(map(str, paths[:SHOWN])) + (
         f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     )
 
 
-def list_files(folder):
+def list_files(folder: str | Path) -> tuple[dict[str, list[Path]], dict[Path, list[Path]]]:
     """Files below a folder by kind: artefacts, records, claims, parts, checkpoints and, by their
     folder, chunks."""
     found, chunks = defaultdict(list), defaultdict(list)
@@ -48,7 +50,7 @@ def list_files(folder):
     return found, chunks
 
 
-def check_artefacts(paths):
+def check_artefacts(paths: Sequence[Path]) -> tuple[int, list[Finding], list[Path]]:
     """Reads every complete artefact once: (how many are whole, the problems of the others, those
     without a record)."""
     complete = [path for path in paths if is_complete(path)]
@@ -64,7 +66,7 @@ def check_artefacts(paths):
     return len(complete) - len(problems), problems, [path for path in bare if path.suffix != ".txt"]
 
 
-def orphaned(records):
+def orphaned(records: Sequence[Path]) -> list[Path]:
     """Records whose artefact is not there."""
 
     def is_record(path):
@@ -83,7 +85,7 @@ def orphaned(records):
     ]
 
 
-def examine_claims(paths):
+def examine_claims(paths: Sequence[Path]) -> list[Finding]:
     """Who works on what, and which owners are gone."""
     living, gone = Counter(), []
     for path in paths:
@@ -105,7 +107,7 @@ def examine_claims(paths):
     return findings
 
 
-def rebuild_command(args, folder, groups):
+def rebuild_command(args: Namespace, folder: Path, groups: dict[str | None, list[Task]]) -> str:
     """What builds the index in `folder` again; of a model that the task file does not name, its
     task file must be given."""
     names = [
@@ -121,11 +123,17 @@ def rebuild_command(args, folder, groups):
     )
 
 
-def examine_leftovers(args, found, chunks, groups):
+def examine_leftovers(
+    args: Namespace,
+    found: dict[str, list[Path]],
+    chunks: dict[Path, list[Path]],
+    groups: dict[str | None, list[Task]],
+) -> list[Finding]:
     """What runs that ended early left, which the same command goes on with."""
     findings = []
     for folder, paths in chunks.items():
-        total = int(CHUNK.fullmatch(paths[0].name)[1])
+        named = CHUNK.fullmatch(paths[0].name)
+        total = int(named[1]) if named else len(paths)
         listing = folder.parent / "shards.txt"
         if folder.name.startswith(".") or not is_complete(listing):
             findings.append(
@@ -163,7 +171,7 @@ def examine_leftovers(args, found, chunks, groups):
     return findings
 
 
-def examine_progress(args, groups):
+def examine_progress(args: Namespace, groups: dict[str | None, list[Task]]) -> list[Finding]:
     """How far a task file's models and queries have come."""
     names = {group[0].model_name: group[0].image_sets for group in groups.values()}
     losses = [
@@ -193,7 +201,9 @@ def examine_progress(args, groups):
     ]
 
 
-def examine_settings(records, settings, num_images):
+def examine_settings(
+    records: Sequence[Path], settings: dict, num_images: int | None
+) -> list[Finding]:
     """Cached losses of the training set that compute_influence.py would refuse with this data
     root's defaults."""
     asked = {"timesteps": settings["time_samples"], "num_images": num_images, "noise_seed": 0}
@@ -203,7 +213,9 @@ def examine_settings(records, settings, num_images):
     ):
         record, problem = try_out(read_json, path)
         identity = record.get("identity") if not problem and isinstance(record, dict) else None
-        for field, value in asked.items() if isinstance(identity, dict) else ():
+        if not isinstance(identity, dict):
+            continue
+        for field, value in asked.items():
             found = identity.get(field)
             if (len(found) if isinstance(found, list) else found) not in (value, None):
                 odd[
@@ -220,7 +232,12 @@ def examine_settings(records, settings, num_images):
     ]
 
 
-def examine_results(args, groups, settings=None, num_images=None):
+def examine_results(
+    args: Namespace,
+    groups: dict[str | None, list[Task]],
+    settings: dict | None = None,
+    num_images: int | None = None,
+) -> list[Finding]:
     """All findings of a folder of results; of a task file's tasks by model too, and of the data
     root's defaults, where given."""
     if not Path(args.result_dir).is_dir():

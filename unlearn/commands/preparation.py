@@ -48,6 +48,6 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
             read_stored(task, args.dataroot, latent_shape, model.embedding_shape)
     fisher = load_fisher(model, args, selection) if selection else None
     training_set = prepare_training_set(model, args)
-    if fisher:
+    if fisher and selection:
         warn_of_fisher(fisher, training_set, args, selection)
     return Prepared(model, grid, training_set, fisher)

@@ -7,10 +7,12 @@ Writes RESULT_DIR/influence/<query>/report.html for each query and, of several, 
 RESULT_DIR/report.html. Each page is one file with small pictures in it, and works from disk.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ..datasets.tasks import load_tasks
+from ..datasets.tasks import Task, load_tasks
 from ..errors import UserError
 from ..evaluation.stored_results import check_result, find_results, read_report
 from ..report.page import index_entry, write_index, write_report
@@ -20,7 +22,7 @@ from ..storage.artifacts import check_writable
 from .flags import make_parser
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line."""
     parser = make_parser(__doc__, "python -m unlearn report")
     parser.add_argument(
@@ -37,7 +39,7 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def read_tasks(args):
+def read_tasks(args: Namespace) -> dict[str, Task]:
     """Tasks by the folder of their results, {} without a task file."""
     if args.dataroot is not None and not Path(args.dataroot).is_dir():
         raise UserError(f"--dataroot {args.dataroot}: no such folder")
@@ -49,7 +51,7 @@ def read_tasks(args):
     return {name: task for task in tasks for name in (task.query_name, task.result_name)}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks every result, then writes a page for each, and their index."""
     args = parse_arguments(argv)
     folder = Path(args.result_dir)

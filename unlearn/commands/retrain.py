@@ -13,22 +13,25 @@ and run again, the same command goes on where it was; under `accelerate launch` 
 its share of the models.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import noise
-from ..baselines.similarity import feature_encoder
+from ..baselines.similarity import Encode, feature_encoder
 from ..datasets.queries import encode_query
 from ..datasets.repeats import read_repeats
-from ..datasets.tasks import load_tasks
+from ..datasets.tasks import Task, load_tasks
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..evaluation.retrained import query_digests
 from ..evaluation.scores import OURS
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
-from ..models.pipelines import load_model
+from ..models.pipelines import Model, load_model
 from ..retraining.measures import (
     LOSS_TIMESTEPS,
     MeasureSettings,
@@ -46,7 +49,7 @@ from ..retraining.models import (
     train_stack,
     weights_path,
 )
-from ..retraining.plans import PLANS, PlanSettings, make_plans, make_stacks, read_rankings
+from ..retraining.plans import PLANS, Plan, PlanSettings, make_plans, make_stacks, read_rankings
 from ..retraining.recipes import SCHEDULES, Recipe
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
@@ -55,7 +58,7 @@ from .flags import add_flags, make_parser, resolve
 from .inputs import check_pictures, check_result_dir, check_training_files, prepare_training_set
 
 
-def recipe_of(args, settings, num_images):
+def recipe_of(args: Namespace, settings: dict, num_images: int) -> Recipe:
     """The recipe by the flags, which the data root's settings have filled, and by these settings;
     its seed is the first one."""
     return Recipe(
@@ -70,7 +73,7 @@ def recipe_of(args, settings, num_images):
     )
 
 
-def plan_settings(args):
+def plan_settings(args: Namespace) -> PlanSettings:
     """Which models are trained, by the flags."""
     return PlanSettings(
         args.kind,
@@ -82,7 +85,7 @@ def plan_settings(args):
     )
 
 
-def measure_settings(args, tasks):
+def measure_settings(args: Namespace, tasks: Sequence[Task]) -> MeasureSettings:
     """How models are measured, by flags and task files. Raises UserError where these differ in how
     pictures are made."""
     return MeasureSettings(
@@ -90,7 +93,7 @@ def measure_settings(args, tasks):
     )
 
 
-def ranking_command(args, folder, method):
+def ranking_command(args: Namespace, folder: Path, method: str) -> str:
     """What ranks the queries of `retrain`'s task files into `folder`."""
     if method == OURS:
         return influence_command(
@@ -105,7 +108,14 @@ def ranking_command(args, folder, method):
     )
 
 
-def print_cost(plans, untrained, unmeasured, training_set, tasks, recipe):
+def print_cost(
+    plans: Sequence[Plan],
+    untrained: Sequence[Plan],
+    unmeasured: Sequence[Plan],
+    training_set: TrainingSet,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+) -> None:
     """Prints what there is to do: models, steps and size."""
     print(
         f"{len(plans)} models; {len(untrained)} to be trained, {len(unmeasured) if tasks else 0} "
@@ -118,7 +128,7 @@ def print_cost(plans, untrained, unmeasured, training_set, tasks, recipe):
     )
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn retrain")
     parser.add_argument(
@@ -208,7 +218,7 @@ def parse_arguments(argv):
     return args, settings
 
 
-def check_flags(args, tasks):
+def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
     """Raises UserError where flags that the kind needs are missing, or tasks cannot be measured."""
     needed = {"random": ["top_k"], "without": ["top_k", "influence", "task_json"]}.get(
         args.kind, []
@@ -243,7 +253,7 @@ def check_flags(args, tasks):
             )
 
 
-def check_full_model(plans, args):
+def check_full_model(plans: Sequence[Plan], args: Namespace) -> None:
     """Raises UserError where models without some images would be trained that no full model of
     their seed is there to compare with."""
     seeds = {plan.seed for plan in plans if plan.kind == "without"}
@@ -265,7 +275,7 @@ def check_full_model(plans, args):
             )
 
 
-def check_inputs(args, tasks):
+def check_inputs(args: Namespace, tasks: list[Task]) -> None:
     """Raises UserError where flags, folders, pictures or prompts are not as they must be. Cheap."""
     check_flags(args, tasks)
     for folder in args.result_dir, args.output:
@@ -275,7 +285,7 @@ def check_inputs(args, tasks):
     check_tokens(None, tasks, args.sd_version)
 
 
-def check_measures(model, args, tasks):
+def check_measures(model: Model, args: Namespace, tasks: list[Task]) -> MeasureSettings:
     """How models are measured. Raises UserError where this model cannot be measured so."""
     check_customization(model, None, tasks)
     noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
@@ -285,7 +295,7 @@ def check_measures(model, args, tasks):
     return measuring
 
 
-def plan_models(args, training_set, tasks):
+def plan_models(args: Namespace, training_set: TrainingSet, tasks: list[Task]) -> list[Plan]:
     """The models of the kind that is asked for."""
     settings = plan_settings(args)
     rankings = read_rankings(
@@ -300,7 +310,13 @@ def plan_models(args, training_set, tasks):
     return plans
 
 
-def find_unfinished(plans, trained, measured, tasks, args):
+def find_unfinished(
+    plans: Sequence[Plan],
+    trained: dict[str, dict],
+    measured: dict[str, dict],
+    tasks: Sequence[Task],
+    args: Namespace,
+) -> tuple[list[Plan], list[Plan]]:
     """Those of the plans whose models are to be trained, and to be measured. trained, measured: the
     identities by name. Raises UserError where files of other models are in the way."""
     unmeasured = [
@@ -321,12 +337,19 @@ def find_unfinished(plans, trained, measured, tasks, args):
     return untrained, unmeasured
 
 
-def measures_path(args, plan):
+def measures_path(args: Namespace, plan: Plan) -> Path:
     """Where the measures of a model are written."""
     return args.output / f"{plan.name}.json"
 
 
-def ask(model, args, settings, tasks, measuring, encode):
+def ask(
+    model: Model,
+    args: Namespace,
+    settings: dict,
+    tasks: list[Task],
+    measuring: MeasureSettings,
+    encode: Encode | None,
+) -> Questions | None:
     """What every model is asked: the queries encoded, their pictures loaded. None without tasks."""
     if not tasks:
         return None
@@ -341,7 +364,7 @@ def ask(model, args, settings, tasks, measuring, encode):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks, plans, then trains and measures stack by stack."""
     args, settings = parse_arguments(argv)
     tasks = [task for path in args.task_json for task in load_tasks(path, args.dataroot)]

@@ -9,6 +9,7 @@ leaves it, or from `sample_caption.txt` and `sample/`, as `data/download_mscoco.
 roots bring their own task files.
 """
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..datasets.annotations import read_lines
@@ -42,7 +43,7 @@ NUM_IMAGES_PER_SET = 40
 IMAGE_STRIDE = 4
 
 
-def read_entry(dataroot, test_case, index):
+def read_entry(dataroot: Path, test_case: str, index: int) -> dict:
     """The entry of one customized model, checked. Raises UserError where it is missing or
     malformed."""
     path = dataroot / "json" / f"{test_case}.json"
@@ -74,13 +75,13 @@ def read_entry(dataroot, test_case, index):
     return entry
 
 
-def shorten(value):
+def shorten(value: object) -> str:
     """A value as text of at most 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def read_prompts(dataroot):
+def read_prompts(dataroot: Path) -> dict:
     """path_to_prompts.json as a mapping whose keys are paths of images or folders below the data
     root."""
     path = dataroot / "path_to_prompts.json"
@@ -92,7 +93,7 @@ def read_prompts(dataroot):
     return {strip_dataset(key).rstrip("/"): value for key, value in prompts.items()}
 
 
-def find_prompt(prompts, image_path):
+def find_prompt(prompts: dict, image_path: str) -> str:
     """The prompt of a synthesized image: an entry of its path, or of its folder or the one above.
 
     A folder's entry may be a list, indexed by the number that is the image's name. Raises UserError
@@ -114,7 +115,7 @@ def find_prompt(prompts, image_path):
     return value
 
 
-def find_model(dataroot, image_path):
+def find_model(dataroot: Path, image_path: str) -> str:
     """`synth/DOMAIN/SET/MODEL/samples/IMAGE` -> `models/DOMAIN/MODEL`. Raises UserError where that
     is no folder."""
     parts = PurePosixPath(image_path).parts
@@ -131,7 +132,9 @@ def find_model(dataroot, image_path):
     return model_path
 
 
-def make_task(dataroot, prompts, test_case, index, category, image_path):
+def make_task(
+    dataroot: Path, prompts: dict, test_case: str, index: int, category: str | None, image_path: str
+) -> dict:
     """The task of one synthesized image. Raises UserError where its file, prompt or model is
     missing."""
     if not resolve_inside(dataroot, image_path, f"json/{test_case}.json: entry {index}").is_file():
@@ -149,7 +152,7 @@ def make_task(dataroot, prompts, test_case, index, category, image_path):
     }
 
 
-def make_tasks(dataroot):
+def make_tasks(dataroot: str | Path) -> list[dict]:
     """The 400 tasks: test case by test case, model by model, set by set, every fourth image."""
     dataroot, tasks = Path(dataroot), []
     prompts = read_prompts(dataroot)
@@ -171,7 +174,7 @@ def make_tasks(dataroot):
     return tasks
 
 
-def make_sample_tasks(dataroot):
+def make_sample_tasks(dataroot: str | Path) -> list[dict]:
     """One task for each line of sample_caption.txt, whose picture is sample/LINE.png. Raises
     UserError where a picture is missing or the numbers disagree."""
     dataroot = Path(dataroot)
@@ -210,9 +213,9 @@ def make_sample_tasks(dataroot):
     return tasks
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Writes the task file."""
-    parser = make_parser(__doc__.splitlines()[0], "python -m unlearn tasks")
+    parser = make_parser((__doc__ or "").split("\n")[0], "python -m unlearn tasks")
     parser.add_argument(
         "--dataroot", default="data/abc", help="the AbC benchmark, or MSCOCO (default: %(default)s)"
     )
