@@ -2,6 +2,7 @@
 arguments, who chooses a device."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["compute_training_loss", "compute_influence"]
 MAY_PARSE = {"unlearn.commands", *SCRIPTS}
 MAY_ASK_FOR_CUDA = "unlearn.runtime"
+NOT_TYPED_YET = "unlearn.commands.attribute"
 
 
 def module_name(path):
@@ -100,6 +102,40 @@ def test_linter_and_formatter_find_nothing(words):
         text=True,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_type_checker_finds_nothing():
+    """By [tool.pyright] in pyproject.toml, against the packages of the Python that runs the tests."""
+    pyright = shutil.which("pyright", path=Path(sys.executable).parent) or shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("pyright is not installed: pip install '.[test]'")
+    try:  # without its extra nodejs it downloads Node.js at its first use
+        subprocess.run([pyright, "--version"], check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"pyright does not start ({error}); it needs Node.js: pip install '.[test]'")
+    finished = subprocess.run(
+        [pyright, "--pythonpath", sys.executable], cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name != NOT_TYPED_YET])
+def test_public_functions_say_their_types(name):
+    """Of every parameter, and of what they return; those of an overriding method too."""
+    bare = [
+        f"{function.name}, line {function.lineno}"
+        for holder in ast.walk(TREES[name])
+        if isinstance(holder, ast.Module | ast.ClassDef)
+        for function in holder.body
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith("_")
+        if function.returns is None
+        or any(
+            parameter.annotation is None
+            for parameter in (*function.args.args, *function.args.kwonlyargs)
+            if parameter.arg not in ("self", "cls")
+        )
+    ]
+    assert not bare, f"{name}: {bare}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

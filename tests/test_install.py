@@ -69,6 +69,7 @@ def test_a_wheel_holds_both_scripts_every_package_and_the_command(installed):
         if path.suffix in (".html", ".css", ".js")
     }
     assert len(parts) == 5 and all((installed / part).is_file() for part in parts)
+    assert (installed / "unlearn/py.typed").is_file()  # else checkers do not look at its types
     assert (installed / "compute_influence.py").is_file() and (
         installed / "compute_training_loss.py"
     ).is_file()
