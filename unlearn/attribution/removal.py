@@ -113,7 +113,9 @@ class FeatureMaker:
         ]
         return torch.stack(features).cpu().numpy()
 
-    def probe(self, latent: torch.Tensor, number: int, embedding: torch.Tensor):
+    def probe(
+        self, latent: torch.Tensor, number: int, embedding: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
         """The sketches of J^T v at a timestep, for each of its signs v: yields [sketch_size]."""
         timesteps = torch.tensor([self.settings.timesteps[number]], device=latent.device)
         with torch.enable_grad():
@@ -146,7 +148,9 @@ def ridge_inverse(
         num_rows, squares = num_rows + len(rows), squares + float(np.square(rows).sum())
         held.append(rows)
         if num_rows >= size:
-            gram = sum((part.T @ part for part in held), 0.0 if gram is None else gram)
+            gram = np.zeros((size, size)) if gram is None else gram
+            for part in held:
+                gram += part.T @ part
             held = []
     if not squares > 0:
         raise UserError("the features of all images are 0; the model's prediction is constant")
@@ -198,10 +202,11 @@ def score_removal(
             start += len(own)
             yield own
 
-    return sum(
+    scores = [
         score_timestep(partial(at, timestep), np.asarray(queries[:, timestep], np.float64), ridge)
         for timestep in range(queries.shape[1])
-    )
+    ]
+    return np.sum(scores, axis=0)
 
 
 def score_timestep(

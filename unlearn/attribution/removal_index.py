@@ -125,14 +125,16 @@ class RemovalIndex:
         self.num_images = len(training_set)
         identity = feature_identity(model, training_set, settings)
         check_record(self.folder / LISTING, identity, "build the features with these settings")
-        lines = [SHARD.fullmatch(line) for line in read_text(self.folder / LISTING).splitlines()]
+        found = map(SHARD.fullmatch, read_text(self.folder / LISTING).splitlines())
+        lines = list(found)
         expected = -(-self.num_images // CHUNK_IMAGES)
-        if not all(lines) or len(lines) != expected:
+        names = [line.group(2) for line in lines if line]
+        if len(names) != len(lines) or len(lines) != expected:
             raise UserError(
                 f"{self.folder / LISTING}: expected a hash and the name of a shard on each of "
                 f"{expected} lines; build the features again"
             )
-        self.paths = [self.folder / line.group(2) for line in lines]
+        self.paths = [self.folder / name for name in names]
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The features shard by shard, [images, timesteps, rows, size] float32. Raises UserError

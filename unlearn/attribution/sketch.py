@@ -4,6 +4,8 @@ Buckets and signs are raw Philox bits, which depend on seed and parameter name a
 library version, selection or order of weights.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -15,7 +17,11 @@ class CountSketch:
     device. Source: Charikar, Chen and Farach-Colton, Finding frequent items in data streams."""
 
     def __init__(
-        self, parameters: dict[str, torch.Tensor], size: int, seed: int, device: torch.device | str
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        size: int,
+        seed: int,
+        device: torch.device | str,
     ):
         """parameters: {name: tensor} of the shapes that will be sketched."""
         self.size = size

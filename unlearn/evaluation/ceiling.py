@@ -56,8 +56,9 @@ def highest_score(losses: np.ndarray, kept: np.ndarray) -> tuple[float, float, f
     """
     losses = losses[losses.var(axis=1) > 0]
     if len(kept) < FEWEST_MODELS or not len(losses):
-        return (np.nan,) * 3
+        return np.nan, np.nan, np.nan
     overlap, weights = overlaps(kept), 1 - np.eye(len(kept))
     left_out = np.stack([additive_shares(losses, overlap, row) for row in weights])
     bounds = mean_interval(additive_shares(losses, overlap), left_out, np.inf)
-    return tuple(float(np.sqrt(np.clip(bound, 0, 1))) for bound in bounds)
+    value, low, high = (float(np.sqrt(np.clip(bound, 0, 1))) for bound in bounds)
+    return value, low, high

@@ -4,15 +4,22 @@ import shutil
 import subprocess
 from functools import cache
 
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 NO_CHARACTER = "\ue000"  # for private use: a font shows what it shows for all that it lacks
+
+
+def draw(font: ImageFont.FreeTypeFont, character: str) -> bytes:
+    """A character's picture."""
+    image = Image.new("L", (64, 64))
+    ImageDraw.Draw(image).text((8, 8), character, 255, font)
+    return image.tobytes()
 
 
 @cache
 def lacks(font: ImageFont.FreeTypeFont, character: str) -> bool:
     """Whether a font has no picture of a character."""
-    return bytes(font.getmask(character)) == bytes(font.getmask(NO_CHARACTER))
+    return draw(font, character) == draw(font, NO_CHARACTER)
 
 
 @cache
