@@ -44,6 +44,18 @@ def median_change(changes: np.ndarray) -> float:
     return float(np.median(changes.reshape(2, -1).mean(axis=0)))
 
 
+def find_strange(own: float, before: dict[str, np.ndarray]) -> list[str]:
+    """A warning where the model explains the query worse than any training image. own: the query's
+    loss before unlearning; before: the images' by image set, each the mean over the same grid."""
+    highest = max((float(losses.max()) for losses in before.values()), default=np.inf)
+    if not own > highest:
+        return []
+    return [
+        f"the model explains this picture worse than any training image (loss {own:.4g}, theirs at "
+        f"most {highest:.4g}): another model may have made it"
+    ]
+
+
 def rank_query(study: Study, changes: dict, shown: dict, folder: Path) -> Ranking:
     """The ranking of a query, with what there is to warn of its step and its Fisher. Raises
     UserError where a number is not finite."""
@@ -55,6 +67,7 @@ def rank_query(study: Study, changes: dict, shown: dict, folder: Path) -> Rankin
     warnings = find_warnings(
         shown["relative_weight_change"], shown["query_loss_before"], shown["query_loss_after"]
     )
+    warnings += find_strange(shown["query_loss_before"], study.before)
     try:
         return rank(study.image_sets, changes, [*warnings, *study.fisher.warnings])
     except UserError as error:
