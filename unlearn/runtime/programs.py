@@ -241,12 +241,33 @@ def say(text: str) -> None:
         log.info(text)
 
 
+AFTERWARDS = [0.0]  # seconds that a run will take once what is at hand is done
+
+
+@contextmanager
+def followed_by(seconds: float) -> Iterator[None]:
+    """Within it progress tells the time left in all: its own and what comes after."""
+    AFTERWARDS.append(seconds)
+    try:
+        yield
+    finally:
+        AFTERWARDS.pop()
+
+
 def progress(total: int, description: str, unit: str, done: int = 0) -> "tqdm | LineProgress":
     """A counter with `update(count)`: a bar with rate and time left on a terminal, log lines
     elsewhere (SLURM)."""
     description = printable(description)
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
+        later = f"then {AFTERWARDS[-1]:.0f} s" if AFTERWARDS[-1] >= 1 else None
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=description,
+            unit=unit,
+            dynamic_ncols=True,
+            postfix=later,
+        )
     return LineProgress(total, description, unit, done)
 
 
@@ -278,11 +299,12 @@ class LineProgress:
         """Logs what is done, the rate and the time left."""
         self.printed = time.monotonic()
         rate = (self.count - self.start_count) / max(self.printed - self.start, 1e-9)
-        left = (
-            f", {(self.total - self.count) / rate:.0f} s left"
-            if rate and self.count < self.total
-            else ""
-        )
+        left = ""
+        if rate and self.count < self.total:
+            seconds = (self.total - self.count) / rate
+            left = f", {seconds:.0f} s left"
+            if AFTERWARDS[-1] >= 1:
+                left += f", {seconds + AFTERWARDS[-1]:.0f} s in all"
         log.info(
             f"{self.description}: {self.count}/{self.total} {self.unit} ({rate:.1f} "
             f"{self.unit}/s{left})"
