@@ -1,5 +1,6 @@
 """Which training images made this picture? Data attribution for text-to-image models by unlearning
-synthesized images. The Python interface is described in `unlearn/api.py`."""
+synthesized images. The Python interface is described in `unlearn/api.py` and, where one call is to
+do everything, `unlearn/front`."""
 
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
         rank,
         unlearn,
     )
+    from .front import Attribution, attribute
 
 __all__ = [
+    "Attribution",
     "Delta",
     "DiagonalFisher",
     "Model",
@@ -31,6 +34,7 @@ __all__ = [
     "TrainingSet",
     "UserError",
     "__version__",
+    "attribute",
     "compute_losses",
     "customized",
     "encode_query",
@@ -46,9 +50,9 @@ def __getattr__(name: str):
     """Public names are imported when they are first used: torch and diffusers take seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
+    from . import api, front
 
-    return getattr(api, name)
+    return getattr(front if name in front.__all__ else api, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,11 @@
-"""The Python interface: what the scripts do, step by step, for notebooks and other programs.
+"""The Python interface: what the scripts do, step by step, for notebooks and other programs. One
+call does it all, and keeps it in a folder:
+
+    import unlearn
+    [answer] = unlearn.attribute("picture.png", model="MODEL", images="FOLDER", prompt="red apple")
+    answer.show(); answer.table(); answer.scores; answer.warnings; answer.save("elsewhere")
+
+Step by step:
 
     import unlearn
     model = unlearn.load_model("data/emoji/pipeline")

@@ -1,7 +1,7 @@
 """The queries of a study, from weight changes to finished results: what compute_influence.py and
 `unlearn attribute` do once all is checked and loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .attribution.deltas import Delta
@@ -35,6 +35,7 @@ class Output:
     remedy: str  # the same, with the step chosen
     unscaled: bool = False  # see `queries.encode_query`
     is_shown: bool = True  # whether tables are printed
+    notes: dict[str, list[str]] = field(default_factory=dict)  # cautions, by the picture's path
 
 
 def attribute_queries(study: Study, tasks: list[Task], output: Output) -> None:
@@ -83,6 +84,7 @@ def describe_origin(task: Task, output: Output) -> dict:
         "seed": task.seed,
         "model": task.model_name,
         "command": output.command,
+        "notes": output.notes.get(task.synth_image_path, []),
     }
 
 

@@ -2,31 +2,51 @@
 
     python -m unlearn attribute picture.png --prompt "red apple" --model MODEL --images FOLDER
     python -m unlearn attribute a.png b.png --model MODEL --images FOLDER --out DIR
+    python -m unlearn attribute --prompt "red apple" --seed 7 --model MODEL --images FOLDER
 
 MODEL is the diffusers pipeline that made the picture, a folder or a name on the hub; FOLDER holds
 the images that it was trained on, with captions by any convention: captions.txt, metadata.jsonl or
 .csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
 for all. The prompt is read from the picture's file where the program that made it wrote it there.
-Everything is made at first use and kept below DIR: latents, curvature, losses. Killed and run
-again, the same command goes on; a further picture costs its own part only. Ends in a table, a CSV
-file, a picture and report.html, a page to look at and to send on.
+Without a picture the model makes it from --prompt and --seed. Everything is made at first use and
+kept below DIR: latents, curvature, losses. Killed and run again, the same command goes on; a
+further picture costs its own part only. Ends in a table, a CSV file, a picture and report.html, a
+page to look at and to send on.
 """
 
 import shlex
 import sys
 
 from ..front import attribute
+from ..front.making import GUIDANCE
+from ..models.generation import NUM_INFERENCE_STEPS
 from ..runtime.printing import show
 from ..storage.records import NAMES, name_input
-from .flags import make_parser
+from .flags import check_names, make_parser
+
+HIGHEST_TABLE = 1000
 
 
 def parse_arguments(argv):
     """The command line."""
     parser = make_parser(__doc__, "python -m unlearn attribute")
-    parser.add("data", "pictures", nargs="+", metavar="PICTURE", help="what is asked about")
+    parser.add("data", "pictures", nargs="*", metavar="PICTURE", help="what is asked about")
     parser.add("data", "--prompt", help="of all pictures (default what each file says)")
-    parser.add("data", "--seed", type=int, help="of all pictures, for the page")
+    parser.add(
+        "data", "--seed", type=int, help="of all pictures, for the page; of the one to be made"
+    )
+    parser.add(
+        "data",
+        "--steps",
+        type=int,
+        help=f"of the picture to be made (default {NUM_INFERENCE_STEPS})",
+    )
+    parser.add(
+        "data",
+        "--guidance",
+        type=float,
+        help=f"of the picture to be made; 1: none (default {GUIDANCE})",
+    )
     parser.add(
         "data", "--images", required=True, metavar="FOLDER", help="the training images, or hf:NAME"
     )
@@ -46,7 +66,12 @@ def parse_arguments(argv):
     parser.add("output", "--out", default="attribution", metavar="DIR", help="default attribution")
     parser.add("output", "--top_k", type=int, default=10, help="images in the table (default 10)")
     parser.add("running", "--device", help="cuda, cuda:N or cpu (default cuda if there is one)")
-    return parser.parse_args(argv)
+    parser.add("running", "--dry_run", action="store_true", help="say what it would cost, and stop")
+    args = parser.parse_args(argv)
+    check_names(args)
+    if not 1 <= args.top_k <= HIGHEST_TABLE:
+        parser.error(f"--top_k {args.top_k}: expected 1 to {HIGHEST_TABLE}")
+    return args
 
 
 def main(argv=None):
@@ -56,22 +81,10 @@ def main(argv=None):
     name_input("model", args.model)
     name_input("data root", args.out)
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "unlearn", "attribute", *words])
     answers = attribute(
-        args.pictures,
-        args.model,
-        args.images,
-        args.prompt,
-        args.out,
-        args.seed,
-        args.caption,
-        args.captions,
-        args.groups,
-        args.top_k,
-        args.device,
-        command,
+        **vars(args), command=shlex.join(["python", "-m", "unlearn", "attribute", *words])
     )
     for answer in answers:
         answer.show(args.top_k)
-        for name in ("influence.csv", "visualization.jpg", "report.html"):
-            show(f"{answer.folder / name}")
+    if len(answers) > 1:
+        show("", f"All: {answers[0].index}")

@@ -5,192 +5,109 @@ Fisher), a task file (`tasks.json`) and results (`results/`), so that every othe
 them, and a second picture costs its own part only.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from . import noise
-from .attribution.caches import cache_losses
-from .attribution.curvature import DiagonalFisher
-from .attribution.draws import ImageNoise
-from .attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
-from .attribution.fishers import KV, open_fisher
-from .attribution.settings import LossSettings, UnlearnSettings
-from .attribution.studies import Study
-from .baselines.interface import Run
-from .baselines.methods import METHODS
-from .baselines.saving import score_tasks
-from .datasets.entries import Found
-from .datasets.folders import read_folder
-from .datasets.metadata import read_generation
-from .datasets.pictures import read_picture
-from .datasets.preparation import prepare_training_set
-from .datasets.queries import encode_query
-from .datasets.roots import make_data_root
-from .datasets.settings import read_settings
-from .datasets.tasks import Task, find_result, load_tasks
-from .datasets.training_sets import TrainingSet
-from .errors import UserError
-from .evaluation.stored_results import read_report
-from .models.customization import check_customization, check_tokens
-from .models.pipelines import Model, load_model, select_parameters
-from .report.contents import Report
-from .report.page import index_entry, write_index, write_report
-from .report.ranking import Ranking
-from .report.standing_out import describe_standing_out, find_standing_out
-from .running import Output, attribute_queries, group_size
-from .runtime.printing import shorten
-from .runtime.programs import choose_device, say, set_precision
-from .storage.artifacts import check_writable, own_part, write_json
-from .storage.hashes import hash_file
-from .storage.reading import read_json
+from .. import noise
+from ..attribution.caches import cache_losses
+from ..attribution.curvature import DiagonalFisher
+from ..attribution.draws import ImageNoise
+from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
+from ..attribution.fishers import KV, open_fisher
+from ..attribution.settings import LossSettings, UnlearnSettings
+from ..attribution.studies import Study
+from ..baselines.interface import Run
+from ..baselines.methods import METHODS
+from ..baselines.saving import score_tasks
+from ..datasets.entries import Found
+from ..datasets.folders import read_folder
+from ..datasets.preparation import prepare_training_set
+from ..datasets.queries import encode_query
+from ..datasets.roots import make_data_root
+from ..datasets.settings import PUBLISHED, read_settings
+from ..datasets.tasks import Task
+from ..datasets.training_sets import TrainingSet
+from ..errors import UserError
+from ..models.customization import check_customization, check_tokens
+from ..models.generation import NUM_INFERENCE_STEPS
+from ..models.pipelines import Model, load_model, select_parameters
+from ..report.page import index_entry, write_index
+from ..running import Output, attribute_queries, group_size
+from ..runtime.programs import choose_device, say, set_precision
+from ..storage.artifacts import check_writable
+from ..storage.hashes import hash_file
+from ..storage.reading import read_array
+from ..storage.records import is_complete, read_record
+from . import costs
+from .answers import Attribution, read_attribution
+from .making import GUIDANCE, make_picture
+from .questions import (
+    Question,
+    ask,
+    check_given,
+    check_trigger,
+    find_known,
+    write_tasks,
+)
 
+__all__ = ["Attribution", "Question", "attribute"]
 FEWEST_IMAGES = 2
 DATASET = "own"  # with an image's place it keys its noise
+SAME_LATENT = 1e-3  # relative: what the same picture in another file differs by
+TRIVIAL = (
+    "the picture is a training image itself ({}): that it is its own most influential image says "
+    "nothing of the model"
+)
+SELF = "give another --out"
 
 
 @dataclass(frozen=True)
-class Question:
-    """A picture and how it was made."""
+class Making:
+    """A picture that is to be made."""
 
-    picture: Path
     prompt: str
-    seed: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
+    seed: int
+    steps: int
+    guidance: float
 
 
-@dataclass
-class Attribution:
-    """What `attribute` found of one picture."""
-
-    question: Question
-    ranking: Ranking
-    report: Report = field(repr=False)
-    folder: Path  # of influence.npz, .csv, the picture and report.html
-
-    @property
-    def scores(self) -> np.ndarray:
-        """Scores of the training images [n], in the order of `ranking.ids`."""
-        return self.ranking.scores
-
-    @property
-    def warnings(self) -> list[str]:
-        """Why the scores may mean little."""
-        return self.ranking.warnings
-
-    @property
-    def summary(self) -> str:
-        """Which images stand out, how clearly, or that none does, in plain words."""
-        return " ".join(describe_standing_out(find_standing_out(self.scores), len(self.scores)))
-
-    def table(self, count: int | None = None) -> list[list]:
-        """Rows of the first `count` images, or all: rank, id, caption, score, exemplar, path."""
-        return self.ranking.rows(count)
-
-    def show(self, count: int = 10) -> None:
-        """Prints the first images and the summary."""
-        self.ranking.show(count, f'{self.question.picture.name}: "{self.question.prompt}"')
-        say(self.summary)
-
-    def save(self, folder: str | Path) -> Path:
-        """Copies the page, the table and the picture into another folder. Returns it."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("report.html", "influence.csv", "visualization.jpg"):
-            shutil.copyfile(self.folder / name, target / name)
-        return target
-
-
-def ask(
-    picture: str | Path, prompt: str | None, seed: int | None = None, guess: bool = True
-) -> Question:
-    """The question that a picture is, with what its file says of how it was made; what is given
-    counts first. Raises UserError where it cannot be read, or has no prompt."""
-    path = Path(picture)
-    read_picture(path)
-    found = read_generation(path)
-    if found.prompt and prompt is None:
-        say(f'{path}: made by {found.program or "a program"} with the prompt "{found.prompt}"')
-    words = prompt if prompt is not None else found.prompt
-    if not words:
-        raise UserError(f'{path}: its file does not say its prompt; give it: --prompt "..."')
-    if prompt is not None and found.prompt and found.prompt.strip() != prompt.strip():
-        say(
-            f'{path}: its file says another prompt, "{shorten(found.prompt)}"; the given one is used'
-        )
-    return Question(
-        path, words, seed if seed is not None else found.seed, found.steps, found.guidance
-    )
-
-
-def link_picture(question: Question, root: Path) -> str:
-    """Puts a picture into a data root, under its own name; another one's of that name keeps its
-    place, and this one's has a hash beside it. Returns its path below the root."""
-    source = question.picture
-    name, content = source.name, hash_file(source)
-    target = root / "synth" / name
-    if target.exists() and hash_file(target) != content:
-        target = target.with_name(f"{source.stem}-{content[:8]}{source.suffix}")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = own_part(target)
-        shutil.copyfile(source, part)
-        os.replace(part, target)
-    return target.relative_to(root).as_posix()
-
-
-def write_tasks(path: Path, root: Path, questions: Sequence[Question]) -> list[Task]:
-    """Adds questions to a task file, those of the same picture and prompt once. Returns their
-    tasks."""
-    entries = read_json(path, "task file") if path.exists() else []
-    asked = []
-    for question in questions:
-        entry = {
-            "synth_image_path": link_picture(question, root),
-            "prompt": question.prompt,
-            "category": None,
-        }
-        if question.seed is not None:
-            entry["seed"] = question.seed
-        entries = [e for e in entries if e["synth_image_path"] != entry["synth_image_path"]]
-        entries.append(entry)
-        asked.append(entry["synth_image_path"])
-    write_json(path, entries)
-    tasks = {task.synth_image_path: task for task in load_tasks(path, str(root))}
-    return [tasks[name] for name in asked]
-
-
-def check_images(found: Found, questions: Sequence[Question]) -> None:
-    """Raises UserError where there is nothing to rank; says where a picture is one of the training
-    images itself."""
+def check_images(found: Found) -> None:
+    """Raises UserError where there is nothing to rank."""
     if len(found.entries) < FEWEST_IMAGES:
         raise UserError(
             f"{found.folder}: only {len(found.entries)} training image, which leaves nothing to "
             f"rank; give the folder of all images that the model was trained on"
         )
-    contents = {}
+
+
+def find_cautions(found: Found, question: Question) -> list[str]:
+    """What is to be said of a picture before anything is computed: that it is a training image
+    itself, byte for byte, or that its prompt lacks what all captions have."""
+    captions = [caption for entry in found.entries for caption in entry.captions]
+    cautions = check_trigger(question, captions)
+    size, content = os.path.getsize(question.picture), hash_file(question.picture)
     for entry in found.entries:
-        contents.setdefault(os.path.getsize(entry.path), []).append(entry)
-    for question in questions:
-        size = os.path.getsize(question.picture)
-        for entry in contents.get(size, ()):
-            if hash_file(entry.path) == hash_file(question.picture):
-                say(
-                    f"{question.picture}: is a training image itself ({entry.name}): that it is its "
-                    f"own most influential image says nothing of the model"
-                )
+        if os.path.getsize(entry.path) == size and hash_file(entry.path) == content:
+            return [*cautions, TRIVIAL.format(entry.name)]
+    return cautions
 
 
-def make_root(found: Found, out: Path, model: str) -> Path:
-    """The data root of a folder of training images, whose model is a pipeline's folder or name."""
-    made = make_data_root(found, out / "root", {"name": DATASET, "pipeline": model})
-    say(made.describe())
-    return made.root
+def find_same(query: TrainingSet, images: TrainingSet, names: list[str]) -> list[str]:
+    """A caution where a training image has the query's latent: the same picture in another file."""
+    latent = query.latents[0, 0].astype(np.float64)
+    for index, name in enumerate(names):
+        difference = np.linalg.norm(images.latents[0, index] - latent)
+        if difference <= SAME_LATENT * np.linalg.norm(latent):
+            return [TRIVIAL.format(name)]
+    return []
 
 
 def make_fisher(model: Model, images: TrainingSet, root: Path, damping: float) -> DiagonalFisher:
@@ -199,36 +116,39 @@ def make_fisher(model: Model, images: TrainingSet, root: Path, damping: float) -
     settings = FisherSettings(choose_num_samples(root, len(images)))
     # Another model's, or of other images: its place is this run's own.
     estimate_fisher(model, images, settings, path, overwrite=True)
-    return open_fisher(path, model, parameters, damping, "give another --out")
+    return open_fisher(path, model, parameters, damping, SELF)
 
 
-def open_study(model: Model, images: TrainingSet, root: Path, results: Path) -> Study:
-    """All that ranks the images: the Fisher and the losses before unlearning, made at first use."""
+def make_losses(study: Study, model: Model, images: TrainingSet, results: Path) -> None:
+    """Gives a study the losses before unlearning, made at first use."""
+    path, identity = results / "orig_loss/base/laion_loss.npy", study.losses.identity(model, images)
+    study.before["laion"] = cache_losses(study.sweep(images), model, path, identity, True)
+    study.before_hashes["laion"] = hash_file(path)
+
+
+def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: Path) -> Study:
+    """What ranks the images, without the losses before unlearning."""
     settings = read_settings(root)
     grid = noise.timestep_grid(settings["time_samples"], len(model.alpha_bars))
     unlearning = UnlearnSettings(damping=settings["damping"], num_train=len(images))
-    study = Study(
+    return Study(
         model,
         {"laion": images},
-        make_fisher(model, images, root, settings["damping"]),
+        fisher,
         unlearning,
         LossSettings(grid, ImageNoise()),
         batch_size=settings["batch_size"],
         overwrite=True,
     )
-    path, identity = results / "orig_loss/base/laion_loss.npy", study.losses.identity(model, images)
-    study.before["laion"] = cache_losses(study.sweep(images), model, path, identity, True)
-    study.before_hashes["laion"] = hash_file(path)
-    return study
 
 
-def compare_similarity(study: Study, tasks: list[Task], root: Path, results: Path) -> None:
+def compare_similarity(
+    study: Study, tasks: list[Task], queries: list[TrainingSet], root: Path, results: Path
+) -> None:
     """Has the ranks by similarity, which never looks at the model, beside the results."""
-    images, method = study.image_sets["laion"], METHODS["similarity"]()
-    queries = [encode_query(study.model, task, str(root)) for task in tasks]
     run = Run(
         study.model,
-        images,
+        study.image_sets["laion"],
         tasks,
         queries,
         str(root),
@@ -237,86 +157,231 @@ def compare_similarity(study: Study, tasks: list[Task], root: Path, results: Pat
         results / "baselines",
         overwrite=True,
     )
-    score_tasks(run, "similarity", method, top_k=10, is_shown=False)
+    score_tasks(run, "similarity", METHODS["similarity"](), top_k=10, is_shown=False)
 
 
-def read_attribution(question: Question, task: Task, root: Path, results: Path) -> Attribution:
-    """What stands of one picture in the folder of results; its page is written."""
-    folder = find_result(results / "influence", task)
-    name = folder.relative_to(results / "influence").as_posix()
-    report = read_report(results, name, str(root), task)
-    write_report(folder, report)
-    rows = sorted(report.rows, key=lambda row: row.id)
-    scores = np.array([row.score for row in rows])
-    ranks = {row.id: rank for rank, row in enumerate(report.rows)}
-    order = np.argsort([ranks[row.id] for row in rows])
-    ranking = Ranking(
-        [row.id for row in rows],
-        [row.caption for row in rows],
-        [row.path for row in rows],
-        scores,
-        order,
-        np.array([row.is_exemplar for row in rows]),
-        list(report.cautions),
+def count_work(
+    found: Found, model: Model, out: Path, questions: list[Question], making: Making | None
+) -> costs.Counts:
+    """What a run has to do."""
+    num_images = len(found.entries)
+    fewest = min(len(entry.captions) for entry in found.entries)
+    answered = sum(is_answered(out, question) for question in questions)
+    sampling = making.steps * (1 if making.guidance == 1 else 2) if making else 0
+    return costs.Counts(
+        num_images,
+        num_images * fewest,
+        PUBLISHED["time_samples"],
+        choose_num_samples(out / "root", num_images),
+        UnlearnSettings().draws_a_step,
+        len(questions) + bool(making) - answered,
+        sampling,
     )
-    return Attribution(question, ranking, report, folder)
+
+
+def is_answered(out: Path, question: Question) -> bool:
+    """Whether a question has a result in OUT."""
+    entry = find_known(out / "tasks.json", question)
+    name = entry["synth_image_path"].removeprefix("synth/") if entry else ""
+    return bool(name) and is_complete(out / "results/influence" / name / "influence.npz")
+
+
+def list_done(out: Path, num_images: int) -> set[str]:
+    """Names of the steps whose files stand in OUT, of so many images."""
+    root, done = out / "root", set()
+    latents, fisher = root / "laion_latents.npy", root / "sd_fisher.safetensors"
+    losses = out / "results/orig_loss/base/laion_loss.npy"
+    if is_complete(latents) and len(read_array(latents)) == 2 * num_images:
+        done.add(costs.ENCODING)
+    for path, part, name in (
+        (fisher, "circumstances", costs.CURVATURE),
+        (losses, "identity", costs.LOSSES),
+    ):
+        if (
+            is_complete(path)
+            and read_record(path, SELF).get(part, {}).get("num_images") == num_images
+        ):
+            done.add(name)
+    return done
+
+
+def check_space(out: Path, num_bytes: int) -> None:
+    """Raises UserError where the disk has less room than a run takes."""
+    folder = out.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{out}: the run takes about {num_bytes / 1e6:,.0f} MB, and its disk has "
+            f"{free / 1e6:,.0f} MB left; free some space, or give --out on another disk"
+        )
+
+
+def check_making(
+    pictures: Sequence,
+    prompt: str | None,
+    seed: int | None,
+    steps: int | None,
+    guidance: float | None,
+) -> Making | None:
+    """The picture that is to be made, None where pictures are given. Raises UserError where what is
+    given does not go together."""
+    check_given(prompt, seed)
+    if pictures:
+        for flag, value in ("--steps", steps), ("--guidance", guidance):
+            if value is not None:
+                raise UserError(
+                    f"{flag}: says how a picture is to be made, and one is given "
+                    f"({pictures[0]}); leave out one of them"
+                )
+        return None
+    if prompt is None or seed is None:
+        raise UserError(
+            'no picture: name one, or have it made: --prompt "..." --seed 0 [--steps '
+            f"{NUM_INFERENCE_STEPS}] [--guidance {GUIDANCE}]"
+        )
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance {guidance}: expected a number")
+    return Making(
+        prompt,
+        seed,
+        NUM_INFERENCE_STEPS if steps is None else steps,
+        GUIDANCE if guidance is None else float(guidance),
+    )
 
 
 def attribute(
-    pictures: str | Path | Sequence[str | Path],
-    model: str | Path,
-    images: str | Path,
+    pictures: str | Path | Sequence[str | Path] = (),
+    model: str | Path = "",
+    images: str | Path = "",
     prompt: str | None = None,
     out: str | Path = "attribution",
     seed: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
     caption: str | None = None,
     captions: str | None = None,
     groups: str | None = None,
     top_k: int = 10,
     device: str | None = None,
+    dry_run: bool = False,
     command: str = "",
     on_step: Callable[[str], None] = say,
 ) -> list[Attribution]:
-    """Which of a model's training images made some pictures.
+    """Which of a model's training images made some pictures: an Attribution of each.
 
-    pictures: files from anywhere; model: the diffusers pipeline that made them, a folder or a name
-    on the hub; images: the folder that it was trained on, with captions by any convention (see
-    `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all pictures,
-    by default what each file says. Everything is kept below `out`: called again it goes on, and
-    further pictures cost their own part only. command: that repeats it, for the page. Raises
-    UserError where something is missing or does not fit.
+    pictures: files from anywhere, or none: then `prompt` and `seed`, and `steps` and `guidance`,
+    say which picture the model is to make; model: the diffusers pipeline that made them, a folder
+    or a name on the hub; images: the folder that it was trained on, with captions by any convention
+    (see `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
+    pictures, by default what each file says. Everything is kept below `out`: called again it goes
+    on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
+    nothing and returns []. command: that repeats it, for the page. Raises UserError where something
+    is missing or does not fit.
     """
     several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
-    out, set_names = Path(out), captions
+    out = Path(out)
+    making = check_making(several, prompt, seed, steps, guidance)
     questions = [ask(picture, prompt, seed) for picture in several]
-    found = read_folder(images, caption, set_names, groups, out / "pictures")
-    for line in found.describe():
-        say(line)
-    check_images(found, questions)
-    check_writable(out, "give another --out")
-    name = os.path.abspath(model) if Path(model).exists() else str(model)
-    set_precision("fp32")
-    on_step("loading the model")
-    loaded = load_model(name, choose_device(device))
-    root, results = make_root(found, out, name), out / "results"
+    with TemporaryDirectory() as scratch:  # a dry run leaves nothing
+        place = Path(scratch) if dry_run else out
+        found = read_folder(images, caption, captions, groups, place / "pictures")
+        for line in found.describe():
+            say(line)
+        check_images(found)
+        check_writable(out, SELF)
+        name = os.path.abspath(model) if Path(model).exists() else str(model)
+        set_precision("fp32")
+        on_step("loading the model")
+        loaded = load_model(name, choose_device(device))
+        plan, num_bytes = plan_run(found, loaded, out, questions, making)
+        if dry_run:
+            costs.show_plan(plan, num_bytes)
+            return []
+    check_space(out, num_bytes)
+    run = partial(answer, found, loaded, name, out, questions, making)
+    return run(costs.Clock(plan, on_step), top_k, command)
+
+
+def plan_run(
+    found: Found, model: Model, out: Path, questions: list[Question], making: Making | None
+) -> tuple[list[costs.Step], int]:
+    """The steps of a run with their cost, and the bytes that it takes."""
+    resolution = model.resolution({"resolution": 0})
+    counts = count_work(found, model, out, questions, making)
+    pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
+    steps = costs.list_steps(counts, pace, list_done(out, counts.images))
+    return steps, costs.count_bytes(counts, model, resolution, KV)
+
+
+def answer(
+    found: Found,
+    model: Model,
+    name: str,
+    out: Path,
+    questions: list[Question],
+    making: Making | None,
+    clock: costs.Clock,
+    top_k: int,
+    command: str,
+) -> list[Attribution]:
+    """The part of `attribute` that computes and writes."""
+    made = make_data_root(found, out / "root", {"name": DATASET, "pipeline": name})
+    say(made.describe())
+    root, results = made.root, out / "results"
+    if making:
+        resolution = model.resolution(read_settings(root))
+        sampling = (making.prompt, making.seed, making.steps, making.guidance)
+        with clock.step(costs.MAKING):
+            questions = [make_picture(model, root, DATASET, resolution, *sampling)]
     tasks = write_tasks(out / "tasks.json", root, questions)
-    check_customization(loaded, None, tasks)
+    check_customization(model, None, tasks)
     check_tokens(None, tasks, name)
-    on_step("encoding pictures and captions")
-    training_set = prepare_training_set(loaded, root)
-    on_step("estimating the curvature and the losses before unlearning")
-    study = open_study(loaded, training_set, root, results)
-    on_step("unlearning the pictures and scoring every image again")
-    output = Output(results / "influence", str(root), top_k, command, "", is_shown=False)
+    with clock.step(costs.ENCODING):
+        images = prepare_training_set(model, root)
+        queries = [encode_query(model, task, str(root)) for task in tasks]
+    notes = list_notes(found, images, tasks, questions, queries)
+    with clock.step(costs.CURVATURE):
+        fisher = make_fisher(model, images, root, read_settings(root)["damping"])
+    study = open_study(model, images, fisher, root)
+    with clock.step(costs.LOSSES):
+        make_losses(study, model, images, results)
+    output = Output(
+        results / "influence", str(root), top_k, command, "", is_shown=False, notes=notes
+    )
     size = group_size(study)
-    for start in range(0, len(tasks), size):
-        attribute_queries(study, tasks[start : start + size], output)
-    on_step("comparing with similarity")
-    compare_similarity(study, tasks, root, results)
-    answers = [read_attribution(*pair, root, results) for pair in zip(questions, tasks)]
+    with clock.step(costs.SCORING):
+        for start in range(0, len(tasks), size):
+            attribute_queries(study, tasks[start : start + size], output)
+    with clock.step(costs.COMPARING):
+        compare_similarity(study, tasks, queries, root, results)
+        answers = [read_attribution(*pair, root, results) for pair in zip(questions, tasks)]
     if len(answers) > 1:
-        write_index(results, [index_entry(link_to(each, results), each.report) for each in answers])
+        entries = [index_entry(link_to(each, results), each.report) for each in answers]
+        index = write_index(results, entries)
+        answers = [replace(each, index=index) for each in answers]
     return answers
+
+
+def list_notes(
+    found: Found,
+    images: TrainingSet,
+    tasks: list[Task],
+    questions: list[Question],
+    queries: list[TrainingSet],
+) -> dict[str, list[str]]:
+    """{path of a picture: what its page is to say besides}; said here too."""
+    names = [entry.name for entry in found.entries] if len(found.entries) == len(images) else []
+    notes = {}
+    for task, question, query in zip(tasks, questions, queries):
+        cautions = find_cautions(found, question)
+        if not any("training image itself" in caution for caution in cautions):
+            cautions += find_same(query, images, names or images.ids)
+        notes[task.synth_image_path] = cautions
+        for caution in cautions:
+            say(f"{question.picture}: {caution}")
+    return notes
 
 
 def link_to(answer: Attribution, results: Path) -> str:

@@ -1,0 +1,133 @@
+"""What is answered: the ranking of a picture's training images, with how far each stands out and
+what plain similarity says."""
+
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..datasets.tasks import Task, find_result
+from ..evaluation.stored_results import read_report
+from ..report.contents import Report
+from ..report.page import write_report
+from ..report.ranking import Ranking, print_table
+from ..report.standing_out import StandingOut, describe_standing_out, find_standing_out
+from ..runtime.printing import show
+from .questions import Question
+
+FILES = ("influence.csv", "visualization.jpg", "report.html")
+NAMED = 3  # images that the last sentence names
+LEGEND = (
+    "stands out: how far above the median the score is; beyond 1 is where chance alone rarely comes"
+)
+
+
+@dataclass
+class Attribution:
+    """What `attribute` found of one picture."""
+
+    question: Question
+    ranking: Ranking = field(repr=False)
+    report: Report = field(repr=False)
+    folder: Path  # of influence.npz, .csv, the picture and report.html
+    index: Path | None = None  # the page of all pictures of one call, where there are several
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Scores of the training images [n] float64, in the order of `ranking.ids`."""
+        return self.ranking.scores
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why the scores may mean little."""
+        return self.ranking.warnings
+
+    @cached_property
+    def standing_out(self) -> StandingOut:
+        """Which scores are not like the others."""
+        return find_standing_out(self.scores)
+
+    @property
+    def summary(self) -> str:
+        """Which images stand out, how clearly, or that none does, in plain words."""
+        found = self.standing_out
+        headline, _ = describe_standing_out(found, len(self.scores))
+        if not found.count:
+            return headline if found.is_tied else f"{headline} The order is weak evidence."
+        names = [row.name for row in self.report.rows[: min(found.count, NAMED)]]
+        more = f" and {found.count - NAMED} more" if found.count > NAMED else ""
+        return f"{headline.removesuffix('.')}: {', '.join(names)}{more}."
+
+    def table(self, count: int | None = None) -> list[dict]:
+        """The first `count` images, or all, most influential first: rank, image (its name), caption,
+        score, stands_out (1: where chance alone rarely comes; None: it cannot be told),
+        similarity_rank, path."""
+        found, median = self.standing_out, float(np.median(self.scores))
+        return [
+            {
+                "rank": rank,
+                "image": row.name,
+                "caption": row.caption,
+                "score": row.score,
+                "stands_out": None
+                if found.bound is None
+                else (row.score - median) / (found.bound - median),
+                "similarity_rank": row.other_rank,
+                "path": row.path,
+            }
+            for rank, row in enumerate(self.report.rows[:count], 1)
+        ]
+
+    def show(self, count: int = 10) -> None:
+        """Prints the first images, what there is to warn of, the files and the summary."""
+        rows = [
+            [
+                row["rank"],
+                f"{row['score']:+.3e}",
+                "" if row["stands_out"] is None else f"{row['stands_out']:.2f}",
+                "" if row["similarity_rank"] is None else row["similarity_rank"],
+                row["image"],
+                row["caption"],
+            ]
+            for row in self.table(count)
+        ]
+        title = f'{self.question.picture.name}: "{self.question.prompt}"'
+        print_table(
+            title, ["rank", "score", "stands out", "by similarity", "image", "caption"], rows
+        )
+        if self.standing_out.bound is not None:
+            show(f"({LEGEND})")
+        if self.warnings:
+            show("", *(f"Warning: {warning}." for warning in self.warnings))
+        show("", *(f"{self.folder / name}" for name in FILES))
+        show("", self.summary)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copies the page, the table and the picture into another folder. Returns it."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(self.folder / name, target / name)
+        return target
+
+
+def read_attribution(question: Question, task: Task, root: Path, results: Path) -> Attribution:
+    """What stands of one picture in the folder of results; its page is written."""
+    folder = find_result(results / "influence", task)
+    name = folder.relative_to(results / "influence").as_posix()
+    report = read_report(results, name, str(root), task)
+    write_report(folder, report)
+    rows = sorted(report.rows, key=lambda row: row.id)
+    ranks = {row.id: rank for rank, row in enumerate(report.rows)}
+    ranking = Ranking(
+        [row.id for row in rows],
+        [row.caption for row in rows],
+        [row.path for row in rows],
+        np.array([row.score for row in rows]),
+        np.argsort([ranks[row.id] for row in rows]),
+        np.array([row.is_exemplar for row in rows]),
+        list(report.cautions),
+    )
+    return Attribution(question, ranking, report, folder)

@@ -1,0 +1,178 @@
+"""What a run costs before it starts, and what of it is left while it runs."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..models.pipelines import Model, select_parameters
+from ..runtime.printing import show
+from ..runtime.programs import followed_by
+
+GRADIENT = 3  # a forward and backward pass costs about so many forward passes
+LONG_ENOUGH = 0.3  # seconds of passes that tell their pace
+FISHER_SECTIONS = 32
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that one of each takes on this machine."""
+
+    forward: float  # pass of a noisy sample through the denoiser
+    picture: float  # encoded by the VAE
+    caption: float  # encoded by the text encoder
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a run has to do, counted."""
+
+    images: int
+    captions: int  # of all images
+    timesteps: int  # of the losses' grid
+    samples: int  # of the Fisher
+    draws: int  # of one picture's unlearning
+    questions: int  # that have no answer yet
+    sampling: int  # forward passes of making a picture, 0 where none is made
+
+    @property
+    def sweep(self) -> int:
+        """Forward passes that score every image once: two views, all captions and timesteps."""
+        return 2 * self.captions * self.timesteps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a run."""
+
+    name: str
+    work: str  # counted, in words
+    seconds: float  # about
+
+
+MAKING, ENCODING, CURVATURE = "making the picture", "encoding pictures and captions", "curvature"
+LOSSES, SCORING = "losses before unlearning", "unlearning and scoring every image again"
+COMPARING = "comparing with similarity"
+
+
+def time_one(run: Callable[[int], torch.Tensor], largest: int) -> float:
+    """Seconds of one of what `run(size)` does at once, at the size that fills the device."""
+    run(1).sum().item()  # the first pass is slower than all others
+    size = 1
+    while True:
+        start = time.perf_counter()
+        run(size).sum().item()
+        seconds = time.perf_counter() - start
+        if seconds > LONG_ENOUGH or size >= largest:
+            return seconds / size
+        size = min(largest, 4 * size)
+
+
+@torch.no_grad()
+def measure_pace(model: Model, resolution: int, batch_size: int) -> Pace:
+    """The pace of a model on its device, from a few passes over zeros."""
+    pipeline, device = model.pipeline, model.device
+    tokens, features = model.embedding_shape
+
+    def predict(size):
+        noisy = torch.zeros(size, *model.latent_shape(resolution), device=device)
+        times = torch.zeros(size, dtype=torch.int64, device=device)
+        return model.predict(noisy, times, torch.zeros(1, tokens, features, device=device))
+
+    def encode(size):
+        pixels = torch.zeros(size, 3, resolution, resolution, device=device)
+        return pipeline.vae.encode(pixels).latent_dist.mean
+
+    def read(size):
+        words = torch.zeros(size, tokens, dtype=torch.int64, device=device)
+        return pipeline.text_encoder(words).last_hidden_state
+
+    return Pace(time_one(predict, batch_size), time_one(encode, 16), time_one(read, 16))
+
+
+def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
+    """The steps of a run with what each costs; those that are done cost nothing."""
+    scoring = counts.questions * (GRADIENT * counts.draws + counts.sweep)
+    passes = {
+        MAKING: (f"{counts.sampling:,} passes", counts.sampling * pace.forward),
+        ENCODING: (
+            f"{2 * counts.images:,} views and {counts.captions:,} captions",
+            2 * counts.images * pace.picture + counts.captions * pace.caption,
+        ),
+        CURVATURE: (
+            f"{counts.samples:,} gradients",
+            GRADIENT * counts.samples * pace.forward,
+        ),
+        LOSSES: (f"{counts.sweep:,} passes", counts.sweep * pace.forward),
+        SCORING: (
+            f"{counts.questions} x {counts.draws:,} gradients and {counts.sweep:,} passes",
+            scoring * pace.forward,
+        ),
+        COMPARING: (f"{counts.images:,} images", 0.0),
+    }
+    return [
+        Step(name, "is there already", 0.0) if name in done else Step(name, *cost)
+        for name, cost in passes.items()
+        if name != MAKING or counts.sampling
+    ]
+
+
+def count_bytes(counts: Counts, model: Model, resolution: int, selection: str) -> int:
+    """Bytes that a run leaves or needs for a while: arrays, and the parts of the curvature."""
+    channels, height, width = model.latent_shape(resolution)
+    tokens, features = model.embedding_shape
+    selected = select_parameters(model.denoiser, selection).values()
+    weights = sum(value.numel() for value in selected)
+    latents = 2 * counts.images * channels * height * width
+    sections = min(FISHER_SECTIONS, -(-counts.samples // 1000))
+    return (
+        4 * (latents + counts.captions * tokens * features)
+        + (4 + 8 * sections) * weights
+        + counts.questions * (4 * weights + 16 * counts.images)
+    )
+
+
+def describe_seconds(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 6000:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def show_plan(steps: list[Step], num_bytes: int) -> None:
+    """Prints what a run would do."""
+    show("")
+    for number, step in enumerate(steps, 1):
+        cost = f"about {describe_seconds(step.seconds)}" if step.seconds else ""
+        show(f"step {number} of {len(steps)}  {step.name:<42} {step.work:<42} {cost}".rstrip())
+    total = sum(step.seconds for step in steps)
+    show("", f"In all about {describe_seconds(total)}, and {num_bytes / 1e6:,.0f} MB on the disk.")
+
+
+class Clock:
+    """Says at each step of a run what is left in all; what the steps before took corrects it."""
+
+    def __init__(self, steps: list[Step], on_step: Callable[[str], None]):
+        self.steps, self.on_step = steps, on_step
+        self.spent = self.expected = 0.0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """One of the steps, by its name."""
+        names = [step.name for step in self.steps]
+        number = names.index(name)
+        # Of a second and less chance tells more than the machine.
+        pace = self.spent / self.expected if self.expected > 1 else 1.0
+        left = [pace * step.seconds for step in self.steps[number:]]
+        words = f"step {number + 1} of {len(names)}: {name} ({self.steps[number].work})"
+        self.on_step(f"{words}; about {describe_seconds(sum(left))} left in all")
+        start = time.monotonic()
+        with followed_by(sum(left[1:])):
+            yield
+        if self.steps[number].seconds:
+            self.spent += time.monotonic() - start
+            self.expected += self.steps[number].seconds
