@@ -241,6 +241,8 @@ def check_making(
             'no picture: name one, or have it made: --prompt "..." --seed 0 [--steps '
             f"{NUM_INFERENCE_STEPS}] [--guidance {GUIDANCE}]"
         )
+    if steps is not None and not 1 <= steps < 1000:
+        raise UserError(f"--steps {steps}: expected 1 to fewer than 1000")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a number")
     return Making(
@@ -350,10 +352,10 @@ def answer(
     output = Output(
         results / "influence", str(root), top_k, command, "", is_shown=False, notes=notes
     )
-    size = group_size(study)
+    size, different = group_size(study), list(dict.fromkeys(tasks))
     with clock.step(costs.SCORING):
-        for start in range(0, len(tasks), size):
-            attribute_queries(study, tasks[start : start + size], output)
+        for start in range(0, len(different), size):
+            attribute_queries(study, different[start : start + size], output)
     with clock.step(costs.COMPARING):
         compare_similarity(study, tasks, queries, root, results)
         answers = [read_attribution(*pair, root, results) for pair in zip(questions, tasks)]

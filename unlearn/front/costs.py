@@ -12,7 +12,7 @@ from ..runtime.printing import show
 from ..runtime.programs import followed_by
 
 GRADIENT = 3  # a forward and backward pass costs about so many forward passes
-LONG_ENOUGH = 0.3  # seconds of passes that tell their pace
+LONG_ENOUGH = 0.1  # seconds of passes that tell their pace
 FISHER_SECTIONS = 32
 
 
@@ -89,7 +89,7 @@ def measure_pace(model: Model, resolution: int, batch_size: int) -> Pace:
         words = torch.zeros(size, tokens, dtype=torch.int64, device=device)
         return pipeline.text_encoder(words).last_hidden_state
 
-    return Pace(time_one(predict, batch_size), time_one(encode, 16), time_one(read, 16))
+    return Pace(time_one(predict, batch_size), time_one(encode, 4), time_one(read, 4))
 
 
 def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:

@@ -1,0 +1,499 @@
+"""One command from a picture, a model and a folder to a page: whatever convention the folder
+follows, whatever is asked next, whenever it is killed, whoever else is at it."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PARITY
+from PIL import Image, PngImagePlugin
+from test_folders import CONVENTIONS
+from test_roots import mixed_pictures, run_together
+
+import compute_influence
+import compute_training_loss
+import unlearn
+from unlearn import UserError, front
+from unlearn.attribution import estimation, scoring
+from unlearn.commands import attribute as command
+from unlearn.front import costs, questions
+from unlearn.report.results import find_strange
+from unlearn.storage import artifacts
+
+ROOT = Path(__file__).parent.parent
+EMOJI = str(ROOT / "data/emoji/pipeline")
+SOURCE = PARITY / "fixture/abc"
+QUERY = SOURCE / "synth/tiny/gpt/blob/samples/00000.png"
+PROMPT = "a blob on a table"
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """A curvature of few samples: what is tested here does not depend on it."""
+    monkeypatch.setattr(estimation, "FEWEST_SAMPLES", 40)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The miniature pipeline as one of smaller pictures, which costs less."""
+    folder = Path(shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path_factory.mktemp("m") / "m"))
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**config, "sample_size": 4}))
+    return str(folder)
+
+
+@pytest.fixture
+def ask(tiny):
+    """`attribute` of pictures, the miniature query unless others are given."""
+
+    def call(folder, out, *pictures, **more):
+        settings = {"prompt": PROMPT, "device": "cpu", "model": tiny, **more}
+        return unlearn.attribute(pictures or QUERY, images=folder, out=out, **settings)
+
+    return call
+
+
+@pytest.fixture
+def refusal(ask):
+    """What `ask` says as it refuses."""
+
+    def call(*args, **more):
+        with pytest.raises(UserError) as error:
+            ask(*args, **more)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+def make_folder(folder, count=8):
+    """The first pictures of the miniature data root, with captions beside them."""
+    folder.mkdir()
+    captions = (SOURCE / "laion_subset/captions.txt").read_text().splitlines()
+    for path, caption in zip(sorted((SOURCE / "laion_subset/images").iterdir())[:count], captions):
+        shutil.copy(path, folder)
+        (folder / path.name).with_suffix(".txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "mine")
+
+
+def other_query(path, number=1):
+    """Another picture, each number its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turned = Image.open(QUERY.with_name("00001.png")).convert("RGB").rotate(90 * number)
+    turned.save(path, {".jpg": "JPEG"}.get(path.suffix, "PNG"))
+    return path
+
+
+def count_sweeps(monkeypatch):
+    """{name of the sweep: noisy samples scored}, filled as things run."""
+    counts, real = Counter(), scoring.cache_columns
+
+    def counted(sweep, model, paths, *args, **more):
+        score = sweep.score
+
+        def score_counted(model, rows, *rest):
+            counts[Path(paths[0]).stem] += len(rows)
+            return score(model, rows, *rest)
+
+        sweep.score = score_counted
+        return real(sweep, model, paths, *args, **more)
+
+    monkeypatch.setattr("unlearn.attribution.caches.cache_columns", counted)
+    monkeypatch.setattr(scoring, "cache_columns", counted)
+    return counts
+
+
+def contents(out):
+    """{file: what must not differ}: of records the identity, of npz their arrays, of pages and
+    other files nothing but that they are there; without claims and locks."""
+    found = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name, value = path.relative_to(out).as_posix(), path.read_bytes()
+        if path.suffix == ".json" and (record := json.loads(value)) and "identity" in record:
+            value = record["identity"]
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                value = {key: arrays[key].tolist() for key in arrays.files}
+        elif path.suffix in (".html", ".lock", ".claim") or name.endswith("originals.json"):
+            value = None
+        if path.suffix not in (".lock", ".claim"):
+            found[name] = value
+    return found
+
+
+def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys, tiny):
+    out = tmp_path / "out"
+    words = [str(QUERY), "--prompt", PROMPT, "--model", tiny, "--images", str(folder)]
+    command.main([*words, "--out", str(out), "--device", "cpu", "--top_k", "3"])
+    shown = capsys.readouterr().out
+    result = out / "results/influence/00000.png"
+    header = shown.splitlines()[2].split("  ")
+    assert [cell.strip() for cell in header if cell] == [
+        "rank",
+        "score",
+        "stands out",
+        "by similarity",
+        "image",
+        "caption",
+    ]
+    for name in ("influence.csv", "visualization.jpg", "report.html"):
+        assert f"{result / name}" in shown and (result / name).stat().st_size > 500
+    last = shown.rstrip().splitlines()[-1]
+    assert last.startswith("With 8 images it cannot be told whether one stands out.")
+    with open(result / "influence.csv", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and rows[0]["image"].endswith(".png")
+    table = [line.split() for line in shown.splitlines() if re.match(r"\d+ +[+-]", line)]
+    assert [line[3] for line in table] == [row["image"] for row in rows[:3]]
+    ranks = {int(line[2]) for line in table}
+    assert len(ranks) == 3 and ranks <= set(range(1, 9))
+    page = (result / "report.html").read_text()
+    assert PROMPT in page and "python -m unlearn attribute" in page
+
+
+def test_several_pictures_share_all_but_their_own_part_and_have_an_index(
+    folder, tmp_path, monkeypatch, ask
+):
+    counts, second = count_sweeps(monkeypatch), other_query(tmp_path / "b.png")
+    answers = ask(folder, tmp_path / "out", QUERY, second)
+    assert counts["laion_loss"] == 16 * 2  # before unlearning, and after: both in one sweep
+    assert [answer.folder.name for answer in answers] == ["00000.png", "b.png"]
+    assert not np.array_equal(answers[0].scores, answers[1].scores)
+    index = (tmp_path / "out/results/report.html").read_text()
+    assert answers[0].index == tmp_path / "out/results/report.html"
+    assert "influence/00000.png/report.html" in index and "influence/b.png/report.html" in index
+    alone = ask(folder, tmp_path / "alone", second)
+    np.testing.assert_array_equal(alone[0].scores, answers[1].scores)
+
+
+def test_a_second_picture_costs_its_own_part_only(folder, tmp_path, monkeypatch, ask):
+    first = ask(folder, tmp_path / "out")
+    counts = count_sweeps(monkeypatch)
+    monkeypatch.setattr(estimation, "accumulate", None)
+    monkeypatch.setattr("unlearn.datasets.encoding.encode_pixels", None, raising=False)
+    ask(folder, tmp_path / "out", other_query(tmp_path / "b.png"))
+    assert counts["laion_loss"] == 16
+    counts.clear()
+    again = ask(folder, tmp_path / "out")
+    assert not counts
+    np.testing.assert_array_equal(again[0].scores, first[0].scores)
+
+
+def test_five_conventions_of_forty_mixed_pictures_give_the_same_top_ten(tmp_path, ask):
+    pairs = mixed_pictures(tmp_path / "pictures")
+    tops = []
+    for name in ("lines", "jsonl", "csv", "sidecars", "coco"):
+        folder = Path(shutil.copytree(tmp_path / "pictures", tmp_path / name))
+        CONVENTIONS[name](folder, list(pairs.items()))
+        [answer] = ask(folder, tmp_path / f"out {name}", model=EMOJI)
+        tops.append([(row["image"], row["score"]) for row in answer.table(10)])
+    assert len(tops[0]) == 10 and all(top == tops[0] for top in tops)
+
+
+def test_python_returns_an_object_with_scores_table_warnings_and_files(
+    folder, tmp_path, capsys, ask
+):
+    [answer] = ask(folder, tmp_path / "out")
+    assert answer.scores.shape == (8,) and answer.scores.dtype == np.float64
+    table = answer.table()
+    assert [row["score"] for row in table] == sorted(answer.scores.tolist(), reverse=True)
+    assert [row["rank"] for row in table] == list(range(1, 9))
+    assert {row["similarity_rank"] for row in table} == set(range(1, 9))
+    assert all(row["path"].is_file() for row in table)
+    assert isinstance(answer.warnings, list)
+    answer.show(2)
+    assert table[0]["image"] in capsys.readouterr().out
+    saved = answer.save(tmp_path / "elsewhere")
+    assert sorted(path.name for path in saved.iterdir()) == sorted(front.answers.FILES)
+
+
+def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
+    folder, tmp_path, ask
+):
+    out = tmp_path / "out"
+    ask(folder, out)
+    before = contents(out)
+    flags = ["--dataroot", str(out / "root"), "--task_json", str(out / "tasks.json")]
+    flags += ["--result_dir", str(out / "results"), "--device", "cpu"]
+    times = [(out / f"results/{name}").stat().st_mtime_ns for name in FILES]
+    compute_training_loss.main(flags)
+    compute_influence.main(flags)
+    assert times == [(out / f"results/{name}").stat().st_mtime_ns for name in FILES]
+    after = contents(out)
+    assert after.keys() == before.keys()
+    name = "results/influence/00000.png/influence.npz"
+    assert after[name] == before[name]
+
+
+FILES = (
+    "orig_loss/base/laion_loss.npy",
+    "influence/00000.png/weight_change.safetensors",
+    "influence/00000.png/laion_loss.npy",
+)
+
+
+def test_a_picture_of_the_folder_itself_is_said_in_the_table_and_on_the_page(folder, tmp_path, ask):
+    own = folder / "000003.png"
+    [answer] = ask(folder, tmp_path / "out", own)
+    assert any("is a training image itself (000003.png)" in text for text in answer.warnings)
+    assert "is a training image itself (000003.png)" in (answer.folder / "report.html").read_text()
+    elsewhere = tmp_path / "the same.bmp"
+    Image.open(own).convert("RGB").save(elsewhere)
+    [answer] = ask(folder, tmp_path / "out", elsewhere)
+    assert any("is a training image itself (000003.png)" in text for text in answer.warnings)
+    [answer] = ask(folder, tmp_path / "out")
+    assert not any("training image itself" in text for text in answer.warnings)
+
+
+def test_a_prompt_without_the_word_that_all_captions_have_is_said(folder, tmp_path, ask):
+    for path in folder.glob("*.txt"):
+        path.write_text(f"a photo of sks {path.read_text()}")
+    said = questions.find_missing_words("a photo of a dog", ["a photo of sks dog"] * 3)
+    assert said == ["sks"]
+    [answer] = ask(folder, tmp_path / "out", prompt="a blob")
+    assert any('nearly all captions have "sks"' in text for text in answer.warnings)
+    [answer] = ask(folder, tmp_path / "out", prompt="a sks blob")
+    assert not any("captions have" in text for text in answer.warnings)
+
+
+def test_one_image_no_images_and_no_captions_are_refused_before_a_model_is_loaded(
+    folder, tmp_path, monkeypatch, refusal
+):
+    monkeypatch.setattr(front, "load_model", None)
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    assert "empty: no pictures" in refusal(tmp_path / "empty", out)
+    assert "no such folder" in refusal(tmp_path / "missing", out)
+    one = make_folder(tmp_path / "one", 1)
+    assert "only 1 training image, which leaves nothing to rank" in refusal(one, out)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    assert "8 pictures, none with a caption" in refusal(folder, out)
+    (folder / "captions.txt").write_text("one\ntwo\n")
+    assert "captions.txt" in refusal(folder, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"prompt": None}, "its file does not say its prompt; give it: --prompt"),
+        ({"prompt": "  "}, "--prompt: expected some words, found none"),
+        ({"prompt": "a\0b"}, "--prompt: expected text without NUL"),
+        ({"seed": -1}, "--seed -1: expected a whole number"),
+        ({"steps": 3}, "--steps: says how a picture is to be made, and one is given"),
+        ({"prompt": "a <new7> blob"}, "<new7>"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(more, said, folder, tmp_path, refusal):
+    assert said in refusal(folder, tmp_path / "out", **more)
+    assert not (tmp_path / "out/results").exists()
+
+
+def test_pictures_that_are_none_are_refused_by_name(folder, tmp_path, refusal):
+    (tmp_path / "no.png").write_text("no picture")
+    assert "no.png" in refusal(folder, tmp_path / "out", tmp_path / "no.png")
+    assert "gone.png" in refusal(folder, tmp_path / "out", tmp_path / "gone.png")
+    assert "found a folder" in refusal(folder, tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_prompt_is_read_from_the_file_and_kept_with_its_seed(folder, tmp_path, ask):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("parameters", f"{PROMPT}\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 99")
+    Image.open(QUERY).save(tmp_path / "noted.png", pnginfo=notes)
+    [answer] = ask(folder, tmp_path / "out", tmp_path / "noted.png", prompt=None)
+    assert (answer.question.prompt, answer.question.seed) == (PROMPT, 99)
+    [task] = json.loads((tmp_path / "out/tasks.json").read_text())
+    assert (task["prompt"], task["seed"], task["num_inference_steps"]) == (PROMPT, 99, 20)
+
+
+def test_pictures_of_one_name_and_one_picture_with_two_prompts_stay_apart(folder, tmp_path, ask):
+    out = tmp_path / "out"
+    pictures = [
+        QUERY,
+        other_query(tmp_path / "a/00000.png"),
+        other_query(tmp_path / "b/00000.jpg", 2),
+    ]
+    answers = ask(folder, out, *pictures)
+    answers += ask(folder, out, prompt="another prompt")
+    names = [answer.folder.name for answer in answers]
+    assert names[0] == "00000.png" and len(set(names)) == 4
+    assert all(name.startswith("00000") for name in names)
+    assert len(json.loads((out / "tasks.json").read_text())) == 4
+    again = ask(folder, out, *pictures)
+    assert [answer.folder.name for answer in again] == names[:3]
+    for first, second in zip(answers, again):
+        np.testing.assert_array_equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("name", ["=1+1.png", " a\nb.png", ".hidden.png", "é" * 100 + ".png"])
+def test_odd_names_of_pictures_are_no_obstacle(name, folder, tmp_path, ask):
+    [answer] = ask(folder, tmp_path / "out", other_query(tmp_path / name))
+    assert (answer.folder / "report.html").is_file()
+
+
+def test_a_prompt_and_a_seed_make_the_picture_and_its_exact_latent(folder, tmp_path, tiny):
+    out, how = tmp_path / "out", {"seed": 5, "steps": 3, "guidance": 2.0}
+    [answer] = unlearn.attribute((), tiny, folder, PROMPT, out, device="cpu", **how)
+    [task] = json.loads((out / "tasks.json").read_text())
+    assert (task["seed"], task["num_inference_steps"], task["guidance_scale"]) == (5, 3, 2.0)
+    latents = np.load(out / "root" / task["latents"])
+    assert latents.shape == (1, 4, 4, 4) and task["row"] == 0
+    picture = out / "root" / task["synth_image_path"]
+    before = picture.read_bytes()
+    [again] = unlearn.attribute((), tiny, folder, PROMPT, out, device="cpu", **how)
+    assert picture.read_bytes() == before
+    np.testing.assert_array_equal(again.scores, answer.scores)
+    [other] = unlearn.attribute((), tiny, folder, PROMPT, out, device="cpu", **{**how, "seed": 6})
+    assert not np.array_equal(other.scores, answer.scores)
+    assert len(json.loads((out / "tasks.json").read_text())) == 2
+
+
+def test_no_picture_needs_prompt_and_seed(folder, tmp_path, tiny):
+    for more in {"seed": 1, "prompt": None}, {"seed": None}, {"seed": 1, "steps": 0}:
+        with pytest.raises(UserError, match="--prompt|--num_inference_steps|--steps"):
+            unlearn.attribute(
+                (), tiny, folder, out=tmp_path / "out", device="cpu", **{"prompt": PROMPT, **more}
+            )
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, tmp_path, capsys, ask):
+    out = tmp_path / "out"
+    assert ask(folder, out, dry_run=True) == [] and not out.exists()
+    shown = capsys.readouterr().out
+    assert "160 passes" in shown and "40 gradients" in shown
+    assert re.search(r"In all about \d+ s, and \d+ MB on the disk", shown)
+    ask(folder, out)
+    before = contents(out)
+    assert ask(folder, out, dry_run=True) == [] and contents(out) == before
+    assert capsys.readouterr().out.count("is there already") == 3
+
+
+def test_each_step_says_what_is_left_in_all_and_it_falls(folder, tmp_path, ask):
+    lines = []
+    ask(folder, tmp_path / "out", on_step=lines.append)
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [f"step {n} of 5" for n in range(1, 6)]
+    left = [int(re.search(r"about (\d+) s left in all", line)[1]) for line in steps]
+    assert left == sorted(left, reverse=True)
+
+
+def test_what_is_left_follows_the_pace_of_what_was_done(monkeypatch):
+    steps = [costs.Step("a", "", 10.0), costs.Step("b", "", 20.0), costs.Step("c", "", 40.0)]
+    lines, now = [], [0.0]
+    monkeypatch.setattr(costs.time, "monotonic", lambda: now[0])
+    clock = costs.Clock(steps, lines.append)
+    with clock.step("a"):
+        now[0] += 30
+    with clock.step("b"):
+        pass
+    assert "about 70 s left" in lines[0] and "about 3 min left" in lines[1]
+
+
+def test_the_counts_of_a_plan_are_those_of_the_passes_that_run(folder, tmp_path, monkeypatch, ask):
+    counts = count_sweeps(monkeypatch)
+    ask(folder, tmp_path / "out")
+    plan = costs.Counts(8, 8, 10, 40, 160, 1, 0)
+    assert plan.sweep == 160 and counts["laion_loss"] * 10 == 2 * plan.sweep
+
+
+def test_too_little_room_is_said_before_anything_is_written(folder, tmp_path, monkeypatch, refusal):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "its disk has 0 MB left; free some space" in refusal(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_the_model_explains_worse_than_any_image_is_said():
+    before = {"exemplar": np.array([0.3, 0.4]), "laion": np.array([0.1, 0.2])}
+    [said] = find_strange(0.5, before)
+    assert "worse than any training image (loss 0.5, theirs at most 0.4)" in said
+    assert find_strange(0.4, before) == [] == find_strange(0.5, {})
+
+
+def test_noise_is_explained_worse_than_any_image_and_the_answer_says_so(folder, tmp_path, ask):
+    for number, path in enumerate(sorted(folder.glob("*.png"))):
+        Image.new("RGB", (64, 64), (200, 10 * number, 90)).save(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    [answer] = ask(folder, tmp_path / "out", tmp_path / "noise.png", model=EMOJI)
+    assert any("another model may have made it" in text for text in answer.warnings)
+
+
+def run_killed_before(step, work):
+    """Runs `work` in a fork that dies before it gives its `step`-th file the final name; returns
+    whether it finished."""
+    child = os.fork()
+    if child == 0:
+        replace, count = os.replace, [0]
+
+        def replace_or_die(*args):
+            count[0] += 1
+            if count[0] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args)
+
+        artifacts.os.replace = replace_or_die
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFEXITED(os.waitpid(child, 0)[1])
+
+
+def test_killed_before_every_file_and_run_again_it_leaves_what_an_uninterrupted_run_leaves(
+    tmp_path, ask
+):
+    folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"
+    ask(folder, whole)
+    step = 1
+    # Each run is killed one file later than it needs to go on, so that all boundaries are met.
+    while not run_killed_before(2 + step % 3, lambda: ask(folder, out)):
+        step += 1
+        assert step < 200
+    assert step > 10
+    expected, found = contents(whole), contents(out)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        if not name.startswith(("root/dataset", "tasks")):
+            assert found[name] == expected[name], name
+
+
+def test_two_runs_into_one_folder_at_the_same_moment_give_both_answers(folder, tmp_path, ask):
+    for number in range(2):
+        out = tmp_path / f"out {number}"
+        others = [other_query(tmp_path / f"{letter}/00000.png") for letter in "ab"[: number + 1]]
+        works = [
+            lambda pictures=pictures: ask(folder, out, *pictures)
+            for pictures in ((), others[:1], others[-1:])
+        ]
+        assert run_together(*works) == [0] * 3
+        entries = json.loads((out / "tasks.json").read_text())
+        assert len(entries) == 2
+        answers = ask(folder, out, QUERY, others[0])
+        assert len({answer.folder for answer in answers}) == 2
+        alone = ask(folder, tmp_path / f"alone {number}", others[0])
+        np.testing.assert_array_equal(answers[1].scores, alone[0].scores)
+        assert not list(out.rglob("*.part")) and not list(out.rglob("*.claim"))
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path):
+    words = [sys.executable, "-m", "unlearn", "attribute", "--model", "x", "--images", "y"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: no picture: name one, or have it made: --prompt")
