@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PARITY
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 from test_folders import CONVENTIONS
 from test_roots import mixed_pictures, run_together
 
@@ -26,6 +28,7 @@ from unlearn import UserError, front
 from unlearn.attribution import estimation, scoring
 from unlearn.commands import attribute as command
 from unlearn.front import costs, questions
+from unlearn.front.models import find_model
 from unlearn.report.results import find_strange
 from unlearn.storage import artifacts
 
@@ -457,16 +460,18 @@ def run_killed_before(step, work):
 
 
 def test_killed_before_every_file_and_run_again_it_leaves_what_an_uninterrupted_run_leaves(
-    tmp_path, ask
+    tmp_path, ask, monkeypatch
 ):
+    monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3))
     folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"
     ask(folder, whole)
-    step = 1
-    # Each run is killed one file later than it needs to go on, so that all boundaries are met.
-    while not run_killed_before(2 + step % 3, lambda: ask(folder, out)):
-        step += 1
-        assert step < 200
-    assert step > 10
+    step, kills, before = 1, 0, None
+    while not run_killed_before(step, lambda: ask(folder, out)):
+        kills += 1
+        # A run that only did again what the last one did: the next kill comes one file later.
+        step += (now := contents(out)) == before
+        before = now
+    assert kills > 20
     expected, found = contents(whole), contents(out)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -497,3 +502,144 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: no picture: name one, or have it made: --prompt")
+
+
+def as_pipeline(tiny, folder, change):
+    """A copy of the miniature pipeline, changed."""
+    shutil.copytree(tiny, folder)
+    change(folder)
+    return folder
+
+
+def give_variant(folder):
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+
+
+def give_bin(folder):
+    for path in folder.glob("*/*.safetensors"):
+        name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+
+
+def name_absent_parts(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def hash_of(name, base=None, place=None):
+    """The weights that a model is loaded with."""
+    source, loaded = front.load_source(name, base, place, "cpu")
+    assert source.unet or loaded.pipeline.unet.config.sample_size == 4
+    return loaded.weights_hash
+
+
+@pytest.mark.parametrize("change", [give_variant, give_bin, name_absent_parts])
+def test_what_people_have_of_a_pipeline_loads_with_the_same_weights(change, tiny, tmp_path):
+    mine = as_pipeline(tiny, tmp_path / "mine", change)
+    assert hash_of(mine, None, tmp_path / "place") == hash_of(tiny)
+    [made] = (tmp_path / "place").iterdir()
+    if change is give_variant:
+        weights = made / "unet/diffusion_pytorch_model.safetensors"
+        assert weights.is_symlink()
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    hash_of(mine, None, tmp_path / "place")
+    assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+
+
+def test_a_folder_of_the_hubs_cache_is_its_main_snapshot(tiny, tmp_path):
+    cache = tmp_path / "models--me--mine"
+    shutil.copytree(tiny, cache / "snapshots/abc")
+    (cache / "snapshots/def").mkdir()
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    assert find_model(cache, None, tmp_path / "place").pipeline == str(cache / "snapshots/abc")
+    shutil.rmtree(cache / "refs")
+    (cache / "snapshots/def").rmdir()
+    assert find_model(cache, None, tmp_path / "place").pipeline == str(cache / "snapshots/abc")
+
+
+def test_the_unet_of_a_training_run_takes_its_other_parts_from_the_base(
+    tiny, tmp_path, folder, ask
+):
+    run = tmp_path / "run"
+    for number in (500, 1000):
+        shutil.copytree(f"{tiny}/unet", run / f"checkpoint-{number}/unet")
+    path = run / "checkpoint-1000/unet/diffusion_pytorch_model.safetensors"
+    weights = {name: 1.01 * value for name, value in load_file(path).items()}
+    save_file(weights, path)
+    with pytest.raises(UserError, match="has a UNet .*checkpoint-1000.* --base MODEL"):
+        find_model(run, None, tmp_path / "place")
+    changed, plain = hash_of(run, tiny, tmp_path / "place"), hash_of(tiny)
+    assert changed != plain
+    shutil.copytree(f"{tiny}/unet", tmp_path / "alone")
+    assert hash_of(tmp_path / "alone", tiny, tmp_path / "place") == plain
+    shutil.copy(f"{tiny}/scheduler/scheduler_config.json", tmp_path / "alone")
+    source = find_model(tmp_path / "alone", tiny, tmp_path / "place")
+    assert (source.pipeline, source.unet) == (tiny, str(tmp_path / "alone"))
+    [answer] = ask(folder, tmp_path / "out", model=run, base=tiny)
+    assert len(answer.table()) == 8
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("lora.safetensors", {"lora_unet.a": 1}, "a LoRA file, which cannot be given yet; merge"),
+        ("xl.safetensors", {"conditioner.embedders.0.a": 1}, "of Stable Diffusion XL"),
+        ("vae.safetensors", {"encoder.a": 1}, "expected a Stable Diffusion checkpoint"),
+        ("sd.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("sd.safetensors", b"damaged", "not a whole safetensors file"),
+        ("sd.gguf", b"GGUF", "quantized and exported models cannot be used"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_with_the_way_on(
+    name, content, said, folder, tmp_path, refusal
+):
+    path = tmp_path / name
+    if isinstance(content, dict):
+        save_file({key: torch.ones(size) for key, size in content.items()}, path)
+    else:
+        path.write_bytes(content)
+    text = refusal(folder, tmp_path / "out", model=path)
+    assert said in text and name in text and not (tmp_path / "out/root").exists()
+
+
+def test_folders_that_are_no_pipeline_are_refused_with_the_way_on(tiny, tmp_path):
+    def said(folder, base=None):
+        with pytest.raises(UserError) as error:
+            find_model(folder, base, tmp_path / "place")
+        return str(error.value)
+
+    (tmp_path / "a").mkdir()
+    assert "no model_index.json); there: nothing" in said(tmp_path / "a")
+    (tmp_path / "a/sd.ckpt").write_bytes(b"")
+    assert f"give that: --model {tmp_path / 'a/sd.ckpt'}" in said(tmp_path / "a")
+    (tmp_path / "a/pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert "a LoRA file" in said(tmp_path / "a")
+    empty = as_pipeline(
+        tiny, tmp_path / "b", lambda f: next((f / "unet").glob("*.safetensors")).unlink()
+    )
+    assert "its unet has no weights" in said(empty) and "there: config.json" in said(empty)
+    (empty / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs")
+    assert "git lfs pull" in said(empty)
+    assert "no such file or folder" in said("/nowhere/model")
+    assert "no such file or folder" in said("model.safetensors")
+
+
+def to_checkpoint(folder, path):
+    """The miniature pipeline as a single file of the original program's names, as far as UNet and
+    VAE go: what diffusers is to read back."""
+    unet = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    save_file({f"model.diffusion_model.{name}": value for name, value in unet.items()}, path)
+
+
+def test_a_checkpoint_that_diffusers_cannot_convert_is_refused_with_both_ways_on(tiny, tmp_path):
+    path = tmp_path / "sd.safetensors"
+    to_checkpoint(Path(tiny), path)
+    with pytest.raises(UserError, match="cannot be converted .*--base MODEL"):
+        find_model(path, None, tmp_path / "place")
+    with pytest.raises(UserError, match="from_single_file.*--model converted"):
+        find_model(path, tiny, tmp_path / "place")
+    assert not list((tmp_path / "place").glob("sd-*"))

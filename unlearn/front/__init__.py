@@ -49,6 +49,7 @@ from ..storage.records import is_complete, read_record
 from . import costs
 from .answers import Attribution, read_attribution
 from .making import GUIDANCE, make_picture
+from .models import Source, find_model
 from .questions import (
     Question,
     ask,
@@ -259,6 +260,7 @@ def attribute(
     images: str | Path = "",
     prompt: str | None = None,
     out: str | Path = "attribution",
+    base: str | Path | None = None,
     seed: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -274,8 +276,8 @@ def attribute(
     """Which of a model's training images made some pictures: an Attribution of each.
 
     pictures: files from anywhere, or none: then `prompt` and `seed`, and `steps` and `guidance`,
-    say which picture the model is to make; model: the diffusers pipeline that made them, a folder
-    or a name on the hub; images: the folder that it was trained on, with captions by any convention
+    say which picture the model is to make; model: what made them, a diffusers folder, a name on the
+    hub, a checkpoint file or the folder of a UNet, whose other parts are those of `base`; images: the folder that it was trained on, with captions by any convention
     (see `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
@@ -293,17 +295,28 @@ def attribute(
             say(line)
         check_images(found)
         check_writable(out, SELF)
-        name = os.path.abspath(model) if Path(model).exists() else str(model)
         set_precision("fp32")
         on_step("loading the model")
-        loaded = load_model(name, choose_device(device))
+        source, loaded = load_source(model, base, place / "model", device)
         plan, num_bytes = plan_run(found, loaded, out, questions, making)
         if dry_run:
             costs.show_plan(plan, num_bytes)
             return []
     check_space(out, num_bytes)
-    run = partial(answer, found, loaded, name, out, questions, making)
+    run = partial(answer, found, loaded, source, out, questions, making)
     return run(costs.Clock(plan, on_step), top_k, command)
+
+
+def load_source(
+    model: str | Path, base: str | Path | None, place: Path, device: str | None
+) -> tuple[Source, Model]:
+    """A model found and loaded. Raises UserError, naming --model, where that cannot be done."""
+    source = find_model(model, base, place)
+    try:
+        loaded = load_model(source.pipeline, choose_device(device), source.unet or None)
+    except UserError as error:
+        raise UserError(str(error).replace("--sd_version", "--model")) from None
+    return source, loaded
 
 
 def plan_run(
@@ -320,7 +333,7 @@ def plan_run(
 def answer(
     found: Found,
     model: Model,
-    name: str,
+    source: Source,
     out: Path,
     questions: list[Question],
     making: Making | None,
@@ -329,7 +342,9 @@ def answer(
     command: str,
 ) -> list[Attribution]:
     """The part of `attribute` that computes and writes."""
-    made = make_data_root(found, out / "root", {"name": DATASET, "pipeline": name})
+    settings = {"name": DATASET, "pipeline": source.pipeline}
+    settings |= {"unet": source.unet} if source.unet else {}
+    made = make_data_root(found, out / "root", settings)
     say(made.describe())
     root, results = made.root, out / "results"
     if making:
@@ -339,7 +354,7 @@ def answer(
             questions = [make_picture(model, root, DATASET, resolution, *sampling)]
     tasks = write_tasks(out / "tasks.json", root, questions)
     check_customization(model, None, tasks)
-    check_tokens(None, tasks, name)
+    check_tokens(None, tasks, source.pipeline)
     with clock.step(costs.ENCODING):
         images = prepare_training_set(model, root)
         queries = [encode_query(model, task, str(root)) for task in tasks]

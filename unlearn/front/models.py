@@ -1,0 +1,368 @@
+"""What people have of a model, made the diffusers folder that every command loads: links to what is
+there, and only what cannot be linked (weights that are no safetensors, a single file) written anew."""
+
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..errors import UserError
+from ..models.checks import OTHER_FAMILIES
+from ..runtime.programs import say
+from ..storage.artifacts import own_part, write_json, write_tensors
+from ..storage.hashes import digest
+from ..storage.reading import list_visible, read_json, read_tensors
+
+INDEX = "model_index.json"
+WEIGHTS = {  # of each part: its weights' name without variant and suffix; others' names of it
+    "unet": ("diffusion_pytorch_model", ()),
+    "vae": ("diffusion_pytorch_model", ()),
+    "text_encoder": ("model", ("pytorch_model",)),
+}
+CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+UNSUPPORTED = (".gguf", ".onnx", ".zip", ".tar", ".7z")
+LORA = "pytorch_lora_weights.safetensors"
+CUSTOMIZED = (
+    "pytorch_custom_diffusion_weights.safetensors",
+    "pytorch_custom_diffusion_weights.bin",
+)
+POINTER = b"version https://git-lfs"
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no loss asks for
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as every command loads it."""
+
+    pipeline: str  # diffusers folder or name on the hub
+    unet: str = ""  # the folder of another UNet with its schedule
+
+
+def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source:
+    """The model that a path or a name on the hub is; what must be put together stands in `place`.
+    base: the model that a UNet's folder or a single file takes its other parts from. Raises
+    UserError, with the way on, where it is none that can be used."""
+    if not str(name):
+        raise UserError("--model: names nothing; give a folder, a file or a name on the hub")
+    path = Path(name)
+    if not path.exists():
+        check_hub_name(str(name))
+        return Source(str(name))
+    path = Path(os.path.abspath(path))
+    if path.is_file():
+        return Source(str(convert_file(path, base, place)))
+    path = find_snapshot(path)
+    if (path / INDEX).is_file():
+        return Source(str(complete_folder(path, place)))
+    unet = find_unet(path)
+    if unet is None:
+        raise UserError(f"--model {path}: {explain_folder(path)}")
+    if base is None:
+        raise UserError(
+            f"--model {path}: has a UNet ({unet}) without the rest of a pipeline; give the model "
+            f"that it was trained from: --base MODEL"
+        )
+    pipeline = find_model(base, None, place / "base").pipeline
+    if (unet / "scheduler_config.json").is_file():
+        return Source(pipeline, str(unet))
+    if not Path(pipeline).is_dir():
+        raise UserError(
+            f"--base {base}: expected a folder, so that the UNet of {unet} can be put beside its "
+            f"other parts; download it: hf download {shlex.quote(str(base))} --local-dir base"
+        )
+    return Source(str(replace_unet(Path(pipeline), unet, place)))
+
+
+def check_hub_name(name: str) -> None:
+    """Raises UserError where a name that is not there can be none on the hub."""
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_local or Path(name).suffix in (*CHECKPOINTS, *UNSUPPORTED):
+        raise UserError(f"--model {name}: no such file or folder")
+
+
+def find_snapshot(folder: Path) -> Path:
+    """The snapshot of a folder of the hub's cache (models--OWNER--NAME): its main one, else the
+    newest; any other folder itself. Raises UserError where it has none."""
+    if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
+        return folder
+    main = folder / "refs/main"
+    if main.is_file() and (found := folder / "snapshots" / main.read_text().strip()).is_dir():
+        return found
+    found = [path for path in list_visible(folder / "snapshots") if path.is_dir()]
+    if not found:
+        raise UserError(f"--model {folder}: a folder of the hub's cache without a snapshot")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def find_unet(folder: Path) -> Path | None:
+    """The folder of a UNet that a training run left: this one, its `unet`, or that of its last
+    checkpoint; None where there is none."""
+    runs = [path for path in list_visible(folder, "checkpoint-*") if path.name[11:].isdigit()]
+    runs.sort(key=lambda path: int(path.name[11:]), reverse=True)
+    for place in (folder, folder / "unet", *(run / "unet" for run in runs)):
+        config = place / "config.json"
+        if config.is_file() and "UNet" in str(read_object(config).get("_class_name")):
+            return place
+    return None
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object, {} where it is something else."""
+    found = read_json(path, "--model")
+    return found if isinstance(found, dict) else {}
+
+
+def explain_folder(folder: Path) -> str:
+    """What a folder without a pipeline probably is, and the way on."""
+    if (folder / LORA).is_file():
+        return explain_lora(folder)
+    if any(
+        (folder / name).is_file() for name in (*CUSTOMIZED, "pytorch_custom_diffusion_weights.pt")
+    ):
+        return (
+            "a customized model (custom diffusion), which is used from a data root: see "
+            "model_path in tasks/README.md"
+        )
+    files = [path for path in list_visible(folder) if path.suffix in CHECKPOINTS]
+    if len(files) == 1:
+        return f"no pipeline in diffusers' format, but one file; give that: --model {files[0]}"
+    there = ", ".join(path.name for path in list_visible(folder)[:8]) or "nothing"
+    return f"no pipeline in diffusers' format (no {INDEX}); there: {there}"
+
+
+def explain_lora(path: Path) -> str:
+    """That LoRA files are not used yet, and how one is merged."""
+    code = (
+        "from diffusers import DiffusionPipeline as P; p = P.from_pretrained('BASE'); "
+        f"p.load_lora_weights({str(path)!r}); p.fuse_lora(); p.unload_lora_weights(); "
+        "p.save_pretrained('merged')"
+    )
+    return (
+        "a LoRA file, which cannot be given yet; merge it into its base model (put that for BASE) "
+        f"and give --model merged: python -c {shlex.quote(code)}"
+    )
+
+
+def check_pointer(path: Path) -> None:
+    """Raises UserError where a weight file is git-lfs's note of one."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(
+                f"--model {path}: git-lfs's note of a file, not the file; in its folder: git lfs pull"
+            )
+
+
+def list_weights(folder: Path, part: str) -> list[Path]:
+    """Weight files of a part, best first: whole before a variant's, safetensors before others."""
+    stem, others = WEIGHTS[part]
+    found = []
+    for suffix in (".safetensors", ".bin"):
+        for name in (stem, *others):
+            found += list_visible(folder / part, f"{name}{suffix}")
+            found += list_visible(folder / part, f"{name}{suffix}.index.json")
+            found += list_visible(folder / part, f"{name}.*{suffix}")
+    return [path for path in found if "non_ema" not in path.name]
+
+
+def find_faults(folder: Path) -> dict[str, Path]:
+    """{part: the weights that stand there under another name or in another format than is loaded}.
+    Raises UserError where a part has none, or a note of git-lfs."""
+    index, faults = read_object(folder / INDEX), {}
+    for part, (stem, _) in WEIGHTS.items():
+        if not (folder / part).is_dir() or not isinstance(index.get(part), list):
+            continue
+        found = list_weights(folder, part)
+        if not found:
+            there = ", ".join(path.name for path in list_visible(folder / part)) or "nothing"
+            raise UserError(
+                f"--model {folder}: its {part} has no weights ({stem}.safetensors or .bin); "
+                f"there: {there}; download it again"
+            )
+        check_pointer(found[0])
+        if found[0].name not in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            faults[part] = found[0]
+    return faults
+
+
+def complete_folder(folder: Path, place: Path) -> Path:
+    """A pipeline's folder as it is loaded: itself, or one of links, with the weights under their
+    ordinary names, as safetensors, and without what is named but not there."""
+    index, faults = read_object(folder / INDEX), find_faults(folder)
+    if any(part in index for part in OTHER_FAMILIES):
+        return folder  # refused by name when it is loaded
+    absent = [
+        part
+        for part in LEFT_OUT
+        if isinstance(index.get(part), list) and index[part][0] and not (folder / part).is_dir()
+    ]
+    if not faults and not absent:
+        return folder
+    for part, path in faults.items():
+        say(f"{folder}: the {part}'s weights are those of {path.name}")
+    index |= {part: [None, None] for part in absent}
+    return assemble(folder, place, faults, {}, index)
+
+
+def replace_unet(pipeline: Path, unet: Path, place: Path) -> Path:
+    """A pipeline's folder with another UNet's configuration and weights."""
+    found = list_weights(unet.parent, "unet") if unet.name == "unet" else []
+    found = found or [
+        path
+        for suffix in (".safetensors", ".bin")
+        for path in list_visible(unet, f"diffusion_pytorch_model*{suffix}")
+    ]
+    if not found:
+        raise UserError(
+            f"--model {unet}: a UNet's configuration without weights "
+            f"(diffusion_pytorch_model.safetensors)"
+        )
+    check_pointer(found[0])
+    say(f"{unet}: a UNet alone; the other parts are those of {pipeline}")
+    index = read_object(pipeline / INDEX)
+    return assemble(pipeline, place, {"unet": found[0]}, {"unet": unet}, index)
+
+
+def assemble(
+    folder: Path, place: Path, weights: dict[str, Path], parts: dict[str, Path], index: dict
+) -> Path:
+    """A folder of links in `place`, named after what it is made of: parts from `parts`, else from
+    `folder`, and the weights given under the names that are loaded."""
+    stamps = {
+        part: [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+        for part, path in weights.items()
+    }
+    target = place / f"{folder.name}-{digest(str(folder), stamps, index)[:8]}"
+    if (target / INDEX).is_file():
+        return target
+    for part, value in index.items():
+        source = parts.get(part, folder / part)
+        if not isinstance(value, list) or not source.is_dir():
+            continue
+        (target / part).mkdir(parents=True, exist_ok=True)
+        for path in list_visible(source):
+            if part not in weights or path.suffix in (".json", ".txt", ".model"):
+                link(path, target / part / path.name)
+        if part in weights:
+            put_weights(weights[part], target / part / f"{WEIGHTS[part][0]}.safetensors")
+    write_json(target / INDEX, index)  # last: it says that the folder is whole
+    return target
+
+
+def link(source: Path, target: Path) -> None:
+    """A link to a file, whatever stood there."""
+    part = own_part(target)
+    part.unlink(missing_ok=True)
+    os.symlink(os.path.realpath(source), part)
+    os.replace(part, target)
+
+
+def put_weights(source: Path, target: Path) -> None:
+    """Weights as safetensors: a link where they are, else read without running code and written."""
+    if source.suffix == ".safetensors":
+        return link(source, target)
+    tensors = read_tensors(source, "--model")
+    # Each its own memory: tied weights may not share theirs in such a file.
+    write_tensors(target, {name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+
+
+def list_tensors(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file. Raises UserError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"--model {path}: not a whole safetensors file ({reason:.100})") from None
+
+
+def convert_command(path: Path, base: str | Path | None) -> str:
+    """The command that makes a pipeline's folder of a single file, by diffusers alone."""
+    config = f", config={str(base)!r}" if base else ""
+    code = (
+        "from diffusers import StableDiffusionPipeline as P; "
+        f"P.from_single_file({str(path)!r}{config}).save_pretrained('converted')"
+    )
+    return f"python -c {shlex.quote(code)}, then --model converted"
+
+
+def convert_file(path: Path, base: str | Path | None, place: Path) -> Path:
+    """The pipeline's folder that a single checkpoint file is converted to, once. Raises UserError,
+    with the way on, where the file is no such checkpoint or cannot be converted."""
+    if path.suffix.lower() not in CHECKPOINTS:
+        raise UserError(
+            f"--model {path}: expected a diffusers folder or a checkpoint "
+            f"({', '.join(CHECKPOINTS)}); quantized and exported models cannot be used"
+        )
+    check_pointer(path)
+    if path.suffix == ".safetensors":
+        check_keys(path, list_tensors(path))
+    status = path.stat()
+    key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
+    target = place / f"{path.stem}-{key[:8]}"
+    if not (target / INDEX).is_file():
+        say(f"{path}: one file; it is made a diffusers folder once, {target}")
+        save_converted(path, base, place, target)
+    return target
+
+
+def check_keys(path: Path, names: list[str]) -> None:
+    """Raises UserError, with the way on, where the tensors of a file are not those of a whole Stable
+    Diffusion checkpoint."""
+    if any("lora" in name.lower() for name in names):
+        raise UserError(f"--model {path}: {explain_lora(path)}")
+    if any(name.startswith("conditioner.embedders.") for name in names):
+        raise UserError(
+            f"--model {path}: a checkpoint of Stable Diffusion XL; supported are Stable Diffusion "
+            f"1 and 2 and models of their kind"
+        )
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        first = names[0] if names else "nothing"
+        raise UserError(
+            f"--model {path}: expected a Stable Diffusion checkpoint (model.diffusion_model. ...), "
+            f"found {first:.80}; a part of a diffusers pipeline is given by the pipeline's folder"
+        )
+
+
+def save_converted(path: Path, base: str | Path | None, place: Path, target: Path) -> None:
+    """Writes a checkpoint file as a pipeline's folder, whole or not at all."""
+    from diffusers import StableDiffusionPipeline
+
+    config = find_model(base, None, place / "base").pipeline if base else None
+    part = own_part(target)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=config,
+            local_files_only=bool(config),
+            safety_checker=None,
+            load_safety_checker=False,
+        )
+        pipeline.save_pretrained(part, safe_serialization=True)
+    except OSError as error:
+        if error.errno:  # a full disk, no permission
+            raise
+        refuse_conversion(path, base, error)
+    except Exception as error:  # what diffusers raises for such files has no common type
+        refuse_conversion(path, base, error)
+    index = json.loads((part / INDEX).read_text())
+    (part / INDEX).write_text(json.dumps({**index, "safety_checker": [None, None]}))
+    if not (target / INDEX).is_file():
+        os.replace(part, target)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_conversion(path: Path, base: str | Path | None, error: Exception) -> None:
+    """Raises UserError: a file could not be converted here."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    way = (
+        "give a diffusers folder of its family, whose configuration and tokenizer it takes: "
+        "--base MODEL"
+        if base is None
+        else f"or, with a network: {convert_command(path, None)}"
+    )
+    raise UserError(f"--model {path}: cannot be converted ({reason:.160}); {way}") from None
