@@ -8,6 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 
 from ..errors import UserError
@@ -329,8 +331,8 @@ def check_keys(path: Path, names: list[str]) -> None:
 
 def save_converted(path: Path, base: str | Path | None, place: Path, target: Path) -> None:
     """Writes a checkpoint file as a pipeline's folder, whole or not at all."""
-    from diffusers import StableDiffusionPipeline
-
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
     config = find_model(base, None, place / "base").pipeline if base else None
     part = own_part(target)
     shutil.rmtree(part, ignore_errors=True)
@@ -340,7 +342,8 @@ def save_converted(path: Path, base: str | Path | None, place: Path, target: Pat
             config=config,
             local_files_only=bool(config),
             safety_checker=None,
-            load_safety_checker=False,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
         pipeline.save_pretrained(part, safe_serialization=True)
     except OSError as error:
@@ -350,7 +353,7 @@ def save_converted(path: Path, base: str | Path | None, place: Path, target: Pat
     except Exception as error:  # what diffusers raises for such files has no common type
         refuse_conversion(path, base, error)
     index = json.loads((part / INDEX).read_text())
-    (part / INDEX).write_text(json.dumps({**index, "safety_checker": [None, None]}))
+    (part / INDEX).write_text(json.dumps({**index, **{part: [None, None] for part in LEFT_OUT}}))
     if not (target / INDEX).is_file():
         os.replace(part, target)
     shutil.rmtree(part, ignore_errors=True)
