@@ -79,7 +79,7 @@ class ImageNoise:
         training_set: TrainingSet,
         rows: np.ndarray,
         grid: list[int],
-        device: torch.device,
+        device: torch.device | str,
         pool: Executor,
     ) -> np.ndarray:
         """`chunk_noise` of some rows."""
@@ -118,7 +118,7 @@ class BatchNoise:
         training_set: TrainingSet,
         rows: np.ndarray,
         grid: list[int],
-        device: torch.device,
+        device: torch.device | str,
         pool: Executor,
     ) -> np.ndarray:
         """Noise [rows, timesteps, C, h, w] float32 of rows that begin with a batch's first."""
@@ -172,7 +172,7 @@ class QueryDraws:
         return noise.identity()
 
     def draw(
-        self, first: int, count: int, shape: Sequence[int], device: torch.device
+        self, first: int, count: int, shape: Sequence[int], device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws `first` to `first + count`: noise [count, *shape] float32 and timesteps [count]
         int64."""
@@ -201,7 +201,7 @@ class PublishedDraws:
 
     in_order = True
 
-    def __init__(self, seed: int, num_train_timesteps: int, device: torch.device) -> None:
+    def __init__(self, seed: int, num_train_timesteps: int, device: torch.device | str) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_train_timesteps = num_train_timesteps
 
@@ -216,7 +216,7 @@ class PublishedDraws:
         return published_identity(device)
 
     def draw(
-        self, first: int, batch_size: int, shape: Sequence[int], device: torch.device
+        self, first: int, batch_size: int, shape: Sequence[int], device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch; it must be asked for in order."""
         normals = torch.randn((batch_size, *shape), generator=self.generator, device=device)

@@ -81,7 +81,7 @@ def view_samples(
     image: int,
     grid: Sequence[int],
     normals: np.ndarray,
-    device: torch.device,
+    device: torch.device | str,
 ) -> tuple[torch.Tensor, ...]:
     """The samples of one view of an image: each caption at each timestep. normals: [captions *
     timesteps, C, h, w]."""

@@ -25,7 +25,11 @@ class Sketch:
     device."""
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], size: int, seed: int, device: torch.device
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        size: int,
+        seed: int,
+        device: torch.device | str,
     ) -> None:
         """parameters: {name: tensor} whose gradients will be projected."""
         self.size, self.num_blocks = size, min(BLOCKS, size)
