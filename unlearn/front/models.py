@@ -241,7 +241,7 @@ def assemble(
     if (target / INDEX).is_file():
         return target
     for part, value in index.items():
-        source = parts.get(part, folder / part)
+        source = parts.get(part) or folder / part
         if not isinstance(value, list) or not source.is_dir():
             continue
         (target / part).mkdir(parents=True, exist_ok=True)

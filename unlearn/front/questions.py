@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +180,7 @@ def find_known(path: Path, question: Question) -> dict | None:
 
 
 @contextmanager
-def alone(path: Path):
+def alone(path: Path) -> Iterator[None]:
     """Holds a lock beside a file, which the end of the process gives back; of several processes the
     others wait. Where the file system has no locks there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
