@@ -437,7 +437,6 @@ def test_noise_is_explained_worse_than_any_image_and_the_answer_says_so(folder, 
     pixels = 255 * np.random.default_rng(0).integers(0, 2, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
     [answer] = ask(folder, tmp_path / "out", tmp_path / "noise.png", model=EMOJI)
-    print(answer.report.settings, answer.warnings)
     assert any("another model may have made it" in text for text in answer.warnings)
 
 
