@@ -2,6 +2,7 @@
 synthesized images. The Python interface is described in `unlearn/api.py` and, where one call is to
 do everything, `unlearn/front`."""
 
+import os
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -44,6 +45,11 @@ __all__ = [
     "rank",
     "unlearn",
 ]
+
+
+# Read by transformers at its first import: without torchvision, which nothing here uses, it warns of
+# it at the start of every run.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def __getattr__(name: str):

@@ -17,7 +17,7 @@ from ..models.checks import OTHER_FAMILIES
 from ..runtime.programs import say
 from ..storage.artifacts import own_part, write_json, write_tensors
 from ..storage.hashes import digest
-from ..storage.reading import list_visible, read_json, read_tensors
+from ..storage.reading import list_visible, read_json, read_tensors, read_text
 
 INDEX = "model_index.json"
 WEIGHTS = {  # of each part: its weights' name without variant and suffix; others' names of it
@@ -92,7 +92,7 @@ def find_snapshot(folder: Path) -> Path:
     if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
         return folder
     main = folder / "refs/main"
-    if main.is_file() and (found := folder / "snapshots" / main.read_text().strip()).is_dir():
+    if main.is_file() and (found := folder / "snapshots" / read_text(main).strip()).is_dir():
         return found
     found = [path for path in list_visible(folder / "snapshots") if path.is_dir()]
     if not found:
@@ -352,7 +352,7 @@ def save_converted(path: Path, base: str | Path | None, place: Path, target: Pat
         refuse_conversion(path, base, error)
     except Exception as error:  # what diffusers raises for such files has no common type
         refuse_conversion(path, base, error)
-    index = json.loads((part / INDEX).read_text())
+    index = read_json(part / INDEX, "index")
     (part / INDEX).write_text(json.dumps({**index, **{part: [None, None] for part in LEFT_OUT}}))
     if not (target / INDEX).is_file():
         os.replace(part, target)

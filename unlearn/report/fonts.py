@@ -6,6 +6,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..runtime.printing import printable
+
 NO_CHARACTER = "\ue000"  # for private use: a font shows what it shows for all that it lacks
 
 
@@ -53,15 +55,15 @@ def default_font(size: int) -> ImageFont.FreeTypeFont:
 def find_font(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font where it has all of a text's characters, else the machine's font that lacks
     the fewest."""
-    best = default_font(size)
-    missing = [character for character in dict.fromkeys(text) if lacks(best, character)]
+    best, characters = default_font(size), list(dict.fromkeys(printable(text)))
+    missing = [character for character in characters if lacks(best, character)]
     fewest = len(missing)
     for character in missing[:5]:
         for file in list_fonts(character):
             font = open_font(file, size)
             if font is None:
                 continue
-            left = sum(lacks(font, other) for other in dict.fromkeys(text))
+            left = sum(lacks(font, other) for other in characters)
             if left < fewest:
                 best, fewest = font, left
             if not fewest:

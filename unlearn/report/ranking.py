@@ -24,7 +24,7 @@ from .figures import TILE, draw_influence
 HEADER = ["rank", "id", "image", "caption", "score", "exemplar", "path"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Ranking:
     """Candidates, exemplars first where there are any, and their scores."""
 
@@ -51,6 +51,11 @@ class Ranking:
             is_exemplar=np.arange(len(scores)) < len(image_sets.get("exemplar", ())),
             warnings=list(warnings),
         )
+
+    def __repr__(self) -> str:
+        """What it is of, not its arrays: `show` shows them."""
+        first = f", first {self.names[self.order[0]]}" if self.ids else ""
+        return f"Ranking of {len(self)} images{first}"
 
     def __len__(self) -> int:
         return len(self.ids)
