@@ -8,9 +8,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..models.checks import OTHER_FAMILIES
@@ -331,6 +331,10 @@ def check_keys(path: Path, names: list[str]) -> None:
 
 def save_converted(path: Path, base: str | Path | None, place: Path, target: Path) -> None:
     """Writes a checkpoint file as a pipeline's folder, whole or not at all."""
+    # Here: it imports image processors, which costs seconds and says so.
+    transformers_logging.set_verbosity_error()
+    from diffusers import StableDiffusionPipeline
+
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     config = find_model(base, None, place / "base").pipeline if base else None
