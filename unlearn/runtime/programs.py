@@ -133,7 +133,7 @@ def set_precision(precision: str) -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # pyright: ignore, because torch sets this property of the module when it is imported
+        # torch sets this property of the module when it is imported
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision in (
         "tf32",
