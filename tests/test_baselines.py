@@ -19,7 +19,7 @@ from unlearn import UserError, noise
 from unlearn.attribution.curvature import DiagonalFisher
 from unlearn.attribution.draws import QueryDraws
 from unlearn.baselines import gradients
-from unlearn.baselines.gradient_methods import flatten
+from unlearn.baselines.gradient_methods import BLOCKS, Sketch, flatten
 from unlearn.baselines.gradients import (
     EXPECTED,
     expected_latents,
@@ -30,7 +30,6 @@ from unlearn.baselines.gradients import (
 )
 from unlearn.baselines.interface import Method, Run
 from unlearn.baselines.methods import METHODS
-from unlearn.baselines.projection import Sketch
 from unlearn.baselines.saving import list_results, method_identity
 from unlearn.baselines.similarity import cosine_scores, mean_features, normalise, text_blocks
 from unlearn.baselines.similarity_methods import Cosines
@@ -187,7 +186,7 @@ def test_a_projection_keeps_inner_products_on_average_and_scatters_as_its_theory
     products = []
     for seed in range(600):
         first, second = (
-            Sketch({"a": value[:100], "b": value[100:]}, size, seed, "cpu").project(
+            Sketch({"a": value[:100], "b": value[100:]}, size, seed, "cpu", BLOCKS).project(
                 {"a": value[:100], "b": value[100:]}
             )
             for value in values
@@ -199,24 +198,29 @@ def test_a_projection_keeps_inner_products_on_average_and_scatters_as_its_theory
 
 def test_a_projection_depends_on_seed_and_parameter_name_alone():
     values = {"a": torch.arange(50.0), "b": torch.ones(7)}
-    both = Sketch(values, 16, 0, "cpu")
+    both = Sketch(values, 16, 0, "cpu", BLOCKS)
     alone = [
-        Sketch({name: value}, 16, 0, "cpu").project({name: value}) for name, value in values.items()
+        Sketch({name: value}, 16, 0, "cpu", BLOCKS).project({name: value})
+        for name, value in values.items()
     ]
     torch.testing.assert_close(both.project(values), alone[0] + alone[1])
     turned = dict(reversed(values.items()))
-    torch.testing.assert_close(Sketch(turned, 16, 0, "cpu").project(turned), both.project(values))
-    assert not torch.equal(Sketch(values, 16, 1, "cpu").project(values), both.project(values))
+    torch.testing.assert_close(
+        Sketch(turned, 16, 0, "cpu", BLOCKS).project(turned), both.project(values)
+    )
+    assert not torch.equal(
+        Sketch(values, 16, 1, "cpu", BLOCKS).project(values), both.project(values)
+    )
     known = [16, 18, 0, 17, 16, 17], [6, 14, 15, 14, 7, 15]
     assert [
         both.draw_targets("a", 0, 6, 0).tolist(),
-        Sketch(values, 8, 0, "cpu").draw_targets("a", 3, 6, 1).tolist(),
+        Sketch(values, 8, 0, "cpu", BLOCKS).draw_targets("a", 3, 6, 1).tolist(),
     ] == list(known)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 64])
 def test_every_weight_goes_to_each_block_of_a_projection_of_any_size(size):
-    sketch = Sketch({"a": torch.zeros(500)}, size, 0, "cpu")
+    sketch = Sketch({"a": torch.zeros(500)}, size, 0, "cpu", BLOCKS)
     assert len(sketch.targets["a"]) == min(4, size)
     entries = [set((targets % size).tolist()) for targets in sketch.targets["a"]]
     assert sorted(entry for block in entries for entry in block) == list(range(size))
@@ -343,7 +347,7 @@ def test_influence_equals_its_formula_in_float64(model, exact, make_run):
 @pytest.mark.parametrize("method, function", [("trak", "loss"), ("dtrak", "norm")])
 def test_trak_scores_equal_their_formula_in_float64(method, function, model, exact, make_run):
     run, parameters = make_run(images=(1, 4)), select_parameters(model.denoiser, KV)
-    sketch = Sketch(parameters, 64, 0, "cpu")
+    sketch = Sketch(parameters, 64, 0, "cpu", BLOCKS)
     shapes = {name: value.shape for name, value in parameters.items()}
     sizes = [shape.numel() for shape in shapes.values()]
     split = lambda row: {

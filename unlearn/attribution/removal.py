@@ -22,7 +22,7 @@ from .. import noise
 from ..datasets.training_sets import TrainingSet, check_pixels
 from ..errors import UserError
 from ..models.pipelines import Model, select_parameters, tracked
-from .sketch import CountSketch
+from .sketch import Sketch
 
 RIDGE = 0.1  # lambda, as a multiple of the mean squared norm of a row
 
@@ -66,7 +66,7 @@ class FeatureMaker:
                     f"timesteps of the model"
                 )
         self.parameters = select_parameters(model.denoiser, settings.weight_selection)
-        self.sketch = CountSketch(
+        self.sketch = Sketch(
             self.parameters, settings.sketch_size, settings.noise_seed, model.device
         )
         self.normals, normals = (
@@ -129,7 +129,7 @@ class FeatureMaker:
                 retain_graph=True,
                 materialize_grads=True,
             )
-            yield self.sketch.reduce(dict(zip(self.parameters, gradients)))
+            yield self.sketch.project(dict(zip(self.parameters, gradients)))
 
 
 def ridge_inverse(

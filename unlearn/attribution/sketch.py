@@ -1,7 +1,12 @@
-"""A count sketch: many thousand numbers in a few thousand that keep their inner products.
+"""Random projection of gradients to a few thousand numbers that keep their inner products.
 
-Buckets and signs are raw Philox bits, which depend on seed and parameter name alone: not on device,
-library version, selection or order of weights.
+Every weight is added, with a random sign, to one entry of each block of the sketch. One block is a
+count sketch (Charikar, Chen and Farach-Colton, Finding frequent items in data streams), several a
+sparse Johnson-Lindenstrauss transform (Kane and Nelson), which tells heavy weights that collide in
+one block apart. Own lines, because the kept libraries do not fit: traker's projection on a CPU is a
+dense matrix (8 GB for a million weights) drawn by the device's own generator, dattri's sparse one
+is a compiled CUDA extension. Here buckets and signs are raw Philox bits, which depend on seed and
+parameter name alone: not on device, library version, selection or order of weights.
 """
 
 from collections.abc import Mapping
@@ -12,9 +17,9 @@ import torch
 from .. import noise
 
 
-class CountSketch:
-    """Adds each weight, with a random sign, to one of `size` sums. It keeps 4 bytes a weight on the
-    device. Source: Charikar, Chen and Farach-Colton, Finding frequent items in data streams."""
+class Sketch:
+    """The projection of named gradients to `size` numbers. It keeps 4 bytes a weight and block on
+    the device."""
 
     def __init__(
         self,
@@ -22,29 +27,41 @@ class CountSketch:
         size: int,
         seed: int,
         device: torch.device | str,
-    ):
-        """parameters: {name: tensor} of the shapes that will be sketched."""
-        self.size = size
+        blocks: int = 1,
+    ) -> None:
+        """parameters: {name: tensor} of the shapes that will be projected."""
+        self.size, self.num_blocks = size, min(blocks, size)
+        self.is_single = blocks == 1  # decides what the stream of random bits is called, no more
         self.targets = {
-            name: torch.from_numpy(draw_targets(name, value.numel(), size, seed)).to(device)
+            name: [
+                torch.from_numpy(self.draw_targets(name, block, value.numel(), seed)).to(device)
+                for block in range(self.num_blocks)
+            ]
             for name, value in parameters.items()
         }
 
-    def reduce(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The sketch of named tensors, [size] of their dtype. Linear; E <sketch a, sketch b> = <a,
-        b>, with a variance of at most 2 |a|^2 |b|^2 / size."""
-        first = next(iter(tensors.values()))
+    def draw_targets(self, name: str, block: int, count: int, seed: int) -> np.ndarray:
+        """Where a parameter's weights go in one block, [count] int32: an entry, plus `size` where
+        the sign is negative."""
+        start = block * self.size // self.num_blocks
+        end = (block + 1) * self.size // self.num_blocks
+        kind, key = "projection", f"{name}, block {block}"
+        if self.is_single:
+            kind, key = "count sketch", name
+        raw = noise.image_generator(seed, kind, key).random_raw(count)
+        # Of the 63 bits above the sign, a remainder favours some entries by less than one in 10^15.
+        return (
+            start
+            + (raw >> np.uint64(1)) % np.uint64(end - start)
+            + (raw & np.uint64(1)) * np.uint64(self.size)
+        ).astype(np.int32)
+
+    def project(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The sketch of gradients {name: tensor}, [size] of their dtype. Linear; E <sketch a,
+        sketch b> = <a, b>, with a variance of at most 2 |a|^2 |b|^2 / size."""
+        first = next(iter(gradients.values()))
         sums = torch.zeros(2 * self.size, dtype=first.dtype, device=first.device)
-        for name, tensor in tensors.items():
-            sums.index_add_(0, self.targets[name], tensor.flatten())
-        return sums[: self.size] - sums[self.size :]
-
-
-def draw_targets(name: str, count: int, size: int, seed: int) -> np.ndarray:
-    """Where a parameter's weights go, [count] int32: a sum, plus `size` where the sign is
-    negative."""
-    raw = noise.image_generator(seed, "count sketch", name).random_raw(count)
-    # Of the 63 bits above the sign, a remainder favours some sums by less than one in 10^15.
-    return (
-        (raw >> np.uint64(1)) % np.uint64(size) + (raw & np.uint64(1)) * np.uint64(size)
-    ).astype(np.int32)
+        for name, gradient in gradients.items():
+            for targets in self.targets[name]:
+                sums.index_add_(0, targets, gradient.flatten())
+        return (sums[: self.size] - sums[self.size :]) / self.num_blocks**0.5

@@ -12,6 +12,7 @@ import torch
 from .. import noise
 from ..attribution.draws import QueryDraws, chunk_noise
 from ..attribution.newton import query_gradient
+from ..attribution.sketch import Sketch
 from ..datasets.tasks import Task
 from ..models.generation import initial_noise
 from ..models.pipelines import select_parameters, tracked
@@ -26,9 +27,9 @@ from .gradients import (
     view_samples,
 )
 from .interface import Method, Run
-from .projection import Sketch
 
 VIEWS = {"max": np.max, "mean": np.mean}  # how an image's score follows from those of its views
+BLOCKS = 4  # of a projection: one would keep heavy weights that collide from being told apart
 
 
 def sweep_identity(run: Run, method: "Influence | Trak", function: str, selection: str) -> dict:
@@ -209,7 +210,7 @@ class Trak(Method):
     def scores(self, run: Run) -> list[np.ndarray]:
         parameters = select_parameters(run.model.denoiser, self.weight_selection)
         with tracked(parameters):
-            sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device)
+            sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device, BLOCKS)
             features = cache_reduced(
                 run.folder / self.cache_folder / "features.npy",
                 self.feature_identity(run),

@@ -21,11 +21,11 @@ from ..models.pipelines import Model
 from ..runtime.programs import progress
 from ..runtime.signals import finishing
 from ..storage.artifacts import whole_file
-from ..storage.chunks import make_folder, read_array_chunk, remove_folders, write_array_chunk
+from ..storage.chunks import read_array_chunk, write_array_chunk
 from ..storage.hashes import digest
 from ..storage.reading import read_array
 from ..storage.records import keep_complete, record_path, write_record
-from ..storage.sharing import Share, do_once
+from ..storage.sharing import Share, build_once
 
 BLOCK_ROWS = 4096  # feature rows in memory at once
 Reduce = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # of an image's gradients, to [size]
@@ -163,28 +163,23 @@ def cache_reduced(
     from `path` (.npy). Chunks of images stand beside it until all are done, so that a run that was
     killed goes on and processes share them. Raises UserError where the file was made with other
     settings and may not be overwritten."""
-    folder = path.parent / f".{path.stem}-{digest(identity)[:16]}"
     starts = range(0, len(training_set), CHUNK_IMAGES)
-    chunks = {
-        folder / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set)))
-        for start in starts
-    }
+    images = [range(start, min(start + CHUNK_IMAGES, len(training_set))) for start in starts]
 
-    def keep():
+    def is_kept():
         return keep_complete(
             path, identity, overwrite, "give --overwrite to replace it, or another --result_dir"
         )
 
-    while not keep():
-        make_folder(folder)
-        if keep():  # asked again: whoever was done in between has removed the folder for good
-            break
+    def fill(folder):
+        chunks = {folder / f"{some.start:08d}.npy": some for some in images}
         fill_chunks(folder, chunks, compute, path.parent.name)
-        with suppress(FileNotFoundError):  # the folder is gone: another process was done
-            do_once(
-                folder, "result", keep, lambda: join_chunks(path, identity, chunks, training_set)
-            )
-    remove_folders(path)
+        return chunks
+
+    def write(chunks):
+        join_chunks(path, identity, chunks, training_set)
+
+    build_once(path, digest(identity), is_kept, fill, write)
     return read_array(path, "gradients")
 
 
