@@ -16,6 +16,7 @@ from ..storage.artifacts import whole_file
 from ..storage.records import record_path, write_record
 from .ranking import Ranking, rank
 
+STRANGE = 1.75  # times the highest loss of the training images
 OF_QUERY = ("query_loss_before", "query_loss_after", "relative_weight_change")
 
 
@@ -45,14 +46,17 @@ def median_change(changes: np.ndarray) -> float:
 
 
 def find_strange(own: float, before: dict[str, np.ndarray]) -> list[str]:
-    """A warning where the model explains the query worse than any training image. own: the query's
-    loss before unlearning; before: the images' by image set, each the mean over the same grid."""
+    """A warning where the model explains the query far worse than any training image. own: the
+    query's loss before unlearning; before: the images' by image set, each the mean over the same
+    grid. STRANGE lies between what data/emoji_small shows: of 60 pictures that its model made 3 had
+    a higher loss than every training image, the highest 1.5 times theirs; noise, a black square, a
+    photograph of emoji and another model's picture had 2.0 to 3.1 times."""
     highest = max((float(losses.max()) for losses in before.values()), default=np.inf)
-    if not own > highest:
+    if not own > STRANGE * highest:
         return []
     return [
-        f"the model explains this picture worse than any training image (loss {own:.4g}, theirs at "
-        f"most {highest:.4g}): another model may have made it"
+        f"the model explains this picture far worse than any training image (loss {own:.4g}, theirs "
+        f"at most {highest:.4g}): another model may have made it, or from another prompt"
     ]
 
 
