@@ -188,7 +188,7 @@ def test_a_second_picture_costs_its_own_part_only(folder, tmp_path, monkeypatch,
     first = ask(folder, tmp_path / "out")
     counts = count_sweeps(monkeypatch)
     monkeypatch.setattr(estimation, "accumulate", None)
-    monkeypatch.setattr("unlearn.datasets.encoding.encode_pixels", None, raising=False)
+    monkeypatch.setattr("unlearn.datasets.encoding.encode_images", None)
     ask(folder, tmp_path / "out", other_query(tmp_path / "b.png"))
     assert counts["laion_loss"] == 16
     counts.clear()

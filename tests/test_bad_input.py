@@ -26,7 +26,7 @@ from unlearn import UserError, running
 from unlearn.attribution import sweeps
 from unlearn.commands import examination, preparation
 from unlearn.datasets import encoders, queries
-from unlearn.models import checks, pipelines
+from unlearn.models import checks, parts, pipelines
 from unlearn.runtime import programs
 from unlearn.storage.artifacts import whole_file, write_array, write_json, write_tensors
 from unlearn.storage.records import write_record
@@ -1408,21 +1408,21 @@ def test_the_unet_of_a_data_root_is_compared_with_the_pipeline_that_it_goes_into
 
 
 def test_a_pipeline_that_is_loaded_from_elsewhere_is_compared_by_what_was_loaded(model):
-    parts = checks.parts_of(model.pipeline)
-    checks.check_fit("hub/name", parts)
-    read = checks.read_parts(PARITY / "fixture/sd-tiny")
+    described = parts.parts_of(model.pipeline)
+    checks.check_fit("hub/name", described)
+    read = parts.read_parts(PARITY / "fixture/sd-tiny")
     assert (read.classes, read.tokens, read.vocabulary) == (
-        parts.classes,
-        parts.tokens,
-        parts.vocabulary,
+        described.classes,
+        described.tokens,
+        described.vocabulary,
     )
     assert all(
-        parts.unet[key] == value
+        described.unet[key] == value
         for key, value in read.unet.items()
         if key in ("in_channels", "out_channels", "cross_attention_dim")
     )
     with pytest.raises(UserError, match="takes 9 channels"):
-        checks.check_fit("hub/name", parts._replace(unet={**parts.unet, "in_channels": 9}))
+        checks.check_fit("hub/name", described._replace(unet={**described.unet, "in_channels": 9}))
 
 
 def test_a_part_that_gives_another_shape_than_its_configuration_says_is_refused(model, monkeypatch):

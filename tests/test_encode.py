@@ -20,7 +20,7 @@ from test_bad_input import files, refused
 from unlearn import UserError
 from unlearn.commands import encode, examination
 from unlearn.commands.inputs import find_fisher, prepare_training_set
-from unlearn.datasets import encoding
+from unlearn.datasets import encoding, own_root, pairs
 from unlearn.datasets.annotations import read_coco, read_metadata
 from unlearn.datasets.captions import pair_images
 from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
@@ -561,7 +561,7 @@ def test_a_dry_run_tells_the_sizes_and_makes_nothing(coco, model, monkeypatch, c
 
 def test_the_identity_of_a_root_without_dataset_json_is_what_it_always_was(root, model):
     """Caches and results in use hang on it."""
-    paths, captions = encoding.list_pairs(root)
+    paths, captions = pairs.list_pairs(root)
     lines = (root / "laion_subset/captions.txt").read_text().splitlines()
     names = sorted((root / "laion_subset/images").iterdir())
     tokens = model.pipeline.tokenizer(
@@ -642,7 +642,7 @@ def test_a_folder_of_images_may_be_a_link_that_the_user_made(root, tmp_path, mod
     other = tmp_path / "other"
     other.mkdir()
     (other / "laion_subset").symlink_to("../abc/laion_subset")
-    assert encoding.list_pairs(other)[1] == encoding.list_pairs(root)[1]
+    assert pairs.list_pairs(other)[1] == pairs.list_pairs(root)[1]
     assert len(list_images(other)) == 60
 
 
@@ -813,14 +813,14 @@ def test_a_root_that_cannot_be_written_comes_with_commands_that_make_ones_own(
     before = files(coco)
     with monkeypatch.context() as patch:
         forbid_writing(patch, coco)
-        patch.setattr(encoding, "find_unreadable", None)  # told before the pictures are decoded
+        patch.setattr(pairs, "find_unreadable", None)  # told before the pictures are decoded
         with pytest.raises(
             UserError,
             match="latents and embeddings are to be made there: make a data root of your own",
         ) as error:
             run(patch, model, coco)
         [disk] = examination.examine_disk(
-            {"data root": coco}, {"data root": encoding.own_root(coco)}
+            {"data root": coco}, {"data root": own_root.own_root(coco)}
         )
     assert (
         disk.status == examination.PROBLEM

@@ -22,7 +22,8 @@ from ..baselines.methods import METHODS
 from ..baselines.saving import score_tasks
 from ..baselines.similarity import feature_encoder
 from ..baselines.similarity_methods import Features
-from ..datasets.encoding import has_given_arrays, map_files
+from ..datasets.encoding import has_given_arrays
+from ..datasets.pairs import map_files
 from ..datasets.pictures import read_header
 from ..datasets.queries import encode_query
 from ..datasets.tasks import Task, load_tasks

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..datasets.encoding import own_root
+from ..datasets.own_root import own_root
 from ..datasets.settings import read_settings
 from ..runtime.printing import show
 from .examination import (

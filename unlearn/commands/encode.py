@@ -16,15 +16,8 @@ scripts do the same at first use.
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..datasets.encoding import (
-    check_given,
-    encode_training_set,
-    encoding_plan,
-    has_given_arrays,
-    list_pairs,
-    tell_overlooked,
-    tell_pairs,
-)
+from ..datasets.encoding import check_given, encode_training_set, encoding_plan, has_given_arrays
+from ..datasets.pairs import list_pairs, tell_overlooked, tell_pairs
 from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import array_paths
 from ..models.pipelines import load_model

@@ -22,14 +22,16 @@ from packaging.specifiers import SpecifierSet
 
 from .. import noise
 from ..attribution.fishers import has_other_images
-from ..datasets.encoding import check_given, count_pairs, has_given_arrays, list_pairs
+from ..datasets.encoding import check_given, has_given_arrays
+from ..datasets.pairs import count_pairs, list_pairs
 from ..datasets.preparation import examine_pictures
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, group_by_model, load_tasks
 from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
-from ..models.checks import PARTS, Parts, check_pipeline, read_parts
+from ..models.checks import PARTS, check_pipeline
 from ..models.customization import check_tokens
+from ..models.parts import Parts, read_parts
 from ..models.pipelines import trained_resolution
 from ..models.unets import check_unet_folder
 from ..runtime.programs import choose_device

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.encoders import encode_prompts
-from ..datasets.encoding import check_root_writable
+from ..datasets.own_root import check_root_writable
 from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import check_pixels
 from ..errors import UserError

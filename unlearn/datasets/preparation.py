@@ -6,7 +6,8 @@ import numpy as np
 
 from ..runtime.programs import in_precision, say
 from .encoders import Encoder
-from .encoding import check_given, count_pairs, encode_training_set, has_given_arrays, list_pairs
+from .encoding import check_given, encode_training_set, has_given_arrays
+from .pairs import count_pairs, list_pairs
 from .pictures import is_cropped, list_notes, read_picture
 from .queries import check_stored
 from .settings import read_settings

@@ -20,9 +20,9 @@ from ..storage.hashes import digest, hash_file
 from ..storage.reading import LONGEST_NAME, read_json
 from ..storage.sharing import do_once, forget_claim
 from .captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES, walk_visible
-from .encoding import map_files
 from .entries import NAMES_SHOWN, Found
 from .originals import ORIGINALS, Original, Plan, compare_plans, read_plan, write_plan
+from .pairs import map_files
 from .settings import FOLDERS, PUBLISHED, check_files, check_settings
 
 IMAGES, CAPTIONS, SETTINGS = "images", "metadata.jsonl", "dataset.json"

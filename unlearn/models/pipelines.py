@@ -19,7 +19,8 @@ from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.hashes import digest, hash_tensors, named_weights
 from ..storage.reading import read_json
-from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline, parts_of
+from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline
+from .parts import parts_of
 from .passes import replace_feed_forward
 from .text_attention import KeysValues, project_text, share_texts
 from .unets import check_unet_folder, load_unet
