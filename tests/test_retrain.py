@@ -18,9 +18,13 @@ from diffusers import AutoencoderKL
 from test_bad_input import files, refused
 
 from unlearn.commands import generate, retrain
+from unlearn.datasets.tasks import load_tasks
 from unlearn.datasets.training_sets import open_training_set
+from unlearn.errors import UserError
+from unlearn.evaluation.score_files import write_scores
+from unlearn.evaluation.scores import MethodScores
 from unlearn.models import generation
-from unlearn.retraining import models
+from unlearn.retraining import models, plans
 from unlearn.storage.artifacts import write_json
 from unlearn.storage.hashes import hash_file
 from unlearn.storage.reading import read_json, read_tensors
@@ -330,6 +334,32 @@ def test_the_images_left_out_are_the_top_of_the_influence_file(world, place, tmp
         }
 
 
+def test_score_files_and_influence_files_leave_the_same_images_out(world):
+    training_set = open_training_set(world / "root", "abc", (4, 16, 16), (77, 32))
+    tasks = load_tasks(world / "tasks.json", world / "root")
+    made = [world / "results/influence"]
+    rankings = list(plans.read_rankings(made, tasks, training_set, "", lambda *_: ""))
+    scores = MethodScores(
+        "mine",
+        training_set.identity,
+        training_set.ids,
+        np.stack([ranking.scores for ranking in rankings]).astype(np.float32),
+        {},
+        {tasks[1].query_name: ["moved too little"]},
+    )
+    folder = world / "scores"
+    write_scores(folder, scores, [task.query_name for task in tasks])
+    scored = list(plans.read_scored(folder, ["mine"], tasks, training_set, ""))
+    assert [ranking.query for ranking in scored] == [ranking.query for ranking in rankings]
+    for one, other in zip(scored, rankings):
+        np.testing.assert_array_equal(one.order, other.order)
+    assert [ranking.warnings for ranking in scored] == [[], ["moved too little"]]
+    with pytest.raises(UserError, match="--methods other: .* has no scores of it; it has: mine"):
+        next(plans.read_scored(folder, ["other"], tasks, training_set, ""))
+    with pytest.raises(UserError, match="scores other training images, 60, than the 30 of ROOT"):
+        next(plans.read_scored(folder, [], tasks, training_set.take(range(30)), "ROOT"))
+
+
 def test_finished_models_are_neither_trained_nor_measured_again(
     world, place, tmp_path, monkeypatch
 ):
@@ -413,7 +443,8 @@ def bad(world, tmp_path, *flags, kind="without"):
         ),
         ("random", ["--top_k", "0"], "--top_k 0: expected 1 to 59"),
         ("random", [], "retrain random: needs --top_k"),
-        ("without", ["--top_k", "3"], "retrain without: needs --influence"),
+        ("without", ["--top_k", "3"], "retrain without: needs --influence, folders of"),
+        ("full", ["--methods", "vae"], "--methods: means nothing without --scores"),
         (
             "without",
             ["--top_k", "3", "--influence", "nowhere"],

@@ -4,6 +4,7 @@ subsets.
     python -m unlearn retrain full --dataroot data/emoji_small --seeds 0 1 2
     python -m unlearn retrain subsets --count 64 --dataroot data/emoji_small --task_json tasks/emoji_small.json
     python -m unlearn retrain without --top_k 6 12 --influence results/influence --num_queries 5 --task_json ... --dataroot ...
+    python -m unlearn retrain without --top_k 3 --scores results/evidence/emoji_shared/scores --methods removal --task_json ...
     python -m unlearn retrain random --top_k 6 12 --count 2 --dataroot ... --task_json ...
 
 Writes RESULT_DIR/retrain/<model>/model.safetensors and, where task files are given, one small file
@@ -16,6 +17,7 @@ its share of the models.
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -49,7 +51,15 @@ from ..retraining.models import (
     train_stack,
     weights_path,
 )
-from ..retraining.plans import PLANS, Plan, PlanSettings, make_plans, make_stacks, read_rankings
+from ..retraining.plans import (
+    PLANS,
+    Plan,
+    PlanSettings,
+    make_plans,
+    make_stacks,
+    read_rankings,
+    read_scored,
+)
 from ..retraining.recipes import SCHEDULES, Recipe
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
@@ -174,6 +184,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         metavar="DIR",
         help="without: RESULT_DIR/influence, RESULT_DIR/baselines/METHOD, ...",
     )
+    parser.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="without: rankings by the score files that `evaluate` wrote",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="with --scores: only these (default all there)"
+    )
     parser.add_argument("--num_queries", type=int, help="without: the first so many queries only")
     parser.add_argument(
         "--stack", type=int, default=1, help="models trained at once, as one batch (default 1)"
@@ -220,12 +238,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
 
 def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
     """Raises UserError where flags that the kind needs are missing, or tasks cannot be measured."""
-    needed = {"random": ["top_k"], "without": ["top_k", "influence", "task_json"]}.get(
-        args.kind, []
-    )
+    needed = {"random": ["top_k"], "without": ["top_k", "task_json"]}.get(args.kind, [])
     for flag in needed:
         if not getattr(args, flag):
             raise UserError(f"retrain {args.kind}: needs --{flag}")
+    if args.kind == "without" and not (args.influence or args.scores):
+        raise UserError("retrain without: needs --influence, folders of results, or --scores")
+    if args.methods and not args.scores:
+        raise UserError("--methods: means nothing without --scores")
     if args.kind != "full" and len(args.seeds) > 1:
         raise UserError(
             f"--seeds {' '.join(map(str, args.seeds))}: only full models are trained with "
@@ -298,13 +318,17 @@ def check_measures(model: Model, args: Namespace, tasks: list[Task]) -> MeasureS
 def plan_models(args: Namespace, training_set: TrainingSet, tasks: list[Task]) -> list[Plan]:
     """The models of the kind that is asked for."""
     settings = plan_settings(args)
+    asked = tasks[: args.num_queries]
     rankings = read_rankings(
         [Path(folder) for folder in args.influence],
-        tasks[: args.num_queries],
+        asked,
         training_set,
         args.dataroot,
         partial(ranking_command, args),
     )
+    if args.scores:
+        scored = read_scored(args.scores, args.methods, asked, training_set, args.dataroot)
+        rankings = chain(rankings, scored)
     plans = make_plans(settings, training_set, rankings)
     check_full_model(plans, args)
     return plans

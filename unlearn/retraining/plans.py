@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attribution.influence import is_undecided
+from ..attribution.influence import is_undecided, rank_images
 from ..datasets.tasks import Task, find_result
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..evaluation.rankings import count_warnings, read_influence, warnings_of
+from ..evaluation.score_files import read_score_files, score_path
 from ..evaluation.scores import OURS, RANDOM
 from ..runtime.programs import log
 from ..storage.reading import read_json
@@ -138,7 +139,7 @@ def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
         raise UserError(
             f"{ranking.path}: the images ranked {k} and {k + 1} have the same score; the order of "
             f"the files, not {ranking.method}, would decide which are removed; give another "
-            f"--top_k, or leave this folder out of --influence"
+            f"--top_k, or leave this ranking out"
         )
     members = np.ones(len(ranking.order), bool)
     members[ranking.order[:k]] = False
@@ -201,6 +202,31 @@ def read_ranking(
     return MethodRanking(
         path, method, query, arrays["influence"], arrays["rank"], warnings_of(arrays)
     )
+
+
+def read_scored(
+    folder: str,
+    methods: Sequence[str],
+    tasks: Sequence[Task],
+    training_set: TrainingSet,
+    dataroot: str,
+) -> Iterator[MethodRanking]:
+    """The rankings of the tasks' queries by the score files of a folder, one method after the other;
+    methods: which, all where it is empty. Raises UserError where one lacks a query or is of other
+    training images."""
+    queries = [task.query_name for task in tasks]
+    for method, scores in read_score_files(folder, queries, methods).items():
+        path = score_path(folder, method)
+        if scores.ids != training_set.ids or scores.training_set != training_set.identity:
+            raise UserError(
+                f"{path}: scores other training images, {len(scores.ids)}, than the "
+                f"{len(training_set)} of {dataroot}, or these as they were before; give the "
+                f"--dataroot, --sd_version and --laion_subset_size it was made with"
+            )
+        for query, values in zip(queries, scores.values):
+            yield MethodRanking(
+                path, method, query, values, rank_images(values), scores.warnings[query]
+            )
 
 
 PLANS = {"full": plan_full, "subsets": plan_subsets, "random": plan_random, "without": plan_without}
