@@ -10,6 +10,7 @@ caption file (--prompts FILE.json).
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..datasets.training_sets import check_pixels
 from ..errors import UserError
 from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
-from ..models.pipelines import load_model
+from ..models.pipelines import Model, load_model
 from ..noise import SCHEME, known_answer
 from ..runtime.programs import log, progress
 from ..storage.artifacts import whole_file, write_array, write_json
@@ -74,9 +75,7 @@ def check_words(names: dict[str, str], tokenizer: Any) -> None:
         )
 
 
-def make_entries(
-    prompts: Sequence[str], seeds: Sequence[int], folder: str, args: Namespace
-) -> list[dict]:
+def make_entries(prompts: Sequence[str], folder: str, args: Namespace) -> list[dict]:
     """Entries of the task file, paths relative to the data root."""
     sampling = {
         "num_inference_steps": args.num_inference_steps,
@@ -86,13 +85,13 @@ def make_entries(
         {
             "synth_image_path": f"{folder}/{row:05d}.png",
             "prompt": prompt,
-            "seed": seed,
+            "seed": args.seed + row,
             **sampling,
             "latents": f"{folder}/latents.npy",
             "embeddings": f"{folder}/embeddings.npy",
             "row": row,
         }
-        for row, (prompt, seed) in enumerate(zip(prompts, seeds))
+        for row, prompt in enumerate(prompts)
     ]
 
 
@@ -130,12 +129,37 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     return args, resolve(args)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Checks, loads, generates, writes pictures, arrays and the task file."""
-    args, settings = parse_arguments(argv)
-    prompts = read_prompts(args.prompts, args.limit)
+@dataclass(frozen=True)
+class Place:
+    """Where queries are written."""
+
+    folder: Path  # DATAROOT/synth/NAME
+    name: str  # the folder's, relative to the data root
+
+    @property
+    def latents(self) -> Path:
+        """[queries, C, h, w] float32; its record is that of all files of the folder."""
+        return self.folder / "latents.npy"
+
+    @property
+    def embeddings(self) -> Path:
+        """[queries, tokens, features] float32."""
+        return self.folder / "embeddings.npy"
+
+    def picture(self, row: int) -> Path:
+        """The picture of a prompt."""
+        return self.folder / f"{row:05d}.png"
+
+
+def choose_place(args: Namespace) -> Place:
+    """Where the flags say. Raises UserError where that is outside the data root."""
     folder = resolve_inside(args.dataroot, f"synth/{args.name}", "--name")
-    relative = folder.relative_to(Path(args.dataroot).resolve()).as_posix()
+    return Place(folder, folder.relative_to(Path(args.dataroot).resolve()).as_posix())
+
+
+def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
+    """The model that makes the pictures. Raises UserError, where possible before it is loaded, if
+    it does not know a token of the prompts."""
     names = {
         f"--prompts {args.prompts}, prompt {number}": prompt
         for number, prompt in enumerate(prompts, 1)
@@ -148,9 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_words(names, model.pipeline.tokenizer)
     check_texts(model.pipeline.tokenizer, names)
     check_steps(model, args.num_inference_steps)
-    say_resolution(model, settings)
-    seeds = [args.seed + row for row in range(len(prompts))]
-    identity = {
+    return model
+
+
+def queries_identity(args: Namespace, settings: dict, model: Model, prompts: Sequence[str]) -> dict:
+    """Identity of the queries of a folder."""
+    return {
         **model.identity,
         "prompts": digest(prompts),
         "first_seed": args.seed,
@@ -162,9 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "known_answer": known_answer(),
         "precision": args.precision,
     }
-    path, entries = folder / "latents.npy", make_entries(prompts, seeds, relative, args)
+
+
+def is_made(place: Place, identity: dict, entries: Sequence[dict], args: Namespace) -> bool:
+    """Whether the queries are there, whole. Raises UserError where others stand in the way, or
+    other tasks in the task file."""
     is_complete = keep_complete(
-        path, identity, args.overwrite, "give --overwrite to replace it, or another --name"
+        place.latents, identity, args.overwrite, "give --overwrite to replace it, or another --name"
     )
     if (
         not args.overwrite
@@ -175,18 +206,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--task_json {args.task_json}: holds other tasks; give --overwrite to replace it, "
             f"or another name"
         )
-    files = [
-        folder / "embeddings.npy",
-        *(folder / Path(entry["synth_image_path"]).name for entry in entries),
-    ]
-    if (
+    files = [place.embeddings, *(place.picture(row) for row in range(len(entries)))]
+    return (
         is_complete
         and all(map(Path.exists, files))
-        and all(np.isfinite(read_array(stored, "queries")).all() for stored in (path, files[0]))
-    ):
-        write_json(args.task_json, entries)
-        return log.info(f"{folder}: is there already")
-    check_root_writable(args.dataroot, "queries", [folder])
+        and all(
+            np.isfinite(read_array(stored, "queries")).all()
+            for stored in (place.latents, place.embeddings)
+        )
+    )
+
+
+def make_queries(
+    place: Place, model: Model, settings: dict, prompts: Sequence[str], args: Namespace
+) -> None:
+    """Makes the pictures and writes them with their latents and embeddings."""
     embeddings = np.concatenate(
         [
             encode_prompts(model.pipeline, prompts[row : row + args.batch_size]).numpy()
@@ -199,19 +233,35 @@ def main(argv: Sequence[str] | None = None) -> None:
             model,
             settings["name"],
             embeddings,
-            seeds,
+            [args.seed + row for row in range(len(prompts))],
             model.latent_shape(model.resolution(settings)),
             args.num_inference_steps,
             args.guidance_scale,
             args.batch_size,
             bar.update,
         )
-    record_path(path).unlink(missing_ok=True)
+    record_path(place.latents).unlink(missing_ok=True)
     for row, pixels in enumerate(pictures):
-        with whole_file(folder / f"{row:05d}.png") as file:
+        with whole_file(place.picture(row)) as file:
             save_picture(file, pixels)
-    write_array(folder / "embeddings.npy", embeddings)
-    write_array(path, latents)
-    write_record(path, identity, args.device)
+    write_array(place.embeddings, embeddings)
+    write_array(place.latents, latents)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks, loads, generates, writes pictures, arrays and the task file."""
+    args, settings = parse_arguments(argv)
+    prompts = read_prompts(args.prompts, args.limit)
+    place = choose_place(args)
+    model = load_checked(args, prompts)
+    say_resolution(model, settings)
+    identity = queries_identity(args, settings, model, prompts)
+    entries = make_entries(prompts, place.name, args)
+    if is_made(place, identity, entries, args):
+        write_json(args.task_json, entries)
+        return log.info(f"{place.folder}: is there already")
+    check_root_writable(args.dataroot, "queries", [place.folder])
+    make_queries(place, model, settings, prompts, args)
+    write_record(place.latents, identity, args.device)
     write_json(args.task_json, entries)
-    log.info(f"{folder}: {len(prompts)} pictures; task file {args.task_json}")
+    log.info(f"{place.folder}: {len(prompts)} pictures; task file {args.task_json}")
