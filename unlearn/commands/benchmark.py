@@ -38,17 +38,17 @@ from ..benchmark.draws import measure_draws
 from ..benchmark.procedures import ON_CUDA_ONLY, PROCEDURES, UNASKED_ON_CUDA_ONLY, reference
 from ..benchmark.scaling import measure_scaling
 from ..benchmark.settings import BenchmarkSettings
+from ..benchmark.tables import print_tables
 from ..benchmark.workloads import Bench, make_row, prepare
 from ..datasets.preparation import count_images
 from ..datasets.settings import AUTO
 from ..errors import UserError
-from ..evaluation.metrics import markdown_table
 from ..models.pipelines import load_model
 from ..noise import timestep_grid
 from ..runtime.programs import log
 from ..storage.artifacts import write_json
 from ..storage.records import circumstances
-from .flags import add_flags, make_parser, resolve
+from .flags import Parser, add_flags, make_parser, resolve
 from .inputs import find_fisher, load_fisher, prepare_training_set, warn_of_fisher
 
 # Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a
@@ -77,26 +77,8 @@ PRESETS = {
 SCALING_SIZES = [1_000, 10_000, 100_000]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
-    """The command line, resolved: (args, settings)."""
-    parser = make_parser(__doc__, "python -m unlearn benchmark")
-    parser.add_argument(
-        "--architecture", choices=PRESETS, default="emoji", help="what is measured (default emoji)"
-    )
-    add_flags(parser, "dataroot", "sd_version", "device", "batch_size", "time_samples")
-    parser.set_defaults(dataroot="data/emoji")
-    parser.add_argument(
-        "--fisher_path", help="of emoji: diagonal Fisher (default sd_fisher.* of the data root)"
-    )
-    parser.add_argument(
-        "--gradient_batch_size",
-        type=int,
-        help="noisy samples in one forward and backward pass; memory only",
-    )
-    parser.add_argument("--unlearn_batch_size", type=int, help="samples in one gradient of a query")
-    parser.add_argument(
-        "--unlearn_grad_accum_steps", type=int, help="such gradients in a query's one Newton step"
-    )
+def add_measured_flags(parser: Parser) -> None:
+    """Adds the flags of what is measured: images, queries, steps, procedures."""
     parser.add_argument(
         "--num_images",
         type=int,
@@ -128,6 +110,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         help=f"images that the index leaves to be scored (default {SHORTLIST})",
     )
     parser.add_argument("--procedures", nargs="+", help=f"only these of {', '.join(PROCEDURES)}")
+
+
+def add_cost_flags(parser: Parser) -> None:
+    """Adds the flags of passes, and of what else is measured beside the procedures."""
+    parser.add_argument(
+        "--gradient_batch_size",
+        type=int,
+        help="noisy samples in one forward and backward pass; memory only",
+    )
+    parser.add_argument("--unlearn_batch_size", type=int, help="samples in one gradient of a query")
+    parser.add_argument(
+        "--unlearn_grad_accum_steps", type=int, help="such gradients in a query's one Newton step"
+    )
     parser.add_argument(
         "--target_images",
         type=int,
@@ -159,6 +154,21 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         "--seed", type=int, default=0, help="seed of weights, images, queries and noise (default 0)"
     )
     parser.add_argument("--output", type=Path, help="default results/benchmark/ARCHITECTURE.json")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
+    """The command line, resolved: (args, settings)."""
+    parser = make_parser(__doc__, "python -m unlearn benchmark")
+    parser.add_argument(
+        "--architecture", choices=PRESETS, default="emoji", help="what is measured (default emoji)"
+    )
+    add_flags(parser, "dataroot", "sd_version", "device", "batch_size", "time_samples")
+    parser.set_defaults(dataroot="data/emoji")
+    parser.add_argument(
+        "--fisher_path", help="of emoji: diagonal Fisher (default sd_fisher.* of the data root)"
+    )
+    add_measured_flags(parser)
+    add_cost_flags(parser)
     args = parser.parse_args(argv)
     for flag, value in PRESETS[args.architecture].items():
         if getattr(args, flag, None) is None:
@@ -220,93 +230,6 @@ def measure_procedures(
             )
         save(rows)
     return rows
-
-
-def format_row(row: dict, sizes: Sequence[str]) -> list[str]:
-    """A row's cells."""
-    if "samples_per_second" not in row:
-        return [row["procedure"], *[""] * (7 + 2 * len(sizes)), row["note"]]
-    peak = row["peak_device_bytes"] or row["peak_host_bytes"]
-    target = row["load_seconds"] + sum(row["at_target_images"].values())
-    return [
-        row["procedure"],
-        f"{row['samples_per_second']:,.1f}",
-        f"{row['load_seconds']:.2f}",
-        f"{row['unlearn_seconds']:.2f}",
-        f"{row['score_seconds']:.2f}",
-        f"{row['share_of_ceiling']:.1%}",
-        f"{peak / 1e6:,.0f}" if peak else "",
-        *(
-            text
-            for size in sizes
-            for text in (
-                f"{row['fidelity'][size]['spearman']:.4f}",
-                f"{row['fidelity'][size]['in_top']:.1f} of {row['fidelity'][size]['top']}",
-            )
-        ),
-        f"{target:,.1f}",
-        row["note"],
-    ]
-
-
-def print_tables(report: dict, target_images: int) -> None:
-    """The rows, and the scaling where it was measured, on screen."""
-    sizes = list(next((row["fidelity"] for row in report["rows"] if "fidelity" in row), {}))
-    header = [
-        "procedure",
-        "samples/s",
-        "load s",
-        "unlearn s",
-        "score s",
-        "of ceiling",
-        "peak MB",
-        *(text for size in sizes for text in (f"Spearman {size}", f"top {size}")),
-        f"s a query at {target_images:,}",
-        "note",
-    ]
-    print("\n".join(markdown_table(header, [format_row(row, sizes) for row in report["rows"]])))
-    if report["draws"]:
-        rows = [
-            [
-                f"{row['draws']:,}",
-                f"{row['seconds']:.1f}",
-                *(
-                    f"{row[kind][measure]:.4f}"
-                    for kind in ("ours", "published")
-                    for measure in ("cosine", "relative_error")
-                ),
-            ]
-            for row in report["draws"]
-        ]
-        header = [
-            "draws",
-            "s a query",
-            "cosine",
-            "relative error",
-            "cosine, published draws",
-            "relative error, published draws",
-        ]
-        print("\n" + "\n".join(markdown_table(header, rows)))
-    if report["scaling"]:
-        kinds, units = ("exact", "gradient"), ("s", "us a sample", "peak host MB")
-        rows = [
-            [
-                f"{row['num_images']:,}",
-                str(row["timesteps"]),
-                *(
-                    text
-                    for kind in kinds
-                    for text in (
-                        f"{row[kind]['seconds']:.1f}",
-                        f"{row[kind]['microseconds_a_sample']:.0f}",
-                        f"{(row[kind]['peak_host_bytes'] or 0) / 1e6:,.0f}",
-                    )
-                ),
-            ]
-            for row in report["scaling"]
-        ]
-        header = ["images", "timesteps", *(f"{kind} {unit}" for kind in kinds for unit in units)]
-        print("\n" + "\n".join(markdown_table(header, rows)))
 
 
 def open_world(args: Namespace, settings: dict) -> World:
