@@ -20,6 +20,7 @@ from pathlib import Path
 
 from unlearn import UserError
 from unlearn.attribution.caches import load_losses
+from unlearn.attribution.fishers import KV
 from unlearn.attribution.index import Index
 from unlearn.attribution.scoring import (
     SCORINGS,
@@ -53,6 +54,7 @@ from unlearn.datasets.tasks import (
     tell_older_results,
 )
 from unlearn.models.customization import customized
+from unlearn.models.lora import choose_selection
 from unlearn.models.pipelines import SELECTIONS, Model, select_parameters
 from unlearn.running import Output, attribute_queries, group_size
 from unlearn.runtime.programs import part_of, run
@@ -65,6 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add_flags(
         parser,
         "sd_version",
+        "lora",
         "task_json",
         "dataroot",
         "laion_subset_size",
@@ -81,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add_scoring_flags(parser)
     args = parser.parse_args(argv)
     resolve(args, {"loss_batch_size": "batch_size", "loss_time_samples": "time_samples"})
+    args.weight_selection = choose_selection(args.weight_selection, args.lora, KV)
     unlearn_settings(args)  # raises where they do not go together
     check_scoring(args)
     return args
@@ -96,8 +100,7 @@ def add_unlearning_flags(parser: Parser) -> None:
         "unlearning",
         "--weight_selection",
         choices=SELECTIONS,
-        default="cross-attn-kv",
-        help="weights that are unlearned (default cross-attn-kv)",
+        help="weights that are unlearned (default cross-attn-kv, of a LoRA its own matrices: lora)",
     )
     parser.add(
         "unlearning",

@@ -35,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "task_json",
         "result_dir",
         "sd_version",
+        "lora",
         "dataroot",
         "laion_subset_size",
         "vae_batch_size",

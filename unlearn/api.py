@@ -21,6 +21,7 @@ Functions raise UserError and never end the program. What is not given is the da
 suits one's own data; see the table of settings in unlearn/README.md.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,6 +46,8 @@ from .datasets.training_sets import TrainingSet
 from .errors import UserError
 from .models import pipelines
 from .models.customization import customized
+from .models.lora import SELECTION as LORA
+from .models.lora import has_matrices
 from .models.pipelines import SELECTIONS, Model, changed_weights, select_parameters
 from .report.ranking import Ranking, rank
 from .runtime.programs import choose_device, in_precision, set_precision
@@ -67,19 +70,31 @@ __all__ = [
 PASS_SIZE = PUBLISHED["batch_size"]
 
 
-def load_model(name: str | Path, device: str | None = None, unet: str | None = None) -> Model:
+def load_model(
+    name: str | Path,
+    device: str | None = None,
+    unet: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    fuse_lora: bool = False,
+) -> Model:
     """A Stable Diffusion pipeline in float32, for scoring and unlearning.
 
     name: a diffusers folder, a name on the hub, or a data root, whose dataset.json says its model;
     device: cuda, cuda:N or cpu, by default cuda if there is one; unet: the folder of another UNet,
-    for a model trained from scratch. Raises UserError where it cannot be loaded or is of a family
-    that is not known.
+    for a model trained from scratch; lora: FILE_OR_FOLDER[:WEIGHT], one or several, whose matrices
+    are then what is unlearned (weight_selection "lora") or, with fuse_lora, become part of the
+    weights. Raises UserError where it cannot be loaded or is of a family that is not known.
     """
+    several = [lora] if isinstance(lora, (str, Path)) else list(lora)
     set_precision("fp32")
     if (Path(name) / "dataset.json").is_file():
         settings = read_settings(name)
         name, unet = settings["pipeline"], unet or settings["unet"]
-    return pipelines.load_model(str(name), choose_device(device), unet)
+        several = several or settings["lora"]
+    names = [str(each) for each in several]
+    return pipelines.load_model(
+        str(name), choose_device(device), unet, lora=names, fuse_lora=fuse_lora
+    )
 
 
 def open_training_set(
@@ -95,11 +110,13 @@ def load_fisher(
     path: str | Path,
     model: Model,
     damping: float = OWN_ROOT["damping"],
-    weight_selection: str = KV,
+    weight_selection: str | None = None,
 ) -> DiagonalFisher:
     """The diagonal Fisher of a file that `python -m unlearn fisher` made, or a published one. damping:
-    added to it, as a multiple of each parameter's mean entry. Raises UserError where it is another
+    added to it, as a multiple of each parameter's mean entry; weight_selection: by default
+    cross-attn-kv, of a model with LoRA beside its weights lora. Raises UserError where it is another
     model's."""
+    weight_selection = weight_selection or own_selection(model)
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it: python -m unlearn fisher")
@@ -157,7 +174,9 @@ def compute_losses(
         file = [Path(cache or folder) / name], [{**identity, **changed}]
         if delta is None:
             [losses] = cache_columns(sweep, model, *file, sum_alone)
-        elif set(delta.tensors) == set(select_parameters(model.denoiser, KV)):
+        elif own_selection(model) == KV and set(delta.tensors) == set(
+            select_parameters(model.denoiser, KV)
+        ):
             with changed_losses(model.denoiser, [delta.tensors]) as measure_of:
                 [losses] = cache_columns(sweep, model, *file, measure_of([0]))
         else:
@@ -171,9 +190,15 @@ def sum_alone(*samples: Any) -> torch.Tensor:
     return loss_sums(*samples)[:, None]
 
 
+def own_selection(model: Model) -> str:
+    """The weights of a model that are unlearned where nobody says."""
+    return LORA if has_matrices(model.denoiser) else KV
+
+
 def selection_of(model: Model, fisher: DiagonalFisher) -> str:
     """The weights that a Fisher is of."""
-    for name in SELECTIONS:
+    is_apart = own_selection(model) == LORA
+    for name in (LORA,) if is_apart else (name for name in SELECTIONS if name != LORA):
         if select_parameters(model.denoiser, name).keys() == fisher.denominators.keys():
             return name
     raise UserError("fisher: is of other weights than this model has; load it for this model")

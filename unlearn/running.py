@@ -18,6 +18,7 @@ from .attribution.unlearning import read_step, unlearn_queries
 from .datasets.queries import encode_query
 from .datasets.tasks import Task, find_result
 from .datasets.training_sets import TrainingSet
+from .models.lora import acting
 from .report import results
 from .runtime.programs import process_share
 from .storage.records import keep_complete
@@ -92,10 +93,11 @@ def measure_query(study: Study, query: TrainingSet, delta: Delta, changes: dict)
     """What stands beside a query's scores: its own losses, the step, how far the weights moved."""
     before, after = own_losses(study, query, delta)
     alpha, rate = read_step(delta.file, study.unlearning)
+    weights, change = acting(study.model.denoiser, study.parameters, delta.tensors)
     return {
         "query_loss_before": before,
         "query_loss_after": after,
-        "relative_weight_change": relative_change(delta.tensors, study.parameters),
+        "relative_weight_change": relative_change(change, weights),
         "alpha": alpha,
         "alpha_over_N": rate,
         "median_change": results.median_change(changes["laion"]),

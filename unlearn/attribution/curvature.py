@@ -21,7 +21,8 @@ class GradientTaps:
     def __init__(self, denoiser: torch.nn.Module, names: Iterable[str]) -> None:
         modules = dict(denoiser.named_modules())
         self.layers = {name.rpartition(".")[0]: modules[name.rpartition(".")[0]] for name in names}
-        self.inputs, self.output_gradients = {}, {}
+        self.inputs = {name: [] for name in self.layers}
+        self.output_gradients = {name: {} for name in self.layers}
 
     def __enter__(self) -> "GradientTaps":
         self.hooks = [
@@ -37,9 +38,19 @@ class GradientTaps:
         inputs: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> None:
-        """Keeps the input and asks for the gradient of the output."""
-        self.inputs[name] = inputs[0].detach()
-        output.register_hook(partial(self.output_gradients.__setitem__, name))
+        """Keeps the input and asks for the gradient of the output. A feed-forward layer takes the
+        batch in several blocks."""
+        gradients = self.output_gradients[name]
+        output.register_hook(partial(gradients.__setitem__, len(self.inputs[name])))
+        self.inputs[name].append(inputs[0].detach())
+
+    def taken(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's input [batch, positions, in] and the gradient of its output [batch, positions,
+        out]."""
+        gradients = [gradient for _, gradient in sorted(self.output_gradients[name].items())]
+        both = torch.cat(self.inputs[name]), torch.cat(gradients)
+        inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in both)
+        return inputs, gradients
 
     def __exit__(self, *error) -> None:
         for hook in self.hooks:
@@ -65,12 +76,9 @@ def per_sample_gradients(
             losses.sum().backward(inputs=list(parameters.values()))
         for name in parameters:
             layer, _, kind = name.rpartition(".")
-            gradients = taps.output_gradients[layer].flatten(1, -2)
+            inputs, gradients = taps.taken(layer)
             if kind == "weight":
-                yield (
-                    name,
-                    torch.einsum("bto,bti->boi", gradients, taps.inputs[layer].flatten(1, -2)),
-                )
+                yield name, torch.einsum("bto,bti->boi", gradients, inputs)
             else:
                 yield name, gradients.sum(dim=1)
     else:

@@ -4,6 +4,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -11,6 +12,7 @@ import torch
 
 from ..datasets.settings import AUTO, AUTO_CHANGE
 from ..errors import UserError
+from ..models import lora
 from ..models.pipelines import Model, replaced_weights, tracked
 from ..models.text_attention import text_layers
 from ..runtime.programs import run_ahead, run_within_memory
@@ -21,6 +23,8 @@ from .derivatives import PROJECTIONS, text_gradients
 from .draws import PublishedDraws, QueryDraws
 from .losses import sample_losses
 
+# parameters and a change of them as they act on the layers' weights: see `lora.acting`
+Acting = Callable[[Mapping, Mapping], tuple[Mapping, Mapping]]
 CHECKPOINT_DRAWS = 2000  # samples between two checkpoints
 CPU_PASS_DRAWS = 64  # on a CPU larger passes are no faster, and these leave one for every core
 
@@ -181,11 +185,13 @@ def newton_step(
     gradients: Mapping[str, torch.Tensor],
     fisher: DiagonalFisher,
     rate: float | None = None,
+    acting: Acting = lambda parameters, change: (parameters, change),
 ) -> float:
     """theta <- theta + (alpha / N) F^-1 grad L(z_hat, theta), in place. rate: alpha / N, by default
-    that of `choose_rate`. Returns it. Source: [AbU] Eq. 5."""
+    that of `choose_rate`, for parameters and step as they are `acting`. Returns it. Source: [AbU]
+    Eq. 5."""
     directions = fisher.precondition(gradients)
-    rate = choose_rate(parameters, directions) if rate is None else rate
+    rate = choose_rate(*acting(parameters, directions)) if rate is None else rate
     for name, direction in directions.items():
         parameters[name].data.add_(direction, alpha=rate)
     return rate
@@ -208,7 +214,7 @@ def unlearn(
     The weights are restored exactly. Every 2,000 draws, within a step too, weights and gradients so
     far are written to the file `checkpoint`; a run that was killed goes on from there.
     """
-    parameters = gradient.parameters
+    parameters, acting = gradient.parameters, partial(lora.acting, gradient.model.denoiser)
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     # Cut alike with checkpoints and without, so that a run that was killed sums in the same order.
     segment = max(1, CHECKPOINT_DRAWS // gradient.num_drawn) * gradient.num_drawn
@@ -228,7 +234,7 @@ def unlearn(
             done += count
             if done % draws_a_step == 0:
                 means = {name: value / draws_a_step for name, value in sums.items()}
-                on_step(newton_step(parameters, means, fisher, rate))
+                on_step(newton_step(parameters, means, fisher, rate, acting))
                 for value in sums.values():
                     value.zero_()
             progress(count)

@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..attribution.fishers import KV
 from ..datasets.settings import OWN_DEFAULTS, read_settings
+from ..models.lora import choose_selection
 from ..runtime.programs import choose_device
 
-ENCODING = ("sd_version", "vae_batch_size", "device")
+ENCODING = ("sd_version", "lora", "vae_batch_size", "device")
 IMAGES = (*ENCODING, "laion_subset_size")
 LOSSES = (*IMAGES, "batch_size", "time_samples", "noise_seed", "precision")
 TASKS = ("task_json", "dataroot")
@@ -47,7 +49,6 @@ DEFAULTS = {
     **OWN_DEFAULTS,
     "result_dir": "results",
     "scoring": "exact",
-    "weight_selection": "cross-attn-kv",
     "output": "results/index",
     "seed": 0,
 }
@@ -68,6 +69,7 @@ def write_command(name: str, args: Namespace, *words: str, **more: Any) -> str:
     defaults = {**DEFAULTS, **read_settings(args.dataroot)}
     defaults.update(sd_version=defaults["pipeline"], device=choose_device())
     values = {flag.removeprefix("loss_"): value for flag, value in vars(args).items()}
+    defaults["weight_selection"] = choose_selection(None, values.get("lora") or [], KV)
     values = {**{flag: values.get(flag.removeprefix("loss_")) for flag in FLAGS[name]}, **more}
     if values.get("precision") == "bf16" and name not in TAKE_BF16:
         del values["precision"]

@@ -31,6 +31,7 @@ from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps
+from ..models.lora import choose_selection, is_fused
 from ..models.pipelines import SELECTIONS, Model, load_model
 from ..noise import timestep_grid
 from .flags import Parser, add_flags, make_parser, resolve
@@ -75,6 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     add_flags(
         parser,
         "sd_version",
+        "lora",
         "dataroot",
         "laion_subset_size",
         "vae_batch_size",
@@ -97,7 +99,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     )
     args = parser.parse_args(argv)
     args.compat = None
-    return args, resolve(args)
+    settings = resolve(args)
+    args.weight_selection = choose_selection(args.weight_selection, args.lora, "all")
+    return args, settings
 
 
 def add_gradient_flags(parser: Parser) -> None:
@@ -111,8 +115,7 @@ def add_gradient_flags(parser: Parser) -> None:
     parser.add_argument(
         "--weight_selection",
         choices=SELECTIONS,
-        default="all",
-        help="TRAK family: whose gradients (default all)",
+        help="TRAK family: whose gradients (default all, of a LoRA its own matrices: lora)",
     )
     parser.add_argument(
         "--projection_size",
@@ -238,10 +241,11 @@ def make_run(
     check_steps(model, args.num_inference_steps)
     needs_fisher = any(method.needs_fisher for method in methods.values())
     # Of the weights that influence looks at, whatever the TRAK family's are.
-    fisher = load_fisher(model, args, Influence.weights) if needs_fisher else None
+    weights = Influence.weights_of(model)
+    fisher = load_fisher(model, args, weights) if needs_fisher else None
     training_set = prepare_training_set(model, args)
     if fisher:
-        warn_of_fisher(fisher, training_set, args, Influence.weights)
+        warn_of_fisher(fisher, training_set, args, weights)
     check_needs(methods, training_set, args.dataroot)
     needs_pictures = any(method.needs_pictures for method in methods.values())
     return Run(
@@ -272,7 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, model in zip(feature_names, args.features)
         },
     }
-    model = load_model(args.sd_version, args.device, args.unet)
+    model = load_model(
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        fuse_lora=is_fused(args.weight_selection),
+    )
     check_customization(model, None, of_base_model(tasks))
     run = make_run(model, methods, tasks, args, settings)
     for name, method in methods.items():

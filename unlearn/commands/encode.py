@@ -29,7 +29,7 @@ from .flags import add_flags, make_parser, resolve
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn encode")
-    add_flags(parser, "dataroot", "sd_version", "vae_batch_size", "device", "dry_run")
+    add_flags(parser, "dataroot", "sd_version", "lora", "vae_batch_size", "device", "dry_run")
     parser.add_argument(
         "--num_captions",
         type=int,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.overwrite:
         check_given(args.dataroot, encode_command(args))
     model = load_model(
-        args.sd_version, args.device, args.unet, trained=False
+        args.sd_version, args.device, args.unet, trained=False, lora=args.lora, fuse_lora=True
     )  # only the VAE and the text encoder are used
     say_resolution(model, settings)
     if args.dry_run:

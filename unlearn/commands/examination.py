@@ -31,6 +31,7 @@ from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
 from ..models.checks import PARTS, check_pipeline
 from ..models.customization import check_tokens
+from ..models.lora_files import parse_name, read_lora
 from ..models.parts import Parts, read_parts
 from ..models.pipelines import trained_resolution
 from ..models.unets import check_unet_folder
@@ -382,6 +383,15 @@ def examine_training_set(args: Namespace, parts: Parts | None, resolution: Any) 
     )
 
 
+def examine_lora(name: str) -> Finding:
+    """A LoRA by its file alone: whether it fits the model shows when that is loaded."""
+    lora, problem = try_out(lambda: read_lora(parse_name(name)))
+    if problem:
+        return problem
+    parts = sorted({part for part, _ in lora.pairs})
+    return Finding(OK, f"--lora {name}: changes {len(lora.pairs)} layers of {' and '.join(parts)}")
+
+
 def examine_data(args: Namespace) -> tuple[list[Finding], bool]:
     """A data root: (its findings, that of the training set first, whether it can be read at
     all)."""
@@ -398,9 +408,11 @@ def examine_data(args: Namespace) -> tuple[list[Finding], bool]:
     found = examine_pipeline(pipeline, unet)
     parts = read_parts(pipeline, unet) if found.status == OK and Path(pipeline).is_dir() else None
     resolution = settings["resolution"] or (parts and trained_resolution(parts.unet, parts.vae))
+    loras = [examine_lora(name) for name in args.lora or settings["lora"]]
     return [
         examine_training_set(args, parts if resolution else None, resolution),
         found,
+        *loras,
         *examine_resolution(pipeline, settings),
         examine_fisher(args),
     ], True

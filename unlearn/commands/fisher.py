@@ -21,7 +21,9 @@ from ..attribution.estimation import (
     choose_output,
     estimate_fisher,
 )
+from ..attribution.fishers import KV
 from ..errors import UserError
+from ..models.lora import choose_selection, is_fused
 from ..models.pipelines import SELECTIONS, load_model
 from .flags import add_flags, make_parser, resolve
 from .inputs import check_training_files, prepare_training_set
@@ -34,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         parser,
         "dataroot",
         "sd_version",
+        "lora",
         "laion_subset_size",
         "vae_batch_size",
         "precision",
@@ -55,8 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--weight_selection",
         choices=SELECTIONS,
-        default="cross-attn-kv",
-        help="weights whose Fisher is made",
+        help="weights whose Fisher is made (default cross-attn-kv, of a LoRA its own matrices: lora)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of images, timesteps and noise (default 0)"
@@ -68,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     args = parser.parse_args(argv)
     resolve(args)
+    args.weight_selection = choose_selection(args.weight_selection, args.lora, KV)
     args.output = Path(args.output) if args.output else None
     if args.output and args.output.suffix != ".safetensors":
         raise UserError(f"--output {args.output}: expected a name that ends in .safetensors")
@@ -78,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, accumulates, saves."""
     args = parse_arguments(argv)
     num_images = check_training_files(args)
-    model = load_model(args.sd_version, args.device, args.unet)
+    model = load_model(
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        fuse_lora=is_fused(args.weight_selection),
+    )
     path = args.output or choose_output(args.dataroot, model, args.weight_selection, args.overwrite)
     settings = FisherSettings(
         args.num_samples or choose_num_samples(args.dataroot, num_images),

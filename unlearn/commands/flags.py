@@ -11,6 +11,7 @@ from ..datasets.settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models.lora_files import parse_name
 from ..runtime.printing import show
 from ..runtime.programs import choose_device, set_precision
 from ..storage.reading import check_name
@@ -25,6 +26,11 @@ FLAGS = {
         str,
         "diffusers pipeline, a folder or a hub name (default dataset.json's, of AbC "
         "CompVis/stable-diffusion-v1-4)",
+    ),
+    "lora": (
+        "model",
+        str,
+        "LoRA files or folders that change it, FILE_OR_FOLDER[:WEIGHT] (default dataset.json's)",
     ),
     "task_json": ("data", str, "task file: which synthesized images, of which models"),
     "dataroot": ("data", str, "data root (default data/abc)"),
@@ -72,6 +78,7 @@ FLAGS = {
 }
 CHOICES = {"precision": ("fp32", "tf32"), "compat": ("abu",)}
 REQUIRED = ("task_json",)
+SEVERAL = ("lora",)
 DEFAULTS = {"result_dir": "results"}
 
 
@@ -125,6 +132,7 @@ def add_flags(parser: Parser, *names: str) -> None:
                 type=kind,
                 help=text,
                 choices=CHOICES.get(name),
+                nargs="+" if name in SEVERAL else None,
                 required=name in REQUIRED,
                 default=DEFAULTS.get(name),
             )
@@ -133,8 +141,9 @@ def add_flags(parser: Parser, *names: str) -> None:
 def check_names(args: argparse.Namespace) -> None:
     """Raises UserError where a flag names something that is not UTF-8."""
     for flag, value in vars(args).items():
-        if isinstance(value, str):
-            check_name(f"--{flag}", value)
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str):
+                check_name(f"--{flag}", name)
 
 
 def step_size(text: str) -> float | str:
@@ -156,6 +165,7 @@ def resolve(args: argparse.Namespace, flag_of: dict[str, str] | None = None) -> 
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
     # Of the data root, whichever pipeline (a mirror, a local copy) the other parts come from.
     args.unet = settings["unet"]
+    args.lora = getattr(args, "lora", None) or settings["lora"]
     check_names(args)
     for flag, value in vars(args).items():
         setting = flag_of.get(flag, flag)
@@ -169,7 +179,9 @@ def resolve(args: argparse.Namespace, flag_of: dict[str, str] | None = None) -> 
     NAMES.clear()
     name_input("data root", dataroot)
     pipeline = getattr(args, "sd_version", None) or settings["pipeline"]
-    name_input("model", f"{pipeline} with {args.unet}" if args.unet else pipeline)
+    for lora in args.lora:
+        parse_name(lora)  # raises where it is not there
+    name_input("model", " with ".join(filter(None, [pipeline, args.unet, *args.lora])))
     set_precision(getattr(args, "precision", OWN_DEFAULTS["precision"]))
     args.device = choose_device(getattr(args, "device", None))
     return settings

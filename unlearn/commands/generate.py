@@ -124,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument(
         "--batch_size", type=int, default=32, help="pictures made at once; memory only (default 32)"
     )
-    add_flags(parser, "dataroot", "sd_version", "precision", "device", "overwrite")
+    add_flags(parser, "dataroot", "sd_version", "lora", "precision", "device", "overwrite")
     args = parser.parse_args(argv)
     return args, resolve(args)
 
@@ -168,7 +168,7 @@ def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
         tokenizer := open_tokenizer(args.sd_version)
     ):
         check_words(names, tokenizer)
-    model = load_model(args.sd_version, args.device, args.unet)
+    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora)
     check_words(names, model.pipeline.tokenizer)
     check_texts(model.pipeline.tokenizer, names)
     check_steps(model, args.num_inference_steps)

@@ -43,6 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         parser,
         "dataroot",
         "sd_version",
+        "lora",
         "laion_subset_size",
         "vae_batch_size",
         "batch_size",
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))
     check_training_files(args)
     find_fisher(args)
-    model = load_model(args.sd_version, args.device, args.unet)
+    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=True)
     grid = timestep_grid(args.time_samples, len(model.alpha_bars))
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))

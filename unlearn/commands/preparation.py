@@ -10,6 +10,7 @@ from ..datasets.settings import read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..models.customization import check_customization, check_tokens
+from ..models.lora import is_fused
 from ..models.pipelines import Model, load_model
 from .inputs import (
     check_pictures,
@@ -38,7 +39,9 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
     check_pictures([task for tasks in groups.values() for task in tasks], args.dataroot)
     for tasks in groups.values():
         check_tokens(tasks[0].model_dir(args.dataroot), tasks, args.sd_version)
-    model = load_model(args.sd_version, args.device, args.unet)
+    model = load_model(
+        args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=is_fused(selection)
+    )
     time_samples = getattr(args, grid_flag.removeprefix("--"))
     grid = noise.timestep_grid(time_samples, len(model.alpha_bars), grid_flag)
     latent_shape = model.latent_shape(model.resolution(read_settings(args.dataroot)))

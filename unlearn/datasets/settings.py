@@ -26,6 +26,7 @@ PUBLISHED = {
     # A model trained from scratch: its UNet's folder ("" = the pipeline's own), the folder of the
     # trained UNet that it starts from ("" = random weights), and the recipe, [AbU] on MSCOCO.
     "unet": "",
+    "lora": [],  # LoRA files that change the model, FILE_OR_FOLDER[:WEIGHT]
     "train_from": "",
     "train_epochs": 200,
     "train_lr": 1e-4,
@@ -151,6 +152,8 @@ def check_settings(item: str, own: object) -> dict:
                 f"{item}: {key}: expected {type(PUBLISHED[key]).__name__}, found {value!r:.80}"
             )
         check_number(f"{item}: {key}", key, value)
+    if not all(isinstance(name, str) for name in own.get("lora", [])):
+        raise UserError(f"{item}: lora: expected a list of FILE_OR_FOLDER[:WEIGHT]")
     return own
 
 
@@ -163,10 +166,17 @@ def is_published_root(dataroot: str | Path) -> bool:
     )
 
 
+def find_lora(dataroot: str | Path, name: str) -> str:
+    """FILE_OR_FOLDER[:WEIGHT] of a LoRA, with the path of the data root's own where it has it."""
+    names = (name, name.rpartition(":")[0])
+    is_own = any(part and (Path(dataroot) / part).exists() for part in names)
+    return str(Path(dataroot) / name) if is_own else name
+
+
 def read_settings(dataroot: str | Path) -> dict:
     """Settings of a data root: those of its `dataset.json` over the published ones, of which
     OWN_ROOT stands for those of AbC's step where it is not AbC; num_train is None where it is the
-    number of its training images. `pipeline` and `unet` may be folders of the data root. Raises
+    number of its training images. `pipeline`, `unet` and `lora` may be of the data root. Raises
     UserError for unknown keys, wrong types and numbers out of range."""
     check_name("--dataroot", os.path.realpath(dataroot))
     path, settings = Path(dataroot) / "dataset.json", dict(PUBLISHED)
@@ -190,4 +200,7 @@ def read_settings(dataroot: str | Path) -> dict:
             )
         if settings[key] and (Path(dataroot) / settings[key] / file).exists():
             settings[key] = str(Path(dataroot) / settings[key])
+    for name in settings["lora"]:
+        check_text(f"data set {path}: lora", name, is_path=True)
+    settings["lora"] = [find_lora(dataroot, name) for name in settings["lora"]]
     return settings

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,11 @@ def check_customization(
         check_prompts(model, None, {}, tasks)
         return {}, {}
     weights, tokens = read_customization(model_dir)
+    if model.lora:
+        raise UserError(
+            f"{model_dir}: a customized model, which replaces weights that --lora changes; give one "
+            f"of the two"
+        )
     check_shapes(
         Path(model_dir) / CUSTOMIZED_WEIGHTS,
         weights,
@@ -302,4 +308,4 @@ def customized(model: Model, model_dir: str | Path | None) -> Iterator[Model]:
         named_input("model", f"{model_dir} on {NAMES.get('model')}"),
     ):
         hashed = digest(model.weights_hash, hash_tensors(weights), hash_tensors(tokens))
-        yield Model(model.pipeline, hashed, model.alpha_bars)
+        yield replace(model, weights_hash=hashed)

@@ -2,7 +2,7 @@
 selected, and how weights are changed and restored."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.hashes import digest, hash_tensors, named_weights
 from ..storage.reading import read_json
+from . import lora as loras
 from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline
 from .parts import parts_of
 from .passes import replace_feed_forward
@@ -30,6 +31,7 @@ SELECTIONS = {  # of a UNet's parameters, by name
     "cross-attn": r"\.attn2\.",
     "attn": r"\.attn[12]\.",
     "all": r"",
+    loras.SELECTION: loras.MATRICES,
 }
 # prediction type -> what the denoiser is trained to predict, from alpha-bar, latents and noise
 TARGETS = {
@@ -56,6 +58,7 @@ class Model:
     pipeline: DiffusionPipeline
     weights_hash: str  # of denoiser, text encoder and VAE as loaded
     alpha_bars: torch.Tensor = field(repr=False)  # [num_train_timesteps] float32, on the device
+    lora: tuple[tuple[str, float], ...] = ()  # hash and weight of each that changes the pipeline
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -74,8 +77,10 @@ class Model:
 
     @property
     def identity(self) -> dict:
-        """Identity fields of every loss: weights, noise schedule, prediction type."""
+        """Identity fields of every loss: LoRA, where there is any, weights, noise schedule,
+        prediction type."""
         return {
+            **({"lora": [list(each) for each in self.lora]} if self.lora else {}),
             "weights": self.weights_hash,
             "prediction_type": self.prediction_type,
             "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS]),
@@ -169,17 +174,23 @@ def trained_resolution(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int |
 
 
 def load_model(
-    name: str | Path, device: torch.device | str, unet: str | None = None, trained: bool = True
+    name: str | Path,
+    device: torch.device | str,
+    unet: str | None = None,
+    trained: bool = True,
+    lora: Sequence[str] = (),
+    fuse_lora: bool = False,
 ) -> Model:
     """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the
-    UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`).
-    Raises UserError where it cannot be loaded or is of a family or prediction type that is not
-    known."""
+    UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`), and
+    with LoRA files (FILE_OR_FOLDER[:WEIGHT]), whose matrices stand beside the UNet's weights, or are
+    fused into them. Raises UserError where it cannot be loaded or is of a family or prediction type
+    that is not known."""
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    unet = unet or ""
+    unet, lora_files = unet or "", loras.read_files(lora, fuse_lora)
     if unet:
         check_unet_folder(unet)
     if Path(name).exists():
@@ -232,16 +243,20 @@ def load_model(
             for key, value in named_weights(part).items()
         }
     )
+    applied = loras.apply(pipeline, lora_files, fuse_lora)
+    weights_hash = digest(weights_hash, applied) if applied else weights_hash
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    model = Model(pipeline, weights_hash, pipeline.scheduler.alphas_cumprod.float().to(device))
+    alpha_bars = pipeline.scheduler.alphas_cumprod.float().to(device)
+    model = Model(pipeline, weights_hash, alpha_bars, applied)
     check_passes(model, name)
     return model
 
 
 def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, torch.nn.Parameter]:
     """The parameters of a selection, by name in the model's order. Raises UserError where none
-    matches."""
+    matches, or a LoRA stands beside the weights."""
+    loras.check_selection(denoiser, selection)
     selected = {
         name: value
         for name, value in denoiser.named_parameters()

@@ -31,6 +31,7 @@ NAMES = {}
 MEANINGS = {
     "format_version": ("version of these files", None),
     "weights": ("weights of the model", "model"),
+    "lora": ("LoRA, or its weight", "model"),
     "schedule": ("noise schedule of the model", "model"),
     "noise_schedule": ("noise schedule of the model", "model"),
     "prediction_type": ("what the model predicts", "model"),
