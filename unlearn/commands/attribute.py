@@ -5,7 +5,8 @@
     python -m unlearn attribute --prompt "red apple" --seed 7 --model MODEL --images FOLDER
 
 MODEL is what made the picture: a diffusers folder, a name on the hub, a checkpoint file, or with
---base the folder of a UNet that a training run left. FOLDER holds the images that it was trained on, with captions by any convention: captions.txt, metadata.jsonl or
+--base the folder of a UNet that a training run left or of a customized model. FOLDER holds the
+images that it was trained on, with captions by any convention: captions.txt, metadata.jsonl or
 .csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
 for all. The prompt is read from the picture's file where the program that made it wrote it there.
 Without a picture the model makes it from --prompt and --seed. Everything is made at first use and
@@ -67,10 +68,12 @@ def parse_arguments(argv):
         "--model",
         required=True,
         help="diffusers folder, name on the hub, checkpoint file (.safetensors, .ckpt), or the "
-        "folder of a UNet that a training run left",
+        "folder of a UNet that a training run left or of a customized model",
     )
     parser.add(
-        "model", "--base", help="where a UNet's folder or a checkpoint file takes other parts from"
+        "model",
+        "--base",
+        help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
     )
     parser.add("output", "--out", default="attribution", metavar="DIR", help="default attribution")
     parser.add("output", "--top_k", type=int, default=10, help="images in the table (default 10)")

@@ -277,8 +277,9 @@ def attribute(
 
     pictures: files from anywhere, or none: then `prompt` and `seed`, and `steps` and `guidance`,
     say which picture the model is to make; model: what made them, a diffusers folder, a name on the
-    hub, a checkpoint file or the folder of a UNet, whose other parts are those of `base`; images: the folder that it was trained on, with captions by any convention
-    (see `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
+    hub, a checkpoint file or the folder of a UNet or of a customized model, whose other parts are those
+    of `base`; images: the folder that it was trained on, with captions by any convention (see
+    `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
     nothing and returns []. command: that repeats it, for the page. Raises UserError where something

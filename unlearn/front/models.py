@@ -1,7 +1,6 @@
 """What people have of a model, made the diffusers folder that every command loads: links to what is
 there, and only what cannot be linked (weights that are no safetensors, a single file) written anew."""
 
-import json
 import os
 import shlex
 import shutil
@@ -14,12 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..models.checks import OTHER_FAMILIES
+from ..models.customization import CUSTOMIZED_WEIGHTS
 from ..runtime.programs import say
 from ..storage.artifacts import own_part, write_json, write_tensors
 from ..storage.hashes import digest
-from ..storage.reading import list_visible, read_json, read_tensors, read_text
+from ..storage.reading import list_visible, plain_names, read_json, read_tensors, read_text
+from .customized import INDEX, LEFT_OUT, drop_parts, is_customized, merge_customization
 
-INDEX = "model_index.json"
 WEIGHTS = {  # of each part: its weights' name without variant and suffix; others' names of it
     "unet": ("diffusion_pytorch_model", ()),
     "vae": ("diffusion_pytorch_model", ()),
@@ -28,12 +28,7 @@ WEIGHTS = {  # of each part: its weights' name without variant and suffix; other
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 UNSUPPORTED = (".gguf", ".onnx", ".zip", ".tar", ".7z")
 LORA = "pytorch_lora_weights.safetensors"
-CUSTOMIZED = (
-    "pytorch_custom_diffusion_weights.safetensors",
-    "pytorch_custom_diffusion_weights.bin",
-)
 POINTER = b"version https://git-lfs"
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no loss asks for
 
 
 @dataclass(frozen=True)
@@ -55,9 +50,12 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
         check_hub_name(str(name))
         return Source(str(name))
     path = Path(os.path.abspath(path))
-    if path.is_file():
+    if path.is_file() and path.name not in CUSTOMIZED_WEIGHTS:
         return Source(str(convert_file(path, base, place)))
-    path = find_snapshot(path)
+    path = path.parent if path.is_file() else find_snapshot(path)
+    if is_customized(path):
+        source = find_base(path, base, place)
+        return Source(str(merge_customization(path, source.pipeline, source.unet, place)))
     if (path / INDEX).is_file():
         return Source(str(complete_folder(path, place)))
     unet = find_unet(path)
@@ -77,6 +75,18 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
             f"other parts; download it: hf download {shlex.quote(str(base))} --local-dir base"
         )
     return Source(str(replace_unet(Path(pipeline), unet, place)))
+
+
+def find_base(folder: Path, base: str | Path | None, place: Path) -> Source:
+    """What a customized model was customized from. Raises UserError where nothing says it."""
+    if base is not None:
+        return find_model(base, None, place / "base")
+    if (folder / INDEX).is_file():
+        return Source(str(complete_folder(folder, place / "base")))
+    raise UserError(
+        f"--model {folder}: a customized model (custom diffusion), which holds what differs from "
+        f"another; give the model that it was customized from: --base MODEL"
+    )
 
 
 def check_hub_name(name: str) -> None:
@@ -122,13 +132,6 @@ def explain_folder(folder: Path) -> str:
     """What a folder without a pipeline probably is, and the way on."""
     if (folder / LORA).is_file():
         return explain_lora(folder)
-    if any(
-        (folder / name).is_file() for name in (*CUSTOMIZED, "pytorch_custom_diffusion_weights.pt")
-    ):
-        return (
-            "a customized model (custom diffusion), which is used from a data root: see "
-            "model_path in tasks/README.md"
-        )
     files = [path for path in list_visible(folder) if path.suffix in CHECKPOINTS]
     if len(files) == 1:
         return f"no pipeline in diffusers' format, but one file; give that: --model {files[0]}"
@@ -185,7 +188,8 @@ def find_faults(folder: Path) -> dict[str, Path]:
                 f"there: {there}; download it again"
             )
         check_pointer(found[0])
-        if found[0].name not in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        ordinary = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+        if found[0].name not in ordinary or is_wrapped(found[0]):
             faults[part] = found[0]
     return faults
 
@@ -264,11 +268,18 @@ def link(source: Path, target: Path) -> None:
 
 def put_weights(source: Path, target: Path) -> None:
     """Weights as safetensors: a link where they are, else read without running code and written."""
-    if source.suffix == ".safetensors":
+    if source.suffix == ".safetensors" and not is_wrapped(source):
         return link(source, target)
     tensors = read_tensors(source, "--model")
     # Each its own memory: tied weights may not share theirs in such a file.
     write_tensors(target, {name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+
+
+def is_wrapped(path: Path) -> bool:
+    """Whether torch.compile or a wrapper has renamed the tensors of a safetensors file."""
+    if path.suffix != ".safetensors":
+        return False
+    return any(name != plain for name, plain in plain_names(list_tensors(path)).items())
 
 
 def list_tensors(path: Path) -> list[str]:
@@ -356,8 +367,7 @@ def save_converted(path: Path, base: str | Path | None, place: Path, target: Pat
         refuse_conversion(path, base, error)
     except Exception as error:  # what diffusers raises for such files has no common type
         refuse_conversion(path, base, error)
-    index = read_json(part / INDEX, "index")
-    (part / INDEX).write_text(json.dumps({**index, **{part: [None, None] for part in LEFT_OUT}}))
+    drop_parts(part)
     if not (target / INDEX).is_file():
         os.replace(part, target)
     shutil.rmtree(part, ignore_errors=True)

@@ -2,6 +2,7 @@
 used."""
 
 import copy
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,32 +26,69 @@ from ..storage.records import NAMES, named_input
 from .pipelines import Model, replaced_weights
 from .unets import check_shapes
 
-CUSTOMIZED_WEIGHTS = "pytorch_custom_diffusion_weights.pt"
+CUSTOMIZED_WEIGHTS = (  # as the papers' authors name it, and as diffusers does
+    "pytorch_custom_diffusion_weights.pt",
+    "pytorch_custom_diffusion_weights.safetensors",
+    "pytorch_custom_diffusion_weights.bin",
+)
+PROCESSED = re.compile(r"\.processor\.(to_\w+?)_custom_diffusion\.")
+MOST_TOKEN = 16 << 20  # bytes of a file of embeddings whose name is no token's
 TOKEN = re.compile(r"<[\w-]{1,40}>", re.ASCII)
 BRACKETED = re.compile(
     "[<＜]([^<>＜＞]{1,60})[>＞]"
 )  # what may be meant as a token, full-width brackets among them
 
 
+def find_weights(model_dir: str | Path) -> Path:
+    """The weights of a customized model, that of the authors' format first."""
+    there = [name for name in CUSTOMIZED_WEIGHTS if os.path.lexists(Path(model_dir) / name)]
+    return resolve_inside(model_dir, (there or CUSTOMIZED_WEIGHTS)[0], f"{model_dir}")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Customized weights by the names of the UNet's parameters. diffusers names them by their
+    attention processor: `attn2.processor.to_k_custom_diffusion.weight` is `attn2.to_k.weight`."""
+    weights = read_tensors(path, "customized weights")
+    return {PROCESSED.sub(r".\1.", name): value for name, value in weights.items()}
+
+
+def read_token_file(path: Path, model_dir: str | Path) -> dict[str, torch.Tensor]:
+    """Embeddings by new token, [n], of one file. Where its name is no token's, a file that holds
+    something else (an optimizer's state, a difference of weights) gives none; else raises
+    UserError."""
+    is_named = bool(TOKEN.fullmatch(path.stem)) or path.stem == "learned_embeds"
+    try:
+        path = resolve_inside(model_dir, path.name, f"{model_dir}")
+        if not is_named and path.stat().st_size > MOST_TOKEN:
+            return {}
+        tokens = read_tensors(path, "token embedding")
+        if odd := [token for token in tokens if not TOKEN.fullmatch(token)]:
+            # A word of the vocabulary would change other models.
+            raise UserError(f"{model_dir}: {odd[0]!a:.80}: expected new tokens such as <new1>")
+    except UserError:
+        if is_named:
+            raise
+        return {}
+    # Textual inversion keeps [1, n].
+    return {
+        token: vector[0] if vector.ndim == 2 and len(vector) == 1 else vector
+        for token, vector in tokens.items()
+    }
+
+
 def read_customization(
     model_dir: str | Path,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights by parameter name and embeddings by new token of a customized model. Raises UserError
-    where there are none or some are not finite."""
-    weights = read_tensors(
-        resolve_inside(model_dir, CUSTOMIZED_WEIGHTS, f"{model_dir}"), "customized weights"
-    )
-    tokens = {}
-    for path in list_visible(model_dir, "*.bin"):
-        tokens.update(
-            read_tensors(resolve_inside(model_dir, path.name, f"{model_dir}"), "token embedding")
-        )
-    if odd := [
-        token for token in tokens if not TOKEN.fullmatch(token)
-    ]:  # a word of the vocabulary would change other models
-        raise UserError(f"{model_dir}: {odd[0]!a:.80}: expected new tokens such as <new1>")
+    """Weights by parameter name and embeddings by new token of a customized model, as its authors'
+    program and diffusers save it. Raises UserError where there are none or some are not finite."""
+    path, tokens = find_weights(model_dir), {}
+    weights = read_weights(path)
+    for suffix in ("bin", "safetensors"):
+        for file in list_visible(model_dir, f"*.{suffix}"):
+            if file.name not in CUSTOMIZED_WEIGHTS:
+                tokens.update(read_token_file(file, model_dir))
     if not weights:
-        raise UserError(f"{Path(model_dir) / CUSTOMIZED_WEIGHTS}: holds no weights")
+        raise UserError(f"{Path(model_dir) / path.name}: holds no weights")
     for name, value in {**weights, **tokens}.items():
         if not torch.isfinite(value).all():
             raise UserError(
@@ -259,7 +297,7 @@ def check_customization(
             f"of the two"
         )
     check_shapes(
-        Path(model_dir) / CUSTOMIZED_WEIGHTS,
+        Path(model_dir) / find_weights(model_dir).name,
         weights,
         dict(model.denoiser.named_parameters()),
         "weight",

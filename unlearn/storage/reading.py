@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from ..errors import UserError
 
@@ -203,40 +202,41 @@ def read_npz(
     return arrays
 
 
-def read_tensors(
-    path: str | Path, item: str = "file", names: Collection[str] | None = None
-) -> dict[str, torch.Tensor]:
-    """Reads named tensors (only `names` where given) from safetensors or, without running code,
-    from a torch file.
+def holds_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors: by its first bytes, the length of a JSON header and
+    the header, whatever its name says; by its name where it begins as torch's files do not either."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))
 
-    Torch files are memory-mapped: of a Fisher of 6.9 GB only the named tensors are read. Raises
-    UserError where the file is missing, damaged, or holds something else than a dictionary of
-    tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{item} {path}: no such file")
+
+def load_tensors(path: Path) -> Any:
+    """What torch's own file holds, memory-mapped where that can be. Raises ValueError where it may
+    unfold to anything."""
+    if zipfile.is_zipfile(path):  # torch stores; what is compressed may unfold to anything
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type for info in archive.infolist()):
+                raise ValueError("it is compressed, as torch's own files never are")
     try:
-        if path.suffix == ".safetensors":
-            if names is None:
-                return load_file(path)
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if name in names}
-        if zipfile.is_zipfile(path):  # torch stores; what is compressed may unfold to anything
-            with zipfile.ZipFile(path) as archive:
-                if any(info.compress_type for info in archive.infolist()):
-                    raise ValueError("it is compressed, as torch's own files never are")
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{item} {path}: holds something else than tensors, which is never unpickled"
-        ) from None
-    except Exception as error:  # a damaged file may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """{name: the same without what torch.compile (`_orig_mod.`) and wrappers of a whole model
+    (`module.`) put before it}."""
+    is_wrapped = all(name.startswith("module.") for name in names)
+    return {
+        name: name.removeprefix("module." if is_wrapped else "").replace("_orig_mod.", "")
+        for name in names
+    }
+
+
+def check_tensors(path: Path, item: str, tensors: Any) -> None:
+    """Raises UserError where something is no dictionary of plain tensors by name."""
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in tensors.items()
@@ -255,4 +255,48 @@ def read_tensors(
                 f"{item} {path}: {name!a:.80}: expected a plain dense tensor, found another kind "
                 f"({tensor.dtype}, {tensor.layout})"
             )
-    return {name: tensor for name, tensor in tensors.items() if names is None or name in names}
+
+
+def read_tensors(
+    path: str | Path, item: str = "file", names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Reads tensors by their `plain_names` (only `names` where given) from safetensors or, without
+    running code, from a torch file; which it is its content says.
+
+    Torch files are memory-mapped: of a Fisher of 6.9 GB only the named tensors are read. Raises
+    UserError where the file is missing, damaged, or holds something else than a dictionary of
+    tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{item} {path}: no such file")
+    try:
+        if holds_safetensors(path):
+            with safe_open(path, "pt") as file:
+                return {
+                    plain: file.get_tensor(name)
+                    for name, plain in plain_names(list(file.keys())).items()
+                    if names is None or plain in names
+                }
+        tensors = load_tensors(path)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{item} {path}: holds something else than tensors, which is never unpickled"
+        ) from None
+    except Exception as error:  # a damaged file may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{item} {path}: cannot be read as tensors ({reason})") from None
+    if isinstance(tensors, dict):  # diffusers writes {} for layers that were not trained
+        tensors = {name: value for name, value in tensors.items() if not is_empty(value)}
+    check_tensors(path, item, tensors)
+    plain = plain_names(tensors)
+    return {
+        plain[name]: tensor
+        for name, tensor in tensors.items()
+        if names is None or plain[name] in names
+    }
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value is a dictionary of nothing."""
+    return isinstance(value, dict) and not value
