@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ import unlearn
 from unlearn import UserError, front
 from unlearn.attribution import estimation, scoring
 from unlearn.commands import attribute as command
-from unlearn.front import costs, questions
+from unlearn.commands import encode
+from unlearn.front import cautions, costs
 from unlearn.front.models import find_model
 from unlearn.report.results import find_strange
 from unlearn.storage import artifacts
@@ -161,6 +163,7 @@ def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys
     with open(result / "influence.csv", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and rows[0]["image"].endswith(".png")
+    assert sorted(int(row["similarity_rank"]) for row in rows) == list(range(1, 9))
     table = [line.split() for line in shown.splitlines() if re.match(r"\d+ +[+-]", line)]
     assert [line[3] for line in table] == [row["image"] for row in rows[:3]]
     ranks = {int(line[2]) for line in table}
@@ -255,6 +258,7 @@ def test_a_picture_of_the_folder_itself_is_said_in_the_table_and_on_the_page(fol
     [answer] = ask(folder, tmp_path / "out", own)
     assert any("is a training image itself (000003.png)" in text for text in answer.warnings)
     assert "is a training image itself (000003.png)" in (answer.folder / "report.html").read_text()
+    assert "is a training image itself" in (answer.folder / "influence.csv").read_text()
     elsewhere = tmp_path / "the same.bmp"
     Image.open(own).convert("RGB").save(elsewhere)
     [answer] = ask(folder, tmp_path / "out", elsewhere)
@@ -266,7 +270,7 @@ def test_a_picture_of_the_folder_itself_is_said_in_the_table_and_on_the_page(fol
 def test_a_prompt_without_the_word_that_all_captions_have_is_said(folder, tmp_path, ask):
     for path in folder.glob("*.txt"):
         path.write_text(f"a photo of sks {path.read_text()}")
-    said = questions.find_missing_words("a photo of a dog", ["a photo of sks dog"] * 3)
+    said = cautions.find_missing_words("a photo of a dog", ["a photo of sks dog"] * 3)
     assert said == ["sks"]
     [answer] = ask(folder, tmp_path / "out", prompt="a blob")
     assert any('nearly all captions have "sks"' in text for text in answer.warnings)
@@ -388,6 +392,47 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, tmp_path, capsys, a
     assert capsys.readouterr().out.count("is there already") == 3
 
 
+def test_a_plan_tells_what_another_model_has_to_do_again_and_the_run_says_so(
+    folder, tmp_path, capsys, caplog, ask, tiny
+):
+    out, other = tmp_path / "out", shutil.copytree(tiny, tmp_path / "other")
+    path = other / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(path).items()}, path)
+    [first] = ask(folder, out)
+    ask(folder, out, dry_run=True)
+    assert capsys.readouterr().out.count("is there already") == 3
+    ask(folder, out, dry_run=True, model=other)
+    shown = capsys.readouterr().out
+    assert shown.count("is there already") == 1 and "1 x 160 gradients" in shown
+    caplog.set_level("INFO")
+    [second] = ask(folder, out, model=other)
+    assert f"was made with another model, {tiny}" in caplog.text
+    [again] = ask(folder, out)
+    np.testing.assert_array_equal(again.scores, first.scores)
+    assert not np.array_equal(second.scores, first.scores)
+
+
+def test_a_corrupt_picture_names_a_command_that_runs_and_lets_the_next_try_go_on(
+    folder, tmp_path, ask, refusal, tiny
+):
+    path = folder / "000003.png"
+    path.write_bytes(path.read_bytes()[:200])
+    said = refusal(folder, tmp_path / "out")
+    words = shlex.split(said[said.index("leave them out: ") + len("leave them out: ") :])
+    assert words[:4] == ["python", "-m", "unlearn", "encode"]
+    encode.main([*words[4:], "--device", "cpu"])
+    [answer] = ask(folder, tmp_path / "out")
+    assert len(answer.table()) == 7
+
+
+def test_a_question_that_is_refused_leaves_no_task(folder, tmp_path, ask, refusal):
+    assert "--model FOLDER --base MODEL" in refusal(folder, tmp_path / "out", prompt="a <new7>")
+    assert not (tmp_path / "out/tasks.json").exists()
+    ask(folder, tmp_path / "out")
+    refusal(folder, tmp_path / "out", prompt="a <new7>")
+    assert len(json.loads((tmp_path / "out/tasks.json").read_text())) == 1
+
+
 def test_each_step_says_what_is_left_in_all_and_it_falls(folder, tmp_path, ask):
     lines = []
     ask(folder, tmp_path / "out", on_step=lines.append)
@@ -472,7 +517,7 @@ def test_killed_before_files_and_run_again_it_leaves_what_an_uninterrupted_run_l
     stride, tiny, tmp_path, ask, monkeypatch
 ):
     """stride 0: before every one; else every so many files later than the last time."""
-    monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3))
+    monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3, 1e-3))
     loaded = front.load_model(tiny, "cpu")
     monkeypatch.setattr(front, "load_model", lambda *args: loaded)
     folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"

@@ -36,7 +36,8 @@ class Output:
     remedy: str  # the same, with the step chosen
     unscaled: bool = False  # see `queries.encode_query`
     is_shown: bool = True  # whether tables are printed
-    notes: dict[str, list[str]] = field(default_factory=dict)  # cautions, by the picture's path
+    cautions: dict[str, list[str]] = field(default_factory=dict)  # by the picture's path
+    remarks: list[str] = field(default_factory=list)  # what the pages say besides
 
 
 def attribute_queries(study: Study, tasks: list[Task], output: Output) -> None:
@@ -85,7 +86,7 @@ def describe_origin(task: Task, output: Output) -> dict:
         "seed": task.seed,
         "model": task.model_name,
         "command": output.command,
-        "notes": output.notes.get(task.synth_image_path, []),
+        "remarks": output.remarks,
     }
 
 
@@ -125,7 +126,8 @@ def save_query(
 
     def save():
         shown = {**measure_query(study, query, delta, changes), **found}
-        ranking = results.rank_query(study, changes, shown, folder)
+        cautions = output.cautions.get(task.synth_image_path, [])
+        ranking = results.rank_query(study, changes, shown, folder, cautions)
         origin = describe_origin(task, output)
         results.save(folder, query, ranking, shown, identity, origin, top_k)
         if output.is_shown:

@@ -243,7 +243,7 @@ def accumulate(
     paths = [folder / f"{number:02d}-of-{num_sections:02d}.sums" for number in range(num_sections)]
     done = sum(len(section) for section, path in zip(sections, paths) if path.exists())
     with (
-        progress(settings.num_samples, "Fisher", "samples", done) as bar,
+        progress(settings.num_samples, "curvature (Fisher)", "samples", done) as bar,
         Share(
             folder,
             {number: path.stem for number, path in enumerate(paths)},

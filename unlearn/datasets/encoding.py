@@ -13,6 +13,7 @@ from ..storage.records import record_path
 from ..storage.sharing import do_once, forget_claim
 from .annotations import READERS
 from .encoders import Encoder, encode_images, encode_prompts
+from .originals import ORIGINALS
 from .own_root import check_root_writable
 from .pairs import (
     AHEAD,
@@ -255,7 +256,8 @@ def encode_training_set(
             )
         )
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
-    tell_pairs(paths, captions)
+    if not (Path(dataroot) / ORIGINALS).exists():  # of people's folders they were told
+        tell_pairs(paths, captions)
     shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
 
     def write():

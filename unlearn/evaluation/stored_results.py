@@ -13,7 +13,7 @@ from ..datasets.tasks import Task, find_named_result
 from ..datasets.training_sets import label_rows
 from ..errors import UserError
 from ..report.contents import Report, Row, share_groups
-from ..report.ranking import name_images
+from ..report.ranking import name_images, restore
 from ..report.results import describe_recall
 from ..storage.reading import read_npz, read_text
 from ..storage.records import is_complete, names_of, read_record
@@ -28,6 +28,7 @@ SIMILARITIES = {  # methods that never look at the model, the one to compare wit
     "text": "similarity of text",
 }
 MOST_GROUPS = 30
+TOP = "the folder itself"  # a group beside those of the folders in it
 OF_INDEX = {
     "rescored": ("b", 1),
     "recall": ("f", 0),
@@ -73,7 +74,9 @@ def read_labels(path: Path) -> dict[str, tuple[str, str]]:
     csv.field_size_limit(1 << 24)
     try:
         rows = list(csv.DictReader(read_text(path, "table").splitlines()))
-        return {row["id"]: (row["caption"] or "", row["path"] or "") for row in rows}
+        return {
+            row["id"]: (restore(row["caption"] or ""), restore(row["path"] or "")) for row in rows
+        }
     except (csv.Error, KeyError) as error:
         raise UserError(
             f"{path}: not a table of id, caption and path ({error}); {REMEDY}"
@@ -120,7 +123,7 @@ def group_images(names: list[str], is_exemplar: np.ndarray) -> list[str | None]:
     rest = "training images"
     if 1 < len(several) <= MOST_GROUPS:
         return [
-            "exemplars" if mask else folder or rest for folder, mask in zip(folders, is_exemplar)
+            "exemplars" if mask else folder or TOP for folder, mask in zip(folders, is_exemplar)
         ]
     if is_exemplar.any() and not is_exemplar.all():
         return ["exemplars" if mask else rest for mask in is_exemplar]
@@ -212,7 +215,7 @@ def read_report(
     comparison, ranks = compare_ranks(result_dir, query, arrays["ids"].tolist())
     rows = make_rows(arrays, index, read_labels(folder / "influence.csv"), root, ranks)
     rows = name_originals(rows, root.folder)
-    notes = list_missing(root_name, root, known, picture, comparison)
+    notes = list_missing(root_name, root, known, picture, comparison) + texts_of(found, "remarks")
     if {*OF_INDEX} <= index.keys():
         audit = {name: index[name].item() for name in OF_INDEX if name != "rescored"}
         notes.insert(0, describe_recall(**audit))

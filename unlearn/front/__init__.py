@@ -6,15 +6,13 @@ them, and a second picture costs its own part only.
 """
 
 import math
-import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import numpy as np
 
 from .. import noise
 from ..attribution.caches import cache_losses
@@ -36,7 +34,7 @@ from ..datasets.settings import PUBLISHED, read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
-from ..models.customization import check_customization, check_tokens
+from ..models.customization import check_texts, check_words
 from ..models.generation import NUM_INFERENCE_STEPS
 from ..models.pipelines import Model, load_model, select_parameters
 from ..report.page import index_entry, write_index
@@ -44,29 +42,22 @@ from ..running import Output, attribute_queries, group_size
 from ..runtime.programs import choose_device, say, set_precision
 from ..storage.artifacts import check_writable
 from ..storage.hashes import hash_file
-from ..storage.reading import read_array
-from ..storage.records import is_complete, read_record
 from . import costs
 from .answers import Attribution, read_attribution
+from .cautions import find_cautions
 from .making import GUIDANCE, make_picture
 from .models import Source, find_model
+from .planning import count_work, list_done
 from .questions import (
     Question,
     ask,
     check_given,
-    check_trigger,
-    find_known,
     write_tasks,
 )
 
 __all__ = ["Attribution", "Question", "attribute"]
 FEWEST_IMAGES = 2
 DATASET = "own"  # with an image's place it keys its noise
-SAME_LATENT = 1e-3  # relative: what the same picture in another file differs by
-TRIVIAL = (
-    "the picture is a training image itself ({}): that it is its own most influential image says "
-    "nothing of the model"
-)
 SELF = "give another --out"
 
 
@@ -87,28 +78,6 @@ def check_images(found: Found) -> None:
             f"{found.folder}: only {len(found.entries)} training image, which leaves nothing to "
             f"rank; give the folder of all images that the model was trained on"
         )
-
-
-def find_cautions(found: Found, question: Question) -> list[str]:
-    """What is to be said of a picture before anything is computed: that it is a training image
-    itself, byte for byte, or that its prompt lacks what all captions have."""
-    captions = [caption for entry in found.entries for caption in entry.captions]
-    cautions = check_trigger(question, captions)
-    size, content = os.path.getsize(question.picture), hash_file(question.picture)
-    for entry in found.entries:
-        if os.path.getsize(entry.path) == size and hash_file(entry.path) == content:
-            return [*cautions, TRIVIAL.format(entry.name)]
-    return cautions
-
-
-def find_same(query: TrainingSet, images: TrainingSet, names: list[str]) -> list[str]:
-    """A caution where a training image has the query's latent: the same picture in another file."""
-    latent = query.latents[0, 0].astype(np.float64)
-    for index, name in enumerate(names):
-        difference = np.linalg.norm(images.latents[0, index] - latent)
-        if difference <= SAME_LATENT * np.linalg.norm(latent):
-            return [TRIVIAL.format(name)]
-    return []
 
 
 def make_fisher(model: Model, images: TrainingSet, root: Path, damping: float) -> DiagonalFisher:
@@ -159,51 +128,6 @@ def compare_similarity(
         overwrite=True,
     )
     score_tasks(run, "similarity", METHODS["similarity"](), top_k=10, is_shown=False)
-
-
-def count_work(
-    found: Found, model: Model, out: Path, questions: list[Question], making: Making | None
-) -> costs.Counts:
-    """What a run has to do."""
-    num_images = len(found.entries)
-    fewest = min(len(entry.captions) for entry in found.entries)
-    answered = sum(is_answered(out, question) for question in questions)
-    sampling = making.steps * (1 if making.guidance == 1 else 2) if making else 0
-    return costs.Counts(
-        num_images,
-        num_images * fewest,
-        PUBLISHED["time_samples"],
-        choose_num_samples(out / "root", num_images),
-        UnlearnSettings().draws_a_step,
-        len(questions) + bool(making) - answered,
-        sampling,
-    )
-
-
-def is_answered(out: Path, question: Question) -> bool:
-    """Whether a question has a result in OUT."""
-    entry = find_known(out / "tasks.json", question)
-    name = entry["synth_image_path"].removeprefix("synth/") if entry else ""
-    return bool(name) and is_complete(out / "results/influence" / name / "influence.npz")
-
-
-def list_done(out: Path, num_images: int) -> set[str]:
-    """Names of the steps whose files stand in OUT, of so many images."""
-    root, done = out / "root", set()
-    latents, fisher = root / "laion_latents.npy", root / "sd_fisher.safetensors"
-    losses = out / "results/orig_loss/base/laion_loss.npy"
-    if is_complete(latents) and len(read_array(latents)) == 2 * num_images:
-        done.add(costs.ENCODING)
-    for path, part, name in (
-        (fisher, "circumstances", costs.CURVATURE),
-        (losses, "identity", costs.LOSSES),
-    ):
-        if (
-            is_complete(path)
-            and read_record(path, SELF).get(part, {}).get("num_images") == num_images
-        ):
-            done.add(name)
-    return done
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -299,6 +223,7 @@ def attribute(
         set_precision("fp32")
         on_step("loading the model")
         source, loaded = load_source(model, base, place / "model", device)
+        check_prompts(loaded, questions)
         plan, num_bytes = plan_run(found, loaded, out, questions, making)
         if dry_run:
             costs.show_plan(plan, num_bytes)
@@ -320,15 +245,39 @@ def load_source(
     return source, loaded
 
 
+def check_prompts(model: Model, questions: list[Question]) -> None:
+    """Raises UserError where a prompt has a new word that the model does not know."""
+    prompts = {str(question.picture): question.prompt for question in questions}
+    try:
+        check_words(None, {}, model.pipeline.tokenizer, prompts)
+    except UserError as error:
+        problem, _, tail = str(error).partition("; give the task")
+        way = "; give the model that was customized with it: --model FOLDER --base MODEL"
+        raise UserError(problem + way if tail else str(error)) from None
+    check_texts(model.pipeline.tokenizer, prompts)
+
+
 def plan_run(
     found: Found, model: Model, out: Path, questions: list[Question], making: Making | None
 ) -> tuple[list[costs.Step], int]:
     """The steps of a run with their cost, and the bytes that it takes."""
     resolution = model.resolution({"resolution": 0})
-    counts = count_work(found, model, out, questions, making)
+    sampling = making.steps * (1 if making.guidance == 1 else 2) if making else None
+    counts = count_work(found, model, out, questions, sampling)
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
-    steps = costs.list_steps(counts, pace, list_done(out, counts.images))
+    steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
     return steps, costs.count_bytes(counts, model, resolution, KV)
+
+
+def tell_other_model(out: Path, source: Source) -> None:
+    """Says where OUT holds answers of another model, which those of this one replace."""
+    path = out / "root/dataset.json"
+    before = read_settings(out / "root") if path.is_file() else {}
+    if before and (before["pipeline"], before["unet"]) != (source.pipeline, source.unet):
+        say(
+            f"{out}: was made with another model, {before['unet'] or before['pipeline']}; what is "
+            f"asked of this one is made anew, other answers stay. Another --out keeps both"
+        )
 
 
 def answer(
@@ -345,6 +294,7 @@ def answer(
     """The part of `attribute` that computes and writes."""
     settings = {"name": DATASET, "pipeline": source.pipeline}
     settings |= {"unet": source.unet} if source.unet else {}
+    tell_other_model(out, source)
     made = make_data_root(found, out / "root", settings)
     say(made.describe())
     root, results = made.root, out / "results"
@@ -354,19 +304,28 @@ def answer(
         with clock.step(costs.MAKING):
             questions = [make_picture(model, root, DATASET, resolution, *sampling)]
     tasks = write_tasks(out / "tasks.json", root, questions)
-    check_customization(model, None, tasks)
-    check_tokens(None, tasks, source.pipeline)
     with clock.step(costs.ENCODING):
-        images = prepare_training_set(model, root)
+        encode = f"python -m unlearn encode --dataroot {shlex.quote(str(root))}"
+        images = prepare_training_set(model, root, command=encode)
         queries = [encode_query(model, task, str(root)) for task in tasks]
-    notes = list_notes(found, images, tasks, questions, queries)
+    cautions, remarks = find_cautions(found, images, tasks, questions, queries)
+    for question, task in zip(questions, tasks):
+        for caution in cautions[task.synth_image_path]:
+            say(f"{question.picture}: {caution}")
     with clock.step(costs.CURVATURE):
         fisher = make_fisher(model, images, root, read_settings(root)["damping"])
     study = open_study(model, images, fisher, root)
     with clock.step(costs.LOSSES):
         make_losses(study, model, images, results)
     output = Output(
-        results / "influence", str(root), top_k, command, "", is_shown=False, notes=notes
+        results / "influence",
+        str(root),
+        top_k,
+        command,
+        "",
+        is_shown=False,
+        cautions=cautions,
+        remarks=remarks,
     )
     size, different = group_size(study), list(dict.fromkeys(tasks))
     with clock.step(costs.SCORING):
@@ -380,26 +339,6 @@ def answer(
         index = write_index(results, entries)
         answers = [replace(each, index=index) for each in answers]
     return answers
-
-
-def list_notes(
-    found: Found,
-    images: TrainingSet,
-    tasks: list[Task],
-    questions: list[Question],
-    queries: list[TrainingSet],
-) -> dict[str, list[str]]:
-    """{path of a picture: what its page is to say besides}; said here too."""
-    names = [entry.name for entry in found.entries] if len(found.entries) == len(images) else []
-    notes = {}
-    for task, question, query in zip(tasks, questions, queries):
-        cautions = find_cautions(found, question)
-        if not any("training image itself" in caution for caution in cautions):
-            cautions += find_same(query, images, names or images.ids)
-        notes[task.synth_image_path] = cautions
-        for caution in cautions:
-            say(f"{question.picture}: {caution}")
-    return notes
 
 
 def link_to(answer: Attribution, results: Path) -> str:

@@ -53,12 +53,15 @@ class Attribution:
     def summary(self) -> str:
         """Which images stand out, how clearly, or that none does, in plain words."""
         found = self.standing_out
-        headline, _ = describe_standing_out(found, len(self.scores))
+        headline, _ = describe_standing_out(found, len(self.scores), bool(self.warnings))
         if not found.count:
             return headline if found.is_tied else f"{headline} The order is weak evidence."
         names = [row.name for row in self.report.rows[: min(found.count, NAMED)]]
         more = f" and {found.count - NAMED} more" if found.count > NAMED else ""
-        return f"{headline.removesuffix('.')}: {', '.join(names)}{more}."
+        listed = f"{', '.join(names)}{more}."
+        if self.warnings:
+            return f"{headline} By the scores alone: {listed}"
+        return f"{headline.removesuffix('.')}: {listed}"
 
     def table(self, count: int | None = None) -> list[dict]:
         """The first `count` images, or all, most influential first: rank, image (its name), caption,
@@ -79,6 +82,19 @@ class Attribution:
             }
             for rank, row in enumerate(self.report.rows[:count], 1)
         ]
+
+    def write_table(self) -> None:
+        """Writes influence.csv with a column for every number of the table."""
+        table = self.table()
+        columns = {
+            "stands_out": [
+                "" if row["stands_out"] is None else f"{row['stands_out']:.6g}" for row in table
+            ],
+            "similarity_rank": [
+                "" if row["similarity_rank"] is None else row["similarity_rank"] for row in table
+            ],
+        }
+        self.ranking.to_csv(self.folder / "influence.csv", columns)
 
     def show(self, count: int = 10) -> None:
         """Prints the first images, what there is to warn of, the files and the summary."""
@@ -114,7 +130,7 @@ class Attribution:
 
 
 def read_attribution(question: Question, task: Task, root: Path, results: Path) -> Attribution:
-    """What stands of one picture in the folder of results; its page is written."""
+    """What stands of one picture in the folder of results; its page and its table are written."""
     folder = find_result(results / "influence", task)
     name = folder.relative_to(results / "influence").as_posix()
     report = read_report(results, name, str(root), task)
@@ -130,4 +146,6 @@ def read_attribution(question: Question, task: Task, root: Path, results: Path) 
         np.array([row.is_exemplar for row in rows]),
         list(report.cautions),
     )
-    return Attribution(question, ranking, report, folder)
+    answer = Attribution(question, ranking, report, folder)
+    answer.write_table()
+    return answer

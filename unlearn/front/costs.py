@@ -11,8 +11,11 @@ from ..models.pipelines import Model, select_parameters
 from ..runtime.printing import show
 from ..runtime.programs import followed_by
 
-GRADIENT = 3  # a forward and backward pass costs about so many forward passes
-LONG_ENOUGH = 0.1  # seconds of passes that tell their pace
+# A forward and backward pass to the selected weights costs about so many forward passes (emoji world,
+# one CPU thread, 80 at once: 2.0; 50 gradients of single samples: 2.3).
+GRADIENT = 2.1
+WAS_THERE = 0.02  # of what a step should take: what it takes where its files are there already
+LONG_ENOUGH = 0.4  # seconds of passes that tell their pace
 FISHER_SECTIONS = 32
 
 
@@ -20,7 +23,8 @@ FISHER_SECTIONS = 32
 class Pace:
     """Seconds that one of each takes on this machine."""
 
-    forward: float  # pass of a noisy sample through the denoiser
+    alone: float  # pass of one noisy sample through the denoiser
+    forward: float  # the same, of many at once
     picture: float  # encoded by the VAE
     caption: float  # encoded by the text encoder
 
@@ -52,21 +56,26 @@ class Step:
     seconds: float  # about
 
 
-MAKING, ENCODING, CURVATURE = "making the picture", "encoding pictures and captions", "curvature"
-LOSSES, SCORING = "losses before unlearning", "unlearning and scoring every image again"
-COMPARING = "comparing with similarity"
+MAKING, COMPARING = "making the picture", "comparing with plain similarity"
+ENCODING = "reading pictures (latents) and captions (embeddings)"
+CURVATURE = "measuring how much each weight matters (curvature)"
+LOSSES = "measuring how well the model explains each image (loss)"
+SCORING = "unlearning the picture and measuring again"
 
 
-def time_one(run: Callable[[int], torch.Tensor], largest: int) -> float:
-    """Seconds of one of what `run(size)` does at once, at the size that fills the device."""
+def time_one(run: Callable[[int], torch.Tensor], largest: int) -> tuple[float, float]:
+    """Seconds of what `run(1)` does, and of one of what `run(size)` does at once, at the size that
+    fills the device: the least of several, as others at work on the machine only add to it."""
     run(1).sum().item()  # the first pass is slower than all others
-    size = 1
+    size, spent, paces = 1, 0.0, []
     while True:
         start = time.perf_counter()
         run(size).sum().item()
         seconds = time.perf_counter() - start
-        if seconds > LONG_ENOUGH or size >= largest:
-            return seconds / size
+        spent += seconds
+        paces.append(seconds / size)
+        if spent > LONG_ENOUGH or size >= largest:
+            return paces[0], min(paces)
         size = min(largest, 4 * size)
 
 
@@ -89,14 +98,14 @@ def measure_pace(model: Model, resolution: int, batch_size: int) -> Pace:
         words = torch.zeros(size, tokens, dtype=torch.int64, device=device)
         return pipeline.text_encoder(words).last_hidden_state
 
-    return Pace(time_one(predict, batch_size), time_one(encode, 4), time_one(read, 4))
+    return Pace(*time_one(predict, batch_size), time_one(encode, 4)[1], time_one(read, 4)[1])
 
 
 def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
     """The steps of a run with what each costs; those that are done cost nothing."""
     scoring = counts.questions * (GRADIENT * counts.draws + counts.sweep)
     passes = {
-        MAKING: (f"{counts.sampling:,} passes", counts.sampling * pace.forward),
+        MAKING: (f"{counts.sampling:,} passes", counts.sampling * pace.alone),
         ENCODING: (
             f"{2 * counts.images:,} views and {counts.captions:,} captions",
             2 * counts.images * pace.picture + counts.captions * pace.caption,
@@ -148,7 +157,7 @@ def show_plan(steps: list[Step], num_bytes: int) -> None:
     show("")
     for number, step in enumerate(steps, 1):
         cost = f"about {describe_seconds(step.seconds)}" if step.seconds else ""
-        show(f"step {number} of {len(steps)}  {step.name:<42} {step.work:<42} {cost}".rstrip())
+        show(f"step {number} of {len(steps)}  {step.name:<56} {step.work:<38} {cost}".rstrip())
     total = sum(step.seconds for step in steps)
     show("", f"In all about {describe_seconds(total)}, and {num_bytes / 1e6:,.0f} MB on the disk.")
 
@@ -168,11 +177,12 @@ class Clock:
         # Of a second and less chance tells more than the machine.
         pace = self.spent / self.expected if self.expected > 1 else 1.0
         left = [pace * step.seconds for step in self.steps[number:]]
-        words = f"step {number + 1} of {len(names)}: {name} ({self.steps[number].work})"
+        words = f"step {number + 1} of {len(names)}: {name}, {self.steps[number].work}"
         self.on_step(f"{words}; about {describe_seconds(sum(left))} left in all")
         start = time.monotonic()
         with followed_by(sum(left[1:])):
             yield
-        if self.steps[number].seconds:
-            self.spent += time.monotonic() - start
-            self.expected += self.steps[number].seconds
+        took, expected = time.monotonic() - start, self.steps[number].seconds
+        if took > WAS_THERE * expected:
+            self.spent += took
+            self.expected += expected

@@ -2,9 +2,7 @@
 
 import fcntl
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,11 +20,6 @@ from ..storage.hashes import digest, hash_file
 from ..storage.reading import check_name, check_text
 
 KEY = "_made_of"  # of a task: its picture's bytes and its prompt, so that it is known again
-COMMON = 0.9  # of the captions: a word in so many may be what calls the model's subject
-FREQUENT_WORDS = {
-    *("a", "an", "and", "at", "by", "for", "from", "image", "in", "is", "it", "its", "of", "on"),
-    *("or", "photo", "picture", "the", "this", "to", "with"),
-}
 
 
 @dataclass(frozen=True)
@@ -86,29 +79,6 @@ def ask(picture: str | Path, prompt: str | None = None, seed: int | None = None)
     return Question(
         path, words, seed if seed is not None else found.seed, found.steps, found.guidance
     )
-
-
-def find_missing_words(prompt: str, captions: Sequence[str]) -> list[str]:
-    """Words that nearly all captions have and a prompt has not: one of them may be what calls the
-    subject that a model was trained on."""
-
-    def words(text):
-        return set(re.findall(r"[<\w][\w'>-]*", text.lower()))
-
-    counts = Counter(word for caption in captions for word in words(caption))
-    common = [word for word, count in counts.items() if count >= COMMON * len(captions)]
-    return sorted(set(common) - words(prompt) - FREQUENT_WORDS)
-
-
-def check_trigger(question: Question, captions: Sequence[str]) -> list[str]:
-    """A caution where the prompt lacks words that nearly all captions have; else []."""
-    if not (missing := find_missing_words(question.prompt, captions)):
-        return []
-    listed = ", ".join(f'"{shorten(word)}"' for word in missing[:3])
-    return [
-        f"nearly all captions have {listed} and the prompt has not: if that is what calls the "
-        f"model's subject, these images had little to do with the picture"
-    ]
 
 
 def pick_name(question: Question, root: Path, entries: list[dict]) -> str:

@@ -62,7 +62,7 @@ class Entry:
     headline: str
     picture: Path | None
     first: list[Path | None]  # pictures of the highest images
-    is_warned: bool
+    is_warned: bool  # whether a mark beside the headline says that the result may mean little
 
 
 def share_groups(rows: list[Row]) -> list[Group]:

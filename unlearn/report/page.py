@@ -137,12 +137,12 @@ def compare_first(report: Report) -> str | None:
 
 def name_first(rows: list[Row], count: int) -> str:
     """Which images stand out, in a sentence; "" where none does."""
-    captions = [row.caption or row.name for row in rows[:count]]
-    several = list(dict.fromkeys(shorten(caption) for caption in captions))
-    named = ", ".join(f"“{caption}”" for caption in several[:MOST_NAMED])
-    more = f" and {len(several) - MOST_NAMED} more" if len(several) > MOST_NAMED else ""
-    numbers = {1: "number 1", 2: "numbers 1 and 2"}.get(count, f"numbers 1 to {count}")
-    return f"{'It is' if count == 1 else 'They are'} {numbers}: {named}{more}." if count else ""
+    named = ", ".join(
+        shorten(row.name) + (f" (“{shorten(row.caption)}”)" if row.caption else "")
+        for row in rows[: min(count, MOST_NAMED)]
+    )
+    more = f" and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
+    return f"{'It is' if count == 1 else 'They are'} {named}{more}." if count else ""
 
 
 def write_report(folder: Path, report: Report) -> Path:
@@ -151,7 +151,7 @@ def write_report(folder: Path, report: Report) -> Path:
     rows = report.rows
     scores = np.array([row.score for row in rows])
     found = find_standing_out(scores)
-    headline, explanation = describe_standing_out(found, len(rows))
+    headline, explanation = describe_standing_out(found, len(rows), bool(report.cautions))
     highest = float(np.abs(scores).max()) if len(rows) else 0.0
     ranked = list(enumerate(rows, 1))
     negative = [pair for pair in reversed(ranked) if pair[1].score < 0][:NUM_LOWEST]
@@ -192,7 +192,8 @@ def write_report(folder: Path, report: Report) -> Path:
 def index_entry(link: str, report: Report) -> Entry:
     """What the index page shows of a report."""
     scores = np.array([row.score for row in report.rows])
-    headline, _ = describe_standing_out(find_standing_out(scores), len(scores))
+    found, is_warned = find_standing_out(scores), bool(report.cautions)
+    headline, _ = describe_standing_out(found, len(scores), is_warned)
     return Entry(
         link,
         report.name,
@@ -200,7 +201,7 @@ def index_entry(link: str, report: Report) -> Entry:
         headline,
         report.picture,
         [row.path for row in report.rows[:4]],
-        bool(report.cautions),
+        is_warned and not found.count,  # else the headline says it
     )
 
 

@@ -4,7 +4,7 @@ import codecs
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -92,15 +92,33 @@ class Ranking:
         if self.warnings:
             show("", *(f"Warning: {warning}." for warning in self.warnings))
 
-    def to_csv(self, path: str | Path = "influence.csv") -> Path:
+    def to_csv(
+        self,
+        path: str | Path = "influence.csv",
+        columns: Mapping[str, Sequence[object]] | None = None,
+    ) -> Path:
         """Writes all candidates, as spreadsheets read them. What there is to warn of stands in every
-        row, so that a part of the table keeps it. Returns the path."""
+        row, so that a part of the table keeps it. columns: more of them by name, their cells most
+        influential first. Returns the path."""
         warning = ["; ".join(self.warnings)] if self.warnings else []
+        more = list(zip(*columns.values())) if columns else [()] * len(self)
         rows = [
-            [rank, id, self.names[index], caption, f"{score:.6g}", exemplar, image, *warning]
-            for index, (rank, id, caption, score, exemplar, image) in zip(self.order, self.rows())
+            [
+                rank,
+                id,
+                self.names[index],
+                caption,
+                f"{score:.6g}",
+                exemplar,
+                image,
+                *cells,
+                *warning,
+            ]
+            for index, (rank, id, caption, score, exemplar, image), cells in zip(
+                self.order, self.rows(), more
+            )
         ]
-        header = [*HEADER, "warning"] if warning else HEADER
+        header = [*HEADER, *(columns or ()), *["warning"] * bool(warning)]
         write_csv(path, header, [[defuse(cell) for cell in row] for row in rows], codecs.BOM_UTF8)
         return Path(path)
 
@@ -181,6 +199,11 @@ def defuse(cell: object) -> object:
     which spreadsheets do not show."""
     is_formula = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") and not is_number(cell)
     return f"'{cell}" if is_formula else cell
+
+
+def restore(text: str) -> str:
+    """The text of a cell that was `defuse`d."""
+    return text[1:] if text[:1] == "'" and defuse(text[1:]) == text else text
 
 
 def is_number(text: str) -> bool:

@@ -2,6 +2,7 @@
 screen."""
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,11 @@ def find_strange(own: float, before: dict[str, np.ndarray]) -> list[str]:
     ]
 
 
-def rank_query(study: Study, changes: dict, shown: dict, folder: Path) -> Ranking:
-    """The ranking of a query, with what there is to warn of its step and its Fisher. Raises
-    UserError where a number is not finite."""
+def rank_query(
+    study: Study, changes: dict, shown: dict, folder: Path, cautions: Iterable[str] = ()
+) -> Ranking:
+    """The ranking of a query, with `cautions` and what there is to warn of its step and its Fisher.
+    Raises UserError where a number is not finite."""
     if not np.isfinite([shown[name] for name in OF_QUERY]).all():
         raise UserError(
             f"{folder}: a loss of the query itself is NaN or infinite; the weights have diverged "
@@ -73,7 +76,7 @@ def rank_query(study: Study, changes: dict, shown: dict, folder: Path) -> Rankin
     )
     warnings += find_strange(shown["query_loss_before"], study.before)
     try:
-        return rank(study.image_sets, changes, [*warnings, *study.fisher.warnings])
+        return rank(study.image_sets, changes, [*cautions, *warnings, *study.fisher.warnings])
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 

@@ -106,8 +106,11 @@ def find_standing_out(scores: np.ndarray) -> StandingOut:
     return parted if parted.count and not far.count else far
 
 
-def describe_standing_out(found: StandingOut, num_images: int) -> tuple[str, str]:
-    """(headline, explanation) in plain words."""
+def describe_standing_out(
+    found: StandingOut, num_images: int, is_doubtful: bool = False
+) -> tuple[str, str]:
+    """(headline, explanation) in plain words. is_doubtful: there are reasons why the scores may mean
+    little, whatever their shape."""
     if found.is_tied:
         return (
             "All images have the same score.",
@@ -129,20 +132,26 @@ def describe_standing_out(found: StandingOut, num_images: int) -> tuple[str, str
         if found.count == 1
         else f"{found.count:,} of {num_images:,} images stand"
     )
+    explanation = explain_shape(found)
+    if is_doubtful:
+        return f"{who} out, but the result may mean little.", f"By the scores alone: {explanation}"
     headline = f"{who} out, but narrowly."
     if found.clarity >= (GAP_CLEARLY if found.by_gap else CLEARLY):
         headline = f"{who} out clearly."
     elif found.by_gap and found.count > 1:
         headline = f"{who} out as a group."
+    return headline, explanation
+
+
+def explain_shape(found: StandingOut) -> str:
+    """What of the plot says that the first images stand out, in a sentence."""
     if found.by_gap:
-        return headline, (
-            "The gap at the dashed line parts it from the others; chance alone rarely leaves one "
-            "so wide."
-            if found.count == 1
-            else "The gap at the dashed line parts them from the others; chance alone rarely "
-            "leaves one so wide."
+        parted = "it" if found.count == 1 else "them"
+        return (
+            f"The gap at the dashed line parts {parted} from the others; chance alone rarely leaves "
+            f"one so wide."
         )
-    return headline, (
+    return (
         f"Chance alone rarely passes the dashed line; the first lies "
         f"{format_times(found.clarity)} as far out."
     )

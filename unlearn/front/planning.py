@@ -1,0 +1,74 @@
+"""What a run has to do, and what of it an earlier one with the same model has left."""
+
+from pathlib import Path
+
+from ..attribution.estimation import choose_num_samples
+from ..attribution.settings import UnlearnSettings
+from ..datasets.entries import Found
+from ..datasets.settings import PUBLISHED
+from ..models.pipelines import Model
+from ..storage.hashes import hash_tensors, named_weights
+from ..storage.reading import read_array
+from ..storage.records import is_complete, read_record
+from . import costs
+from .questions import Question, find_known
+
+REMEDY = "remove it, or give another --out"
+
+
+def count_work(
+    found: Found, model: Model, out: Path, questions: list[Question], sampling: int | None
+) -> costs.Counts:
+    """What a run has to do. sampling: the passes of the picture that is to be made, None where none
+    is."""
+    num_images = len(found.entries)
+    fewest = min(len(entry.captions) for entry in found.entries)
+    answered = sum(is_answered(out, model, question) for question in questions)
+    return costs.Counts(
+        num_images,
+        num_images * fewest,
+        PUBLISHED["time_samples"],
+        choose_num_samples(out / "root", num_images),
+        UnlearnSettings().draws_a_step,
+        len(questions) + (sampling is not None) - answered,
+        sampling or 0,
+    )
+
+
+def read_part(path: Path, part: str) -> dict:
+    """A part of an artefact's record, {} where the artefact is not whole."""
+    found = read_record(path, REMEDY).get(part) if is_complete(path) else None
+    return found if isinstance(found, dict) else {}
+
+
+def is_answered(out: Path, model: Model, question: Question) -> bool:
+    """Whether a question has a result of a model in OUT."""
+    entry = find_known(out / "tasks.json", question)
+    name = entry["synth_image_path"].removeprefix("synth/") if entry else ""
+    folder = out / "results/influence" / name
+    change = read_part(folder / "weight_change.safetensors", "identity") if name else {}
+    return change.get("weights") == model.weights_hash and is_complete(folder / "influence.npz")
+
+
+def list_done(out: Path, model: Model, num_images: int) -> set[str]:
+    """Names of the steps whose files stand in OUT, of a model and so many images."""
+    root, done = out / "root", set()
+    latents, fisher = root / "laion_latents.npy", root / "sd_fisher.safetensors"
+    losses = out / "results/orig_loss/base/laion_loss.npy"
+    encoders = {
+        part: hash_tensors(named_weights(getattr(model.pipeline, part)))
+        for part in ("vae", "text_encoder")
+    }
+    if (
+        encoders.items() <= read_part(latents, "identity").items()
+        and len(read_array(latents)) == 2 * num_images
+    ):
+        done.add(costs.ENCODING)
+    for path, part, name in (
+        (fisher, "circumstances", costs.CURVATURE),
+        (losses, "identity", costs.LOSSES),
+    ):
+        is_own = read_part(path, "identity").get("weights") == model.weights_hash
+        if is_own and read_part(path, part).get("num_images") == num_images:
+            done.add(name)
+    return done
