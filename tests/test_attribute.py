@@ -232,7 +232,7 @@ def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
     folder, tmp_path, ask
 ):
     out = tmp_path / "out"
-    ask(folder, out)
+    ask(folder, out, prompt="a black cat")  # of which nothing is to be warned
     before = contents(out)
     flags = ["--dataroot", str(out / "root"), "--task_json", str(out / "tasks.json")]
     flags += ["--result_dir", str(out / "results"), "--device", "cpu"]

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["compute_training_loss", "compute_influence"]
 MAY_PARSE = {"unlearn.commands", *SCRIPTS}
 MAY_ASK_FOR_CUDA = "unlearn.runtime"
-NOT_TYPED_YET = "unlearn.commands.attribute"
 
 
 def module_name(path):
@@ -119,7 +118,7 @@ def test_type_checker_finds_nothing():
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name != NOT_TYPED_YET])
+@pytest.mark.parametrize("name", TREES)
 def test_public_functions_say_their_types(name):
     """Of every parameter, and of what they return; those of an overriding method too."""
     bare = [
@@ -151,6 +150,23 @@ def test_scripts_import_no_other_script_and_no_command(name):
 @pytest.mark.parametrize("name", [name for name in TREES if name not in SCRIPTS])
 def test_the_package_never_imports_a_script(name):
     assert not roots(name) & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", ["attribute", "doctor", "report"])
+@pytest.mark.parametrize("words, status", [(["--help"], 0), (["--no_such_flag"], 2)], ids=str)
+def test_what_newcomers_call_shows_help_and_mistakes_without_what_takes_seconds(
+    name, words, status
+):
+    code = (
+        "import sys; from unlearn.__main__ import main\n"
+        "try: main()\n"
+        "finally: print([name for name in ('torch', 'numpy', 'diffusers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == status and done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert not status or len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", TREES)

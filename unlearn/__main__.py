@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
 from .errors import UserError
 from .version import __version__
@@ -32,15 +33,30 @@ def show_help() -> None:
 
 
 def call(name: str, arguments: list[str]) -> None:
-    """Runs a command."""
+    """Runs a command. Of one that imports its work where it does it, help and mistakes come before
+    that."""
+    command = importlib.import_module(f".commands.{name}", __package__)
+    if "torch" not in sys.modules:
+        try:
+            command.parse_arguments(arguments)
+        except UserError as error:
+            end(error)
     from .runtime.programs import run
 
-    run(importlib.import_module(f".commands.{name}", __package__).main, arguments)
+    run(command.main, arguments)
+
+
+def end(error: UserError) -> NoReturn:
+    """Ends the program with a user's error as one line."""
+    from .runtime.printing import printable
+
+    print(f"error: {printable(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
     """Hands the arguments to the command that the first one names."""
-    from .runtime.printing import make_streams_safe, printable
+    from .runtime.printing import make_streams_safe
 
     make_streams_safe()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -53,9 +69,7 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        error = UserError(f"unknown command {name}; {hint}")
-        print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
+        end(UserError(f"unknown command {name}; {hint}"))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,17 @@ page to look at and to send on.
 
 import shlex
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 
-from ..front import attribute
-from ..front.making import GUIDANCE
-from ..models.generation import NUM_INFERENCE_STEPS
+from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
-from ..storage.records import NAMES, name_input
-from .flags import check_names, make_parser
+from .parsing import make_parser
 
 HIGHEST_TABLE = 1000
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line."""
     parser = make_parser(__doc__, "python -m unlearn attribute")
     parser.add("data", "pictures", nargs="*", metavar="PICTURE", help="what is asked about")
@@ -80,15 +79,20 @@ def parse_arguments(argv):
     parser.add("running", "--device", help="cuda, cuda:N or cpu (default cuda if there is one)")
     parser.add("running", "--dry_run", action="store_true", help="say what it would cost, and stop")
     args = parser.parse_args(argv)
-    check_names(args)
     if not 1 <= args.top_k <= HIGHEST_TABLE:
         parser.error(f"--top_k {args.top_k}: expected 1 to {HIGHEST_TABLE}")
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Attributes, then prints a table for each picture and where its page is."""
     args = parse_arguments(argv)
+    # Here: they import torch and diffusers, which takes seconds.
+    from ..front import attribute
+    from ..storage.records import NAMES, name_input
+    from .flags import check_names
+
+    check_names(args)
     NAMES.clear()
     name_input("model", args.model)
     name_input("data root", args.out)

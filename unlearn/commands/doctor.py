@@ -12,23 +12,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..datasets.own_root import own_root
-from ..datasets.settings import read_settings
 from ..runtime.printing import show
-from .examination import (
-    OK,
-    PROBLEM,
-    examine_data,
-    examine_device,
-    examine_disk,
-    examine_environment,
-    examine_memory,
-    examine_tasks,
-    try_out,
-)
-from .flags import add_flags, check_names, make_parser
-from .inputs import check_training_files
-from .inventory import examine_results
+from .parsing import add_flags, make_parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
@@ -42,13 +27,31 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--fisher_path", help="Fisher (default sd_fisher.* of the data root)")
     args = parser.parse_args(argv)
     args.dataroot = args.dataroot or "data/abc"
-    check_names(args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Examines one thing after the other, and prints."""
     args = parse_arguments(argv)
+    # Here: they import torch and diffusers, which takes seconds.
+    from ..datasets.own_root import own_root
+    from ..datasets.settings import read_settings
+    from .examination import (
+        OK,
+        PROBLEM,
+        examine_data,
+        examine_device,
+        examine_disk,
+        examine_environment,
+        examine_memory,
+        examine_tasks,
+        try_out,
+    )
+    from .flags import check_names
+    from .inputs import check_training_files
+    from .inventory import examine_results
+
+    check_names(args)
     data, readable = examine_data(args)
     settings = read_settings(args.dataroot) if readable else None
     tasks, groups = examine_tasks(args) if args.task_json and readable else ([], {})

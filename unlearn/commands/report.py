@@ -10,16 +10,15 @@ RESULT_DIR/report.html. Each page is one file with small pictures in it, and wor
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from ..datasets.tasks import Task, load_tasks
 from ..errors import UserError
-from ..evaluation.stored_results import check_result, find_results, read_report
-from ..report.page import index_entry, write_index, write_report
 from ..runtime.printing import show
-from ..runtime.programs import progress
-from ..storage.artifacts import check_writable
-from .flags import make_parser
+from .parsing import make_parser
+
+if TYPE_CHECKING:
+    from ..datasets.tasks import Task
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
@@ -39,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def read_tasks(args: Namespace) -> dict[str, Task]:
+def read_tasks(args: Namespace) -> "dict[str, Task]":
     """Tasks by the folder of their results, {} without a task file."""
     if args.dataroot is not None and not Path(args.dataroot).is_dir():
         raise UserError(f"--dataroot {args.dataroot}: no such folder")
@@ -47,6 +46,8 @@ def read_tasks(args: Namespace) -> dict[str, Task]:
         return {}
     if args.dataroot is None:
         raise UserError(f"--task_json {args.task_json}: give its data root too, by --dataroot")
+    from ..datasets.tasks import load_tasks
+
     tasks = load_tasks(args.task_json, args.dataroot)
     return {name: task for task in tasks for name in (task.query_name, task.result_name)}
 
@@ -54,6 +55,12 @@ def read_tasks(args: Namespace) -> dict[str, Task]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks every result, then writes a page for each, and their index."""
     args = parse_arguments(argv)
+    # Here: they import torch, which takes seconds.
+    from ..evaluation.stored_results import check_result, find_results, read_report
+    from ..report.page import index_entry, write_index, write_report
+    from ..runtime.programs import progress
+    from ..storage.artifacts import check_writable
+
     folder = Path(args.result_dir)
     queries, tasks = find_results(folder), read_tasks(args)
     check_writable(folder, "pages are written into the folder of results")

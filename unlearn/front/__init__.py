@@ -35,8 +35,8 @@ from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.customization import check_texts, check_words
-from ..models.generation import NUM_INFERENCE_STEPS
 from ..models.pipelines import Model, load_model, select_parameters
+from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..report.page import index_entry, write_index
 from ..running import Output, attribute_queries, group_size
 from ..runtime.programs import choose_device, say, set_precision
@@ -45,7 +45,7 @@ from ..storage.hashes import hash_file
 from . import costs
 from .answers import Attribution, read_attribution
 from .cautions import find_cautions
-from .making import GUIDANCE, make_picture
+from .making import make_picture
 from .models import Source, find_model
 from .planning import count_work, list_done
 from .questions import (

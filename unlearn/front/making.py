@@ -14,8 +14,6 @@ from ..storage.hashes import digest
 from ..storage.records import keep_complete, record_path, write_record
 from .questions import Question
 
-GUIDANCE = 7.5  # as most programs take it
-
 
 def picture_stem(prompt: str, seed: int, key: str) -> str:
     """A name that tells people which picture it is, and others apart."""

@@ -13,8 +13,7 @@ from .. import noise
 from ..datasets.encoders import encode_prompts
 from ..errors import UserError
 from .pipelines import Model
-
-NUM_INFERENCE_STEPS = 50
+from .sampling import NUM_INFERENCE_STEPS
 
 
 def make_scheduler(model: Model, num_steps: int) -> DDIMScheduler:
