@@ -5,10 +5,13 @@ by how much it rose.
     python compute_influence.py --task_json tasks/demo_task.json    # AbC, in data/abc
     python compute_influence.py --task_json tasks/emoji_demo.json --dataroot data/emoji \\
         --scoring gradient
+    python compute_influence.py --task_json tasks/emoji_shared.json --dataroot data/emoji_shared \\
+        --scoring removal
 
 Exact scoring needs the losses that compute_training_loss.py caches, --index what `python -m unlearn
-index` built. Writes RESULT_DIR/influence/<query>/: weight_change.safetensors, losses after
-unlearning or their changes, influence.{npz,csv,pkl} and visualization.jpg. Killed and run again,
+index` built; removal unlearns nothing and needs neither Fisher nor losses, but features of every
+image, which it keeps in RESULT_DIR/removal. Writes RESULT_DIR/influence/<query>/: weight_change.safetensors, losses after
+unlearning or their changes (none of the two by removal), influence.{npz,csv,pkl} and visualization.jpg. Killed and run again,
 the same command goes on; several processes of it, by `accelerate launch` or on several machines,
 share the work. --shard I/N takes the I-th of N parts of the queries.
 """
@@ -22,9 +25,9 @@ from unlearn import UserError
 from unlearn.attribution.caches import load_losses
 from unlearn.attribution.fishers import KV
 from unlearn.attribution.index import Index
-from unlearn.attribution.scoring import (
-    SCORINGS,
-)
+from unlearn.attribution.removal import REMOVAL
+from unlearn.attribution.removal_studies import RemovalStudy
+from unlearn.attribution.scoring import SCORINGS
 from unlearn.attribution.settings import (
     AUDIT,
     AUTOCAST,
@@ -44,6 +47,13 @@ from unlearn.commands.inputs import (
     loss_path,
 )
 from unlearn.commands.preparation import Prepared, prepare
+from unlearn.commands.removal_flags import (
+    add_removal_flags,
+    check_kept_results,
+    check_removal_flags,
+    open_removal,
+    print_removal_plan,
+)
 from unlearn.datasets.queries import encode_exemplars
 from unlearn.datasets.settings import AUTO, AUTO_CHANGE
 from unlearn.datasets.tasks import (
@@ -53,10 +63,11 @@ from unlearn.datasets.tasks import (
     load_tasks,
     tell_older_results,
 )
+from unlearn.datasets.training_sets import TrainingSet
 from unlearn.models.customization import customized
 from unlearn.models.lora import choose_selection
 from unlearn.models.pipelines import SELECTIONS, Model, select_parameters
-from unlearn.running import Output, attribute_queries, group_size
+from unlearn.running import Output, attribute_by_removal, attribute_queries, group_size
 from unlearn.runtime.programs import part_of, run
 from unlearn.storage.hashes import hash_file
 
@@ -82,9 +93,13 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     add_unlearning_flags(parser)
     add_scoring_flags(parser)
+    add_removal_flags(parser)
     args = parser.parse_args(argv)
+    check_removal_flags(args)
     resolve(args, {"loss_batch_size": "batch_size", "loss_time_samples": "time_samples"})
-    args.weight_selection = choose_selection(args.weight_selection, args.lora, KV)
+    args.weight_selection = choose_selection(
+        args.weight_selection, args.lora, "all" if args.scoring == REMOVAL else KV
+    )
     unlearn_settings(args)  # raises where they do not go together
     check_scoring(args)
     return args
@@ -100,7 +115,8 @@ def add_unlearning_flags(parser: Parser) -> None:
         "unlearning",
         "--weight_selection",
         choices=SELECTIONS,
-        help="weights that are unlearned (default cross-attn-kv, of a LoRA its own matrices: lora)",
+        help="weights that are unlearned (default cross-attn-kv, of a LoRA its own matrices: lora), or "
+        "whose derivatives removal takes (default all)",
     )
     parser.add(
         "unlearning",
@@ -157,10 +173,11 @@ def add_scoring_flags(parser: Parser) -> None:
     parser.add(
         "scoring",
         "--scoring",
-        choices=SCORINGS,
+        choices=[*SCORINGS, REMOVAL],
         default="exact",
         help="exact: difference of two losses (default); midpoint: derivative half way along the "
-        "weight change; gradient: first and second order, all queries of a model at once",
+        "weight change; gradient: first and second order, all queries of a model at once; removal: "
+        "how much less certain the query's prediction would be without an image",
     )
     parser.add(
         "scoring",
@@ -205,7 +222,9 @@ def add_scoring_flags(parser: Parser) -> None:
 
 
 def check_scoring(args: Namespace) -> None:
-    """Raises UserError where a way of scoring does not go with the other flags."""
+    """Raises UserError where a way of unlearning's scoring does not go with the other flags."""
+    if args.scoring == REMOVAL:
+        return
     given = [f"--{flag}" for flag in ("shortlist", "audit") if getattr(args, flag) is not None]
     if given and not args.index:
         raise UserError(
@@ -243,7 +262,11 @@ def unlearn_settings(args: Namespace) -> UnlearnSettings:
 
 def check_outputs(args: Namespace, groups: dict[str | None, list[Task]]) -> None:
     """Raises UserError, before a model is loaded, where the losses that this run compares with were
-    never made, or an index; or where a query's folder holds losses that are not this program's."""
+    never made, or an index; or where a query's folder holds losses that are not this program's, or
+    the result of another way of scoring."""
+    check_kept_results(args, Path(args.result_dir) / "influence", groups)
+    if args.scoring == REMOVAL:
+        return
     for tasks in groups.values():
         if args.index and not (Path(args.index) / tasks[0].model_name).is_dir():
             raise UserError(
@@ -265,15 +288,26 @@ def check_outputs(args: Namespace, groups: dict[str | None, list[Task]]) -> None
                     )
 
 
-def open_study(args: Namespace, prepared: Prepared, model: Model, tasks: list[Task]) -> Study:
+def open_images(
+    args: Namespace, prepared: Prepared, model: Model, tasks: list[Task]
+) -> dict[str, TrainingSet]:
+    """The candidates of some tasks of one model, exemplars first."""
+    if "exemplar" not in tasks[0].image_sets:
+        return {"laion": prepared.training_set}
+    exemplars = encode_exemplars(model, tasks[0], args.dataroot, args.vae_batch_size)
+    return {"exemplar": exemplars, "laion": prepared.training_set}
+
+
+def open_study(
+    args: Namespace, prepared: Prepared, model: Model, tasks: list[Task]
+) -> Study | RemovalStudy:
     """What ranks the candidates of some tasks under their model, all checked: losses before
     unlearning of exact scoring, and the index, where one is used."""
+    image_sets = open_images(args, prepared, model, tasks)
+    if args.scoring == REMOVAL:
+        return open_removal(args, model, image_sets, tasks[0].model_name)
     if (fisher := prepared.fisher) is None:
         raise ValueError("unlearning needs a Fisher")
-    image_sets = {"laion": prepared.training_set}
-    if "exemplar" in tasks[0].image_sets:
-        exemplars = encode_exemplars(model, tasks[0], args.dataroot, args.vae_batch_size)
-        image_sets = {"exemplar": exemplars, **image_sets}
     study = Study(
         model,
         image_sets,
@@ -301,6 +335,8 @@ def describe_cost(
     args: Namespace, prepared: Prepared, groups: dict[str | None, list[Task]]
 ) -> None:
     """Prints the plan of a run: --dry_run."""
+    if args.scoring == REMOVAL:
+        return print_removal_plan(args, groups, prepared.training_set)
     num_queries = sum(map(len, groups.values()))
     draws = args.unlearn_steps * args.unlearn_batch_size * args.unlearn_grad_accum_steps
     weights = select_parameters(prepared.model.denoiser, args.weight_selection).values()
@@ -335,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = group_by_model(part_of([t for group in groups.values() for t in group], args.shard))
     check_result_dir(args.result_dir)
     check_training_files(args)
-    args.fisher_path = find_fisher(args)
+    args.fisher_path = None if args.scoring == REMOVAL else find_fisher(args)
     if not args.dry_run:
         check_outputs(args, groups)
     tell_older_results(
@@ -351,6 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, tasks in groups.items():
         with customized(prepared.model, tasks[0].model_dir(args.dataroot)) as model:
             study = replace(studies[path], model=model)
+            if isinstance(study, RemovalStudy):
+                attribute_by_removal(study, tasks, output)
+                continue
             size = group_size(study)
             for start in range(0, len(tasks), size):
                 attribute_queries(study, tasks[start : start + size], output)

@@ -13,6 +13,7 @@ tasks="--task_json tasks/emoji_shared.json tasks/emoji_shared_tuning.json --outp
 for queries in emoji_shared emoji_shared_tuning; do
     python compute_training_loss.py --task_json tasks/$queries.json $root
     python compute_influence.py --task_json tasks/$queries.json $root
+    python compute_influence.py --task_json tasks/$queries.json --dataroot data/emoji_shared --result_dir results/emoji_shared/by_removal --scoring removal
     python -m unlearn baselines --task_json tasks/$queries.json $root --methods random pixel vae text similarity influence
     python -m unlearn baselines --task_json tasks/$queries.json $root --methods dtrak --trak_lambda 1 --views mean
 done
@@ -20,9 +21,9 @@ flags="$root $tasks --loss_time_samples 50"
 python -m unlearn retrain full --seeds 0 1 2 $flags
 python -m unlearn retrain subsets --count "${1:-64}" --stack 8 --no_pictures $flags
 
-# The first evaluation writes the scores of all methods but removal, which has no command yet; the second one reads them all.
-evaluate="python -m unlearn evaluate --task_json tasks/emoji_shared.json --tuning_json tasks/emoji_shared_tuning.json $root
-    --retrained $evidence/retrained --output $evidence"
-$evaluate
-python tasks/score_removal.py $root --task_json tasks/emoji_shared.json tasks/emoji_shared_tuning.json --output $evidence/scores
+# Evaluations of the two folders of results write the scores of their methods; the last one reads them all.
+evaluate="python -m unlearn evaluate --task_json tasks/emoji_shared.json --tuning_json tasks/emoji_shared_tuning.json
+    --dataroot data/emoji_shared --retrained $evidence/retrained --output $evidence"
+$evaluate --result_dir results/emoji_shared
+$evaluate --result_dir results/emoji_shared/by_removal
 $evaluate --scores $evidence/scores

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ import compute_training_loss
 import unlearn
 from unlearn import UserError, front
 from unlearn.attribution import estimation, scoring
+from unlearn.attribution.removal import FeatureMaker
 from unlearn.commands import attribute as command
 from unlearn.commands import encode
+from unlearn.datasets.settings import FRONT_SCORINGS
 from unlearn.front import cautions, costs
 from unlearn.front.models import find_model
 from unlearn.report.results import find_strange
@@ -172,22 +175,25 @@ def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys
     assert PROMPT in page and "python -m unlearn attribute" in page
 
 
+@pytest.mark.parametrize("scoring", FRONT_SCORINGS)
 def test_several_pictures_share_all_but_their_own_part_and_have_an_index(
-    folder, tmp_path, monkeypatch, ask
+    scoring, folder, tmp_path, monkeypatch, ask
 ):
     counts, second = count_sweeps(monkeypatch), other_query(tmp_path / "b.png")
-    answers = ask(folder, tmp_path / "out", QUERY, second)
-    assert counts["laion_loss"] == 16 * 2  # before unlearning, and after: both in one sweep
+    answers = ask(folder, tmp_path / "out", QUERY, second, scoring=scoring)
+    # Before unlearning, and after: both in one sweep.
+    assert counts["laion_loss"] == (16 * 2 if scoring == "exact" else 0)
     assert [answer.folder.name for answer in answers] == ["00000.png", "b.png"]
     assert not np.array_equal(answers[0].scores, answers[1].scores)
     index = (tmp_path / "out/results/report.html").read_text()
     assert answers[0].index == tmp_path / "out/results/report.html"
     assert "influence/00000.png/report.html" in index and "influence/b.png/report.html" in index
-    alone = ask(folder, tmp_path / "alone", second)
+    alone = ask(folder, tmp_path / "alone", second, scoring=scoring)
     np.testing.assert_array_equal(alone[0].scores, answers[1].scores)
 
 
 def test_a_second_picture_costs_its_own_part_only(folder, tmp_path, monkeypatch, ask):
+    ask = partial(ask, scoring="exact")
     first = ask(folder, tmp_path / "out")
     counts = count_sweeps(monkeypatch)
     monkeypatch.setattr(estimation, "accumulate", None)
@@ -198,6 +204,66 @@ def test_a_second_picture_costs_its_own_part_only(folder, tmp_path, monkeypatch,
     again = ask(folder, tmp_path / "out")
     assert not counts
     np.testing.assert_array_equal(again[0].scores, first[0].scores)
+
+
+def test_a_second_picture_is_scored_by_the_features_that_are_there(
+    folder, tmp_path, monkeypatch, ask
+):
+    first = ask(folder, tmp_path / "out")
+    made, real = [], FeatureMaker.make
+
+    def counted(maker, images, rows):
+        rows = list(rows)
+        made.extend(images.ids[row] for row in rows)
+        return real(maker, images, rows)
+
+    monkeypatch.setattr(FeatureMaker, "make", counted)
+    ask(folder, tmp_path / "out", other_query(tmp_path / "b.png"))
+    assert made == ["synth/b.png"]
+    again = ask(folder, tmp_path / "out")
+    np.testing.assert_array_equal(again[0].scores, first[0].scores)
+
+
+def test_removal_needs_no_curvature_and_no_losses(folder, tmp_path, ask):
+    [answer] = ask(folder, tmp_path / "out")
+    assert (answer.scores > 0).all()
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert "features.txt" in names
+    assert not names & {"sd_fisher.safetensors", "laion_loss.npy", "weight_change.safetensors"}
+    page = (answer.folder / "report.html").read_text()
+    assert "how much less certain the model would be of this picture" in page
+    assert "unlearned" not in page and "weights moved" not in page
+    assert "way of scoring" in page and "removal" in page
+
+
+def test_the_published_way_is_asked_for_by_name_and_its_page_says_so(folder, tmp_path, ask):
+    by_removal = ask(folder, tmp_path / "out")[0].scores
+    [answer] = ask(folder, tmp_path / "out", scoring="exact")
+    assert not np.array_equal(answer.scores, by_removal)
+    page = (answer.folder / "report.html").read_text()
+    assert "how much worse the model explains" in page and "weights moved by" in page
+    np.testing.assert_array_equal(ask(folder, tmp_path / "out")[0].scores, by_removal)
+
+
+def test_repeats_of_kohyas_folders_count_where_that_is_asked_for(folder, tmp_path, ask, refusal):
+    shutil.move(folder, tmp_path / "4_blob")
+    (tmp_path / "top").mkdir()
+    top = Path(shutil.move(tmp_path / "4_blob", tmp_path / "top"))
+    once = top.parent / "1_blob"
+    once.mkdir()
+    for path in sorted(top.iterdir())[:4]:
+        shutil.move(path, once)
+    untold, told = (
+        ask(top.parent, tmp_path / "out", use_repeats=use)[0].scores for use in (False, True)
+    )
+    assert not np.allclose(untold, told)
+    said = refusal(top.parent, tmp_path / "out", use_repeats=True, scoring="exact")
+    assert "--use_repeats: means nothing to --scoring exact, only to removal; leave it out" in said
+
+
+def test_a_way_of_scoring_that_is_none_is_refused(folder, tmp_path, refusal):
+    said = refusal(folder, tmp_path / "out", scoring="best")
+    assert "--scoring best: expected removal or exact" in said
 
 
 def test_five_conventions_of_forty_mixed_pictures_give_the_same_top_ten(tmp_path, ask):
@@ -228,18 +294,21 @@ def test_python_returns_an_object_with_scores_table_warnings_and_files(
     assert sorted(path.name for path in saved.iterdir()) == sorted(front.answers.FILES)
 
 
+@pytest.mark.parametrize("scoring", FRONT_SCORINGS)
 def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
-    folder, tmp_path, ask
+    scoring, folder, tmp_path, ask
 ):
     out = tmp_path / "out"
-    ask(folder, out, prompt="a black cat")  # of which nothing is to be warned
+    ask(folder, out, prompt="a black cat", scoring=scoring)  # of which nothing is to be warned
+    files = FILES if scoring == "exact" else ("removal/base/laion/features.txt",)
     before = contents(out)
     flags = ["--dataroot", str(out / "root"), "--task_json", str(out / "tasks.json")]
     flags += ["--result_dir", str(out / "results"), "--device", "cpu"]
-    times = [(out / f"results/{name}").stat().st_mtime_ns for name in FILES]
-    compute_training_loss.main(flags)
-    compute_influence.main(flags)
-    assert times == [(out / f"results/{name}").stat().st_mtime_ns for name in FILES]
+    times = [(out / f"results/{name}").stat().st_mtime_ns for name in files]
+    if scoring == "exact":
+        compute_training_loss.main(flags)
+    compute_influence.main([*flags, "--scoring", scoring])
+    assert times == [(out / f"results/{name}").stat().st_mtime_ns for name in files]
     after = contents(out)
     assert after.keys() == before.keys()
     name = "results/influence/00000.png/influence.npz"
@@ -384,7 +453,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, tmp_path, capsys, a
     out = tmp_path / "out"
     assert ask(folder, out, dry_run=True) == [] and not out.exists()
     shown = capsys.readouterr().out
-    assert "160 passes" in shown and "40 gradients" in shown
+    assert "16 backward passes" in shown and "1 x 2 backward passes" in shown
     assert re.search(r"In all about \d+ s, and \d+ MB on the disk", shown)
     ask(folder, out)
     before = contents(out)
@@ -437,7 +506,7 @@ def test_each_step_says_what_is_left_in_all_and_it_falls(folder, tmp_path, ask):
     lines = []
     ask(folder, tmp_path / "out", on_step=lines.append)
     steps = [line for line in lines if line.startswith("step ")]
-    assert [line.split(":")[0] for line in steps] == [f"step {n} of 5" for n in range(1, 6)]
+    assert [line.split(":")[0] for line in steps] == [f"step {n} of 4" for n in range(1, 5)]
     left = [int(re.search(r"about (\d+) s left in all", line)[1]) for line in steps]
     assert left == sorted(left, reverse=True)
 
@@ -456,7 +525,7 @@ def test_what_is_left_follows_the_pace_of_what_was_done(monkeypatch):
 
 def test_the_counts_of_a_plan_are_those_of_the_passes_that_run(folder, tmp_path, monkeypatch, ask):
     counts = count_sweeps(monkeypatch)
-    ask(folder, tmp_path / "out")
+    ask(folder, tmp_path / "out", scoring="exact")
     plan = costs.Counts(8, 8, 10, 40, 160, 1, 0)
     assert plan.sweep == 160 and counts["laion_loss"] * 10 == 2 * plan.sweep
 

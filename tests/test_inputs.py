@@ -400,7 +400,7 @@ def test_overwrite_replaces_losses_made_with_other_settings(one_task, tmp_path, 
     first = path.read_bytes()
     with pytest.raises(
         UserError,
-        match="noise_seed is 0, expected 1 .seed of the losses' noise.; give --overwrite to "
+        match="noise_seed is 0, expected 1 .seed of the noise.; give --overwrite to "
         "replace it, or another --result_dir",
     ):
         compute_training_loss.main([*one_task, *LOSS_FLAGS, "--noise_seed", "1"])

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn import UserError
-from unlearn.attribution.removal import (
-    FeatureMaker,
-    RemovalSettings,
-    removal_rises,
-    ridge_inverse,
-    score_removal,
-)
-from unlearn.attribution.removal_index import RemovalIndex, build_features, pack, unpack
+from unlearn import UserError, noise
+from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.attribution.removal_index import RemovalIndex, pack, unpack
+from unlearn.attribution.removal_scores import removal_rises, ridge_inverse, score_removal
+from unlearn.attribution.removal_studies import RemovalStudy
 from unlearn.attribution.sketch import Sketch
 from unlearn.models.pipelines import select_parameters
 
@@ -26,6 +22,10 @@ RANDOM = np.random.default_rng(0)
 
 def blocks_of(features, size=4):
     return lambda: (features[start : start + size] for start in range(0, len(features), size))
+
+
+def study_of(model, images, folder, settings=SETTINGS, **more):
+    return RemovalStudy(model, {"laion": images}, folder, settings, **more)
 
 
 def leverage(rows, query, damping):
@@ -182,8 +182,9 @@ def test_stored_features_lose_the_last_digits_alone():
 
 def test_an_index_serves_queries_as_features_in_memory_do(model, training_set, tmp_path):
     images, queries = training_set.first(40), [training_set.take([row]) for row in (3, 50)]
-    build_features(model, images, SETTINGS, tmp_path)
-    scores = RemovalIndex(model, images, SETTINGS, tmp_path).score(queries)
+    study = study_of(model, images, tmp_path)
+    study.build()
+    scores = study.score(queries)
     maker = FeatureMaker(model, images.latents.shape[2:], SETTINGS)
     features, asked = (maker.make(training_set, rows) for rows in (range(40), (3, 50)))
     expected = score_removal(blocks_of(features), asked)
@@ -193,25 +194,27 @@ def test_an_index_serves_queries_as_features_in_memory_do(model, training_set, t
 
 def test_repeats_of_other_images_are_refused(model, training_set, tmp_path):
     images = training_set.first(8)
-    build_features(model, images, SETTINGS, tmp_path)
-    index = RemovalIndex(model, images, SETTINGS, tmp_path)
     with pytest.raises(UserError, match="repeats: expected 8 numbers, one an image, found 7"):
-        index.score([training_set.take([9])], repeats=np.ones(7))
-    alike = index.score([training_set.take([9])], repeats=np.ones(8))
-    np.testing.assert_allclose(alike, index.score([training_set.take([9])]))
+        study_of(model, images, tmp_path, repeats=(1,) * 7)
+    study_of(model, images, tmp_path).build()
+    alike, untold = (
+        study_of(model, images, tmp_path, repeats=repeats).score([training_set.take([9])])
+        for repeats in ((1,) * 8, ())
+    )
+    np.testing.assert_allclose(alike, untold)
 
 
 def test_a_killed_build_goes_on_and_a_finished_one_is_kept(model, training_set, tmp_path):
     images = training_set.first(40)
-    build_features(model, images, SETTINGS, tmp_path / "whole")
-    build_features(model, images, SETTINGS, tmp_path / "parts")
-    first, second = sorted((tmp_path / "parts").glob("shards-*/*.npy"))
-    (tmp_path / "parts/features.json").unlink()
+    for name in ("whole", "parts"):
+        study_of(model, images, tmp_path / name).build()
+    first, second = sorted((tmp_path / "parts").glob("laion/shards-*/*.npy"))
+    (tmp_path / "parts/laion/features.json").unlink()
     second.unlink()
     kept = first.stat().st_mtime_ns
-    build_features(model, images, SETTINGS, tmp_path / "parts")
+    study_of(model, images, tmp_path / "parts").build()
     assert first.stat().st_mtime_ns == kept
-    read = [path.read_text() for path in sorted(tmp_path.glob("*/features.txt"))]
+    read = [path.read_text() for path in sorted(tmp_path.glob("*/laion/features.txt"))]
     assert read[0] == read[1]
 
 
@@ -219,25 +222,30 @@ def test_features_of_other_settings_are_refused_by_the_name_of_the_field(
     model, training_set, tmp_path
 ):
     images = training_set.first(8)
-    build_features(model, images, SETTINGS, tmp_path)
-    others = replace(SETTINGS, probes=3)
-    for call in (build_features, RemovalIndex):
-        with pytest.raises(UserError, match="probes is 2, expected 3"):
-            call(model, images, others, tmp_path)
+    study_of(model, images, tmp_path).build()
+    for others, said in (
+        (replace(SETTINGS, probes=3), "probes is 2, expected 3"),
+        (replace(SETTINGS, timesteps=(600,)), r"timesteps is \[100, 600\], expected \[600\]"),
+        (replace(SETTINGS, weight_selection="attn"), "weight_selection is 'all', expected 'attn'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            study_of(model, images, tmp_path, others).build()
+        with pytest.raises(UserError, match=said):
+            RemovalIndex(model, images, others, tmp_path / "laion")
 
 
 def test_a_damaged_shard_is_told_and_made_anew(model, training_set, tmp_path):
     images = training_set.first(8)
-    build_features(model, images, SETTINGS, tmp_path)
-    shard = next(tmp_path.glob("shards-*/*.npy"))
+    study_of(model, images, tmp_path).build()
+    shard = next(tmp_path.glob("laion/shards-*/*.npy"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    index = RemovalIndex(model, images, SETTINGS, tmp_path)
+    study = study_of(model, images, tmp_path)
     with pytest.raises(UserError, match="damaged"):
-        index.score([training_set.take([9])])
-    build_features(model, images, SETTINGS, tmp_path)
-    assert np.isfinite(index.score([training_set.take([9])])).all()
+        study.score([training_set.take([9])])
+    study.build()
+    assert np.isfinite(study.score([training_set.take([9])])).all()
 
 
 def test_the_inverse_is_the_same_by_rows_and_by_columns():
@@ -253,3 +261,66 @@ def test_the_inverse_is_the_same_by_rows_and_by_columns():
 def test_no_removal_makes_a_query_more_certain():
     rows, asked = RANDOM.normal(size=(15, 2, 12)), RANDOM.normal(size=(1, 5, 12))
     assert (removal_rises(rows, asked, ridge_inverse(lambda: iter([rows]), 12, 0.1)) > 0).all()
+
+
+def test_fewer_images_than_probes_are_refused(model, training_set, tmp_path):
+    with pytest.raises(UserError, match="--probes 5: more than the 4 training images; give 4 or"):
+        study_of(model, training_set.first(4), tmp_path, replace(SETTINGS, probes=5))
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ridge_that_is_no_positive_number_is_refused(ridge, model, training_set, tmp_path):
+    with pytest.raises(UserError, match="--ridge .*: expected a positive number"):
+        study_of(model, training_set.first(4), tmp_path, ridge=ridge)
+
+
+@pytest.mark.parametrize("size", [7, 50])  # fewer numbers than rows, and more
+def test_a_ridge_that_rounding_swallows_is_refused(size):
+    features = RANDOM.normal(size=(10, 1, 2, size))
+    features[5], features[..., -1] = features[4], features[..., 0]  # dependent rows and columns
+    with pytest.raises(UserError, match="ridge 1e-17: too small .* give a larger one, such as --r"):
+        score_removal(blocks_of(features), features[:1], 1e-17)
+
+
+def test_exemplars_and_training_images_are_ranked_together_as_one_set(
+    model, training_set, tmp_path
+):
+    parts = {"exemplar": training_set.take([7, 8, 9]), "laion": training_set.first(5)}
+    study, whole = (
+        RemovalStudy(model, sets, tmp_path / name, SETTINGS)
+        for name, sets in (
+            ("parts", parts),
+            ("whole", {"laion": training_set.take([7, 8, 9, 0, 1, 2, 3, 4])}),
+        )
+    )
+    scores = []
+    for each in (study, whole):
+        each.build()
+        scores.append(each.score([training_set.take([20])]))
+    np.testing.assert_allclose(*scores, rtol=1e-9)
+
+
+def test_scores_of_a_query_do_not_depend_on_the_queries_beside_it(model, training_set, tmp_path):
+    study = study_of(model, training_set.first(8), tmp_path)
+    study.build()
+    queries = [training_set.take([row]) for row in (20, 30, 40)]
+    together, alone = study.score(queries), study.score(queries[1:2])
+    np.testing.assert_allclose(alone[0], together[1], rtol=1e-9)
+
+
+def test_the_loss_beside_the_features_is_the_models_own(model, training_set, tmp_path):
+    study = study_of(model, training_set.first(3), tmp_path)
+    study.build()
+    losses = study.maker.explain(training_set, range(3))
+    step = torch.tensor([650])
+    latent, embedding = (
+        torch.from_numpy(np.array(array, np.float32))
+        for array in (training_set.latents[0, 1], training_set.embeddings[1, 0])
+    )
+    drawn = noise.image_noise(0, "removal", "noise", [(0, 0, 650, 0)], latent.shape)
+    normals = torch.from_numpy(drawn)
+    error = model.predict(model.diffuse(latent[None], normals, step), step, embedding[None])
+    error = error - model.target(latent[None], normals, step)
+    assert losses[1] == pytest.approx(float(error.square().mean()), rel=1e-5)
+    [highest] = study.highest_losses["laion"]
+    assert highest == pytest.approx(losses.max(), rel=1e-6)

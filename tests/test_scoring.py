@@ -563,7 +563,7 @@ def test_an_index_that_is_missing_damaged_or_of_another_grid_is_refused_with_the
     given[given.index("--loss_time_samples") + 1] = "4"
     compute_training_loss.main([*flags, *SOME, "--time_samples", "4", "--overwrite"])
     assert (
-        "timesteps is [0, 500], expected [0, 250, 500, 750] (timesteps of the loss's grid); "
+        "timesteps is [0, 500], expected [0, 250, 500, 750] (timesteps of the noise); "
         "build it with the same flags" in refused(capsys, given)
     )
     given[given.index("--loss_time_samples") + 1] = "2"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         DiagonalFisher,
         Model,
         Ranking,
+        RemovalSettings,
         TrainingSet,
         compute_losses,
         customized,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         load_model,
         open_training_set,
         rank,
+        removal_scores,
         unlearn,
     )
     from .front import Attribution, attribute
@@ -32,6 +34,7 @@ __all__ = [
     "DiagonalFisher",
     "Model",
     "Ranking",
+    "RemovalSettings",
     "TrainingSet",
     "UserError",
     "__version__",
@@ -43,6 +46,7 @@ __all__ = [
     "load_model",
     "open_training_set",
     "rank",
+    "removal_scores",
     "unlearn",
 ]
 

@@ -17,6 +17,11 @@ Step by step:
     after = unlearn.compute_losses(model, images, delta=delta)
     ranking = unlearn.rank(images, after - before)
 
+Or by removal, without a Fisher and a step; features that are kept serve every query:
+
+    scores = unlearn.removal_scores(model, images, query, cache="features")
+    ranking = unlearn.rank(images, scores)
+
 Functions raise UserError and never end the program. What is not given is the data root's, else what
 suits one's own data; see the table of settings in unlearn/README.md.
 """
@@ -36,6 +41,9 @@ from .attribution.deltas import Delta
 from .attribution.draws import ImageNoise
 from .attribution.fishers import KV, open_fisher
 from .attribution.losses import changed_losses, loss_sums
+from .attribution.removal import RemovalSettings
+from .attribution.removal_scores import RIDGE
+from .attribution.removal_studies import RemovalStudy
 from .attribution.settings import LossSettings, UnlearnSettings
 from .attribution.sweeps import Sweep
 from .attribution.unlearning import unlearn_query
@@ -57,6 +65,7 @@ __all__ = [
     "DiagonalFisher",
     "Model",
     "Ranking",
+    "RemovalSettings",
     "TrainingSet",
     "compute_losses",
     "customized",
@@ -65,6 +74,7 @@ __all__ = [
     "load_model",
     "open_training_set",
     "rank",
+    "removal_scores",
     "unlearn",
 ]
 PASS_SIZE = PUBLISHED["batch_size"]
@@ -234,3 +244,30 @@ def unlearn(
     file = None if path is None else Path(path)
     with in_precision(precision):
         return unlearn_query(model, query, parameters, fisher, settings, batch_size, file)
+
+
+def removal_scores(
+    model: Model,
+    images: TrainingSet,
+    query: TrainingSet,
+    cache: str | Path | None = None,
+    settings: RemovalSettings | None = None,
+    ridge: float = RIDGE,
+    repeats: tuple[int, ...] = (),
+) -> np.ndarray:
+    """How much less certain the model's prediction of a query would be without each image, at each
+    timestep: float64 [timesteps, n], higher is more influential. `rank` sums over them and tells
+    from their spread how sure the sums are.
+
+    cache: a folder that keeps the images' features, one backward pass an image, timestep and probe:
+    called again, for this query or another, only the query's own are made. settings: weights,
+    timesteps, probes, numbers kept of a gradient and noise seed, by default all weights and what
+    the commands take; ridge: lambda; repeats: how often training saw each image. Raises UserError
+    where the folder holds features of something else. Source: Woodbury's identity, see
+    `attribution.removal`.
+    """
+    with TemporaryDirectory() as folder, in_precision("fp32"):
+        place, settings = Path(cache or folder), settings or RemovalSettings()
+        study = RemovalStudy(model, {"laion": images}, place, settings, ridge, repeats)
+        study.build()
+        return study.score_draws([query])[:, 0]

@@ -1,11 +1,16 @@
-"""The queries of a study, from weight changes to finished results: what compute_influence.py and
-`unlearn attribute` do once all is checked and loaded."""
+"""The queries of a study, from weight changes, or features, to finished results: what
+compute_influence.py and `unlearn attribute` do once all is checked and loaded."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from .attribution.deltas import Delta
+from .attribution.intervals import find_intervals
 from .attribution.newton import relative_change
+from .attribution.removal_studies import RemovalStudy
 from .attribution.scoring import (
     MANY,
     TOGETHER,
@@ -14,15 +19,16 @@ from .attribution.scoring import (
     score_shortlists,
 )
 from .attribution.studies import Study
-from .attribution.unlearning import read_step, unlearn_queries
+from .attribution.unlearning import REMEDY, name_query, read_step, unlearn_queries
 from .datasets.queries import encode_query
 from .datasets.tasks import Task, find_result
 from .datasets.training_sets import TrainingSet
 from .models.lora import acting
 from .report import results
+from .report.ranking import Ranking
 from .runtime.programs import process_share
 from .storage.records import keep_complete
-from .storage.sharing import do_once, forget_claim
+from .storage.sharing import Share, do_once, forget_claim
 
 
 @dataclass(frozen=True)
@@ -139,3 +145,72 @@ def save_query(
         return save()
     path = folder / "influence.npz"
     return do_once(folder, "influence", lambda: keep_complete(path, identity, True, ""), save)
+
+
+def attribute_by_removal(study: RemovalStudy, tasks: list[Task], output: Output) -> None:
+    """Scores by removal, ranks and saves the queries of one model; its features are made at first
+    use. Raises UserError, before that, where a result of something else may not be replaced."""
+    queries = [encode_query(study.model, task, output.dataroot, output.unscaled) for task in tasks]
+    pairs = list(zip(tasks, queries))
+    for task, query in pairs:
+        is_scored(study, task, query, output.folder, study.overwrite)
+    study.build()
+    for some in share_queries(study, pairs, output):
+        draws = study.score_draws([query for _, query in some])
+        for number, (task, query) in enumerate(some):
+            save_removal(study, task, query, draws[:, number], output)
+
+
+def is_scored(
+    study: RemovalStudy, task: Task, query: TrainingSet, folder: Path, overwrite: bool = True
+) -> bool:
+    """Whether a query's result stands below a folder. Raises UserError where that of something else
+    does, and may not be replaced."""
+    name_query(query)
+    path = find_result(folder, task) / "influence.npz"
+    return keep_complete(path, study.identity(query), overwrite, REMEDY)
+
+
+def share_queries(
+    study: RemovalStudy, pairs: list[tuple[Task, TrainingSet]], output: Output
+) -> Iterator[list[tuple[Task, TrainingSet]]]:
+    """Yields the queries in groups, each of which one pass over the features serves: all of them
+    where this process is alone, also what is done, which is shown again; else what no other process
+    has done or is at."""
+    num_processes = process_share()[1]
+    size = min(MANY, -(-len(pairs) // num_processes))
+    groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    if num_processes == 1:
+        yield from groups
+        return
+
+    def is_done(number: int) -> bool:
+        return all(is_scored(study, *pair, output.folder) for pair in groups[number])
+
+    claims = {}
+    for number, group in enumerate(groups):
+        first = find_result(output.folder, group[0][0])
+        first.mkdir(parents=True, exist_ok=True)
+        claims[number] = (first.relative_to(output.folder) / "removal").as_posix()
+    with Share(output.folder, claims, is_done) as share:
+        for number in share:
+            yield groups[number]
+            share.release(number)
+
+
+def save_removal(
+    study: RemovalStudy, task: Task, query: TrainingSet, draws: np.ndarray, output: Output
+) -> None:
+    """Writes and prints one query's ranking by removal. draws: scores [draws, N]."""
+    folder = find_result(output.folder, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    name_query(query)
+    own = float(study.maker.explain(query, [0])[0])
+    warnings = results.find_strange(own, study.highest_losses)
+    ranking = Ranking.of_scores(
+        study.image_sets, draws.sum(axis=0), warnings, find_intervals(draws)
+    )
+    origin = describe_origin(task, output)
+    results.save(folder, query, ranking, {}, study.identity(query), origin, output.top_k)
+    if output.is_shown:
+        results.print_removal(folder, query, ranking, output.top_k)

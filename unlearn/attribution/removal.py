@@ -11,9 +11,9 @@ One backward pass an image and probe serves every query; gradients of all weight
 sketches.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from .. import noise
 from ..datasets.training_sets import TrainingSet, check_pixels
 from ..errors import UserError
 from ..models.pipelines import Model, select_parameters, tracked
+from .losses import loss_sums
 from .sketch import Sketch
 
-RIDGE = 0.1  # lambda, as a multiple of the mean squared norm of a row
+REMOVAL = "removal"  # what this way of scoring is called
+EXPLAINED_AT = 0.65  # of all timesteps: where own pictures differ most from strange ones, by loss
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,15 @@ class RemovalSettings:
     """What decides the features: their record's identity holds these fields."""
 
     weight_selection: str = "all"
-    timesteps: tuple[int, ...] = (350,)
+    timesteps: tuple[int, ...] = (350,)  # one named twice is drawn twice
     probes: int = 2
     sketch_size: int = 8192
     noise_seed: int = 0
+
+    @property
+    def identity(self) -> dict:
+        """What features that may be compared have in common."""
+        return {**asdict(self), "timesteps": list(self.timesteps)}
 
 
 def feature_identity(model: Model, training_set: TrainingSet, settings: RemovalSettings) -> dict:
@@ -46,10 +53,36 @@ def feature_identity(model: Model, training_set: TrainingSet, settings: RemovalS
         "num_images": len(training_set),
         "training_set": training_set.identity,
         **noise.identity(),
-        **asdict(settings),
-        "timesteps": list(settings.timesteps),
+        **settings.identity,
         "precision": "fp32",
     }
+
+
+def draw_slots(timesteps: Sequence[int], num_draws: int) -> list[tuple[int, int, int, int]]:
+    """Slots (view, caption, timestep, draw) of so many draws at each timestep; where one is named
+    again it has draws of its own."""
+    seen, slots = Counter(), []
+    for timestep in timesteps:
+        first = seen[timestep] * num_draws
+        slots += [(0, 0, timestep, first + draw) for draw in range(num_draws)]
+        seen[timestep] += 1
+    return slots
+
+
+def read_image(
+    images: TrainingSet, row: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent [C, h, w] and embeddings [captions, tokens, features] of an image as it is, float32.
+    Raises UserError where one is not finite."""
+    latent, embeddings = (
+        torch.from_numpy(np.array(array, np.float32)).to(device)
+        for array in (images.latents[0, row], images.embeddings[row])
+    )
+    check_pixels(
+        f"latents or embeddings of {images.ids[row]}",
+        [float(latent.sum()), float(embeddings.sum())],
+    )
+    return latent, embeddings
 
 
 class FeatureMaker:
@@ -75,11 +108,11 @@ class FeatureMaker:
                     settings.noise_seed,
                     "removal",
                     kind,
-                    [(0, 0, timestep, draw) for timestep in settings.timesteps for draw in draws],
+                    draw_slots(settings.timesteps, num_draws),
                     shape,
                 )
             ).to(model.device)
-            for kind, draws in (("noise", [0]), ("signs", range(settings.probes)))
+            for kind, num_draws in (("noise", 1), ("signs", settings.probes))
         )
         signs = torch.where(normals < 0, -1.0, 1.0) / normals[0].numel() ** 0.5
         self.signs = signs.unflatten(0, (len(settings.timesteps), settings.probes))
@@ -93,14 +126,7 @@ class FeatureMaker:
     def image_features(self, images: TrainingSet, row: int) -> np.ndarray:
         """Features of one image. Raises UserError where its latents or embeddings are not
         finite."""
-        latent, embeddings = (
-            torch.from_numpy(np.array(array, np.float32)).to(self.model.device)
-            for array in (images.latents[0, row], images.embeddings[row])
-        )
-        check_pixels(
-            f"latents or embeddings of {images.ids[row]}",
-            [float(latent.sum()), float(embeddings.sum())],
-        )
+        latent, embeddings = read_image(images, row, self.model.device)
         features = [
             torch.stack(
                 [
@@ -112,6 +138,26 @@ class FeatureMaker:
             for number in range(len(self.settings.timesteps))
         ]
         return torch.stack(features).cpu().numpy()
+
+    def explain(self, images: TrainingSet, rows: Iterable[int]) -> np.ndarray:
+        """How well the model explains some images: losses [images] float32 at one timestep, with
+        noise common to all, mean over pixels and captions. A picture of another model has a higher
+        one than any image: see `report.results.find_strange`."""
+        timestep = int(EXPLAINED_AT * len(self.model.alpha_bars))
+        timesteps = torch.tensor([timestep], device=self.model.device)
+        shape = tuple(self.normals.shape[1:])
+        drawn = noise.image_noise(
+            self.settings.noise_seed, "removal", "noise", [(0, 0, timestep, 0)], shape
+        )
+        normals, losses = torch.from_numpy(drawn).to(self.model.device), []
+        for row in rows:
+            latent, embeddings = read_image(images, row, self.model.device)
+            sums = [
+                loss_sums(self.model, latent[None], normals, timesteps, embedding[None])
+                for embedding in embeddings
+            ]
+            losses.append(float(torch.stack(sums).mean()))
+        return np.array(losses, np.float32)
 
     def probe(
         self, latent: torch.Tensor, number: int, embedding: torch.Tensor
@@ -130,89 +176,3 @@ class FeatureMaker:
                 materialize_grads=True,
             )
             yield self.sketch.project(dict(zip(self.parameters, gradients)))
-
-
-def ridge_inverse(
-    blocks: Callable[[], Iterator[np.ndarray]], size: int, ridge: float
-) -> Callable[[np.ndarray], np.ndarray]:
-    """X -> X (Phi^T Phi + lambda I)^-1 for rows X [n, size] float64; lambda is `ridge` times the
-    mean squared norm of the rows of Phi.
-
-    blocks() yields Phi in blocks of images, [images, rows, size]. Where there are fewer rows than columns
-    the matrix of their products is inverted instead: (Phi^T Phi + lambda I)^-1 = (I - Phi^T (Phi
-    Phi^T + lambda I)^-1 Phi) / lambda. So no more is held than size x size numbers, and a block.
-    """
-    held, gram, num_rows, squares = [], None, 0, 0.0
-    for block in blocks():
-        rows = block.reshape(-1, size)
-        num_rows, squares = num_rows + len(rows), squares + float(np.square(rows).sum())
-        held.append(rows)
-        if num_rows >= size:
-            gram = np.zeros((size, size)) if gram is None else gram
-            for part in held:
-                gram += part.T @ part
-            held = []
-    if not squares > 0:
-        raise UserError("the features of all images are 0; the model's prediction is constant")
-    damping = ridge * squares / num_rows
-    if gram is None:
-        rows = np.concatenate(held)
-        inverse = np.linalg.inv(rows @ rows.T + damping * np.eye(num_rows))
-        return lambda queries: (queries - (queries @ rows.T) @ inverse @ rows) / damping
-    gram[np.diag_indices(size)] += damping
-    factor = torch.linalg.cholesky(torch.from_numpy(gram))
-    return lambda queries: torch.cholesky_solve(torch.from_numpy(queries.T), factor).numpy().T
-
-
-def removal_rises(
-    block: np.ndarray, queries: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """The rise of phi_q^T M phi_q when an image's rows are removed, exactly: phi_q^T M Phi_i^T (I -
-    Phi_i M Phi_i^T)^-1 Phi_i M phi_q, summed over the query's rows: [queries, images] float64.
-
-    block: [images, rows, size]; queries: [queries, rows, size]; inverse: of `ridge_inverse` of rows
-    that hold the block's. Source: Woodbury's identity.
-    """
-    solved = inverse(block.reshape(-1, block.shape[-1])).reshape(block.shape)
-    own = np.eye(block.shape[1]) - solved @ block.swapaxes(1, 2)
-    shared = solved[:, None] @ queries.swapaxes(1, 2)  # [images, queries, rows, rows of the query]
-    return (shared * np.linalg.solve(own[:, None], shared)).sum(axis=(2, 3)).T
-
-
-def score_removal(
-    blocks: Callable[[], Iterator[np.ndarray]],
-    queries: np.ndarray,
-    ridge: float = RIDGE,
-    repeats: np.ndarray | None = None,
-) -> np.ndarray:
-    """Scores [queries, N] float64 of every training image, summed over timesteps.
-
-    blocks() yields the features of the training set [images, timesteps, rows, size], in its order;
-    queries: theirs, [queries, timesteps, rows, size]; repeats: how often training saw each image,
-    [N], where that is known and not alike: an image seen four times counts as four. `blocks` is
-    gone through twice a timestep.
-    """
-
-    def at(timestep: int) -> Iterator[np.ndarray]:
-        start = 0
-        for block in blocks():
-            own = np.asarray(block[:, timestep], np.float64)
-            if repeats is not None:
-                own = own * np.sqrt(repeats[start : start + len(own)])[:, None, None]
-            start += len(own)
-            yield own
-
-    scores = [
-        score_timestep(partial(at, timestep), np.asarray(queries[:, timestep], np.float64), ridge)
-        for timestep in range(queries.shape[1])
-    ]
-    return np.sum(scores, axis=0)
-
-
-def score_timestep(
-    blocks: Callable[[], Iterator[np.ndarray]], queries: np.ndarray, ridge: float
-) -> np.ndarray:
-    """Scores [queries, N] float64 at one timestep: blocks() yields [images, rows, size], queries
-    are [queries, rows, size], all float64."""
-    inverse = ridge_inverse(blocks, queries.shape[-1], ridge)
-    return np.concatenate([removal_rises(block, queries, inverse) for block in blocks()], axis=1)

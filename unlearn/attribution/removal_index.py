@@ -1,8 +1,9 @@
 """The features of `removal` on disk: made once for a model and a training set, they serve every
 query.
 
-A folder: shards of 32 images, float16 with a scale a row, and features.txt with the hash of each,
-which with its record is written last. Killed and run again, building goes on; processes share it.
+A folder: shards of 32 images, float16 with a scale a row, each image with the loss that tells how
+well the model explains it, and features.txt with the hash of each shard, which with its record is
+written last. Killed and run again, building goes on; processes share it.
 """
 
 import re
@@ -22,18 +23,34 @@ from ..storage.artifacts import write_bytes
 from ..storage.chunks import make_folder, read_array_chunk, write_array_chunk
 from ..storage.hashes import digest, hash_file
 from ..storage.reading import read_text
-from ..storage.records import check_record, keep_complete, record_path, write_record
+from ..storage.records import check_record, keep_complete, read_record, record_path, write_record
 from ..storage.sharing import Share, do_once, forget_claim
 from .draws import CHUNK_IMAGES
-from .removal import RIDGE, FeatureMaker, RemovalSettings, feature_identity, score_removal
+from .removal import FeatureMaker, RemovalSettings, feature_identity
 
 LISTING = "features.txt"
+REMEDY = "give the flags that the features were made with, or --overwrite"
 SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{8}\.npy)")
 
 
 def row_type(size: int) -> np.dtype:
     """The stored form of a row of features: multiples of a scale."""
     return np.dtype([("scale", "<f4"), ("values", "<f2", (size,))])
+
+
+def image_type(num_timesteps: int, num_rows: int, size: int) -> np.dtype:
+    """The stored form of an image."""
+    return np.dtype([("loss", "<f4"), ("rows", row_type(size), (num_timesteps, num_rows))])
+
+
+def pack_images(features: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Features [images, timesteps, rows, size] and losses [images], both float32, as stored,
+    [images] of `image_type`. Raises UserError where one is not finite."""
+    packed = np.zeros(len(features), image_type(*features.shape[1:]))
+    packed["loss"], packed["rows"] = losses, pack(features)
+    if not np.isfinite(losses).all():
+        raise UserError("losses of training images are NaN or infinite; the model is broken")
+    return packed
 
 
 def pack(features: np.ndarray) -> np.ndarray:
@@ -53,21 +70,16 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 
 
 def build_features(
-    model: Model,
-    training_set: TrainingSet,
-    settings: RemovalSettings,
-    folder: Path,
-    overwrite: bool = False,
+    maker: FeatureMaker, training_set: TrainingSet, folder: Path, overwrite: bool = False
 ) -> None:
     """Makes the features of a training set in `folder`, or keeps what is there. Raises UserError
     where those of something else are."""
-    identity = feature_identity(model, training_set, settings)
-    listing, remedy = folder / LISTING, "give --overwrite to replace it, or another --output"
+    identity = feature_identity(maker.model, training_set, maker.settings)
+    listing, remedy = folder / LISTING, "give --overwrite to replace it, or another --result_dir"
 
     def keep() -> bool:
         return keep_complete(listing, identity, overwrite, remedy)
 
-    maker = FeatureMaker(model, training_set.latents.shape[2:], settings)
     shards = folder / f"shards-{digest(identity)[:16]}"
     paths = {
         shards / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set)))
@@ -81,11 +93,11 @@ def build_features(
     fill_shards(shards, paths, maker, training_set)
 
     def write_listing() -> None:
-        for path in paths:
-            read_array_chunk(path)  # tells whether it is still what was written
+        # Reading tells whether each is still what was written.
+        highest = max(float(read_array_chunk(path)["loss"].max()) for path in paths)
         lines = [f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths]
         content = write_bytes(listing, "".join(lines).encode())
-        write_record(listing, identity, model.device, content)
+        write_record(listing, identity, maker.model.device, content, {"highest_loss": highest})
 
     do_once(folder, "features", keep, write_listing)
     for other in folder.glob("shards-*"):  # of what --overwrite replaced
@@ -105,7 +117,9 @@ def fill_shards(
     ):
         for path in share:
             with finishing(), suppress(FileNotFoundError):
-                write_array_chunk(path, pack(maker.make(images, paths[path])))
+                rows = paths[path]
+                packed = pack_images(maker.make(images, rows), maker.explain(images, rows))
+                write_array_chunk(path, packed)
             share.release(path)
             bar.update(len(paths[path]))
 
@@ -123,8 +137,10 @@ class RemovalIndex:
         """Raises UserError where the features are missing, incomplete or of something else."""
         self.model, self.settings, self.folder = model, settings, Path(folder)
         self.num_images = len(training_set)
+        num_rows = training_set.embeddings.shape[1] * settings.probes
+        self.dtype = image_type(len(settings.timesteps), num_rows, settings.sketch_size)
         identity = feature_identity(model, training_set, settings)
-        check_record(self.folder / LISTING, identity, "build the features with these settings")
+        check_record(self.folder / LISTING, identity, REMEDY)
         found = map(SHARD.fullmatch, read_text(self.folder / LISTING).splitlines())
         lines = list(found)
         expected = -(-self.num_images // CHUNK_IMAGES)
@@ -132,41 +148,25 @@ class RemovalIndex:
         if len(names) != len(lines) or len(lines) != expected:
             raise UserError(
                 f"{self.folder / LISTING}: expected a hash and the name of a shard on each of "
-                f"{expected} lines; build the features again"
+                f"{expected} lines; remove the folder, and they are made again"
             )
         self.paths = [self.folder / name for name in names]
+        record = read_record(self.folder / LISTING, REMEDY)
+        self.highest_loss = float(record["circumstances"].get("highest_loss", np.inf))
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The features shard by shard, [images, timesteps, rows, size] float32. Raises UserError
         where one is not of this index's shape, and as `read_chunk`."""
-        dtype = row_type(self.settings.sketch_size)
         for number, path in enumerate(self.paths):
             try:
                 packed = read_array_chunk(path)
             except FileNotFoundError:
-                raise UserError(f"{path}: no such file; build the features again") from None
-            length = min(CHUNK_IMAGES, self.num_images - number * CHUNK_IMAGES)
-            found = packed.dtype, packed.shape[:2]
-            if found != (dtype, (length, len(self.settings.timesteps))):
                 raise UserError(
-                    f"{path}: is not the shard that was built; build the features again"
+                    f"{path}: no such file; remove the folder, and they are made again"
+                ) from None
+            length = min(CHUNK_IMAGES, self.num_images - number * CHUNK_IMAGES)
+            if (packed.dtype, packed.shape) != (self.dtype, (length,)):
+                raise UserError(
+                    f"{path}: is not the shard that was built; remove the folder, and they are made again"
                 )
-            yield unpack(packed)
-
-    def score(
-        self,
-        queries: list[TrainingSet],
-        ridge: float = RIDGE,
-        repeats: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Scores [queries, N] float64 of every training image for each query, a training set of one
-        image. ridge, repeats: see `score_removal`. Raises UserError where repeats are of other
-        images."""
-        if repeats is not None and len(repeats) != self.num_images:
-            raise UserError(
-                f"repeats: expected {self.num_images} numbers, one an image, found {len(repeats)}"
-            )
-        shape = queries[0].latents.shape[2:]
-        maker = FeatureMaker(self.model, shape, self.settings)
-        features = np.stack([maker.make(query, [0])[0] for query in queries])
-        return score_removal(self.blocks, features, ridge, repeats)
+            yield unpack(packed["rows"])

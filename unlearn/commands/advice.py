@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.fishers import KV
+from ..attribution.removal import REMOVAL
 from ..datasets.settings import OWN_DEFAULTS, read_settings
 from ..models.lora import choose_selection
 from ..runtime.programs import choose_device
+from .removal_flags import DEFAULTS as REMOVAL_DEFAULTS
+from .removal_flags import OWN
 
 ENCODING = ("sd_version", "lora", "vae_batch_size", "device")
 IMAGES = (*ENCODING, "laion_subset_size")
@@ -38,6 +41,7 @@ FLAGS = {
         "unlearn_grad_accum_steps",
         "seed",
         "top_k",
+        *OWN,
     ),
     "fisher": ("dataroot", *IMAGES, "precision", "weight_selection"),
     "index": (*TASKS, *LOSSES, "fisher_path", "damping"),
@@ -51,6 +55,7 @@ DEFAULTS = {
     "scoring": "exact",
     "output": "results/index",
     "seed": 0,
+    **REMOVAL_DEFAULTS,
 }
 TAKE_BF16 = ("compute_influence.py", "index")
 
@@ -69,7 +74,8 @@ def write_command(name: str, args: Namespace, *words: str, **more: Any) -> str:
     defaults = {**DEFAULTS, **read_settings(args.dataroot)}
     defaults.update(sd_version=defaults["pipeline"], device=choose_device())
     values = {flag.removeprefix("loss_"): value for flag, value in vars(args).items()}
-    defaults["weight_selection"] = choose_selection(None, values.get("lora") or [], KV)
+    usual = "all" if values.get("scoring") == REMOVAL else KV
+    defaults["weight_selection"] = choose_selection(None, values.get("lora") or [], usual)
     values = {**{flag: values.get(flag.removeprefix("loss_")) for flag in FLAGS[name]}, **more}
     if values.get("precision") == "bf16" and name not in TAKE_BF16:
         del values["precision"]

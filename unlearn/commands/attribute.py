@@ -10,7 +10,7 @@ images that it was trained on, with captions by any convention: captions.txt, me
 .csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
 for all. The prompt is read from the picture's file where the program that made it wrote it there.
 Without a picture the model makes it from --prompt and --seed. Everything is made at first use and
-kept below DIR: latents, curvature, losses. Killed and run again, the same command goes on; a
+kept below DIR: latents and each image's features (with --scoring exact curvature and losses). Killed and run again, the same command goes on; a
 further picture costs its own part only. Ends in a table, a CSV file, a picture and report.html, a
 page to look at and to send on.
 """
@@ -20,6 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from ..datasets.settings import FRONT_SCORINGS
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
 from .parsing import make_parser
@@ -73,6 +74,22 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "model",
         "--base",
         help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
+    )
+    parser.add(
+        "scoring",
+        "--scoring",
+        choices=FRONT_SCORINGS,
+        default=FRONT_SCORINGS[0],
+        help="removal: how much less certain the model would be of the picture without an image "
+        "(default); exact: how much worse it explains an image once it has unlearned the picture, "
+        "as published",
+    )
+    parser.add(
+        "scoring",
+        "--use_repeats",
+        action="store_true",
+        help="of removal: an image in a folder 4_x counts as four (default as one, which predicted "
+        "retrained models better)",
     )
     parser.add("output", "--out", default="attribution", metavar="DIR", help="default attribution")
     parser.add("output", "--top_k", type=int, default=10, help="images in the table (default 10)")

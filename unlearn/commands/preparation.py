@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from .. import noise
 from ..attribution.curvature import DiagonalFisher
+from ..attribution.removal import REMOVAL
 from ..datasets.queries import read_stored
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task
@@ -35,12 +36,13 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
     the model: its tasks}; loads the base model, its Fisher where `args` ask for one, and the
     training set. grid_flag: the flag that says the number of timesteps. Raises UserError, before
     what is expensive, where something is missing or does not fit."""
-    selection = getattr(args, "weight_selection", None)
+    weights = getattr(args, "weight_selection", None)
+    selection = None if getattr(args, "scoring", None) == REMOVAL else weights
     check_pictures([task for tasks in groups.values() for task in tasks], args.dataroot)
     for tasks in groups.values():
         check_tokens(tasks[0].model_dir(args.dataroot), tasks, args.sd_version)
     model = load_model(
-        args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=is_fused(selection)
+        args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=is_fused(weights)
     )
     time_samples = getattr(args, grid_flag.removeprefix("--"))
     grid = noise.timestep_grid(time_samples, len(model.alpha_bars), grid_flag)

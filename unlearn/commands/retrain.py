@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import noise
+from ..attribution.removal import REMOVAL
 from ..baselines.similarity import Encode, feature_encoder
 from ..datasets.queries import encode_query
 from ..datasets.repeats import read_repeats
@@ -105,9 +106,10 @@ def measure_settings(args: Namespace, tasks: Sequence[Task]) -> MeasureSettings:
 
 def ranking_command(args: Namespace, folder: Path, method: str) -> str:
     """What ranks the queries of `retrain`'s task files into `folder`."""
-    if method == OURS:
+    if method in (OURS, REMOVAL):
+        scoring = {"scoring": REMOVAL} if method == REMOVAL else {}
         return influence_command(
-            args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None
+            args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None, **scoring
         )  # retrain's top_k is another
     return write_command(
         "baselines",

@@ -141,7 +141,8 @@ def print_tables(
             *paired_table(paired, group),
             "",
         )
-    show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
+    if any(np.isfinite(ranking.effect[0]) for ranking in rankings):  # removal unlearns nothing
+        show("What unlearning did, mean over queries", "", *effect_table(rankings, groups), "")
 
 
 def query_rows(

@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from ..attribution.influence import rank_images
+from ..attribution.removal import REMOVAL
 from ..datasets.tasks import find_named_result
 from ..errors import UserError
 from ..storage.reading import check_text, list_visible, read_json
-from ..storage.records import explain_difference, names_of_file, record_path
+from ..storage.records import (
+    explain_difference,
+    is_complete,
+    names_of_file,
+    read_record,
+    record_path,
+)
 from .rankings import read_influence, warnings_of
+from .stored_records import scoring_of
 
 OURS, RANDOM = "ours", "random"
 # Of a record: what is the same for all queries of a method.
@@ -82,6 +90,14 @@ def find_methods(
     return list(dict.fromkeys(asked or found))
 
 
+def name_scoring(folder: Path) -> str:
+    """What evaluations call the method of RESULT_DIR/influence: removal where the first result is
+    by removal, else ours."""
+    path = next((path for path in sorted(folder.rglob("influence.npz")) if is_complete(path)), None)
+    is_removal = path and scoring_of(read_record(path, "make it again")) == REMOVAL
+    return REMOVAL if is_removal else OURS
+
+
 def read_query(path: Path, remedy: str) -> tuple[np.ndarray, list[str], dict, list[str]]:
     """Scores [N] of one influence file, its ids, of its record what must be the same for all
     queries of a method, and warnings."""
@@ -148,7 +164,7 @@ def read_influences(method: str, folder: Path, remedies: Mapping[str, str]) -> M
 
 def remedy_of(method: str, command: str) -> str:
     """What to do for a method's influence files, which a command makes."""
-    if method == OURS:
+    if method in (OURS, REMOVAL):
         return f"make it: {command}"
     return f"make it: {command}, or name the finished ones with --methods"
 
@@ -162,10 +178,12 @@ def read_result_dir(
     """Methods' scores from the influence files below RESULT_DIR; see `evidence.read_methods`."""
     baselines = Path(result_dir) / "baselines"
     folders = {path.name: path for path in list_visible(baselines) if path.is_dir()}
-    if OURS in folders:
-        raise UserError(f"{folders[OURS]}: a baseline cannot be called {OURS}")
-    if (Path(result_dir) / "influence").is_dir():
-        folders[OURS] = Path(result_dir) / "influence"
+    for name in (OURS, REMOVAL):
+        if name in folders:
+            raise UserError(f"{folders[name]}: a baseline cannot be called {name}")
+    own = Path(result_dir) / "influence"
+    if own.is_dir():
+        folders[name_scoring(own)] = own
     task_json = next(iter(queries.values()))
     commands = f"{score_command(OURS, task_json)} and {score_command(None, task_json)}"
     return {

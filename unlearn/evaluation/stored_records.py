@@ -27,6 +27,12 @@ def texts_of(values: dict, name: str) -> list[str]:
     return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
+def scoring_of(record: dict) -> str | None:
+    """The way of scoring that a record tells, None where it tells none."""
+    settings = record["identity"].get("settings")
+    return text_of(settings, "scoring") if isinstance(settings, dict) else None
+
+
 def describe_query(record: dict, task: Task | None, query: str) -> dict:
     """What is known of the query, from the task file, else from its record: picture (relative to
     the data root), prompt, seed and model; those that are not known are missing."""

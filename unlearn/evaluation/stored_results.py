@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..attribution.removal import REMOVAL
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, find_named_result
@@ -18,7 +19,7 @@ from ..report.results import describe_recall
 from ..storage.reading import read_npz, read_text
 from ..storage.records import is_complete, names_of, read_record
 from .rankings import read_influence, warnings_of
-from .stored_records import describe_query, list_settings, text_of, texts_of
+from .stored_records import describe_query, list_settings, scoring_of, text_of, texts_of
 
 REMEDY = "make it anew: the same command with --overwrite"
 SIMILARITIES = {  # methods that never look at the model, the one to compare with first
@@ -36,10 +37,22 @@ OF_INDEX = {
     "recall_k": ("iu", 0),
     "num_audited": ("iu", 0),
 }
+OF_INTERVALS = {
+    "low": ("f", 1),
+    "high": ("f", 1),
+    "rank_first": ("iu", 1),
+    "rank_last": ("iu", 1),
+}
 METHOD = (
     "A score tells how much worse the model explains a training image once it has unlearned the "
     "query: the higher, the more the image had to do with the picture."
 )
+METHODS = {  # by the record's way of scoring, where it is none of unlearning's
+    REMOVAL: "A score tells how much less certain the model would be of this picture if the image had "
+    "not been among its training images: the higher, the more of what it knows of the picture comes "
+    "from that image alone. An image whose near twin is there too has a low one, for the twin would "
+    "fill its place. Scores compare images of one picture; their unit says nothing by itself.",
+}
 
 
 def find_results(result_dir: Path) -> list[str]:
@@ -146,9 +159,20 @@ def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | N
     return None, {}
 
 
+def read_intervals(path: Path, num_images: int) -> dict[str, np.ndarray]:
+    """The intervals of an influence file's scores, {} where it has none. Raises UserError where
+    they are of another length or not finite."""
+    found = read_npz(path, OF_INTERVALS, REMEDY)
+    for name, values in found.items():
+        if values.shape != (num_images,) or not np.isfinite(values).all():
+            raise UserError(f"{path}: {name}: expected {num_images} finite numbers; {REMEDY}")
+    return found
+
+
 def make_rows(
     arrays: dict[str, np.ndarray],
     index: dict[str, np.ndarray],
+    intervals: dict[str, np.ndarray],
     labels: dict[str, tuple[str, str]],
     root: DataRoot,
     ranks: dict,
@@ -160,6 +184,8 @@ def make_rows(
     rescored = index["rescored"][order] if "rescored" in index else np.ones(len(order), bool)
     paths = [labels[id][1] if id in labels else str(root.label(id)[1] or "") for id in ids]
     names = name_images(ids, paths, is_exemplar)
+    fields = {"low": "low", "high": "high", "rank_first": "first", "rank_last": "last"}
+    known = {fields[name]: values for name, values in intervals.items()}
     return [
         Row(
             id=id,
@@ -171,6 +197,7 @@ def make_rows(
             is_estimate=not scored,
             other_rank=ranks.get(id),
             group=group,
+            **{name: values[number].item() for name, values in known.items()},
         )
         for number, id, name, path, mask, scored, group in zip(
             order, ids, names, paths, is_exemplar, rescored, group_images(names, is_exemplar)
@@ -205,7 +232,7 @@ def read_report(
     folder = Path(result_dir) / "influence" / query
     path = folder / "influence.npz"
     arrays, record = read_influence(path, REMEDY), read_record(path, REMEDY)
-    index = read_npz(path, OF_INDEX, REMEDY)
+    index, intervals = read_npz(path, OF_INDEX, REMEDY), read_intervals(path, len(arrays["ids"]))
     found = record.get("circumstances")
     found = found if isinstance(found, dict) else {}
     root_name = dataroot or text_of(found, "dataroot") or names_of(record).get("data root")
@@ -213,7 +240,7 @@ def read_report(
     known = describe_query(record, task, query)
     picture = find_query(root, known.get("picture"), query)
     comparison, ranks = compare_ranks(result_dir, query, arrays["ids"].tolist())
-    rows = make_rows(arrays, index, read_labels(folder / "influence.csv"), root, ranks)
+    rows = make_rows(arrays, index, intervals, read_labels(folder / "influence.csv"), root, ranks)
     rows = name_originals(rows, root.folder)
     notes = list_missing(root_name, root, known, picture, comparison) + texts_of(found, "remarks")
     if {*OF_INDEX} <= index.keys():
@@ -225,7 +252,7 @@ def read_report(
         picture=picture,
         prompt=known.get("prompt"),
         facts=[(name, str(known[name])) for name in ("model", "seed") if name in known],
-        method=METHOD,
+        method=METHODS.get(scoring_of(record) or "", METHOD),
         settings=list(list_settings(record, arrays)),
         cautions=[*warnings_of(arrays), *texts_of(found, "notes")],
         notes=notes,

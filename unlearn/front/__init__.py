@@ -20,6 +20,8 @@ from ..attribution.curvature import DiagonalFisher
 from ..attribution.draws import ImageNoise
 from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
 from ..attribution.fishers import KV, open_fisher
+from ..attribution.removal import REMOVAL, RemovalSettings
+from ..attribution.removal_index import row_type
 from ..attribution.settings import LossSettings, UnlearnSettings
 from ..attribution.studies import Study
 from ..baselines.interface import Run
@@ -30,7 +32,7 @@ from ..datasets.folders import read_folder
 from ..datasets.preparation import prepare_training_set
 from ..datasets.queries import encode_query
 from ..datasets.roots import make_data_root
-from ..datasets.settings import PUBLISHED, read_settings
+from ..datasets.settings import FRONT_SCORINGS, PUBLISHED, read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -54,6 +56,7 @@ from .questions import (
     check_given,
     write_tasks,
 )
+from .removing import check_scoring, open_removal, remove_each
 
 __all__ = ["Attribution", "Question", "attribute"]
 FEWEST_IMAGES = 2
@@ -113,17 +116,23 @@ def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: 
 
 
 def compare_similarity(
-    study: Study, tasks: list[Task], queries: list[TrainingSet], root: Path, results: Path
+    model: Model,
+    images: TrainingSet,
+    tasks: list[Task],
+    queries: list[TrainingSet],
+    root: Path,
+    results: Path,
 ) -> None:
     """Has the ranks by similarity, which never looks at the model, beside the results."""
+    settings = read_settings(root)
     run = Run(
-        study.model,
-        study.image_sets["laion"],
+        model,
+        images,
         tasks,
         queries,
         str(root),
-        study.model.resolution(read_settings(root)),
-        study.losses.timesteps,
+        model.resolution(settings),
+        noise.timestep_grid(settings["time_samples"], len(model.alpha_bars)),
         results / "baselines",
         overwrite=True,
     )
@@ -194,6 +203,8 @@ def attribute(
     top_k: int = 10,
     device: str | None = None,
     dry_run: bool = False,
+    scoring: str = FRONT_SCORINGS[0],
+    use_repeats: bool = False,
     command: str = "",
     on_step: Callable[[str], None] = say,
 ) -> list[Attribution]:
@@ -206,9 +217,13 @@ def attribute(
     `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
-    nothing and returns []. command: that repeats it, for the page. Raises UserError where something
-    is missing or does not fit.
+    nothing and returns []. scoring: removal, how much less certain the model would be of the picture
+    without an image, or exact, how much worse it explains an image once it has unlearned the
+    picture, as published; use_repeats: of removal, an image counts as often as kohya's names of
+    folders say that training saw it. command: that repeats it, for the page. Raises UserError where
+    something is missing or does not fit.
     """
+    check_scoring(scoring, use_repeats)
     several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
     out = Path(out)
     making = check_making(several, prompt, seed, steps, guidance)
@@ -224,12 +239,12 @@ def attribute(
         on_step("loading the model")
         source, loaded = load_source(model, base, place / "model", device)
         check_prompts(loaded, questions)
-        plan, num_bytes = plan_run(found, loaded, out, questions, making)
+        plan, num_bytes = plan_run(found, loaded, out, questions, making, scoring)
         if dry_run:
             costs.show_plan(plan, num_bytes)
             return []
     check_space(out, num_bytes)
-    run = partial(answer, found, loaded, source, out, questions, making)
+    run = partial(answer, found, loaded, source, out, questions, making, scoring, use_repeats)
     return run(costs.Clock(plan, on_step), top_k, command)
 
 
@@ -258,15 +273,22 @@ def check_prompts(model: Model, questions: list[Question]) -> None:
 
 
 def plan_run(
-    found: Found, model: Model, out: Path, questions: list[Question], making: Making | None
+    found: Found,
+    model: Model,
+    out: Path,
+    questions: list[Question],
+    making: Making | None,
+    scoring: str,
 ) -> tuple[list[costs.Step], int]:
     """The steps of a run with their cost, and the bytes that it takes."""
     resolution = model.resolution({"resolution": 0})
     sampling = making.steps * (1 if making.guidance == 1 else 2) if making else None
-    counts = count_work(found, model, out, questions, sampling)
+    removal = RemovalSettings() if scoring == REMOVAL else None
+    counts = count_work(found, model, out, questions, sampling, removal)
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
     steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
-    return steps, costs.count_bytes(counts, model, resolution, KV)
+    row_bytes = row_type(RemovalSettings().sketch_size).itemsize
+    return steps, costs.count_bytes(counts, model, resolution, KV, row_bytes)
 
 
 def tell_other_model(out: Path, source: Source) -> None:
@@ -287,6 +309,8 @@ def answer(
     out: Path,
     questions: list[Question],
     making: Making | None,
+    scoring: str,
+    use_repeats: bool,
     clock: costs.Clock,
     top_k: int,
     command: str,
@@ -312,11 +336,6 @@ def answer(
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
             say(f"{question.picture}: {caution}")
-    with clock.step(costs.CURVATURE):
-        fisher = make_fisher(model, images, root, read_settings(root)["damping"])
-    study = open_study(model, images, fisher, root)
-    with clock.step(costs.LOSSES):
-        make_losses(study, model, images, results)
     output = Output(
         results / "influence",
         str(root),
@@ -327,18 +346,41 @@ def answer(
         cautions=cautions,
         remarks=remarks,
     )
-    size, different = group_size(study), list(dict.fromkeys(tasks))
-    with clock.step(costs.SCORING):
-        for start in range(0, len(different), size):
-            attribute_queries(study, different[start : start + size], output)
+    different = list(dict.fromkeys(tasks))
+    if scoring == REMOVAL:
+        study = open_removal(model, images, root, results, use_repeats)
+        remove_each(study, different, output, clock)
+    else:
+        unlearn_each(model, images, root, results, different, output, clock)
     with clock.step(costs.COMPARING):
-        compare_similarity(study, tasks, queries, root, results)
+        compare_similarity(model, images, tasks, queries, root, results)
         answers = [read_attribution(*pair, root, results) for pair in zip(questions, tasks)]
     if len(answers) > 1:
         entries = [index_entry(link_to(each, results), each.report) for each in answers]
         index = write_index(results, entries)
         answers = [replace(each, index=index) for each in answers]
     return answers
+
+
+def unlearn_each(
+    model: Model,
+    images: TrainingSet,
+    root: Path,
+    results: Path,
+    tasks: list[Task],
+    output: Output,
+    clock: costs.Clock,
+) -> None:
+    """Ranks the images for each picture by unlearning it."""
+    with clock.step(costs.CURVATURE):
+        fisher = make_fisher(model, images, root, read_settings(root)["damping"])
+    study = open_study(model, images, fisher, root)
+    with clock.step(costs.LOSSES):
+        make_losses(study, model, images, results)
+    size = group_size(study)
+    with clock.step(costs.SCORING):
+        for start in range(0, len(tasks), size):
+            attribute_queries(study, tasks[start : start + size], output)
 
 
 def link_to(answer: Attribution, results: Path) -> str:

@@ -94,6 +94,12 @@ class Attribution:
                 "" if row["similarity_rank"] is None else row["similarity_rank"] for row in table
             ],
         }
+        if all(row.low is not None for row in self.report.rows):
+            rows = self.report.rows
+            columns["low"] = [f"{row.low:.6g}" for row in rows]
+            columns["high"] = [f"{row.high:.6g}" for row in rows]
+            columns["rank_first"] = [row.first for row in rows]
+            columns["rank_last"] = [row.last for row in rows]
         self.ranking.to_csv(self.folder / "influence.csv", columns)
 
     def show(self, count: int = 10) -> None:

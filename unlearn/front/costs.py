@@ -14,6 +14,7 @@ from ..runtime.programs import followed_by
 # A forward and backward pass to the selected weights costs about so many forward passes (emoji world,
 # one CPU thread, 80 at once: 2.0; 50 gradients of single samples: 2.3).
 GRADIENT = 2.1
+BACKWARD = 2  # a backward pass of one sample to all weights alone
 WAS_THERE = 0.02  # of what a step should take: what it takes where its files are there already
 LONG_ENOUGH = 0.4  # seconds of passes that tell their pace
 FISHER_SECTIONS = 32
@@ -40,6 +41,13 @@ class Counts:
     draws: int  # of one picture's unlearning
     questions: int  # that have no answer yet
     sampling: int  # forward passes of making a picture, 0 where none is made
+    noises: int = 0  # of removal: timesteps; 0 where a picture is unlearned
+    probes: int = 0  # of removal
+
+    @property
+    def features(self) -> int:
+        """Forward passes that removal's features of one caption cost, and its loss."""
+        return 1 + self.noises * (1 + BACKWARD * self.probes)
 
     @property
     def sweep(self) -> int:
@@ -61,6 +69,8 @@ ENCODING = "reading pictures (latents) and captions (embeddings)"
 CURVATURE = "measuring how much each weight matters (curvature)"
 LOSSES = "measuring how well the model explains each image (loss)"
 SCORING = "unlearning the picture and measuring again"
+FEATURES = "what the model's prediction of each image hangs on (features)"
+REMOVING = "removing each image from what the picture hangs on"
 
 
 def time_one(run: Callable[[int], torch.Tensor], largest: int) -> tuple[float, float]:
@@ -103,22 +113,14 @@ def measure_pace(model: Model, resolution: int, batch_size: int) -> Pace:
 
 def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
     """The steps of a run with what each costs; those that are done cost nothing."""
-    scoring = counts.questions * (GRADIENT * counts.draws + counts.sweep)
+    ranking = list_removal(counts, pace) if counts.noises else list_unlearning(counts, pace)
     passes = {
         MAKING: (f"{counts.sampling:,} passes", counts.sampling * pace.alone),
         ENCODING: (
             f"{2 * counts.images:,} views and {counts.captions:,} captions",
             2 * counts.images * pace.picture + counts.captions * pace.caption,
         ),
-        CURVATURE: (
-            f"{counts.samples:,} gradients",
-            GRADIENT * counts.samples * pace.forward,
-        ),
-        LOSSES: (f"{counts.sweep:,} passes", counts.sweep * pace.forward),
-        SCORING: (
-            f"{counts.questions} x {counts.draws:,} gradients and {counts.sweep:,} passes",
-            scoring * pace.forward,
-        ),
+        **ranking,
         COMPARING: (f"{counts.images:,} images", 0.0),
     }
     return [
@@ -128,16 +130,46 @@ def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
     ]
 
 
-def count_bytes(counts: Counts, model: Model, resolution: int, selection: str) -> int:
-    """Bytes that a run leaves or needs for a while: arrays, and the parts of the curvature."""
+def list_removal(counts: Counts, pace: Pace) -> dict[str, tuple[str, float]]:
+    """{step: (work, seconds)} of removal: each image is made alone."""
+    rows = counts.noises * counts.probes
+    one = counts.features * pace.alone
+    return {
+        FEATURES: (f"{counts.captions * rows:,} backward passes", counts.captions * one),
+        REMOVING: (f"{counts.questions} x {rows} backward passes", counts.questions * one),
+    }
+
+
+def list_unlearning(counts: Counts, pace: Pace) -> dict[str, tuple[str, float]]:
+    """{step: (work, seconds)} of unlearning and exact scoring."""
+    scoring = counts.questions * (GRADIENT * counts.draws + counts.sweep)
+    return {
+        CURVATURE: (f"{counts.samples:,} gradients", GRADIENT * counts.samples * pace.forward),
+        LOSSES: (f"{counts.sweep:,} passes", counts.sweep * pace.forward),
+        SCORING: (
+            f"{counts.questions} x {counts.draws:,} gradients and {counts.sweep:,} passes",
+            scoring * pace.forward,
+        ),
+    }
+
+
+def count_bytes(
+    counts: Counts, model: Model, resolution: int, selection: str, row_bytes: int = 0
+) -> int:
+    """Bytes that a run leaves or needs for a while: arrays, and the parts of the curvature, or
+    features of row_bytes each."""
     channels, height, width = model.latent_shape(resolution)
     tokens, features = model.embedding_shape
     selected = select_parameters(model.denoiser, selection).values()
     weights = sum(value.numel() for value in selected)
     latents = 2 * counts.images * channels * height * width
     sections = min(FISHER_SECTIONS, -(-counts.samples // 1000))
+    encoded = 4 * (latents + counts.captions * tokens * features)
+    if counts.noises:
+        rows = counts.captions * counts.noises * counts.probes
+        return encoded + rows * row_bytes + 16 * counts.questions * counts.images
     return (
-        4 * (latents + counts.captions * tokens * features)
+        encoded
         + (4 + 8 * sections) * weights
         + counts.questions * (4 * weights + 16 * counts.images)
     )

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from ..attribution.estimation import choose_num_samples
+from ..attribution.removal import REMOVAL, RemovalSettings
+from ..attribution.removal_index import LISTING
 from ..attribution.settings import UnlearnSettings
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
+from ..datasets.tasks import BASE
 from ..models.pipelines import Model
 from ..storage.hashes import hash_tensors, named_weights
 from ..storage.reading import read_array
@@ -17,13 +20,18 @@ REMEDY = "remove it, or give another --out"
 
 
 def count_work(
-    found: Found, model: Model, out: Path, questions: list[Question], sampling: int | None
+    found: Found,
+    model: Model,
+    out: Path,
+    questions: list[Question],
+    sampling: int | None,
+    removal: RemovalSettings | None,
 ) -> costs.Counts:
     """What a run has to do. sampling: the passes of the picture that is to be made, None where none
-    is."""
+    is; removal: None where pictures are unlearned."""
     num_images = len(found.entries)
     fewest = min(len(entry.captions) for entry in found.entries)
-    answered = sum(is_answered(out, model, question) for question in questions)
+    answered = sum(is_answered(out, model, question, removal) for question in questions)
     return costs.Counts(
         num_images,
         num_images * fewest,
@@ -32,6 +40,8 @@ def count_work(
         UnlearnSettings().draws_a_step,
         len(questions) + (sampling is not None) - answered,
         sampling or 0,
+        len(removal.timesteps) if removal else 0,
+        removal.probes if removal else 0,
     )
 
 
@@ -41,11 +51,18 @@ def read_part(path: Path, part: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def is_answered(out: Path, model: Model, question: Question) -> bool:
-    """Whether a question has a result of a model in OUT."""
+def is_answered(
+    out: Path, model: Model, question: Question, removal: RemovalSettings | None
+) -> bool:
+    """Whether a question has a result of a model in OUT, by removal or by unlearning."""
     entry = find_known(out / "tasks.json", question)
     name = entry["synth_image_path"].removeprefix("synth/") if entry else ""
     folder = out / "results/influence" / name
+    result = read_part(folder / "influence.npz", "identity") if name else {}
+    settings = result.get("settings")
+    is_removal = isinstance(settings, dict) and settings.get("scoring") == REMOVAL
+    if removal or is_removal:
+        return bool(removal) and is_removal and result.get("weights") == model.weights_hash
     change = read_part(folder / "weight_change.safetensors", "identity") if name else {}
     return change.get("weights") == model.weights_hash and is_complete(folder / "influence.npz")
 
@@ -54,7 +71,8 @@ def list_done(out: Path, model: Model, num_images: int) -> set[str]:
     """Names of the steps whose files stand in OUT, of a model and so many images."""
     root, done = out / "root", set()
     latents, fisher = root / "laion_latents.npy", root / "sd_fisher.safetensors"
-    losses = out / "results/orig_loss/base/laion_loss.npy"
+    losses = out / "results/orig_loss" / BASE / "laion_loss.npy"
+    features = out / "results/removal" / BASE / "laion" / LISTING
     encoders = {
         part: hash_tensors(named_weights(getattr(model.pipeline, part)))
         for part in ("vae", "text_encoder")
@@ -67,6 +85,7 @@ def list_done(out: Path, model: Model, num_images: int) -> set[str]:
     for path, part, name in (
         (fisher, "circumstances", costs.CURVATURE),
         (losses, "identity", costs.LOSSES),
+        (features, "identity", costs.FEATURES),
     ):
         is_own = read_part(path, "identity").get("weights") == model.weights_hash
         if is_own and read_part(path, part).get("num_images") == num_images:

@@ -18,6 +18,8 @@ class Row:
     path: Path | None = None  # None, or not there: shown without a picture
     low: float | None = None  # interval of the score, where it is known
     high: float | None = None
+    first: int | None = None  # ranks that the interval allows
+    last: int | None = None
     is_estimate: bool = False  # of an index, not scored itself
     other_rank: int | None = None  # by the report's `comparison`
     group: str | None = None

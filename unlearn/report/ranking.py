@@ -5,7 +5,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..attribution.influence import best_view, rank_images
+from ..attribution.intervals import Intervals, find_intervals
 from ..datasets.pictures import load_image
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -35,10 +36,15 @@ class Ranking:
     order: np.ndarray  # [n] int64: indices by falling score
     is_exemplar: np.ndarray  # [n] bool
     warnings: list[str] = field(default_factory=list)  # why it may mean nothing
+    intervals: Intervals | None = None  # how sure the scores are, where that is known
 
     @classmethod
     def of_scores(
-        cls, image_sets: dict[str, TrainingSet], scores: np.ndarray, warnings: Iterable[str] = ()
+        cls,
+        image_sets: dict[str, TrainingSet],
+        scores: np.ndarray,
+        warnings: Iterable[str] = (),
+        intervals: Intervals | None = None,
     ) -> "Ranking":
         """The ranking of the images of some sets, `exemplar` first, by scores [n]."""
         sets = list(image_sets.values())
@@ -50,6 +56,7 @@ class Ranking:
             order=rank_images(scores),
             is_exemplar=np.arange(len(scores)) < len(image_sets.get("exemplar", ())),
             warnings=list(warnings),
+            intervals=intervals,
         )
 
     def __repr__(self) -> str:
@@ -101,6 +108,11 @@ class Ranking:
         row, so that a part of the table keeps it. columns: more of them by name, their cells most
         influential first. Returns the path."""
         warning = ["; ".join(self.warnings)] if self.warnings else []
+        known = self.intervals.arrays() if self.intervals else {}
+        sure = {
+            name: [f"{value:.6g}" for value in values[self.order]] for name, values in known.items()
+        }
+        columns = {**sure, **(columns or {})}
         more = list(zip(*columns.values())) if columns else [()] * len(self)
         rows = [
             [
@@ -118,7 +130,7 @@ class Ranking:
                 self.order, self.rows(), more
             )
         ]
-        header = [*HEADER, *(columns or ()), *["warning"] * bool(warning)]
+        header = [*HEADER, *columns, *["warning"] * bool(warning)]
         write_csv(path, header, [[defuse(cell) for cell in row] for row in rows], codecs.BOM_UTF8)
         return Path(path)
 
@@ -150,18 +162,30 @@ def rank(
     """Ranks candidates by how much their losses rose. Source: [AbU] Eq. 6.
 
     images: a TrainingSet, or several by name, of which `exemplar` comes first; changes: of the
-    losses, float [2n], n images as is and then mirrored, or {name: [2n]}: the larger view counts.
-    Raises UserError where one is NaN or infinite.
+    losses, float [2n], n images as is and then mirrored, or {name: [2n]}: the larger view counts;
+    or scores of the images, [n], or of each draw, [draws, n], whose sums are then ranked, with
+    intervals. Raises UserError where one is NaN or infinite.
     """
     sets = images if isinstance(images, dict) else {"laion": images}
+    if not isinstance(changes, dict) and np.ndim(changes) == 2:
+        draws = np.asarray(changes, np.float64)
+        ranking = rank(images, draws.sum(axis=0), warnings)
+        return replace(ranking, intervals=find_intervals(draws))
     by_name = changes if isinstance(changes, dict) else {"laion": changes}
     for name, values in sets.items():
-        if np.shape(by_name[name]) != (2 * len(values),):
+        if np.shape(by_name[name]) not in ((2 * len(values),), (len(values),)):
             raise UserError(
                 f"changes: expected {2 * len(values)} numbers, two views of each of "
-                f"{len(values)} images, found the shape {list(np.shape(by_name[name]))}"
+                f"{len(values)} images, or {len(values)} scores, found the shape "
+                f"{list(np.shape(by_name[name]))}"
             )
-    scores = np.concatenate([best_view(np.asarray(by_name[name])) for name in sets])
+    given = {name: np.asarray(by_name[name]) for name in sets}
+    scores = np.concatenate(
+        [
+            best_view(given[name]) if len(given[name]) > len(values) else given[name]
+            for name, values in sets.items()
+        ]
+    )
     if not np.isfinite(scores).all():
         raise UserError(
             "a score is NaN or infinite; the weights have diverged (try a smaller --unlearn_lr or "

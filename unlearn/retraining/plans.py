@@ -12,7 +12,7 @@ from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..evaluation.rankings import count_warnings, read_influence, warnings_of
 from ..evaluation.score_files import read_score_files, score_path
-from ..evaluation.scores import OURS, RANDOM
+from ..evaluation.scores import RANDOM, name_scoring
 from ..runtime.programs import log
 from ..storage.reading import read_json
 from ..storage.records import names_of_file, record_path
@@ -154,9 +154,10 @@ def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
 
 
 def method_of(folder: Path) -> str:
-    """The method whose influence files a folder holds, by its name."""
+    """The method whose influence files a folder holds, by its name and, of this program's own, by
+    what they say."""
     is_ours = folder.name == "influence" and folder.parent.name != "baselines"
-    return OURS if is_ours else folder.name
+    return name_scoring(folder) if is_ours else folder.name
 
 
 def read_rankings(

@@ -1,0 +1,109 @@
+"""A study by removal: one model, its candidates, and all that it takes to rank them for its queries.
+No Fisher and no step are needed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..datasets.training_sets import TrainingSet
+from ..errors import UserError
+from ..models.pipelines import Model
+from ..storage.hashes import digest
+from .removal import REMOVAL, FeatureMaker, RemovalSettings
+from .removal_index import RemovalIndex, build_features
+from .removal_scores import RIDGE, score_draws
+
+
+@dataclass(frozen=True)
+class RemovalStudy:
+    """What ranks the candidates of one model by removal. Queries come as training sets of one
+    image."""
+
+    model: Model  # customized, where the queries' own is
+    image_sets: dict[str, TrainingSet]  # candidates: exemplar, where there are any, then laion
+    folder: Path  # of the features of each set, which serve every query of the model
+    settings: RemovalSettings = RemovalSettings()
+    ridge: float = RIDGE  # see `removal_scores.ridge_inverse`
+    repeats: tuple[int, ...] = ()  # how often training saw each candidate; () where it is not told
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < np.inf:
+            raise UserError(f"--ridge {self.ridge:g}: expected a positive number")
+        if self.repeats and len(self.repeats) != self.num_images:
+            raise UserError(
+                f"repeats: expected {self.num_images} numbers, one an image, found "
+                f"{len(self.repeats)}"
+            )
+        if self.num_images < self.settings.probes:
+            raise UserError(
+                f"--probes {self.settings.probes}: more than the {self.num_images} training "
+                f"images; give {self.num_images} or fewer"
+            )
+
+    @property
+    def num_images(self) -> int:
+        """N: candidates of all sets."""
+        return sum(map(len, self.image_sets.values()))
+
+    @property
+    def scoring(self) -> dict:
+        """What results that may be compared have in common."""
+        repeats = {"repeats": digest(list(self.repeats))} if self.repeats else {}
+        return {"scoring": REMOVAL, **self.settings.identity, "ridge": self.ridge, **repeats}
+
+    def identity(self, query: TrainingSet) -> dict:
+        """Identity of a query's scores."""
+        return {
+            **self.model.identity,
+            "query": query.identity,
+            "settings": self.scoring,
+            "candidates": [images.identity for images in self.image_sets.values()],
+        }
+
+    @cached_property
+    def maker(self) -> FeatureMaker:
+        """What makes features, of candidates and queries."""
+        shape = next(iter(self.image_sets.values())).latents.shape[2:]
+        return FeatureMaker(self.model, shape, self.settings)
+
+    def build(self) -> None:
+        """Makes the features of all candidates, or keeps those that are there; of several processes
+        each makes some. Raises UserError where those of something else are there."""
+        for name, images in self.image_sets.items():
+            build_features(self.maker, images, self.folder / name, self.overwrite)
+
+    @cached_property
+    def indices(self) -> list[RemovalIndex]:
+        """The features of each set. Raises UserError where they are missing."""
+        return [
+            RemovalIndex(self.model, images, self.settings, self.folder / name)
+            for name, images in self.image_sets.items()
+        ]
+
+    @property
+    def highest_losses(self) -> dict[str, np.ndarray]:
+        """{name of a set: [the highest loss of its images]}, as `FeatureMaker.explain` tells it."""
+        return {
+            name: np.array([index.highest_loss])
+            for name, index in zip(self.image_sets, self.indices)
+        }
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The features of all candidates, block by block: see `RemovalIndex.blocks`."""
+        for index in self.indices:
+            yield from index.blocks()
+
+    def score_draws(self, queries: Sequence[TrainingSet]) -> np.ndarray:
+        """Scores [timesteps, queries, N] float64 of every candidate, whose features must be there,
+        at each timestep; the score is their sum."""
+        features = np.stack([self.maker.make(query, [0])[0] for query in queries])
+        repeats = np.array(self.repeats) if self.repeats else None
+        return score_draws(self.blocks, features, self.ridge, repeats)
+
+    def score(self, queries: Sequence[TrainingSet]) -> np.ndarray:
+        """Scores [queries, N] float64 of every candidate: the sum of `score_draws`."""
+        return self.score_draws(queries).sum(axis=0)

@@ -1,0 +1,49 @@
+"""Ways of scoring that the front door knows, and the one that is its own: removal."""
+
+import os
+from pathlib import Path
+
+from ..attribution.removal import REMOVAL
+from ..attribution.removal_studies import RemovalStudy
+from ..datasets.originals import read_originals
+from ..datasets.settings import FRONT_SCORINGS, read_settings
+from ..datasets.tasks import BASE, Task
+from ..datasets.training_sets import TrainingSet
+from ..errors import UserError
+from ..models.pipelines import Model
+from ..running import Output, attribute_by_removal
+from . import costs
+
+
+def check_scoring(scoring: str, use_repeats: bool) -> None:
+    """Raises UserError where there is no such way of scoring, or repeats mean nothing to it."""
+    if scoring not in FRONT_SCORINGS:
+        raise UserError(f"--scoring {scoring}: expected {' or '.join(FRONT_SCORINGS)}")
+    if use_repeats and scoring != REMOVAL:
+        raise UserError(
+            f"--use_repeats: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
+        )
+
+
+def open_removal(
+    model: Model, images: TrainingSet, root: Path, results: Path, use_repeats: bool
+) -> RemovalStudy:
+    """What ranks the images by removal, with features at a place of this run's own."""
+    repeats: tuple[int, ...] = ()
+    if use_repeats:
+        originals = read_originals(root)
+        folder = root / read_settings(root)["images"]
+        files = [os.path.relpath(path, folder) if path else "" for path in images.paths]
+        repeats = tuple(originals[file].repeats if file in originals else 1 for file in files)
+    if set(repeats) == {1}:
+        repeats = ()
+    place = results / "removal" / BASE
+    return RemovalStudy(model, {"laion": images}, place, repeats=repeats, overwrite=True)
+
+
+def remove_each(study: RemovalStudy, tasks: list[Task], output: Output, clock: costs.Clock) -> None:
+    """Ranks the images for each picture by removal."""
+    with clock.step(costs.FEATURES):
+        study.build()
+    with clock.step(costs.REMOVING):
+        attribute_by_removal(study, tasks, output)
