@@ -25,7 +25,7 @@ from unlearn import UserError
 from unlearn.attribution.caches import load_losses
 from unlearn.attribution.fishers import KV
 from unlearn.attribution.index import Index
-from unlearn.attribution.removal import REMOVAL
+from unlearn.attribution.names import REMOVAL
 from unlearn.attribution.removal_studies import RemovalStudy
 from unlearn.attribution.scoring import SCORINGS
 from unlearn.attribution.settings import (

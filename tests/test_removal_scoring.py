@@ -150,7 +150,7 @@ def test_several_processes_share_the_features_and_give_the_same_bits(world, tmp_
         (["--precision", "bf16"], "--precision bf16: --scoring removal knows fp32 alone"),
         (
             ["--scoring", "exact"],
-            "--sketch_size: means nothing to --scoring exact, only to removal",
+            "--removal_timesteps: means nothing to --scoring exact, only to removal",
         ),
         (["--ridge", "0"], "--ridge 0: expected a positive number"),
         (["--probes", "13"], "--probes 13: more than the 12 training images"),

@@ -25,7 +25,6 @@ from ..models.pipelines import Model, select_parameters, tracked
 from .losses import loss_sums
 from .sketch import Sketch
 
-REMOVAL = "removal"  # what this way of scoring is called
 EXPLAINED_AT = 0.65  # of all timesteps: where own pictures differ most from strange ones, by loss
 
 

@@ -12,7 +12,8 @@ from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
 from ..storage.hashes import digest
-from .removal import REMOVAL, FeatureMaker, RemovalSettings
+from .names import REMOVAL
+from .removal import FeatureMaker, RemovalSettings
 from .removal_index import RemovalIndex, build_features
 from .removal_scores import RIDGE, score_draws
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.fishers import KV
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..datasets.settings import OWN_DEFAULTS, read_settings
 from ..models.lora import choose_selection
 from ..runtime.programs import choose_device

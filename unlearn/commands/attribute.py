@@ -20,7 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..datasets.settings import FRONT_SCORINGS
+from ..attribution.names import FRONT_SCORINGS
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
 from .parsing import make_parser

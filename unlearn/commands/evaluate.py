@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..attribution.influence import is_indifferent, rank_images
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..baselines.similarity import (
     Encode,
     encode_blocks,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .. import noise
 from ..attribution.curvature import DiagonalFisher
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..datasets.queries import read_stored
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task

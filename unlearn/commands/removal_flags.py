@@ -4,7 +4,8 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..attribution.removal import REMOVAL, RemovalSettings
+from ..attribution.names import REMOVAL
+from ..attribution.removal import RemovalSettings
 from ..attribution.removal_scores import RIDGE
 from ..attribution.removal_studies import RemovalStudy
 from ..datasets.repeats import read_repeats

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import noise
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..baselines.similarity import Encode, feature_encoder
 from ..datasets.queries import encode_query
 from ..datasets.repeats import read_repeats

@@ -58,7 +58,6 @@ ABC_TEST_CASES = (
     "test_observed_imagenet",
     "test_unobserved_imagenet",
 )
-FRONT_SCORINGS = ("removal", "exact")  # of `attribute`, the default first; exact: as published
 OWN_DEFAULTS = {
     "dataroot": "data/abc",
     "noise_seed": 0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..attribution.influence import rank_images
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..datasets.tasks import find_named_result
 from ..errors import UserError
 from ..storage.reading import check_text, list_visible, read_json

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attribution.removal import REMOVAL
+from ..attribution.names import REMOVAL
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, find_named_result

@@ -20,7 +20,8 @@ from ..attribution.curvature import DiagonalFisher
 from ..attribution.draws import ImageNoise
 from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
 from ..attribution.fishers import KV, open_fisher
-from ..attribution.removal import REMOVAL, RemovalSettings
+from ..attribution.names import FRONT_SCORINGS, REMOVAL
+from ..attribution.removal import RemovalSettings
 from ..attribution.removal_index import row_type
 from ..attribution.settings import LossSettings, UnlearnSettings
 from ..attribution.studies import Study
@@ -32,7 +33,7 @@ from ..datasets.folders import read_folder
 from ..datasets.preparation import prepare_training_set
 from ..datasets.queries import encode_query
 from ..datasets.roots import make_data_root
-from ..datasets.settings import FRONT_SCORINGS, PUBLISHED, read_settings
+from ..datasets.settings import PUBLISHED, read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError

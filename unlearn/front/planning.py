@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ..attribution.estimation import choose_num_samples
-from ..attribution.removal import REMOVAL, RemovalSettings
+from ..attribution.names import REMOVAL
+from ..attribution.removal import RemovalSettings
 from ..attribution.removal_index import LISTING
 from ..attribution.settings import UnlearnSettings
 from ..datasets.entries import Found

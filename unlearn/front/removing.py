@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from ..attribution.removal import REMOVAL
+from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal_studies import RemovalStudy
 from ..datasets.originals import read_originals
-from ..datasets.settings import FRONT_SCORINGS, read_settings
+from ..datasets.settings import read_settings
 from ..datasets.tasks import BASE, Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
