@@ -343,6 +343,7 @@ def test_what_cannot_be_measured_is_refused_by_name(tiny, flags, text, tmp_path)
         )
 
 
+@pytest.mark.slow
 def test_the_more_draws_the_nearer_to_very_many_and_ours_are_nearer(
     tiny, tmp_path, monkeypatch, capsys
 ):
