@@ -119,7 +119,7 @@ def prepare():
     many of them."""
     model = pipelines.load_model(str(FIXTURE / "sd-tiny"), "cpu")
     for module in preparation, fisher, index:
-        module.load_model = lambda name, device, unet: model  # a child changes its own copy
+        module.load_model = lambda *names, **more: model  # a child changes its own copy
     encode_images = queries.encode_images
     encode = lru_cache(None)(
         lambda paths, resolution, mirrored: encode_images(

@@ -393,6 +393,7 @@ def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root
         "shortlist",
         "audit",
         "unet",
+        "lora",
     }
     words = shlex.split(advice.influence_command(args))
     again = compute_influence.parse_arguments([*words[2:], "--device", "cpu"])

@@ -588,7 +588,7 @@ def test_killed_before_files_and_run_again_it_leaves_what_an_uninterrupted_run_l
     """stride 0: before every one; else every so many files later than the last time."""
     monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3, 1e-3))
     loaded = front.load_model(tiny, "cpu")
-    monkeypatch.setattr(front, "load_model", lambda *args: loaded)
+    monkeypatch.setattr(front, "load_model", lambda *args, **more: loaded)
     folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"
     ask(folder, whole)
     step, kills, before = 1, 0, None
@@ -713,7 +713,11 @@ def test_the_unet_of_a_training_run_takes_its_other_parts_from_the_base(
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("lora.safetensors", {"lora_unet.a": 1}, "a LoRA file, which cannot be given yet; merge"),
+        (
+            "lora.safetensors",
+            {"lora_unet.a": 1},
+            "a LoRA file; give the model that it was trained on",
+        ),
         ("xl.safetensors", {"conditioner.embedders.0.a": 1}, "of Stable Diffusion XL"),
         ("vae.safetensors", {"encoder.a": 1}, "expected a Stable Diffusion checkpoint"),
         ("sd.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
@@ -866,3 +870,55 @@ def test_a_checkpoint_that_diffusers_cannot_convert_is_refused_with_both_ways_on
     with pytest.raises(UserError, match="from_single_file.*--model converted"):
         find_model(path, tiny, tmp_path / "place")
     assert not list((tmp_path / "place").glob("sd-*"))
+
+
+@pytest.fixture
+def lora(tiny, tmp_path):
+    """A kohya LoRA of the miniature pipeline that was trained on four pictures of one caption."""
+    layer, width = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 32
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{layer}.lora_down.weight": torch.randn(2, width, generator=generator),
+        f"{layer}.lora_up.weight": torch.randn(width, 2, generator=generator),
+        f"{layer}.alpha": torch.tensor(2.0),
+    }
+    header = {
+        "ss_resolution": "(160, 160)",
+        "ss_dataset_dirs": json.dumps({"3_sks blob": {"n_repeats": 3, "img_count": 4}}),
+        "ss_tag_frequency": json.dumps({"3_sks blob": {"sks blob": 4}}),
+    }
+    save_file(tensors, tmp_path / "tuned.safetensors", header)
+    return tmp_path / "tuned.safetensors"
+
+
+def test_of_a_model_with_a_lora_its_own_matrices_are_unlearned(folder, tmp_path, lora, ask, caplog):
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    out = tmp_path / "out"
+    caplog.set_level("INFO", "unlearn")
+    [answer] = ask(folder, out, lora=f"{lora}:0.7", prompt="sks blob")
+    record = json.loads((answer.folder / "influence.json").read_text())["identity"]
+    assert record["settings"]["weight_selection"] == "lora" and record["lora"][0][1] == 0.7
+    settings = json.loads((out / "root/dataset.json").read_text())
+    assert settings["lora"] == [f"{lora}:0.7"] and settings["resolution"] == 160
+    assert 'all images had the caption "sks blob"' in caplog.text
+    assert "trained at 160 x 160 pixels" in caplog.text
+    assert (
+        "trained on 4 images by its header, here are 8"
+        in (answer.folder / "report.html").read_text()
+    )
+    assert {row["caption"] for row in answer.table()} == {"sks blob"}
+    flags = ["--task_json", str(out / "tasks.json"), "--dataroot", str(out / "root")]
+    flags += ["--result_dir", str(out / "results"), "--device", "cpu"]
+    compute_influence.main([*flags, "--scoring", "removal"])  # takes what is there
+    [again] = ask(folder, out, lora=f"{lora}:0.7", prompt="sks blob")
+    np.testing.assert_array_equal(again.scores, answer.scores)
+
+
+def test_a_lora_that_cannot_be_used_is_refused_before_anything_is_written(
+    folder, tmp_path, lora, refusal
+):
+    broken = lora.with_name("broken.safetensors")
+    save_file({"x.lokr_w1": torch.ones(2)}, broken)
+    text = refusal(folder, tmp_path / "out", lora=broken)
+    assert "LoKr" in text and not (tmp_path / "out").exists()

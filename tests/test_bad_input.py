@@ -75,7 +75,7 @@ def files(folder):
 def no_model(monkeypatch):
     """Makes loading a model a failure: what is wrong must be told before."""
 
-    def load_model(*arguments):
+    def load_model(*arguments, **more):
         raise AssertionError("a model was loaded before the mistake was told")
 
     for script, _ in SCRIPTS.values():
@@ -99,7 +99,7 @@ def with_model(monkeypatch, model):
     """Lends the scripts the model that is loaded already, and the latents that it made already."""
     monkeypatch.setattr(queries, "encode_images", encode_images)
     for script, _ in SCRIPTS.values():
-        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def cached(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("cached")
     (folder / "tasks.json").write_text(json.dumps(TASKS[:1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        patch.setattr(preparation, "load_model", lambda *names, **more: model)
         patch.setattr(queries, "encode_images", encode_images)
         compute_training_loss.main(
             [
@@ -1078,7 +1078,7 @@ def test_a_file_larger_than_the_disk_says_so_and_leaves_nothing(write, small_dis
 
 
 def test_an_interrupt_ends_with_one_line_and_no_traceback(task_flags, monkeypatch, capsys):
-    def load_model(*arguments):
+    def load_model(*arguments, **more):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preparation, "load_model", load_model)

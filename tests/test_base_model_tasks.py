@@ -41,7 +41,7 @@ def lent(monkeypatch, model):
     """Lends the scripts the model that is loaded already, and the latents that it made already."""
     monkeypatch.setattr(queries, "encode_images", encode_images)
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
 
 
 @pytest.fixture

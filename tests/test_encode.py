@@ -105,7 +105,7 @@ def write_lines(root, entries):
 
 def run(monkeypatch, model, root, *flags):
     """Runs the command in this process with a model that is loaded already."""
-    monkeypatch.setattr(encode, "load_model", lambda *where, trained: model)
+    monkeypatch.setattr(encode, "load_model", lambda *where, **more: model)
     encode.main(["--dataroot", str(root), "--device", "cpu", "--vae_batch_size", "5", *flags])
 
 

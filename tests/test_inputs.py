@@ -315,7 +315,7 @@ def test_a_bad_value_in_dataset_json_is_named(settings, said, root):
 def lent(monkeypatch, model):
     """Lends the scripts a model that is loaded already."""
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
     monkeypatch.setattr(queries, "encode_images", encode_images)
 
 

@@ -3,6 +3,7 @@ and the scripts unlearn and score them, resume, and tell models with and without
 
 import dataclasses
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from unlearn.attribution.draws import QueryDraws
 from unlearn.attribution.losses import sample_losses
 from unlearn.attribution.newton import QueryGradient, choose_rate, newton_step, query_gradient
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.commands import advice
 from unlearn.commands import fisher as fisher_command
 from unlearn.errors import UserError
 from unlearn.models import passes
@@ -316,3 +318,17 @@ def test_a_customized_model_and_a_lora_are_not_mixed(world, tmp_path):
             ["--task_json", str(PARITY / "fixture/tasks.json"), *flags[2:]]
             + ["--result_dir", str(tmp_path)]
         )
+
+
+@pytest.mark.parametrize("given", ["lora", "cross-attn-kv"])
+def test_commands_in_messages_carry_the_lora_and_what_is_unlearned_of_it(world, given):
+    root, flags, _ = world
+    lora = ["--lora", f"{root}/tuned.safetensors:0.5"]
+    args = compute_influence.parse_arguments([*flags, *lora, "--weight_selection", given])
+    for command in (advice.fisher_command(args), advice.influence_command(args)):
+        words = shlex.split(command)
+        assert words[words.index("--lora") + 1] == lora[1]
+        selected = words[words.index("--weight_selection") + 1] if given != "lora" else "lora"
+        assert selected == given and ("--weight_selection" in words) == (given != "lora")
+    # the data root's own is no flag
+    assert "--lora" not in advice.fisher_command(compute_influence.parse_arguments(flags))

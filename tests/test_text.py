@@ -85,7 +85,7 @@ def images(root):
 @pytest.fixture
 def encode_root(root, model, monkeypatch):
     """Runs `encode` with a model that is loaded already."""
-    monkeypatch.setattr(encode, "load_model", lambda *where, trained: model)
+    monkeypatch.setattr(encode, "load_model", lambda *where, **more: model)
     return lambda *flags: encode.main(["--dataroot", str(root), "--device", "cpu", *flags])
 
 
@@ -93,7 +93,7 @@ def encode_root(root, model, monkeypatch):
 def lent(monkeypatch, model):
     """Lends the scripts a model that is loaded already."""
     for script in compute_training_loss, compute_influence:
-        monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+        monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
     monkeypatch.setattr(queries, "encode_images", encode_images)
 
 
@@ -738,7 +738,7 @@ def test_a_token_of_the_pipelines_own_vocabulary_is_accepted_of_customized_and_b
     own_token, one_task, root, tmp_path, monkeypatch, capsys
 ):
     model = load_model(own_token, "cpu")
-    monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
     monkeypatch.setattr(queries, "encode_images", encode_images)
     argv = [
         own_token if value.endswith("sd-tiny") else value
@@ -765,7 +765,7 @@ def test_a_token_of_the_pipelines_own_vocabulary_is_accepted_of_customized_and_b
 def test_a_token_of_a_pipeline_that_is_not_on_this_machine_is_judged_when_it_is_loaded(
     one_task, model, monkeypatch, capsys
 ):
-    monkeypatch.setattr(preparation, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(preparation, "load_model", lambda *names, **more: model)
     argv = [
         "someone/elsewhere" if value.endswith("sd-tiny") else value
         for value in one_task(prompt="a <cat-toy>")
@@ -804,7 +804,7 @@ def test_generate_refuses_a_token_that_its_pipeline_does_not_have(
 
 def test_generate_says_which_prompts_are_cut(root, tmp_path, model, monkeypatch, caplog):
     (tmp_path / "prompts.txt").write_text(f"a cat\n{LONG}\n" + f"{LONG} again\n" * 3)
-    monkeypatch.setattr(generate, "load_model", lambda name, device, unet: model)
+    monkeypatch.setattr(generate, "load_model", lambda *names, **more: model)
     monkeypatch.setattr(
         generate, "check_steps", lambda *given: (_ for _ in ()).throw(UserError("far enough"))
     )

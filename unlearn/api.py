@@ -39,7 +39,7 @@ from .attribution.caches import cache_columns
 from .attribution.curvature import DiagonalFisher
 from .attribution.deltas import Delta
 from .attribution.draws import ImageNoise
-from .attribution.fishers import KV, open_fisher
+from .attribution.fishers import KV, open_fisher, own_selection
 from .attribution.losses import changed_losses, loss_sums
 from .attribution.removal import RemovalSettings
 from .attribution.removal_scores import RIDGE
@@ -55,7 +55,6 @@ from .errors import UserError
 from .models import pipelines
 from .models.customization import customized
 from .models.lora import SELECTION as LORA
-from .models.lora import has_matrices
 from .models.pipelines import SELECTIONS, Model, changed_weights, select_parameters
 from .report.ranking import Ranking, rank
 from .runtime.programs import choose_device, in_precision, set_precision
@@ -198,11 +197,6 @@ def compute_losses(
 def sum_alone(*samples: Any) -> torch.Tensor:
     """`loss_sums` as a measure of one column."""
     return loss_sums(*samples)[:, None]
-
-
-def own_selection(model: Model) -> str:
-    """The weights of a model that are unlearned where nobody says."""
-    return LORA if has_matrices(model.denoiser) else KV
 
 
 def selection_of(model: Model, fisher: DiagonalFisher) -> str:

@@ -10,6 +10,7 @@ import torch
 from ..datasets.settings import read_settings
 from ..datasets.training_sets import TrainingSet, open_arrays, open_training_set
 from ..errors import UserError
+from ..models.lora import SELECTION, has_matrices
 from ..models.pipelines import Model
 from ..runtime.programs import log
 from ..storage.reading import read_tensors
@@ -36,6 +37,12 @@ def find_fisher(dataroot: str | Path, asked: str | Path | None, command: str) ->
     if not path.is_file():
         raise UserError(f"--fisher_path {path}: no such file; make it: {command}")
     return path
+
+
+def own_selection(model: Model) -> str:
+    """The weights of a model that are unlearned where nobody says: a LoRA's own, where its matrices
+    stand beside the UNet's weights."""
+    return SELECTION if has_matrices(model.denoiser) else KV
 
 
 def own_fisher_path(dataroot: str | Path, model: Model, selection: str = KV) -> Path:

@@ -21,6 +21,7 @@ import torch
 from .. import noise
 from ..datasets.training_sets import TrainingSet, check_pixels
 from ..errors import UserError
+from ..models.lora import SELECTION, has_matrices
 from ..models.pipelines import Model, select_parameters, tracked
 from .losses import loss_sums
 from .sketch import Sketch
@@ -42,6 +43,12 @@ class RemovalSettings:
     def identity(self) -> dict:
         """What features that may be compared have in common."""
         return {**asdict(self), "timesteps": list(self.timesteps)}
+
+
+def own_settings(model: Model) -> RemovalSettings:
+    """The settings where nobody says others: derivatives of all weights, of a LoRA's own matrices
+    where they stand beside the weights."""
+    return RemovalSettings(SELECTION if has_matrices(model.denoiser) else "all")
 
 
 def feature_identity(model: Model, training_set: TrainingSet, settings: RemovalSettings) -> dict:

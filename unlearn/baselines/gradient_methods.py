@@ -11,13 +11,12 @@ import torch
 
 from .. import noise
 from ..attribution.draws import QueryDraws, chunk_noise
-from ..attribution.fishers import KV
+from ..attribution.fishers import own_selection
 from ..attribution.newton import query_gradient
 from ..attribution.sketch import Sketch
 from ..datasets.tasks import Task
 from ..models.generation import initial_noise
-from ..models.lora import SELECTION, has_matrices
-from ..models.pipelines import Model, select_parameters, tracked
+from ..models.pipelines import select_parameters, tracked
 from ..storage.hashes import digest
 from .gradients import (
     Reduce,
@@ -104,12 +103,7 @@ class Influence(Method):
     views: str
 
     needs_base_model = True
-    needs_fisher = True
-
-    @staticmethod
-    def weights_of(model: Model) -> str:
-        """The selection of `models.pipelines` that it looks at: as unlearning does."""
-        return SELECTION if has_matrices(model.denoiser) else KV
+    needs_fisher = True  # of the weights that unlearning looks at
 
     def own_identity(self, run: Run) -> dict:
         return noise.identity()
@@ -117,7 +111,7 @@ class Influence(Method):
     def product_identity(self, run: Run) -> dict:
         """Identity of the products with all queries."""
         return {
-            **sweep_identity(run, self, "loss", self.weights_of(run.model)),
+            **sweep_identity(run, self, "loss", own_selection(run.model)),
             "fisher": run.needed_fisher.identity,
             "seed": self.seed,
             "draws": QueryDraws.scheme,
@@ -143,7 +137,7 @@ class Influence(Method):
         return flatten(run.needed_fisher.precondition(gradient))
 
     def scores(self, run: Run) -> list[np.ndarray]:
-        parameters = select_parameters(run.model.denoiser, self.weights_of(run.model))
+        parameters = select_parameters(run.model.denoiser, own_selection(run.model))
         identity = self.product_identity(run)
 
         @cache

@@ -3,6 +3,7 @@
     python -m unlearn attribute picture.png --prompt "red apple" --model MODEL --images FOLDER
     python -m unlearn attribute a.png b.png --model MODEL --images FOLDER --out DIR
     python -m unlearn attribute --prompt "red apple" --seed 7 --model MODEL --images FOLDER
+    python -m unlearn attribute picture.png --model BASE --lora lora.safetensors --images FOLDER
 
 MODEL is what made the picture: a diffusers folder, a name on the hub, a checkpoint file, or with
 --base the folder of a UNet that a training run left or of a customized model. FOLDER holds the
@@ -72,6 +73,15 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add(
         "model",
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA files or folders that change the model (kohya's, PEFT's or diffusers' names); "
+        "their own matrices are then unlearned",
+    )
+    parser.add(
+        "model",
         "--base",
         help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
     )
@@ -111,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_names(args)
     NAMES.clear()
-    name_input("model", args.model)
+    name_input("model", " with ".join([args.model, *args.lora]))
     name_input("data root", args.out)
     words = sys.argv[1:] if argv is None else argv
     answers = attribute(

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..baselines.gradient_methods import VIEWS, Influence
+from ..attribution.fishers import own_selection
+from ..baselines.gradient_methods import VIEWS
 from ..baselines.interface import Method, Run
 from ..baselines.methods import METHODS
 from ..baselines.saving import score_tasks
@@ -241,7 +242,7 @@ def make_run(
     check_steps(model, args.num_inference_steps)
     needs_fisher = any(method.needs_fisher for method in methods.values())
     # Of the weights that influence looks at, whatever the TRAK family's are.
-    weights = Influence.weights_of(model)
+    weights = own_selection(model)
     fisher = load_fisher(model, args, weights) if needs_fisher else None
     training_set = prepare_training_set(model, args)
     if fisher:

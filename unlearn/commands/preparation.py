@@ -7,12 +7,16 @@ from .. import noise
 from ..attribution.curvature import DiagonalFisher
 from ..attribution.names import REMOVAL
 from ..datasets.queries import read_stored
+from ..datasets.repeats import read_repeats
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task
-from ..datasets.training_sets import TrainingSet
+from ..datasets.training_sets import TrainingSet, label_rows
 from ..models.customization import check_customization, check_tokens
 from ..models.lora import is_fused
+from ..models.lora_files import parse_name, read_header
+from ..models.lora_headers import compare_header, parse_header
 from ..models.pipelines import Model, load_model
+from ..runtime.programs import log
 from .inputs import (
     check_pictures,
     load_fisher,
@@ -29,6 +33,20 @@ class Prepared:
     grid: list[int]  # timesteps of the losses
     training_set: TrainingSet
     fisher: DiagonalFisher | None  # of the weights that are unlearned, where any are
+
+
+def tell_headers(args: Namespace, model: Model) -> None:
+    """Says what the headers of a run's LoRA files say otherwise than its data root."""
+    if not args.lora:
+        return
+    settings = read_settings(args.dataroot)
+    _, _, captions = label_rows(args.dataroot)
+    repeats = read_repeats(args.dataroot, len(captions)) if settings["repeats"] else None
+    for name in args.lora[:1]:  # what else changes the model was trained on other images
+        header = parse_header(read_header(parse_name(name).path))
+        few = [[caption] for caption in captions]
+        for note in compare_header(header, few, model.resolution(settings), repeats):
+            log.warning(f"--lora {name}: {note}")
 
 
 def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: str) -> Prepared:
@@ -53,6 +71,7 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
             read_stored(task, args.dataroot, latent_shape, model.embedding_shape)
     fisher = load_fisher(model, args, selection) if selection else None
     training_set = prepare_training_set(model, args)
+    tell_headers(args, model)
     if fisher and selection:
         warn_of_fisher(fisher, training_set, args, selection)
     return Prepared(model, grid, training_set, fisher)

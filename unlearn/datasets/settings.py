@@ -32,6 +32,10 @@ PUBLISHED = {
     "train_lr": 1e-4,
     "train_batch_size": 128,
     "train_schedule": "constant",
+    # Of a LoRA that is trained on the model as it is: rank 0 trains all weights, alpha 0 is the rank.
+    "train_lora_rank": 0,
+    "train_lora_alpha": 0.0,
+    "train_lora_targets": "attention",
     # Its files, and how many training images are used where no number is asked for. num_captions 0:
     # see choose_captions.
     "latents": "laion_latents.npy",
@@ -76,7 +80,17 @@ FOLDERS = {
     "unet": "config.json",
     "train_from": "config.json",
 }  # settings that may name a folder of the data root: what it holds
-MAY_BE_ZERO = ("first", "damping", "unlearn_lr", "unlearn_steps", "top_k", "num_captions", "audit")
+MAY_BE_ZERO = (
+    "train_lora_rank",
+    "train_lora_alpha",
+    "first",
+    "damping",
+    "unlearn_lr",
+    "unlearn_steps",
+    "top_k",
+    "num_captions",
+    "audit",
+)
 LARGEST_NUMBERS = {
     "top_k": 1000,
     "resolution": 4096,

@@ -19,9 +19,9 @@ from ..attribution.caches import cache_losses
 from ..attribution.curvature import DiagonalFisher
 from ..attribution.draws import ImageNoise
 from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
-from ..attribution.fishers import KV, open_fisher
+from ..attribution.fishers import open_fisher, own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
-from ..attribution.removal import RemovalSettings
+from ..attribution.removal import RemovalSettings, own_settings
 from ..attribution.removal_index import row_type
 from ..attribution.settings import LossSettings, UnlearnSettings
 from ..attribution.studies import Study
@@ -38,6 +38,7 @@ from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.customization import check_texts, check_words
+from ..models.lora_files import LoraFile
 from ..models.pipelines import Model, load_model, select_parameters
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..report.page import index_entry, write_index
@@ -48,6 +49,7 @@ from ..storage.hashes import hash_file
 from . import costs
 from .answers import Attribution, read_attribution
 from .cautions import find_cautions
+from .loras import choose_side, compare_loras, fill_caption, open_loras
 from .making import make_picture
 from .models import Source, find_model
 from .planning import count_work, list_done
@@ -86,8 +88,9 @@ def check_images(found: Found) -> None:
 
 def make_fisher(model: Model, images: TrainingSet, root: Path, damping: float) -> DiagonalFisher:
     """The Fisher of a data root, estimated at first use."""
-    path, parameters = root / "sd_fisher.safetensors", select_parameters(model.denoiser, KV)
-    settings = FisherSettings(choose_num_samples(root, len(images)))
+    path, selection = root / "sd_fisher.safetensors", own_selection(model)
+    parameters = select_parameters(model.denoiser, selection)
+    settings = FisherSettings(choose_num_samples(root, len(images)), selection)
     # Another model's, or of other images: its place is this run's own.
     estimate_fisher(model, images, settings, path, overwrite=True)
     return open_fisher(path, model, parameters, damping, SELF)
@@ -104,7 +107,9 @@ def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: 
     """What ranks the images, without the losses before unlearning."""
     settings = read_settings(root)
     grid = noise.timestep_grid(settings["time_samples"], len(model.alpha_bars))
-    unlearning = UnlearnSettings(damping=settings["damping"], num_train=len(images))
+    unlearning = UnlearnSettings(
+        own_selection(model), damping=settings["damping"], num_train=len(images)
+    )
     return Study(
         model,
         {"laion": images},
@@ -207,6 +212,7 @@ def attribute(
     scoring: str = FRONT_SCORINGS[0],
     use_repeats: bool = False,
     command: str = "",
+    lora: str | Path | Sequence[str | Path] = (),
     on_step: Callable[[str], None] = say,
 ) -> list[Attribution]:
     """Which of a model's training images made some pictures: an Attribution of each.
@@ -221,13 +227,17 @@ def attribute(
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
     without an image, or exact, how much worse it explains an image once it has unlearned the
     picture, as published; use_repeats: of removal, an image counts as often as kohya's names of
-    folders say that training saw it. command: that repeats it, for the page. Raises UserError where
-    something is missing or does not fit.
+    folders say that training saw it. command: that repeats it, for the page. lora: LoRA files or
+    folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
+    Raises UserError where something is missing or does not fit.
     """
     check_scoring(scoring, use_repeats)
     several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
     out = Path(out)
     making = check_making(several, prompt, seed, steps, guidance)
+    loras = open_loras([lora] if isinstance(lora, (str, Path)) else lora)
+    if caption is None:
+        caption = fill_caption(loras)
     questions = [ask(picture, prompt, seed) for picture in several]
     with TemporaryDirectory() as scratch:  # a dry run leaves nothing
         place = Path(scratch) if dry_run else out
@@ -238,24 +248,36 @@ def attribute(
         check_writable(out, SELF)
         set_precision("fp32")
         on_step("loading the model")
-        source, loaded = load_source(model, base, place / "model", device)
+        source, loaded = load_source(model, base, place / "model", device, loras)
         check_prompts(loaded, questions)
-        plan, num_bytes = plan_run(found, loaded, out, questions, making, scoring)
+        side = choose_side(loaded, loras)
+        plan, num_bytes = plan_run(found, loaded, out, questions, making, scoring, side)
         if dry_run:
             costs.show_plan(plan, num_bytes)
             return []
     check_space(out, num_bytes)
-    run = partial(answer, found, loaded, source, out, questions, making, scoring, use_repeats)
+    settings = {"name": DATASET, "pipeline": source.pipeline}
+    settings |= {"unet": source.unet} if source.unet else {}
+    settings |= {"lora": list(source.lora)} if source.lora else {}
+    settings |= {"resolution": side} if side else {}
+    notes = compare_loras(loras, found, side)
+    run = partial(answer, found, loaded, source, settings, out, questions, making, scoring)
+    run = partial(run, use_repeats, notes)
     return run(costs.Clock(plan, on_step), top_k, command)
 
 
 def load_source(
-    model: str | Path, base: str | Path | None, place: Path, device: str | None
+    model: str | Path,
+    base: str | Path | None,
+    place: Path,
+    device: str | None,
+    loras: Sequence[LoraFile],
 ) -> tuple[Source, Model]:
     """A model found and loaded. Raises UserError, naming --model, where that cannot be done."""
-    source = find_model(model, base, place)
+    lora = tuple(str(each.named) for each in loras)
+    source = replace(find_model(model, base, place), lora=lora)
     try:
-        loaded = load_model(source.pipeline, choose_device(device), source.unet or None)
+        loaded = load_model(source.pipeline, choose_device(device), source.unet or None, lora=lora)
     except UserError as error:
         raise UserError(str(error).replace("--sd_version", "--model")) from None
     return source, loaded
@@ -280,25 +302,29 @@ def plan_run(
     questions: list[Question],
     making: Making | None,
     scoring: str,
+    side: int,
 ) -> tuple[list[costs.Step], int]:
-    """The steps of a run with their cost, and the bytes that it takes."""
-    resolution = model.resolution({"resolution": 0})
+    """The steps of a run with their cost, and the bytes that it takes. side: pixels of a picture's,
+    0 for the model's own."""
+    resolution = model.resolution({"resolution": side})
     sampling = making.steps * (1 if making.guidance == 1 else 2) if making else None
-    removal = RemovalSettings() if scoring == REMOVAL else None
+    removal = own_settings(model) if scoring == REMOVAL else None
     counts = count_work(found, model, out, questions, sampling, removal)
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
     steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
     row_bytes = row_type(RemovalSettings().sketch_size).itemsize
-    return steps, costs.count_bytes(counts, model, resolution, KV, row_bytes)
+    return steps, costs.count_bytes(counts, model, resolution, own_selection(model), row_bytes)
 
 
 def tell_other_model(out: Path, source: Source) -> None:
     """Says where OUT holds answers of another model, which those of this one replace."""
     path = out / "root/dataset.json"
     before = read_settings(out / "root") if path.is_file() else {}
-    if before and (before["pipeline"], before["unet"]) != (source.pipeline, source.unet):
+    own = source.pipeline, source.unet, list(source.lora)
+    if before and (before["pipeline"], before["unet"], before["lora"]) != own:
+        name = " with ".join([before["unet"] or before["pipeline"], *before["lora"]])
         say(
-            f"{out}: was made with another model, {before['unet'] or before['pipeline']}; what is "
+            f"{out}: was made with another model, {name}; what is "
             f"asked of this one is made anew, other answers stay. Another --out keeps both"
         )
 
@@ -307,18 +333,19 @@ def answer(
     found: Found,
     model: Model,
     source: Source,
+    settings: dict,
     out: Path,
     questions: list[Question],
     making: Making | None,
     scoring: str,
     use_repeats: bool,
+    lora_notes: list[str],
     clock: costs.Clock,
     top_k: int,
     command: str,
 ) -> list[Attribution]:
-    """The part of `attribute` that computes and writes."""
-    settings = {"name": DATASET, "pipeline": source.pipeline}
-    settings |= {"unet": source.unet} if source.unet else {}
+    """The part of `attribute` that computes and writes. settings: of the data root; lora_notes: what
+    the page says of LoRA."""
     tell_other_model(out, source)
     made = make_data_root(found, out / "root", settings)
     say(made.describe())
@@ -345,7 +372,7 @@ def answer(
         "",
         is_shown=False,
         cautions=cautions,
-        remarks=remarks,
+        remarks=[*remarks, *lora_notes],
     )
     different = list(dict.fromkeys(tasks))
     if scoring == REMOVAL:

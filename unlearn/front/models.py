@@ -37,6 +37,7 @@ class Source:
 
     pipeline: str  # diffusers folder or name on the hub
     unet: str = ""  # the folder of another UNet with its schedule
+    lora: tuple[str, ...] = ()  # FILE[:WEIGHT] of LoRA files that change it
 
 
 def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source:
@@ -140,15 +141,10 @@ def explain_folder(folder: Path) -> str:
 
 
 def explain_lora(path: Path) -> str:
-    """That LoRA files are not used yet, and how one is merged."""
-    code = (
-        "from diffusers import DiffusionPipeline as P; p = P.from_pretrained('BASE'); "
-        f"p.load_lora_weights({str(path)!r}); p.fuse_lora(); p.unload_lora_weights(); "
-        "p.save_pretrained('merged')"
-    )
+    """How a LoRA file is given."""
     return (
-        "a LoRA file, which cannot be given yet; merge it into its base model (put that for BASE) "
-        f"and give --model merged: python -c {shlex.quote(code)}"
+        "a LoRA file; give the model that it was trained on, and it beside that: "
+        f"--model BASE --lora {shlex.quote(str(path))}"
     )
 
 

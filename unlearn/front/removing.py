@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
+from ..attribution.removal import own_settings
 from ..attribution.removal_studies import RemovalStudy
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
@@ -37,8 +38,8 @@ def open_removal(
         repeats = tuple(originals[file].repeats if file in originals else 1 for file in files)
     if set(repeats) == {1}:
         repeats = ()
-    place = results / "removal" / BASE
-    return RemovalStudy(model, {"laion": images}, place, repeats=repeats, overwrite=True)
+    place, settings = results / "removal" / BASE, own_settings(model)
+    return RemovalStudy(model, {"laion": images}, place, settings, repeats=repeats, overwrite=True)
 
 
 def remove_each(study: RemovalStudy, tasks: list[Task], output: Output, clock: costs.Clock) -> None:

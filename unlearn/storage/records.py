@@ -107,6 +107,9 @@ MEANINGS = {
     "warmup": ("steps before the full learning rate", None),
     "members": ("images that the model was trained on", None),
     "start": ("trained UNet that training starts from", "data root"),
+    "lora_rank": ("rank of the LoRA that was trained", None),
+    "lora_alpha": ("alpha of the LoRA that was trained", None),
+    "lora_targets": ("layers that the LoRA changes", None),
     "recipe": ("how the model was trained", None),
 }
 
