@@ -35,6 +35,7 @@ from ..evaluation.scores import OURS
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
 from ..models.pipelines import Model, load_model
+from ..retraining.lora import TARGETS, with_fresh_lora
 from ..retraining.measures import (
     LOSS_TIMESTEPS,
     MeasureSettings,
@@ -81,7 +82,20 @@ def recipe_of(args: Namespace, settings: dict, num_images: int) -> Recipe:
         args.mixed_precision,
         read_repeats(args.dataroot, num_images),
         settings["train_from"],
+        args.train_lora_rank,
+        float(args.train_lora_alpha or args.train_lora_rank),
+        args.train_lora_targets,
     )
+
+
+def open_model(args: Namespace) -> Model:
+    """The model that is trained: the untrained one, or the base model with a fresh LoRA."""
+    rank = args.train_lora_rank
+    model = load_model(args.sd_version, args.device, args.unet, trained=bool(rank))
+    if not rank:
+        return model
+    alpha = float(args.train_lora_alpha or rank)
+    return with_fresh_lora(model, rank, alpha, args.train_lora_targets)
 
 
 def plan_settings(args: Namespace) -> PlanSettings:
@@ -202,6 +216,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument("--train_lr", type=float, help="learning rate of AdamW")
     parser.add_argument("--train_batch_size", type=int, help="images a step")
     parser.add_argument("--train_schedule", choices=SCHEDULES, help="of the learning rate")
+    parser.add_argument(
+        "--train_lora_rank",
+        type=int,
+        help="trains a LoRA of this rank on the model as it is, not the model (default 0: no LoRA)",
+    )
+    parser.add_argument(
+        "--train_lora_alpha", type=float, help="its alpha, a factor alpha / rank (default the rank)"
+    )
+    parser.add_argument(
+        "--train_lora_targets", choices=TARGETS, help="layers that it changes (default attention)"
+    )
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)"
     )
@@ -398,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode = (
         feature_encoder(args.features, args.device, args.vae_batch_size) if args.features else None
     )
-    model = load_model(args.sd_version, args.device, args.unet, trained=False)
+    model = open_model(args)
     measuring = check_measures(model, args, tasks)
     training_set = prepare_training_set(model, args)
     recipe = recipe_of(args, settings, len(training_set))

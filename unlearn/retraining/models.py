@@ -13,6 +13,7 @@ from .. import noise
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.generation import make_pictures
+from ..models.lora import has_matrices
 from ..models.pipelines import Model, replaced_weights
 from ..runtime.programs import progress
 from ..storage.artifacts import write_json, write_tensors
@@ -25,6 +26,7 @@ from ..storage.records import (
     record_path,
     write_record,
 )
+from .lora import read_matrices, save_lora
 from .measures import MeasureSettings, Questions, compare_pictures, query_losses, write_pictures
 from .plans import Plan
 from .recipes import Recipe
@@ -79,7 +81,11 @@ def train_stack(
         )
     for path, identity, tensors in zip(paths, identities, weights):
         record_path(path).unlink(missing_ok=True)
-        write_record(path, identity, model.device, write_tensors(path, tensors))
+        if recipe.lora_rank:
+            content = save_lora(model, path, tensors, recipe.lora_rank, recipe.lora_alpha)
+        else:
+            content = write_tensors(path, tensors)
+        write_record(path, identity, model.device, content)
     for plan in plans:
         for leftover in checkpoint.parent.glob(f".{plan.name}-*.checkpoint"):
             leftover.unlink()
@@ -200,7 +206,8 @@ def finish(
 ) -> None:
     """Measures one trained model and writes its file. cost: what training it took, where it was
     trained now."""
-    tensors = read_tensors(weights, "trained weights")
+    is_lora = has_matrices(model.denoiser)
+    tensors = read_matrices(weights) if is_lora else read_tensors(weights, "trained weights")
     values = measure(model, tensors, questions, weights.parent, plan.name)
     write_json(
         path,

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models.pipelines import Model
 from ..models.unets import load_unet
 from ..storage.hashes import digest, hash_tensors
+from .lora import first_matrices
 
 WARMUP_STEPS = 100
 SCHEDULES = {  # name -> factor of the learning rate at a step of so many
@@ -40,6 +41,10 @@ class Recipe:
     repeats: tuple[int, ...] = ()
     # Folder of a trained UNet whose weights training starts from; "": random ones, by the seed.
     start: str = ""
+    # Of a LoRA, which is trained on the model as it is; 0: all weights are trained.
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: str = "attention"  # a key of `lora.TARGETS`
 
     def num_steps(self, num_images: int) -> int:
         """Steps of a whole training."""
@@ -58,10 +63,25 @@ class Recipe:
         warmup = min(1, (step + 1) / WARMUP_STEPS)
         return self.rate * warmup * SCHEDULES[self.schedule](step, num_steps)
 
+    def first_weights(self, denoiser: UNet2DConditionModel) -> Weights:
+        """The weights that are trained, {name: tensor}, as training starts from them."""
+        if self.lora_rank:
+            return first_matrices(denoiser, self.lora_rank, self.lora_targets, self.seed)
+        return initial_weights(denoiser, self.seed, self.start)
+
+    def hash_first_weights(self, denoiser: UNet2DConditionModel) -> str:
+        """Hash of all weights as training starts, those included that it does not change."""
+        if not self.lora_rank:
+            return hash_initial_weights(denoiser, self.seed, self.start)
+        return digest(hash_base(denoiser), hash_tensors(self.first_weights(denoiser)))
+
     def identity(self, model: Model, training_set: TrainingSet) -> dict:
         """Identity of models trained so, but for the images left out."""
         recipe = asdict(self)
         del recipe["start"]  # said by the initial weights
+        if not self.lora_rank:  # as before there were any
+            for name in ("lora_rank", "lora_alpha", "lora_targets"):
+                del recipe[name]
         if not recipe["repeats"]:  # as before there were any
             del recipe["repeats"]
         else:
@@ -71,7 +91,7 @@ class Recipe:
             "prediction_type": model.prediction_type,
             "noise_schedule": model.identity["schedule"],
             "unet": digest(own_configuration(model.denoiser)),
-            "initial_weights": hash_initial_weights(model.denoiser, self.seed, self.start),
+            "initial_weights": self.hash_first_weights(model.denoiser),
             "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}",
             "warmup": WARMUP_STEPS,
             "training_set": training_set.identity,
@@ -107,6 +127,14 @@ def initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") 
         # A pair only where it is asked for the settings that it does not take.
         made = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(denoiser.config))
     return made.state_dict()
+
+
+@cache
+def hash_base(denoiser: UNet2DConditionModel) -> str:
+    """Hash of the weights that a LoRA stands beside."""
+    return hash_tensors(
+        {name: value for name, value in denoiser.named_parameters() if ".lora_" not in name}
+    )
 
 
 @cache  # every model of a seed starts with the same ones

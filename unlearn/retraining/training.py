@@ -18,7 +18,7 @@ from ..models.pipelines import Model
 from ..runtime.signals import finishing
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
 from .batches import draw_step
-from .recipes import BETAS, WEIGHT_DECAY, Recipe, Weights, initial_weights
+from .recipes import BETAS, WEIGHT_DECAY, Recipe, Weights
 
 
 def mean_losses(
@@ -53,7 +53,7 @@ def mean_losses(
 def make_weights(model: Model, recipe: Recipe, num_models: int, device: torch.device) -> Weights:
     """Initial weights as leaves that need gradients, one a name: [...] of one model, [num_models,
     ...] of several."""
-    weights = initial_weights(model.denoiser, recipe.seed, recipe.start)
+    weights = recipe.first_weights(model.denoiser)
     if num_models > 1:
         weights = {name: value.expand(num_models, *value.shape) for name, value in weights.items()}
     return {

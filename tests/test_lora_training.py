@@ -1,0 +1,127 @@
+"""LoRA trained by `retrain`: it starts as the base model, changes its matrices alone, and its file is
+one that diffusers and this program load."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from diffusers import DiffusionPipeline
+from test_lora import TINY, predict
+from test_training import RECIPE, distance, members_without, same
+
+from unlearn.commands import retrain
+from unlearn.models.lora import has_matrices
+from unlearn.models.lora_files import Named, read_lora
+from unlearn.models.pipelines import load_model
+from unlearn.retraining.lora import first_matrices, list_targets, read_matrices, with_fresh_lora
+from unlearn.retraining.training import train
+from unlearn.storage.reading import read_tensors
+
+LORA = replace(RECIPE, rate=1e-2, lora_rank=2, lora_alpha=4.0, lora_targets="linear")
+
+
+@pytest.fixture(scope="module")
+def images(training_set):
+    return training_set.first(12)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """The miniature pipeline with a LoRA that changes nothing yet."""
+    return with_fresh_lora(load_model(TINY, "cpu"), 2, 4.0, "linear")
+
+
+@pytest.fixture(scope="module")
+def trained(fresh, images):
+    """The matrices of a LoRA trained on all images."""
+    return train(fresh, images, members_without(12), LORA)[0]
+
+
+def test_a_fresh_lora_changes_nothing(model, fresh):
+    torch.testing.assert_close(predict(fresh)[0], predict(model)[0], rtol=1e-6, atol=1e-7)
+    assert has_matrices(fresh.denoiser)
+
+
+def test_layers_are_those_that_diffusers_or_kohya_choose(model):
+    attention, linear = (list_targets(model.denoiser, name) for name in ("attention", "linear"))
+    assert len(attention) == 4 * 2 * 4 and attention.keys() < linear.keys()
+    assert len(linear) == 4 * (8 + 2 + 2)
+
+
+def test_training_moves_the_matrices_alone(fresh, trained, images):
+    first = first_matrices(fresh.denoiser, 2, "linear", 0)
+    assert trained.keys() == first.keys() and distance(trained, first) > 1e-3
+    assert all(
+        float(value.abs().max()) > 0 for name, value in trained.items() if ".lora_B." in name
+    )
+
+
+def test_another_seed_starts_from_other_matrices_and_the_same_one_from_the_same(fresh):
+    first, again, other = (first_matrices(fresh.denoiser, 2, "linear", seed) for seed in (0, 0, 1))
+    assert same(first, again) and not same(first, other)
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(fresh, trained, images, tmp_path):
+    class Killed(Exception):
+        pass
+
+    seen = []
+
+    def kill(count):
+        seen.append(count)
+        if sum(seen) == 3:  # in the second epoch of two steps
+            raise Killed
+
+    path = tmp_path / "x.checkpoint"
+    with pytest.raises(Killed):
+        train(fresh, images, members_without(12), LORA, path, kill)
+    assert path.exists()
+    assert same(train(fresh, images, members_without(12), LORA, path)[0], trained)
+
+
+def test_a_lora_without_an_image_is_the_same_alone_or_stacked(fresh, images):
+    members = np.concatenate([members_without(12, 3), members_without(12, 0, 7)])
+    together = train(fresh, images, members, LORA)
+    for row, stacked in enumerate(together):
+        alone = train(fresh, images, members[row : row + 1], LORA)[0]
+        for name, value in alone.items():
+            torch.testing.assert_close(stacked[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_identity_of_models_without_a_lora_is_as_before(model, fresh, images):
+    names = {"lora_rank", "lora_alpha", "lora_targets"}
+    assert not names & RECIPE.identity(model, images).keys()
+    identity = LORA.identity(fresh, images)
+    assert names <= identity.keys()
+    other = replace(LORA, seed=1).identity(fresh, images)
+    assert identity["initial_weights"] != other["initial_weights"]
+
+
+def test_retrain_writes_a_lora_that_diffusers_and_this_program_load(tmp_path):
+    flags = ["full", "--dataroot", str(PARITY / "fixture/abc"), "--sd_version", TINY]
+    flags += ["--device", "cpu", "--laion_subset_size", "12", "--result_dir", str(tmp_path)]
+    flags += ["--train_lora_rank", "2", "--train_lora_alpha", "4", "--train_epochs", "1"]
+    retrain.main([*flags, "--train_batch_size", "6", "--train_lr", "1e-2"])
+    folder = tmp_path / "retrain/full-seed0"
+    path = folder / "model.safetensors"
+    record = json.loads((folder / "model.json").read_text())["identity"]
+    assert (record["lora_rank"], record["lora_alpha"]) == (2, 4.0)
+    assert all(name.startswith("unet.") for name in read_tensors(path))
+    assert {pair.scale for pair in read_lora(Named(path, 1.0)).pairs.values()} == {2.0}
+    ours = load_model(TINY, "cpu", lora=[str(folder)])
+    matrices = read_matrices(path)
+    parameters = dict(ours.denoiser.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in matrices.items())
+    pipeline = DiffusionPipeline.from_pretrained(TINY, safety_checker=None)
+    pipeline.load_lora_weights(folder, weight_name="model.safetensors")
+    expected, text = predict(ours)
+    noisy = torch.randn(2, *ours.latent_shape(64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = pipeline.unet(noisy, torch.tensor([10, 700]), text.expand(2, -1, -1)).sample
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    files = sorted(folder.iterdir())
+    retrain.main([*flags, "--train_batch_size", "6", "--train_lr", "1e-2"])  # keeps what is there
+    assert sorted(folder.iterdir()) == files
