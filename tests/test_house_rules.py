@@ -152,7 +152,7 @@ def test_the_package_never_imports_a_script(name):
     assert not roots(name) & set(SCRIPTS)
 
 
-@pytest.mark.parametrize("name", ["attribute", "doctor", "report"])
+@pytest.mark.parametrize("name", ["attribute", "convert", "doctor", "report"])
 @pytest.mark.parametrize("words, status", [(["--help"], 0), (["--no_such_flag"], 2)], ids=str)
 def test_what_newcomers_call_shows_help_and_mistakes_without_what_takes_seconds(
     name, words, status

@@ -12,6 +12,7 @@ COMMANDS = {  # and what they do; a command is imported when it is called
     "attribute": "Answer in one command: which of these images made this picture?",
     "baselines": "Score the training images by other methods: similarity, influence, TRAK.",
     "benchmark": "Measure time, memory, FLOPs and fidelity of the ways of scoring.",
+    "convert": "Make a diffusers folder of what people have of a model.",
     "doctor": "Examine this machine, a data root, its models and results.",
     "encode": "Make latents and embeddings of a data root's pictures and captions.",
     "evaluate": "Measure rankings: retrieval, retrained models, agreement.",

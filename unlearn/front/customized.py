@@ -14,12 +14,10 @@ from ..models.customization import (
     read_customization,
 )
 from ..models.pipelines import load_model, replaced_weights
+from ..models.weights import INDEX, LEFT_OUT
 from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest, hash_tensors
-
-INDEX = "model_index.json"
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no loss asks for
 
 
 def is_customized(folder: Path) -> bool:

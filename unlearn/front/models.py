@@ -14,21 +14,25 @@ from transformers.utils import logging as transformers_logging
 from ..errors import UserError
 from ..models.checks import OTHER_FAMILIES
 from ..models.customization import CUSTOMIZED_WEIGHTS
+from ..models.weights import (
+    INDEX,
+    WEIGHTS,
+    check_pointer,
+    find_absent,
+    find_weights,
+    is_ordinary,
+    is_wrapped,
+    list_weights,
+)
 from ..runtime.programs import say
 from ..storage.artifacts import own_part, write_json, write_tensors
 from ..storage.hashes import digest
-from ..storage.reading import list_visible, plain_names, read_json, read_tensors, read_text
-from .customized import INDEX, LEFT_OUT, drop_parts, is_customized, merge_customization
+from ..storage.reading import list_visible, read_json, read_tensors, read_text
+from .customized import drop_parts, is_customized, merge_customization
 
-WEIGHTS = {  # of each part: its weights' name without variant and suffix; others' names of it
-    "unet": ("diffusion_pytorch_model", ()),
-    "vae": ("diffusion_pytorch_model", ()),
-    "text_encoder": ("model", ("pytorch_model",)),
-}
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 UNSUPPORTED = (".gguf", ".onnx", ".zip", ".tar", ".7z")
 LORA = "pytorch_lora_weights.safetensors"
-POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -148,45 +152,16 @@ def explain_lora(path: Path) -> str:
     )
 
 
-def check_pointer(path: Path) -> None:
-    """Raises UserError where a weight file is git-lfs's note of one."""
-    with open(path, "rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise UserError(
-                f"--model {path}: git-lfs's note of a file, not the file; in its folder: git lfs pull"
-            )
-
-
-def list_weights(folder: Path, part: str) -> list[Path]:
-    """Weight files of a part, best first: whole before a variant's, safetensors before others."""
-    stem, others = WEIGHTS[part]
-    found = []
-    for suffix in (".safetensors", ".bin"):
-        for name in (stem, *others):
-            found += list_visible(folder / part, f"{name}{suffix}")
-            found += list_visible(folder / part, f"{name}{suffix}.index.json")
-            found += list_visible(folder / part, f"{name}.*{suffix}")
-    return [path for path in found if "non_ema" not in path.name]
-
-
 def find_faults(folder: Path) -> dict[str, Path]:
-    """{part: the weights that stand there under another name or in another format than is loaded}.
+    """{part: the weights that stand there under other names or in another format than is loaded}.
     Raises UserError where a part has none, or a note of git-lfs."""
     index, faults = read_object(folder / INDEX), {}
-    for part, (stem, _) in WEIGHTS.items():
+    for part in WEIGHTS:
         if not (folder / part).is_dir() or not isinstance(index.get(part), list):
             continue
-        found = list_weights(folder, part)
-        if not found:
-            there = ", ".join(path.name for path in list_visible(folder / part)) or "nothing"
-            raise UserError(
-                f"--model {folder}: its {part} has no weights ({stem}.safetensors or .bin); "
-                f"there: {there}; download it again"
-            )
-        check_pointer(found[0])
-        ordinary = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-        if found[0].name not in ordinary or is_wrapped(found[0]):
-            faults[part] = found[0]
+        path = find_weights(folder, part, f"--model {folder}")
+        if not is_ordinary(path, part):
+            faults[part] = path
     return faults
 
 
@@ -196,11 +171,7 @@ def complete_folder(folder: Path, place: Path) -> Path:
     index, faults = read_object(folder / INDEX), find_faults(folder)
     if any(part in index for part in OTHER_FAMILIES):
         return folder  # refused by name when it is loaded
-    absent = [
-        part
-        for part in LEFT_OUT
-        if isinstance(index.get(part), list) and index[part][0] and not (folder / part).is_dir()
-    ]
+    absent = find_absent(folder)
     if not faults and not absent:
         return folder
     for part, path in faults.items():
@@ -222,7 +193,7 @@ def replace_unet(pipeline: Path, unet: Path, place: Path) -> Path:
             f"--model {unet}: a UNet's configuration without weights "
             f"(diffusion_pytorch_model.safetensors)"
         )
-    check_pointer(found[0])
+    check_pointer(found[0], f"--model {unet}")
     say(f"{unet}: a UNet alone; the other parts are those of {pipeline}")
     index = read_object(pipeline / INDEX)
     return assemble(pipeline, place, {"unet": found[0]}, {"unet": unet}, index)
@@ -271,13 +242,6 @@ def put_weights(source: Path, target: Path) -> None:
     write_tensors(target, {name: tensor.contiguous().clone() for name, tensor in tensors.items()})
 
 
-def is_wrapped(path: Path) -> bool:
-    """Whether torch.compile or a wrapper has renamed the tensors of a safetensors file."""
-    if path.suffix != ".safetensors":
-        return False
-    return any(name != plain for name, plain in plain_names(list_tensors(path)).items())
-
-
 def list_tensors(path: Path) -> list[str]:
     """Names of the tensors of a safetensors file. Raises UserError where it is none."""
     try:
@@ -306,7 +270,7 @@ def convert_file(path: Path, base: str | Path | None, place: Path) -> Path:
             f"--model {path}: expected a diffusers folder or a checkpoint "
             f"({', '.join(CHECKPOINTS)}); quantized and exported models cannot be used"
         )
-    check_pointer(path)
+    check_pointer(path, f"--model {path}")
     if path.suffix == ".safetensors":
         check_keys(path, list_tensors(path))
     status = path.stat()

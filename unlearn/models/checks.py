@@ -17,6 +17,7 @@ from ..storage.reading import list_visible, read_json
 if TYPE_CHECKING:
     from .pipelines import Model
 from .parts import CLASSES, Parts, class_names, read_index, read_parts
+from .weights import check_weights
 
 MODULES = (
     None,
@@ -259,6 +260,7 @@ def check_pipeline(folder: str | Path, unet: str = "") -> None:
     if unet:
         check_sizes(Path(unet).parent, [Path(unet).name])
     check_fit(folder, read_parts(folder, unet), unet)
+    check_weights(Path(folder), unet)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import transformers
 
 from ..errors import UserError
 from ..storage.reading import read_json
+from .weights import convert_command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,7 +42,8 @@ def read_index(folder: str | Path) -> Any:
     if not path.exists():
         raise UserError(
             f"--sd_version {folder}: a folder without {path.name} is no Stable Diffusion "
-            f"pipeline in diffusers' format"
+            f"pipeline in diffusers' format; of a checkpoint file or a folder of the hub's cache "
+            f"one is made by: {convert_command(folder)}"
         )
     return read_json(path, "--sd_version")
 

@@ -25,6 +25,7 @@ from .parts import parts_of
 from .passes import replace_feed_forward
 from .text_attention import KeysValues, project_text, share_texts
 from .unets import check_unet_folder, load_unet
+from .weights import find_absent
 
 SELECTIONS = {  # of a UNet's parameters, by name
     "cross-attn-kv": r"\.attn2\.to_[kv]\.",
@@ -196,6 +197,8 @@ def load_model(
     if Path(name).exists():
         check_pipeline(name, unet)
     parts = load_unet(unet, trained) if unet else {}
+    if Path(name).exists():
+        parts |= dict.fromkeys(find_absent(Path(name)))
     try:
         if not Path(name).exists():  # before gigabytes are downloaded
             check_classes(
@@ -204,7 +207,7 @@ def load_model(
                 unet,
             )
         pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, safety_checker=None, **parts
+            name, use_safetensors=True, **{"safety_checker": None, **parts}
         ).to(dtype=torch.float32)
         if not all(getattr(pipeline, part, None) for part in PARTS):
             raise UserError(
