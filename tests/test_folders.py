@@ -371,3 +371,35 @@ def test_a_table_of_metadata_serves_a_data_root_too(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,1\n")
     with pytest.raises(UserError, match="no captions; expected them as text, caption or prompt"):
         pair_images(tmp_path, tmp_path / "metadata.csv")
+
+
+@pytest.mark.parametrize("kind", ["lines", "jsonl"])
+def test_a_training_image_may_be_a_link_whatever_names_it_and_a_name_may_not_lead_out(
+    kind, tmp_path
+):
+    images, captions = tmp_path / "images", tmp_path / {"lines": "c.txt", "jsonl": "c.jsonl"}[kind]
+    draw(images / "a.png")
+    draw(tmp_path / "outside/b.png")
+    (images / "b.png").symlink_to(tmp_path / "outside/b.png")
+    pairs = {"a.png": "a", "b.png": "b"}
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in pairs.items()]
+    captions.write_text("\n".join(pairs.values() if kind == "lines" else rows))
+    paths, found = pair_images(images, captions)
+    assert [path.name for path in paths] == list(pairs) and found == [["a"], ["b"]]
+    if kind == "jsonl":
+        captions.write_text(json.dumps({"file_name": "../outside/b.png", "text": "b"}))
+        with pytest.raises(UserError, match="names of files below the folder"):
+            pair_images(images, captions)
+
+
+def test_a_root_whose_captions_and_images_are_not_the_same_is_told_the_way_on(tmp_path):
+    draw(tmp_path / "images/a.png")
+    for names in (["a.png", "gone.png"], ["sub\\a.png"]):
+        lines = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+        (tmp_path / "c.jsonl").write_text("\n".join(lines))
+        with pytest.raises(UserError, match="with /; take such out, or .* attribute --images"):
+            pair_images(tmp_path / "images", tmp_path / "c.jsonl")
+    draw(tmp_path / "images/b.png")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}))
+    with pytest.raises(UserError, match="first b.png; take such out"):
+        pair_images(tmp_path / "images", tmp_path / "c.jsonl")

@@ -45,6 +45,10 @@ UNREAD_SUFFIXES = {
 PAIRS_SHOWN = 3
 NAME_IT = "and name that file as `captions` in dataset.json"
 NAMED_LINE = re.compile(r"""["']?(.+?\.\w{3,5})["']?\s*[\s,;:#|]\s*(.+)""")  # b.png a dog
+OTHERS = (  # the way on
+    "take such out, or have a data root made of the folder, which leaves them out: python -m unlearn "
+    "attribute --images FOLDER"
+)
 COCO_CAPTIONS = 5  # of each image; a few have six or seven. Source: [AbU] on MSCOCO
 BEGINNINGS = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*", re.DOTALL
@@ -229,7 +233,7 @@ def match_files(
     annotated."""
     found = {path.relative_to(folder).as_posix() for path in walk_visible(folder)}
     for name, _ in entries:
-        if name not in found or os.path.islink(Path(folder) / name):  # through a link
+        if name not in found:  # above the folder, or through a link to another
             resolve_inside(folder, name, f"{path}")
     missing = [
         name for name, _ in entries if name not in found and not (Path(folder) / name).is_file()
@@ -237,7 +241,7 @@ def match_files(
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(entries)} captions without images: not in {folder}, "
-            f"first {missing[0]}"
+            f"first {missing[0]}; names are relative to that folder, with /; {OTHERS}"
         )
     images = {
         name
@@ -249,7 +253,7 @@ def match_files(
     if extra:
         raise UserError(
             f"{folder}: {len(extra)} of {len(images)} images without captions in "
-            f"{Path(path).name}, first {extra[0]}"
+            f"{Path(path).name}, first {extra[0]}; {OTHERS}"
         )
 
 

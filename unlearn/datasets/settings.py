@@ -129,6 +129,7 @@ def check_files(item: str, settings: dict) -> None:
             raise UserError(
                 f"{item}: {key}: expected a path inside the data root, relative to it and no .., "
                 f"found {settings[key]}"
+                f"{'; put the pictures into a folder of it' if not path.parts else ''}"
             )
         if not path.parts:
             continue
