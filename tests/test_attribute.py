@@ -511,6 +511,34 @@ def test_each_step_says_what_is_left_in_all_and_it_falls(folder, tmp_path, ask):
     assert left == sorted(left, reverse=True)
 
 
+def test_the_pace_is_that_of_the_size_that_fills_the_device_whatever_disturbs_a_pass(monkeypatch):
+    now, disturbed = [0.0], [True]
+
+    def run(size):  # 10 ms to start, 2 ms each; the first counted one is disturbed
+        now[0] += 0.010 + 0.002 * size + (0.05 if disturbed.pop() else 0)
+        disturbed.append(len(sizes) == 0)
+        sizes.append(size)
+        return torch.zeros(size)
+
+    sizes = []
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    alone, each = costs.time_one(run, 200)
+    assert sizes[:2] == [1, 1] and sizes[-1] == 200
+    assert alone == pytest.approx(0.062) and each == pytest.approx(0.002 + 0.01 / 200)
+
+
+def test_what_was_there_already_tells_nothing_of_the_pace(monkeypatch):
+    steps = [costs.Step("a", "", 50.0), costs.Step("b", "", 20.0)]
+    lines, now = [], [0.0]
+    monkeypatch.setattr(costs.time, "monotonic", lambda: now[0])
+    clock = costs.Clock(steps, lines.append)
+    with clock.step("a"):
+        now[0] += 0.1
+    with clock.step("b"):
+        pass
+    assert "about 70 s left" in lines[0] and "about 20 s left" in lines[1]
+
+
 def test_what_is_left_follows_the_pace_of_what_was_done(monkeypatch):
     steps = [costs.Step("a", "", 10.0), costs.Step("b", "", 20.0), costs.Step("c", "", 40.0)]
     lines, now = [], [0.0]

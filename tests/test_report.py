@@ -388,11 +388,13 @@ def test_shares_of_groups_sum_to_one_and_count_positive_scores_only():
 def test_an_interval_and_another_ranking_are_shown_where_they_are_known(tmp_path):
     rows = [
         Row(str(n), str(n), "", 2.0 - n, low=1.5 - n, high=2.5 - n, other_rank=50 - n)
-        for n in range(12)
+        for n in range(24)
     ]
     found = Page(write_report(tmp_path, Report("q", rows, comparison="similarity of pixels")))
     assert "between +1.5 and +2.5" in found.text and "rank 50 by similarity of pixels" in found.text
     assert "Of the first 10, 0 are also among the first 10 by similarity of pixels" in found.text
+    few = Page(write_report(tmp_path, Report("q", rows[:12], comparison="similarity of pixels")))
+    assert "are also among the first" not in few.text  # of 12 nearly all are
     plain = Page(write_report(tmp_path, Report("q", make_rows(some_scores(12)))))
     assert "between" not in plain.text and "rank 50" not in plain.text
 

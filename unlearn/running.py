@@ -206,7 +206,8 @@ def save_removal(
     folder.mkdir(parents=True, exist_ok=True)
     name_query(query)
     own = float(study.maker.explain(query, [0])[0])
-    warnings = results.find_strange(own, study.highest_losses)
+    cautions = output.cautions.get(task.synth_image_path, [])
+    warnings = [*cautions, *results.find_strange(own, study.highest_losses)]
     ranking = Ranking.of_scores(
         study.image_sets, draws.sum(axis=0), warnings, find_intervals(draws)
     )

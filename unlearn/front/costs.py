@@ -16,7 +16,7 @@ from ..runtime.programs import followed_by
 GRADIENT = 2.1
 BACKWARD = 2  # a backward pass of one sample to all weights alone
 WAS_THERE = 0.02  # of what a step should take: what it takes where its files are there already
-LONG_ENOUGH = 0.4  # seconds of passes that tell their pace
+LONG_ENOUGH = 1.0  # seconds of passes that tell their pace
 FISHER_SECTIONS = 32
 
 

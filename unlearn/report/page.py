@@ -124,7 +124,10 @@ def list_all(report: Report) -> dict:
 
 
 def compare_first(report: Report) -> str | None:
-    """How many of the first images another method puts first too, in a sentence."""
+    """How many of the first images another method puts first too, in a sentence; None where that is
+    not known, or is no wonder because there are hardly others."""
+    if len(report.rows) < 2 * NUM_MARKED:
+        return None
     ranks = [row.other_rank for row in report.rows[:NUM_MARKED]]
     if report.comparison is None or not ranks or None in ranks:
         return None
