@@ -60,5 +60,5 @@ def model():
 def training_set(model):
     """The sixty images of the miniature data root."""
     return open_training_set(
-        PARITY / "fixture/abc", "abc", model.latent_shape(512), model.embedding_shape
+        PARITY / "fixture/abc", "abc", model.latent_shape(512), model.conditioning_shapes
     )

@@ -122,25 +122,21 @@ def prepare():
         module.load_model = lambda *names, **more: model  # a child changes its own copy
     encode_images = queries.encode_images
     encode = lru_cache(None)(
-        lambda paths, resolution, mirrored: encode_images(
-            model.pipeline, paths, resolution, mirrored
-        )
+        lambda paths, resolution, mirrored: encode_images(model, paths, resolution, mirrored)
     )
-    queries.encode_images = lambda pipeline, paths, resolution, mirrored=False, batch_size=20: (
-        encode(tuple(paths), resolution, mirrored)
+    queries.encode_images = lambda model, paths, resolution, mirrored=False, batch_size=20: encode(
+        tuple(paths), resolution, mirrored
     )
     draws.chunk_rows.__defaults__ = (3,)
     newton.CHECKPOINT_DRAWS, estimation.CHUNK_SAMPLES = 4, 10
     # Encoded here, once: the children find the pictures in the cache that they inherit.
     for path in sorted((FIXTURE / "abc/synth").rglob("*.png")):
-        queries.encode_images(
-            model.pipeline, [FIXTURE / "abc" / path.relative_to(FIXTURE / "abc")], 512
-        )
+        queries.encode_images(model, [FIXTURE / "abc" / path.relative_to(FIXTURE / "abc")], 512)
     exemplars = tuple(
         (FIXTURE / f"abc/exemplar/tiny/{number}.png").resolve() for number in range(5)
     )
     for mirrored in False, True:
-        queries.encode_images(model.pipeline, exemplars, 512, mirrored)
+        queries.encode_images(model, exemplars, 512, mirrored)
 
 
 def kill_after_renames(count):

@@ -62,9 +62,9 @@ def main():
         args.dataroot,
         settings["name"],
         model.latent_shape(model.resolution(settings)),
-        model.embedding_shape,
+        model.conditioning_shapes,
     )
-    grid, ratios = timestep_grid(settings["time_samples"], len(model.alpha_bars)), []
+    grid, ratios = timestep_grid(settings["time_samples"], model.num_train_timesteps), []
     identity = LossSettings(grid).identity(model, images)
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -100,10 +100,8 @@ def customize_with_the_base_weights(model, root):
 def write_stored(model, root, dtype=np.float32):
     """Stores what the first query's picture and prompt are encoded to as row 2 of 3; the task that
     names it."""
-    latent = (
-        encode_images(model.pipeline, [root / BASE["synth_image_path"]], 512).numpy().astype(dtype)
-    )
-    embedding = encode_prompts(model.pipeline, [BASE["prompt"]]).numpy().astype(dtype)
+    latent = encode_images(model, [root / BASE["synth_image_path"]], 512).numpy().astype(dtype)
+    embedding = encode_prompts(model, [BASE["prompt"]])["embeddings"].numpy().astype(dtype)
     np.save(root / "latents.npy", np.concatenate([latent + 1, latent - 1, latent]))
     np.save(root / "embeddings.npy", np.concatenate([embedding + 1, embedding - 1, embedding]))
     return {**BASE, "latents": "latents.npy", "embeddings": "embeddings.npy", "row": 2}

@@ -35,13 +35,15 @@ from unlearn.baselines.similarity import cosine_scores, mean_features, normalise
 from unlearn.baselines.similarity_methods import Cosines
 from unlearn.commands import baselines
 from unlearn.datasets import queries
+from unlearn.datasets.conditioning import repeat_texts
 from unlearn.datasets.encoders import encode_images as encode_real_images
 from unlearn.datasets.encoders import encode_prompts
 from unlearn.datasets.tasks import load_tasks
 from unlearn.datasets.training_sets import TrainingSet
 from unlearn.evaluation.rankings import read_influence
+from unlearn.models.families.betas import TARGETS
 from unlearn.models.generation import generate_latents, initial_noise
-from unlearn.models.pipelines import TARGETS, load_model, select_parameters, tracked
+from unlearn.models.pipelines import load_model, select_parameters, tracked
 from unlearn.storage.artifacts import write_tensors
 from unlearn.storage.reading import read_tensors
 from unlearn.storage.records import record_path, write_record
@@ -111,7 +113,7 @@ def exact(model):
     exact.pipeline = SimpleNamespace(
         unet=copy.deepcopy(model.denoiser).double(), scheduler=model.pipeline.scheduler
     )
-    exact.alpha_bars = model.alpha_bars.double()
+    exact.levels = model.levels.double()
     return exact
 
 
@@ -306,7 +308,7 @@ def test_several_captions_are_averaged(model, training_set):
                 latents,
                 torch.from_numpy(normals[2 * caption : 2 * caption + 2]),
                 torch.tensor(GRID),
-                embeddings,
+                {"embeddings": embeddings},
             )
             each.append(flatten(mean_gradient(model, parameters, "loss", samples, 9)))
     torch.testing.assert_close(both, (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-7)
@@ -377,14 +379,10 @@ def emoji():
     captions = (root / "laion_subset/captions.txt").read_text().splitlines()
     pictures = [paths[number] for number in numbers]
     latents = np.stack(
-        [
-            encode_real_images(model.pipeline, pictures, 32, mirrored).numpy()
-            for mirrored in (False, True)
-        ]
+        [encode_real_images(model, pictures, 32, mirrored).numpy() for mirrored in (False, True)]
     )
-    embeddings = encode_prompts(model.pipeline, [captions[number] for number in numbers]).numpy()[
-        :, None
-    ]
+    texts = encode_prompts(model, [captions[number] for number in numbers])
+    embeddings = texts["embeddings"].numpy()[:, None]
     images = TrainingSet(
         "emoji",
         [f"laion/{number:06d}" for number in numbers],
@@ -422,9 +420,9 @@ def test_what_a_perfect_prediction_expects_is_the_clean_latent(prediction_type):
 def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture(
     model, training_set
 ):
-    embedding = torch.from_numpy(np.array(training_set.embeddings[0, 0])).float()
+    conditioning = training_set.query_tensors("cpu")[1]
     noisy = start = torch.from_numpy(initial_noise("abc", [7], training_set.latents.shape[2:]))[0]
-    expected, timesteps = expected_latents(model, embedding, start, 4)
+    expected, timesteps = expected_latents(model, conditioning, start, 4)
     assert expected.shape == (4, *start.shape) and (timesteps.diff() < 0).all()
     assert not model.pipeline.scheduler.config.set_alpha_to_one
     alpha_bars = [*model.alpha_bars[timesteps], model.alpha_bars[0]]
@@ -432,7 +430,7 @@ def test_the_expected_latents_are_those_of_the_trajectory_that_makes_the_picture
         normal = (noisy - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
         noisy = following.sqrt() * clean + (1 - following).sqrt() * normal
     torch.testing.assert_close(
-        noisy[None], generate_latents(model, embedding[None], start[None], 4), rtol=1e-4, atol=1e-4
+        noisy[None], generate_latents(model, conditioning, start[None], 4), rtol=1e-4, atol=1e-4
     )
 
 
@@ -444,8 +442,8 @@ def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
         found = [flatten(method.gradient_of(run, parameters, number)) for number in (0, 1)]
         query = run.queries[1]
         start = torch.from_numpy(initial_noise(query.name, [7], query.latents.shape[2:])[0])
-        embedding = torch.from_numpy(np.array(query.embeddings[0, 0])).float()
-        latents, timesteps = expected_latents(model, embedding, start, 2)
+        conditioning = query.query_tensors("cpu")[1]
+        latents, timesteps = expected_latents(model, conditioning, start, 2)
         normals = noise.image_noise(
             0,
             query.name,
@@ -453,7 +451,8 @@ def test_a_journey_starts_where_the_seed_of_its_query_has_it(model, make_run):
             [(0, 0, int(timestep), 0) for timestep in timesteps],
             start.shape,
         )
-        samples = latents, torch.from_numpy(normals), timesteps, embedding.expand(2, -1, -1)
+        texts = repeat_texts(conditioning, 2)
+        samples = latents, torch.from_numpy(normals), timesteps, texts
         expected = flatten(mean_gradient(model, parameters, "loss", samples, 9))
     torch.testing.assert_close(found[1], expected)
     assert not torch.allclose(found[0], expected)

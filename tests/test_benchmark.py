@@ -240,7 +240,12 @@ def test_the_text_of_a_seeded_model_has_an_effect_on_the_loss():
     model, images = seeded_model(TINY, "cpu", 0), seeded_training_set("tiny", TINY, 2, 0)
     parameters = select_parameters(model.denoiser, SELECTION)
     latents, embeddings = torch.tensor(images.latents[0]), torch.tensor(images.embeddings[:, 0])
-    samples = [latents, torch.zeros_like(latents), torch.tensor([100, 500]), embeddings]
+    samples = [
+        latents,
+        torch.zeros_like(latents),
+        torch.tensor([100, 500]),
+        {"embeddings": embeddings},
+    ]
     with torch.no_grad():
         before = sample_losses(model, *samples)
         with changed_weights(

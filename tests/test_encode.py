@@ -155,7 +155,7 @@ def test_a_row_is_an_entry_of_images_with_its_first_five_captions_by_id(miniatur
 
 def test_latents_are_both_views_of_every_image_and_embeddings_every_caption(encoded, model):
     paths, captions = pair_images(encoded / "train2017", encoded / CAPTIONS)
-    training_set = open_training_set(encoded, "mscoco", (4, 4, 4), (77, 32))
+    training_set = open_training_set(encoded, "mscoco", (4, 4, 4), {"embeddings": (77, 32)})
     assert np.load(encoded / LATENTS).shape == (
         2 * NUM_IMAGES,
         4,
@@ -164,10 +164,12 @@ def test_latents_are_both_views_of_every_image_and_embeddings_every_caption(enco
     ) and training_set.embeddings.shape == (NUM_IMAGES, 5, 77, 32)
     for row in 0, 7, NUM_IMAGES - 1:
         for view in 0, 1:
-            expected = encode_images(model.pipeline, [paths[row]], 128, bool(view))[0].numpy()
+            expected = encode_images(model, [paths[row]], 128, bool(view))[0].numpy()
             np.testing.assert_allclose(training_set.latents[view, row], expected, atol=1e-5)
         np.testing.assert_allclose(
-            training_set.embeddings[row], encode_prompts(model.pipeline, captions[row]), atol=1e-5
+            training_set.embeddings[row],
+            encode_prompts(model, captions[row])["embeddings"],
+            atol=1e-5,
         )
     assert training_set.paths == paths and training_set.captions == [
         first for first, *_ in captions
@@ -340,7 +342,8 @@ def test_corrupt_images_may_be_left_out_and_every_other_row_keeps_its_id_and_cap
     rows = damage(coco)
     run(monkeypatch, model, coco, "--skip_corrupt")
     whole, rest = (
-        open_training_set(root, "mscoco", (4, 4, 4), (77, 32)) for root in (encoded, coco)
+        open_training_set(root, "mscoco", (4, 4, 4), {"embeddings": (77, 32)})
+        for root in (encoded, coco)
     )
     kept = [row for row in range(NUM_IMAGES) if row not in rows]
     assert rest.ids == [whole.ids[row] for row in kept] and rest.captions == [
@@ -462,7 +465,7 @@ def test_fewer_captions_are_taken_where_they_are_asked_for_and_remembered(
 
 def test_a_metadata_jsonl_gives_rows_in_its_order_whatever_the_folders(folder, model, monkeypatch):
     run(monkeypatch, model, folder)
-    training_set = open_training_set(folder, "mine", (4, 4, 4), (77, 32))
+    training_set = open_training_set(folder, "mine", (4, 4, 4), {"embeddings": (77, 32)})
     assert training_set.paths == [
         folder / "pictures" / name for name in ("b/2.png", "1.png", "3.jpg")
     ]
@@ -472,7 +475,9 @@ def test_a_metadata_jsonl_gives_rows_in_its_order_whatever_the_folders(folder, m
         "a bus",
     ] and training_set.embeddings.shape == (3, 2, 77, 32)
     np.testing.assert_allclose(
-        training_set.embeddings[1], encode_prompts(model.pipeline, ["a dog", "the dog"]), atol=1e-5
+        training_set.embeddings[1],
+        encode_prompts(model, ["a dog", "the dog"])["embeddings"],
+        atol=1e-5,
     )
 
 
@@ -533,7 +538,7 @@ def test_arrays_that_came_with_the_data_root_stay_unless_they_are_to_be_replaced
     before = files(coco)
     run(monkeypatch, model, coco)
     assert files(coco) == before
-    training_set = open_training_set(coco, "mscoco", (4, 4, 4), (77, 32))
+    training_set = open_training_set(coco, "mscoco", (4, 4, 4), {"embeddings": (77, 32)})
     assert (
         training_set.embeddings.shape == (NUM_IMAGES, 5, 77, 32)
         and training_set.embeddings.dtype == np.float16

@@ -321,9 +321,9 @@ def test_a_mirrored_training_image_finds_itself_among_exemplars_and_training_ima
         )
     if method == "vae":
         model = load_model(str(FIXTURE / "sd-tiny"), "cpu")
-        encode = latent_encoder(model.pipeline, 512, 4)
+        encode = latent_encoder(model, 512, 4)
         training_set = open_training_set(
-            FIXTURE / "abc", "abc", model.latent_shape(512), model.embedding_shape
+            FIXTURE / "abc", "abc", model.latent_shape(512), model.conditioning_shapes
         )
         blocks = lambda: latent_blocks(training_set)
     else:

@@ -101,7 +101,9 @@ def test_pictures_made_on_cuda_are_those_of_the_cpu(model, cuda_model, training_
     start = torch.from_numpy(initial_noise("abc", [0, 1], model.latent_shape(512)))
     embeddings = torch.from_numpy(np.array(training_set.embeddings[:2, 0], np.float32))
     cpu, cuda = (
-        generate_latents(each, embeddings.to(each.device), start.to(each.device), 10).cpu()
+        generate_latents(
+            each, {"embeddings": embeddings.to(each.device)}, start.to(each.device), 10
+        ).cpu()
         for each in (model, cuda_model)
     )
     np.testing.assert_allclose(cuda, cpu, rtol=1e-3, atol=1e-3)

@@ -481,7 +481,7 @@ def test_a_truncated_training_image_is_named_and_leaves_no_file(root, model):
 def test_a_record_of_latents_that_is_none_is_named(text, root, model):
     record_path(root / "laion_latents.npy").write_text(text)
     with pytest.raises(UserError, match="laion_latents.json: not a record"):
-        open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
+        open_training_set(root, "abc", model.latent_shape(512), model.conditioning_shapes)
 
 
 def png_of_size(width, height):

@@ -133,7 +133,7 @@ def predict(model, seed=0):
     tokens = torch.arange(model.embedding_shape[0])[None]
     with torch.no_grad():
         text = model.pipeline.text_encoder(tokens).last_hidden_state
-        return model.predict(noisy, torch.tensor([10, 700]), text.expand(2, -1, -1)), text
+        return model.predict(noisy, torch.tensor([10, 700]), {"embeddings": text}), text
 
 
 def changed_by_hand(model, pairs, scale):

@@ -23,6 +23,7 @@ from unlearn.attribution.newton import QueryGradient, choose_rate, newton_step, 
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.commands import advice
 from unlearn.commands import fisher as fisher_command
+from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
 from unlearn.models import passes
 from unlearn.models.lora import acting
@@ -51,12 +52,12 @@ def tuned(files):
 
 
 def draw(model, count, seed=0):
-    """Latents, noise, timesteps and embeddings of some samples, 16 x 16."""
+    """Latents, noise, timesteps and conditioning of some samples, 16 x 16."""
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, count, *model.latent_shape(128), generator=generator)
     timesteps = torch.randint(1000, (count,), generator=generator)
     embeddings = torch.randn(count, *model.embedding_shape, generator=generator)
-    return latents, noise, timesteps, embeddings
+    return latents, noise, timesteps, {"embeddings": embeddings}
 
 
 @pytest.mark.parametrize("name, path", [("linear", "hooks"), ("all", "one by one")])
@@ -66,10 +67,10 @@ def test_gradients_of_the_matrices_equal_finite_differences_in_float64(
     monkeypatch.setattr(passes, "BLOCK_ROWS", 128)  # two samples of a feed-forward at once
     model = load_model(TINY, "cpu", lora=[str(files / f"{name}.safetensors")])
     model.pipeline.unet.double()
-    model = dataclasses.replace(model, alpha_bars=model.alpha_bars.double())
-    samples = [
-        tensor.double() if tensor.is_floating_point() else tensor for tensor in draw(model, 7)
-    ]
+    model = dataclasses.replace(model, levels=model.levels.double())
+    samples = map_tensors(
+        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, draw(model, 7)
+    )
     parameters = select_parameters(model.denoiser, "lora")
     with tracked(parameters):
         found = dict(per_sample_gradients(model, parameters, samples))
@@ -92,7 +93,8 @@ def test_no_gradient_depends_on_the_batch(tuned):
     samples = draw(tuned, 9)
     with tracked(parameters):
         together = dict(per_sample_gradients(tuned, parameters, samples))
-        alone = dict(per_sample_gradients(tuned, parameters, [each[4:5] for each in samples]))
+        one = map_tensors(lambda tensor: tensor[4:5], samples)
+        alone = dict(per_sample_gradients(tuned, parameters, one))
     for name, value in together.items():
         difference = torch.linalg.norm(value[4] - alone[name][0])
         assert difference <= 1e-5 * torch.linalg.norm(value[4]), name
@@ -100,11 +102,11 @@ def test_no_gradient_depends_on_the_batch(tuned):
 
 def test_a_querys_gradient_does_not_depend_on_the_size_of_a_pass(tuned):
     parameters = select_parameters(tuned.denoiser, "lora")
-    latents, _, _, embeddings = draw(tuned, 1)
+    latents, _, _, texts = draw(tuned, 1)
     draws = QueryDraws(0, "own", "query", 1000)
     with tracked(parameters):
         one, many = (
-            query_gradient(tuned, parameters, latents[0], embeddings[0], draws, 0, 12, size)
+            query_gradient(tuned, parameters, latents[0], texts, draws, 0, 12, size)
             for size in (1, 12)
         )
     for name, value in one.items():
@@ -183,12 +185,12 @@ def test_how_far_a_lora_moves_is_that_of_its_product_with_its_scale(tuned):
 
 def test_all_gradients_of_a_query_are_asked_of_the_matrices(tuned):
     parameters = select_parameters(tuned.denoiser, "lora")
-    latents, _, _, embeddings = draw(tuned, 1)
+    latents, _, _, texts = draw(tuned, 1)
     draws = QueryDraws(0, "own", "query", 1000)
-    gradient = QueryGradient(tuned, parameters, latents[0], embeddings[0], draws, 4)
+    gradient = QueryGradient(tuned, parameters, latents[0], texts, draws, 4)
     assert not gradient.of_text
     with tracked(parameters):
-        found = query_gradient(tuned, parameters, latents[0], embeddings[0], draws, 0, 4, 4)
+        found = query_gradient(tuned, parameters, latents[0], texts, draws, 0, 4, 4)
     assert all(float(value.abs().max()) > 0 for value in found.values())
 
 

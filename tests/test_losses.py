@@ -17,6 +17,7 @@ from unlearn.attribution.draws import ImageNoise, chunk_noise
 from unlearn.attribution.losses import score_rows
 from unlearn.attribution.settings import LossSettings
 from unlearn.attribution.sweeps import Sweep
+from unlearn.models.families import STABLE_DIFFUSION
 from unlearn.models.pipelines import Model, load_model
 
 GRID = [0, 250, 500, 750]
@@ -195,7 +196,8 @@ def test_the_target_of_each_prediction_type_equals_its_closed_form(kind):
         },
     )
     alpha_bars = torch.tensor([0.999, 0.6, 0.01], dtype=torch.float64)
-    model, generator = Model(pipeline, "", alpha_bars), torch.Generator().manual_seed(0)
+    model = Model(pipeline, "", alpha_bars, STABLE_DIFFUSION)
+    generator = torch.Generator().manual_seed(0)
     latents, normals = torch.randn(2, 3, 4, 2, 2, generator=generator, dtype=torch.float64)
     timesteps = torch.tensor([0, 1, 2])
     target = model.target(latents, normals, timesteps)
@@ -252,7 +254,7 @@ def test_a_cache_of_another_identity_is_refused_naming_the_field_and_replaced_wi
     images, path = dozen.first(2), tmp_path / "loss.npy"
     first = cached(model, images, path)
     if field == "weights":
-        model = Model(model.pipeline, "other weights", model.alpha_bars)
+        model = dataclasses.replace(model, weights_hash="other weights")
     if field == "num_images":
         images = dozen.first(1)
     with pytest.raises(

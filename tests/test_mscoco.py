@@ -89,7 +89,7 @@ def test_a_loss_is_the_mean_over_five_captions_and_twenty_timesteps_each_with_no
 ):
     root, results = attributed
     model = load_model(str(root / "pipeline"), "cpu", str(root / "unet"))
-    training_set = open_training_set(root, "mscoco", (4, 4, 4), (77, 32))
+    training_set = open_training_set(root, "mscoco", (4, 4, 4), {"embeddings": (77, 32)})
     losses, view, row = read_array(results / "orig_loss/base/laion_loss.npy"), 1, 7
     places = [
         (view, caption, timestep, 0) for caption in range(5) for timestep in range(0, 1000, 50)
@@ -99,7 +99,11 @@ def test_a_loss_is_the_mean_over_five_captions_and_twenty_timesteps_each_with_no
     embeddings = torch.from_numpy(training_set.embeddings[row].copy()).repeat_interleave(20, dim=0)
     with torch.no_grad():
         expected = sample_losses(
-            model, latents, normals, torch.arange(0, 1000, 50).repeat(5), embeddings
+            model,
+            latents,
+            normals,
+            torch.arange(0, 1000, 50).repeat(5),
+            {"embeddings": embeddings},
         ).mean()
     assert losses.shape == (2 * NUM_IMAGES,) and float(
         losses[view * NUM_IMAGES + row]

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from unlearn.attribution.influence import find_warnings
 from unlearn.attribution.losses import sample_losses
 from unlearn.attribution.newton import newton_step, relative_change
 from unlearn.commands import fisher as fisher_command
+from unlearn.datasets.conditioning import map_tensors
 from unlearn.models.customization import customized
 from unlearn.models.pipelines import (
     changed_weights,
@@ -159,14 +161,19 @@ def double_model():
     """A second copy of the miniature pipeline, its denoiser and schedule in float64."""
     model = load_model(SD_TINY, "cpu")
     model.pipeline.unet.double()
-    return dataclasses.replace(model, alpha_bars=model.alpha_bars.double())
+    return dataclasses.replace(model, levels=model.levels.double())
 
 
 @pytest.fixture(scope="module")
 def samples(training_set):
     """Five samples as the Fisher draws them, in float64."""
     drawn = estimation.draw_samples(training_set, [0, 1, 2, 3, 4], 1000, seed=0)
-    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in drawn]
+    return map_tensors(doubled, drawn)
+
+
+def doubled(tensor):
+    """A tensor of floats in float64; of whole numbers, as it is."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def choose(model, selection):
@@ -192,7 +199,9 @@ def choose(model, selection):
 def test_per_sample_gradients_equal_autograd_of_each_sample(double_model, samples, selection, path):
     parameters = choose(double_model, selection)
     modules = dict(double_model.denoiser.named_modules())
-    linear = all(type(modules[name.rpartition(".")[0]]) is torch.nn.Linear for name in parameters)
+    linear = all(
+        isinstance(modules[name.rpartition(".")[0]], torch.nn.Linear) for name in parameters
+    )
     assert parameters and linear == (path == "hooks")
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -200,7 +209,8 @@ def test_per_sample_gradients_equal_autograd_of_each_sample(double_model, sample
         found = dict(per_sample_gradients(double_model, parameters, samples))
         assert list(found) == list(parameters)
         for sample in range(len(samples[0])):
-            loss = sample_losses(double_model, *(tensor[sample : sample + 1] for tensor in samples))
+            one = map_tensors(itemgetter(slice(sample, sample + 1)), samples)
+            loss = sample_losses(double_model, *one)
             for (name, parameter), expected in zip(
                 parameters.items(), torch.autograd.grad(loss.sum(), list(parameters.values()))
             ):
@@ -250,12 +260,7 @@ def test_the_fisher_is_the_mean_of_the_squared_gradient_of_each_sample(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for sample in range(30):
-        one = [
-            tensor[sample : sample + 1].double()
-            if tensor.is_floating_point()
-            else tensor[sample : sample + 1]
-            for tensor in drawn
-        ]
+        one = map_tensors(lambda tensor: doubled(tensor[sample : sample + 1]), drawn)
         for name, value in zip(
             parameters,
             torch.autograd.grad(sample_losses(double_model, *one).sum(), list(parameters.values())),
@@ -284,7 +289,9 @@ def test_the_fisher_squares_before_it_averages(double_model, samples):
         parameter.requires_grad_(True)
     together = squared_gradient_sums(double_model, parameters, samples)
     alone = [
-        squared_gradient_sums(double_model, parameters, [tensor[i : i + 1] for tensor in samples])
+        squared_gradient_sums(
+            double_model, parameters, map_tensors(itemgetter(slice(i, i + 1)), samples)
+        )
         for i in range(5)
     ]
     for parameter in parameters.values():
@@ -297,20 +304,17 @@ def test_the_fisher_squares_before_it_averages(double_model, samples):
 
 
 def first_image(training_set):
-    """Its latent and its embedding, float32 (the files may hold half precision)."""
-    return [
-        torch.from_numpy(np.asarray(array[0, 0], np.float32))
-        for array in (training_set.latents, training_set.embeddings)
-    ]
+    """Its latent and its conditioning, float32 (the files may hold half precision)."""
+    return training_set.query_tensors("cpu")
 
 
 @pytest.fixture
 def query(model, training_set):
-    """What `unlearn` asks for: parameters, latent, embedding, draws, a Fisher of ones."""
+    """What `unlearn` asks for: parameters, latent, conditioning, draws, a Fisher of ones."""
     parameters = select_parameters(model.denoiser, "cross-attn-kv")
-    latent, embedding = first_image(training_set)
+    latent, conditioning = first_image(training_set)
     fisher = DiagonalFisher({name: torch.ones_like(value) for name, value in parameters.items()})
-    return parameters, latent, embedding, QueryDraws(0, "abc", "query", 1000), fisher
+    return parameters, latent, conditioning, QueryDraws(0, "abc", "query", 1000), fisher
 
 
 SETTINGS = {"rate": 0.5, "steps": 5, "draws_a_step": 6, "pass_size": 4}
@@ -320,7 +324,7 @@ def unlearn(
     model,
     parameters,
     latent,
-    embedding,
+    conditioning,
     draws,
     fisher,
     *,
@@ -329,7 +333,7 @@ def unlearn(
     identity=None,
     **settings,
 ):
-    gradient = newton.QueryGradient(model, parameters, latent, embedding, draws, pass_size)
+    gradient = newton.QueryGradient(model, parameters, latent, conditioning, draws, pass_size)
     checkpoint = newton.checkpoint_of(checkpoint_path, identity) if checkpoint_path else None
     return newton.unlearn(gradient, fisher, checkpoint=checkpoint, **settings)
 
@@ -398,7 +402,7 @@ def test_unlearning_resumed_from_a_checkpoint_equals_uninterrupted_unlearning_bi
 
 
 def test_every_newton_step_has_draws_of_its_own(model, query):
-    parameters, latent, embedding, draws, fisher = query
+    parameters, latent, conditioning, draws, fisher = query
     found = unlearn(model, *query, **{**SETTINGS, "steps": 2})
     originals = {name: value.detach().clone() for name, value in parameters.items()}
     with replaced_weights(model.denoiser, originals):
@@ -406,7 +410,7 @@ def test_every_newton_step_has_draws_of_its_own(model, query):
             newton_step(
                 parameters,
                 newton.query_gradient(
-                    model, parameters, latent, embedding, draws, first_draw, 6, 4
+                    model, parameters, latent, conditioning, draws, first_draw, 6, 4
                 ),
                 fisher,
                 0.5,
@@ -500,9 +504,9 @@ def relative_difference(found, expected):
 
 
 def gradient_of(model, query, num_draws=23, pass_size=5, parameters=None):
-    selected, latent, embedding, draws, _ = query
+    selected, latent, conditioning, draws, _ = query
     return newton.query_gradient(
-        model, parameters or selected, latent, embedding, draws, 3, num_draws, pass_size
+        model, parameters or selected, latent, conditioning, draws, 3, num_draws, pass_size
     )
 
 
@@ -513,8 +517,10 @@ def test_the_gradient_is_that_of_the_mean_loss_of_its_draws_in_float64(
     parameters, exact = (
         select_parameters(each.denoiser, selection) for each in (model, double_model)
     )
-    _, latent, embedding, draws, _ = query
-    assert newton.QueryGradient(model, parameters, latent, embedding, draws, 5).of_text == of_text
+    _, latent, conditioning, draws, _ = query
+    assert (
+        newton.QueryGradient(model, parameters, latent, conditioning, draws, 5).of_text == of_text
+    )
     normals, timesteps = draws.draw(3, 8, latent.shape, "cpu")
     with tracked(exact):
         losses = sample_losses(
@@ -522,7 +528,7 @@ def test_the_gradient_is_that_of_the_mean_loss_of_its_draws_in_float64(
             latent.double().expand_as(normals),
             normals.double(),
             timesteps,
-            embedding[None].double(),
+            map_tensors(doubled, conditioning),
         )
         expected = dict(zip(exact, torch.autograd.grad(losses.mean(), list(exact.values()))))
     with tracked(parameters):
@@ -559,12 +565,12 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads_in_any_bit(
 
 def test_accumulated_steps_are_one_larger_step(model, query):
     """The gradient is a mean over all draws: their number, not their grouping, scales it."""
-    parameters, latent, embedding, draws, _ = query
+    parameters, latent, conditioning, draws, _ = query
     halves = [
-        newton.query_gradient(model, parameters, latent, embedding, draws, first, 4, 4)
+        newton.query_gradient(model, parameters, latent, conditioning, draws, first, 4, 4)
         for first in (0, 4)
     ]
-    whole = newton.query_gradient(model, parameters, latent, embedding, draws, 0, 8, 4)
+    whole = newton.query_gradient(model, parameters, latent, conditioning, draws, 0, 8, 4)
     for name, value in whole.items():
         torch.testing.assert_close(value, (halves[0][name] + halves[1][name]) / 2)
 
@@ -604,9 +610,9 @@ def test_memory_that_a_single_draw_fills_is_an_error(model, query, monkeypatch):
 def test_the_published_programs_batches_are_drawn_in_order_and_whole(model, query):
     """Its generator gives other numbers for other batches; those of a native pass on a CPU would be
     cut."""
-    parameters, latent, embedding, _, _ = query
+    parameters, latent, conditioning, _, _ = query
     gradient = newton.QueryGradient(
-        model, parameters, latent, embedding, PublishedDraws(0, 1000, "cpu"), 100
+        model, parameters, latent, conditioning, PublishedDraws(0, 1000, "cpu"), 100
     )
     computed = []
     gradient.differentiate = lambda *samples: computed.append(samples) or {}

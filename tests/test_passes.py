@@ -18,7 +18,7 @@ from unlearn.attribution.caches import cache_columns
 from unlearn.attribution.losses import changed_losses, loss_sums
 from unlearn.attribution.sweeps import Sweep
 from unlearn.models import passes
-from unlearn.models.passes import BlockedFeedForward, modules_before_text, sharing_prefix
+from unlearn.models.passes import BlockedFeedForward, sharing_prefix
 from unlearn.models.pipelines import changed_weights, select_parameters
 from unlearn.storage.hashes import digest, hash_file
 from unlearn.storage.leases import create_claim
@@ -45,7 +45,7 @@ def test_queries_scored_together_get_each_ones_losses_to_the_bit(
     model, training_set, changes, tmp_path, batch_size
 ):
     images = training_set.first(12)
-    with changed_losses(model.denoiser, changes) as measure_of:
+    with changed_losses(model, changes) as measure_of:
         together = Sweep(images, GRID, batch_size).run(model, tmp_path, "", measure_of(range(3)))
     for number, change in enumerate(changes):
         (tmp_path / str(number)).mkdir()
@@ -80,18 +80,19 @@ def test_what_precedes_the_first_cross_attention_runs_once_for_all_queries(
         "cross-attention": block.attentions[0].transformer_blocks[0].attn2.to_q,
     }
     before = {name: module.forward for name, module in model.denoiser.named_modules()}
-    with counted(inside) as counts, changed_losses(model.denoiser, changes) as measure_of:
+    with counted(inside) as counts, changed_losses(model, changes) as measure_of:
         Sweep(training_set.first(2), GRID, 16).run(model, tmp_path, "", measure_of([2, 0, 1]))
     assert counts == {"resnet": 1, "self-attention": 1, "cross-attention": 3}
     assert before == {name: module.forward for name, module in model.denoiser.named_modules()}, (
         "the denoiser is not as it was"
     )
-    assert len(list(modules_before_text(model.denoiser))) == 3
+    assert len(model.family.before_text(model.denoiser)) == 3
 
 
 def test_nothing_is_remembered_outside_of_one_measure(model, training_set, tmp_path):
     block = model.denoiser.down_blocks[0]
-    with counted({"resnet": block.resnets[0].conv1}) as counts, sharing_prefix(model.denoiser):
+    modules = model.family.before_text(model.denoiser)
+    with counted({"resnet": block.resnets[0].conv1}) as counts, sharing_prefix(modules):
         for number in range(2):
             Sweep(training_set.take([number]), GRID, 16).run(
                 model, folder_of(tmp_path, number), "", loss_sums
@@ -133,7 +134,7 @@ def queries(model, training_set, changes, tmp_path, monkeypatch):
     paths = [folder_of(tmp_path, number) / "laion_loss.npy" for number in range(3)]
 
     def cache(number, later=()):
-        with changed_losses(model.denoiser, changes) as measure_of:
+        with changed_losses(model, changes) as measure_of:
             return cache_columns(
                 Sweep(training_set, [500], 64),
                 model,

@@ -32,7 +32,9 @@ from unlearn.datasets.settings import read_settings
 from unlearn.datasets.tasks import load_tasks
 from unlearn.datasets.training_sets import read_identity
 from unlearn.evaluation.retrained import query_digests
-from unlearn.models.pipelines import load_model, trained_resolution
+from unlearn.models.families import STABLE_DIFFUSION
+from unlearn.models.model import trained_resolution
+from unlearn.models.pipelines import load_model
 from unlearn.storage.hashes import digest, hash_file
 
 ROOT = Path(__file__).parent.parent
@@ -599,7 +601,7 @@ def test_a_folder_of_ones_own_takes_the_resolution_that_its_model_was_trained_on
     ],
 )
 def test_a_models_own_resolution_is_what_diffusers_takes(unet, vae, expected):
-    assert trained_resolution(unet, vae) == expected
+    assert trained_resolution(STABLE_DIFFUSION, unet, vae) == expected
 
 
 def test_the_published_layout_keeps_512_and_a_model_that_does_not_say_is_named(
@@ -662,6 +664,6 @@ def test_mscoco_and_the_emoji_worlds_are_at_their_models_own_resolution():
         config = json.loads((ROOT / "data" / unet / "config.json").read_text())
         vae = vae or json.loads((ROOT / "data" / root / "pipeline/vae/config.json").read_text())
         assert (
-            trained_resolution(config, vae)
+            trained_resolution(STABLE_DIFFUSION, config, vae)
             == json.loads((ROOT / "data" / root / "dataset.json").read_text())["resolution"]
         )

@@ -319,7 +319,8 @@ def test_the_loss_beside_the_features_is_the_models_own(model, training_set, tmp
     )
     drawn = noise.image_noise(0, "removal", "noise", [(0, 0, 650, 0)], latent.shape)
     normals = torch.from_numpy(drawn)
-    error = model.predict(model.diffuse(latent[None], normals, step), step, embedding[None])
+    texts = {"embeddings": embedding[None]}
+    error = model.predict(model.diffuse(latent[None], normals, step), step, texts)
     error = error - model.target(latent[None], normals, step)
     assert losses[1] == pytest.approx(float(error.square().mean()), rel=1e-5)
     [highest] = study.highest_losses["laion"]

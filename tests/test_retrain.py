@@ -61,7 +61,7 @@ def world(tmp_path_factory):
         "cpu",
     ]
     generate.main([*make, "--num_inference_steps", "2"])
-    training_set = open_training_set(root, "abc", (4, 16, 16), (77, 32))
+    training_set = open_training_set(root, "abc", (4, 16, 16), {"embeddings": (77, 32)})
     write_influence(
         folder / "results/influence",
         [f"laion/{row:06d}" for row in range(60)],
@@ -335,7 +335,7 @@ def test_the_images_left_out_are_the_top_of_the_influence_file(world, place, tmp
 
 
 def test_score_files_and_influence_files_leave_the_same_images_out(world):
-    training_set = open_training_set(world / "root", "abc", (4, 16, 16), (77, 32))
+    training_set = open_training_set(world / "root", "abc", (4, 16, 16), {"embeddings": (77, 32)})
     tasks = load_tasks(world / "tasks.json", world / "root")
     made = [world / "results/influence"]
     rankings = list(plans.read_rankings(made, tasks, training_set, "", lambda *_: ""))
@@ -524,7 +524,7 @@ def test_scores_that_do_not_decide_which_images_are_the_first_k_are_refused(
     write_influence(
         folder,
         [f"laion/{row:06d}" for row in range(60)],
-        open_training_set(world / "root", "abc", (4, 16, 16), (77, 32)).identity,
+        open_training_set(world / "root", "abc", (4, 16, 16), {"embeddings": (77, 32)}).identity,
     )
     path = folder / "queries/00000/influence.npz"
     arrays = dict(np.load(path))

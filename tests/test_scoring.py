@@ -88,25 +88,24 @@ def samples_of(dozen, count=3):
         latents,
         noise,
         torch.tensor([100, 500, 900])[:count],
-        torch.from_numpy(np.array(dozen.embeddings[:count, 0], np.float32)),
+        {"embeddings": torch.from_numpy(np.array(dozen.embeddings[:count, 0], np.float32))},
     )
 
 
 def test_text_gradients_equal_autograd_of_each_text(model, dozen):
-    latents, noise, timesteps, embeddings = samples_of(dozen)
+    latents, noise, timesteps, texts = samples_of(dozen)
     parameters = select_parameters(model.denoiser, "cross-attn-kv")
     latents = latents.repeat_interleave(2, 0)
     noise = torch.cat([noise, -noise])
     timesteps = timesteps.repeat_interleave(2)
-    found = dict(text_gradients(model, latents, noise, timesteps, embeddings))
+    found = dict(text_gradients(model, latents, noise, timesteps, texts))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
         for text in range(3):
             own = slice(2 * text, 2 * text + 2)
-            loss = sample_losses(
-                model, latents[own], noise[own], timesteps[own], embeddings[text : text + 1]
-            ).sum()
+            one = {"embeddings": texts["embeddings"][text : text + 1]}
+            loss = sample_losses(model, latents[own], noise[own], timesteps[own], one).sum()
             for name, expected in zip(
                 parameters, torch.autograd.grad(loss, list(parameters.values()))
             ):

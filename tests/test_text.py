@@ -277,17 +277,17 @@ def test_arrays_that_are_there_are_not_labelled_by_an_order_that_is_not_clear(ro
         match="captions.txt: which line is whose. From line 3 the names' order as text gives "
         "10.png: a purple star",
     ):
-        open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
+        open_training_set(root, "abc", model.latent_shape(512), model.conditioning_shapes)
     (root / "laion_subset/captions.txt").unlink()
     with pytest.raises(
         UserError,
         match="which row is whose. From row 3 the names' order as text gives 10.png, 11.png, "
         "12.png; a file browser lists",
     ):
-        open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
+        open_training_set(root, "abc", model.latent_shape(512), model.conditioning_shapes)
     (root / "laion_subset/captions.txt").write_text("one\n")
     with pytest.raises(UserError, match="laion_subset: 1 captions for 60 rows"):
-        open_training_set(root, "abc", model.latent_shape(512), model.embedding_shape)
+        open_training_set(root, "abc", model.latent_shape(512), model.conditioning_shapes)
 
 
 def test_hidden_files_and_folders_are_no_pictures_in_any_kind_of_captions(root, images):

@@ -173,7 +173,7 @@ def compute_losses(
     pass, memory only. Source: [AbU] section 4.
     """
     time_samples = time_samples or images.settings.get("time_samples", PUBLISHED["time_samples"])
-    grid = noise.timestep_grid(time_samples, len(model.alpha_bars), "time_samples")
+    grid = noise.timestep_grid(time_samples, model.num_train_timesteps, "time_samples")
     settings = LossSettings(grid, ImageNoise(noise_seed), precision)
     identity = settings.identity(model, images)
     sweep = Sweep(images, grid, batch_size, settings.noise)
@@ -186,7 +186,7 @@ def compute_losses(
         elif own_selection(model) == KV and set(delta.tensors) == set(
             select_parameters(model.denoiser, KV)
         ):
-            with changed_losses(model.denoiser, [delta.tensors]) as measure_of:
+            with changed_losses(model, [delta.tensors]) as measure_of:
                 [losses] = cache_columns(sweep, model, *file, measure_of([0]))
         else:
             with changed_weights(model.denoiser, delta.tensors):

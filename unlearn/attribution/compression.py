@@ -60,10 +60,8 @@ class Compression:
     def measure(self, autocast: torch.dtype | None = None) -> Callable[..., torch.Tensor]:
         """A measure for `losses.score_rows`: the kept entries of the gradient of each text's summed
         loss, [texts, size] float32."""
-        return lambda model, latents, noise, timesteps, embeddings: self.keep(
-            text_gradients(model, latents, noise, timesteps, embeddings, autocast),
-            torch.div,
-            torch.div,
+        return lambda model, *samples: self.keep(
+            text_gradients(model, *samples, autocast=autocast), torch.div, torch.div
         )
 
     def read_change(self, change: Mapping[str, torch.Tensor]) -> torch.Tensor:

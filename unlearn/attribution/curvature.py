@@ -3,10 +3,13 @@ inverse."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..datasets.conditioning import map_tensors
 from ..errors import UserError
 from ..models.pipelines import Model
 from ..models.unets import check_shapes
@@ -58,21 +61,20 @@ class GradientTaps:
 
 
 def per_sample_gradients(
-    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[torch.Tensor]
+    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradient of each sample's loss with respect to each selected parameter: yields (name, [batch,
     *shape]).
 
     Linear layers (all of K and V) take one backward pass for the batch; where the selection holds
-    other layers, each sample takes its own. samples: latents, noise, timesteps, embeddings as in
-    `losses.sample_losses`.
+    other layers, each sample takes its own. samples: latents, noise, timesteps, conditioning as in
+    `losses.sample_losses`, a text a sample.
     """
     modules = dict(model.denoiser.named_modules())
-    latents, noise, timesteps, embeddings = samples
-    if all(type(modules[name.rpartition(".")[0]]) is torch.nn.Linear for name in parameters):
+    if all(isinstance(modules[name.rpartition(".")[0]], torch.nn.Linear) for name in parameters):
         with GradientTaps(model.denoiser, parameters) as taps:
             # The sum keeps each sample's gradient its own: no factor of the batch's size to undo.
-            losses = sample_losses(model, latents, noise, timesteps, embeddings)
+            losses = sample_losses(model, *samples)
             losses.sum().backward(inputs=list(parameters.values()))
         for name in parameters:
             layer, _, kind = name.rpartition(".")
@@ -84,16 +86,10 @@ def per_sample_gradients(
     else:
         rows = [
             torch.autograd.grad(
-                sample_losses(
-                    model,
-                    latents[i : i + 1],
-                    noise[i : i + 1],
-                    timesteps[i : i + 1],
-                    embeddings[i : i + 1],
-                ).sum(),
+                sample_losses(model, *map_tensors(itemgetter(slice(i, i + 1)), samples)).sum(),
                 list(parameters.values()),
             )
-            for i in range(len(latents))
+            for i in range(len(samples[0]))
         ]
         for name, gradients in zip(parameters, zip(*rows)):
             yield name, torch.stack(gradients)
@@ -102,7 +98,7 @@ def per_sample_gradients(
 
 
 def squared_gradient_sums(
-    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[torch.Tensor]
+    model: Model, parameters: dict[str, torch.nn.Parameter], samples: Sequence[Any]
 ) -> dict[str, torch.Tensor]:
     """Sum over the batch of the squared gradient of each sample, {name: float64 tensor}.
     Source: [AbU] section 4.1, every sample weighted alike."""

@@ -12,32 +12,12 @@ from typing import cast
 import numpy as np
 import torch
 
+from ..datasets.conditioning import Conditioning, count_texts, repeat_texts
 from ..models.pipelines import Model
-from ..models.text_attention import KeysValues, project_text
 from ..noise import image_generator
 from .losses import sample_losses
 
-PROJECTIONS = ("to_k", "to_v")
 PROBES = 2  # random directions for each sample's curvature: one more costs one more backward pass
-
-
-def make_leaves(
-    model: Model, embeddings: torch.Tensor
-) -> tuple[KeysValues, list[torch.Tensor], list[str]]:
-    """Keys and values of texts as {layer: pair} that gradients are asked of, the same as a list,
-    and the names of the weights that made each of these."""
-    keys_values = {
-        layer: (keys.detach().requires_grad_(True), values.detach().requires_grad_(True))
-        for layer, (keys, values) in project_text(model.denoiser, embeddings).items()
-    }
-    names = [f"{layer}.{projection}.weight" for layer in keys_values for projection in PROJECTIONS]
-    return keys_values, [tensor for pair in keys_values.values() for tensor in pair], names
-
-
-def contract(gradient: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """Gradients of a weight [texts, out, in] from those of keys or values [texts, tokens, out] and
-    the texts [texts, tokens, in]."""
-    return torch.einsum("nto,nti->noi", gradient.float(), embeddings)
 
 
 def text_gradients(
@@ -45,7 +25,7 @@ def text_gradients(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    embeddings: torch.Tensor,
+    conditioning: Conditioning,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradient of the summed loss of each text's samples with respect to the weights of K and V:
@@ -53,16 +33,18 @@ def text_gradients(
     ever held.
 
     Inputs as in `losses.sample_losses`. The gradient is that of keys and values, summed over
-    samples and positions already, contracted once with the text. autocast: dtype of the denoiser's
+    samples and positions, contracted once with the text. autocast: dtype of the denoiser's
     products, float32 where None.
     """
-    with torch.enable_grad():
-        keys_values, leaves, names = make_leaves(model, embeddings)
+    num_texts = count_texts(conditioning)
+    with torch.enable_grad(), model.family.text.watching(model.denoiser, conditioning) as watched:
         with torch.autocast(latents.device.type, autocast, enabled=autocast is not None):
-            losses = sample_losses(model, latents, noise, timesteps, embeddings, keys_values)
-        gradients = torch.autograd.grad(losses.sum(), leaves)
-    for name, gradient in zip(names, gradients):
-        yield name, contract(gradient, embeddings)
+            losses = sample_losses(
+                model, latents, noise, timesteps, conditioning, watched.keys_values
+            )
+        gradients = torch.autograd.grad(losses.sum(), list(watched.outputs.values()))
+    for name, gradient in zip(watched.outputs, gradients):
+        yield name, watched.contract(name, gradient, num_texts)
 
 
 def dot(
@@ -94,9 +76,7 @@ def gradient_dots(
     rule.
     """
     stacked = stack_changes(changes)
-    return lambda model, latents, noise, timesteps, embeddings: dot(
-        text_gradients(model, latents, noise, timesteps, embeddings, autocast), stacked
-    )
+    return lambda model, *samples: dot(text_gradients(model, *samples, autocast=autocast), stacked)
 
 
 def second_order_dots(
@@ -114,31 +94,31 @@ def second_order_dots(
     """
     stacked = stack_changes(changes)
 
-    def measure(model, latents, noise, timesteps, embeddings):
-        texts = embeddings.repeat_interleave(
-            len(latents) // len(embeddings), dim=0
-        )  # a square needs each sample's own
-        with torch.enable_grad():
-            keys_values, leaves, names = make_leaves(model, texts)
+    def measure(model, latents, noise, timesteps, conditioning):
+        num_texts, num_samples = count_texts(conditioning), len(latents)
+        texts = repeat_texts(conditioning, num_samples)  # a square needs each sample's own
+        with torch.enable_grad(), model.family.text.watching(model.denoiser, texts) as watched:
             with torch.autocast(latents.device.type, autocast, enabled=autocast is not None):
                 prediction = model.predict(
-                    model.diffuse(latents, noise, timesteps), timesteps, texts, keys_values
+                    model.diffuse(latents, noise, timesteps), timesteps, texts, watched.keys_values
                 )
-            errors = prediction - model.target(latents, noise, timesteps)
+            errors = (prediction - model.target(latents, noise, timesteps)).detach()
             num_pixels = prediction[0].numel()
+            weight = model.family.weight(model.levels, timesteps)
+            root = 1 if weight is None else weight.sqrt()[:, None, None, None]
             directions = [
-                2 / num_pixels * errors.detach(),
-                *(signs / num_pixels**0.5 for signs in probe_signs(noise, num_probes)),
+                2 / num_pixels * errors * root**2,
+                *(signs / num_pixels**0.5 * root for signs in probe_signs(noise, num_probes)),
             ]
             dots = [
                 dot(
                     (
-                        (name, contract(gradient, texts))
+                        (name, watched.contract(name, gradient, num_samples))
                         for name, gradient in zip(
-                            names,
+                            watched.outputs,
                             torch.autograd.grad(
                                 prediction,
-                                leaves,
+                                list(watched.outputs.values()),
                                 direction.to(prediction.dtype),
                                 retain_graph=number < num_probes,
                             ),
@@ -149,7 +129,7 @@ def second_order_dots(
                 for number, direction in enumerate(directions)
             ]
         change = dots[0] + torch.stack([probe.square() for probe in dots[1:]]).mean(dim=0)
-        return change.reshape(len(embeddings), -1, len(changes)).sum(dim=1)
+        return change.reshape(num_texts, -1, len(changes)).sum(dim=1)
 
     return measure
 

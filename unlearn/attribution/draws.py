@@ -164,7 +164,7 @@ class QueryDraws:
     @classmethod
     def of_query(cls, seed: int, query: TrainingSet, model: Model) -> "QueryDraws":
         """The draws of a query, a TrainingSet of one image."""
-        return cls(seed, query.name, query.ids[0], len(model.alpha_bars))
+        return cls(seed, query.name, query.ids[0], model.num_train_timesteps)
 
     @classmethod
     def identity(cls, device: torch.device) -> dict:
@@ -208,7 +208,7 @@ class PublishedDraws:
     @classmethod
     def of_query(cls, seed: int, query: TrainingSet, model: Model) -> "PublishedDraws":
         """The draws of a query: the same for all."""
-        return cls(seed, len(model.alpha_bars), model.device)
+        return cls(seed, model.num_train_timesteps, model.device)
 
     @classmethod
     def identity(cls, device: torch.device) -> dict:

@@ -4,11 +4,13 @@ import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import noise
+from ..datasets.conditioning import map_tensors
 from ..datasets.settings import is_published_root
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model, select_parameters
@@ -131,10 +133,10 @@ def estimate_fisher(
 
 def draw_samples(
     training_set: TrainingSet, numbers: Iterable[int], num_train_timesteps: int, seed: int
-) -> list[torch.Tensor]:
+) -> list[Any]:
     """The Fisher's samples of these numbers: uniform image, view, caption and timestep, and noise
-    that belongs to (image, sample). Returns latents, noise, timesteps and embeddings as float32 and
-    int64 tensors."""
+    that belongs to (image, sample). Returns latents, noise, timesteps and conditioning as float32
+    and int64 tensors."""
     bits = noise.image_generator(seed, training_set.name, "samples of the Fisher")
     rows = []
     for number in numbers:
@@ -162,15 +164,15 @@ def draw_samples(
         )[0]
         for (image, view, caption, timestep), number in zip(rows, numbers)
     ]
-    arrays = (
-        training_set.latents[views, images],
-        np.stack(normals),
-        timesteps,
-        training_set.embeddings[images, captions],
-    )
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(array, np.float32))
+
     return [
-        torch.from_numpy(np.asarray(array, np.int64 if array is timesteps else np.float32))
-        for array in arrays
+        put(training_set.latents[views, images]),
+        put(np.stack(normals)),
+        torch.from_numpy(np.asarray(timesteps, np.int64)),
+        {name: put(array) for name, array in training_set.texts(images, captions).items()},
     ]
 
 
@@ -187,10 +189,8 @@ def sum_chunk(
         name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()
     }
     for batch in np.split(numbers, np.arange(batch_size, len(numbers), batch_size)):
-        samples = [
-            tensor.to(model.device)
-            for tensor in draw_samples(training_set, batch.tolist(), len(model.alpha_bars), seed)
-        ]
+        drawn = draw_samples(training_set, batch.tolist(), model.num_train_timesteps, seed)
+        samples = map_tensors(lambda tensor: tensor.to(model.device), drawn)
         for name, squares in squared_gradient_sums(model, parameters, samples).items():
             sums[name] += squares
     return sums

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..datasets.conditioning import TEXT
 from ..datasets.settings import read_settings
-from ..datasets.training_sets import TrainingSet, open_arrays, open_training_set
+from ..datasets.training_sets import TrainingSet, find_extras, open_arrays, open_training_set
 from ..errors import UserError
 from ..models.lora import SELECTION, has_matrices
 from ..models.pipelines import Model
@@ -92,8 +93,9 @@ def has_other_images(path: Path, dataroot: str | Path, subset_size: int | None =
         return False
     settings = read_settings(dataroot)
     latents, embeddings = open_arrays(dataroot)[:2]
+    shapes = {TEXT: embeddings.shape[-2:], **find_extras(dataroot)}
     images = open_training_set(
-        dataroot, settings["name"], latents.shape[1:], embeddings.shape[-2:], len(embeddings)
+        dataroot, settings["name"], latents.shape[1:], shapes, len(embeddings)
     )
     circumstances = record.get("circumstances")
     told = circumstances.get("num_images") if isinstance(circumstances, dict) else None

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..datasets.conditioning import count_texts
 from ..errors import UserError
 from ..models.pipelines import Model
 from ..runtime.programs import progress
@@ -63,12 +64,10 @@ def fit_compression(
     )  # all timesteps of a text together: their sum is what is compressed
 
     def visit_gradients(visit):
-        def measure(model, latents, noise, timesteps, embeddings):
-            for name, gradients in text_gradients(
-                model, latents, noise, timesteps, embeddings, autocast
-            ):
+        def measure(model, *samples):
+            for name, gradients in text_gradients(model, *samples, autocast=autocast):
                 visit(name, gradients)
-            return torch.zeros(len(embeddings))
+            return torch.zeros(count_texts(samples[-1]))
 
         for part in np.array_split(spread, -(-len(spread) // 16)):
             rows = rows_of(part, len(images), images.latents.shape[0])

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
+from ..datasets.conditioning import TEXT, Conditioning, count_texts, map_tensors
 from ..datasets.training_sets import TrainingSet, check_pixels
 from ..models.passes import remembered, sharing_prefix
 from ..models.pipelines import Model
-from ..models.text_attention import KeysValues, project_text_changed
+from ..models.text_weights import KeysValues
 
 
 def sample_losses(
@@ -19,20 +19,21 @@ def sample_losses(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    embeddings: torch.Tensor,
+    conditioning: Conditioning,
     keys_values: KeysValues | None = None,
 ) -> torch.Tensor:
-    """|| prediction - target ||^2 of each sample, mean over pixels: [batch] float64, on the model's
+    """|| prediction - target ||^2 of each sample, mean over pixels, times training's weight: [batch] float64, on the model's
     device.
 
-    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; embeddings: [texts, tokens,
-    features], each the text of batch / texts successive samples; keys_values: theirs, where they
-    are known. Source: [AbU] section 4.
+    latents, noise: [batch, C, h, w]; timesteps: [batch] int64; conditioning: {name: [texts, ...]},
+    each of batch / texts successive samples; keys_values: its texts', where they are known. Source: [AbU] section 4.
     """
     error = model.predict(
-        model.diffuse(latents, noise, timesteps), timesteps, embeddings, keys_values
+        model.diffuse(latents, noise, timesteps), timesteps, conditioning, keys_values
     ) - model.target(latents, noise, timesteps)
-    return error.double().square().mean(dim=tuple(range(1, error.ndim)))
+    losses = error.double().square().mean(dim=tuple(range(1, error.ndim)))
+    weight = model.family.weight(model.levels, timesteps)
+    return losses if weight is None else weight * losses
 
 
 def loss_sums(
@@ -40,47 +41,41 @@ def loss_sums(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    embeddings: torch.Tensor,
+    conditioning: Conditioning,
     keys_values: KeysValues | None = None,
 ) -> torch.Tensor:
     """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
     with torch.no_grad():
         return (
-            sample_losses(model, latents, noise, timesteps, embeddings, keys_values)
-            .reshape(len(embeddings), -1)
+            sample_losses(model, latents, noise, timesteps, conditioning, keys_values)
+            .reshape(count_texts(conditioning), -1)
             .sum(dim=1)
         )
 
 
 @contextmanager
 def changed_losses(
-    denoiser: UNet2DConditionModel, changes: Sequence[Mapping[str, torch.Tensor]]
+    model: Model, changes: Sequence[Mapping[str, torch.Tensor]]
 ) -> Iterator[Callable[[Sequence[int]], Callable[..., torch.Tensor]]]:
     """Yields measure_of(numbers): the measure for `score_rows` of each text's `loss_sums` under
     some of several weight changes of K and V, [texts, numbers] float64. changes: [{parameter name:
-    tensor}, ...]; the denoiser itself is not changed."""
+    tensor}, ...]; the model itself is not changed."""
+    text = model.family.text
+
+    def changed_sums(model, number, *samples):
+        with text.changed(model.denoiser, samples[-1], changes[number]) as keys_values:
+            return loss_sums(model, *samples, keys_values=keys_values)
 
     def measure_of(numbers):
-        def measure(model, latents, noise, timesteps, embeddings):
+        def measure(model, *samples):
             with torch.no_grad(), remembered():
                 return torch.stack(
-                    [
-                        loss_sums(
-                            model,
-                            latents,
-                            noise,
-                            timesteps,
-                            embeddings,
-                            project_text_changed(denoiser, embeddings, changes[number]),
-                        )
-                        for number in numbers
-                    ],
-                    dim=1,
+                    [changed_sums(model, number, *samples) for number in numbers], dim=1
                 )
 
         return measure
 
-    with sharing_prefix(denoiser):
+    with sharing_prefix(model.family.before_text(model.denoiser)):
         yield measure_of
 
 
@@ -101,27 +96,33 @@ def score_rows(
     [texts, ...]; the result is then [rows, ...].
     """
     views, images = np.divmod(rows, len(training_set))
-    latents, embeddings = training_set.latents[views, images], training_set.embeddings[images]
-    check_pixels(
-        f"latents of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", latents
+    latents, conditioning = training_set.latents[views, images], training_set.texts(images)
+    for name, array in {"latents": latents, **conditioning}.items():
+        check_pixels(
+            f"{name} of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", array
+        )
+    num_captions, shape, sums = conditioning[TEXT].shape[1], latents.shape[1:], []
+    latents, drawn = (
+        torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, noises)
     )
-    check_pixels(
-        f"embeddings of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", embeddings
-    )
-    num_captions, shape, sums = embeddings.shape[1], latents.shape[1:], []
-    latents, embeddings, drawn = (
-        torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, embeddings, noises)
-    )
-    latents, embeddings = latents.repeat_interleave(num_captions, dim=0), embeddings.flatten(0, 1)
+    conditioning = {
+        name: torch.from_numpy(np.asarray(array, np.float32)).flatten(0, 1)
+        for name, array in conditioning.items()
+    }
+    latents = latents.repeat_interleave(num_captions, dim=0)
     drawn, timesteps = drawn.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
     # A batch is a block of texts x timesteps, so that a text's keys and values are made once.
     num_blocks = -(-len(latents) // max(1, batch_size // len(grid)))
     for texts in torch.arange(len(latents)).tensor_split(num_blocks):
         partial = 0
         for slots in torch.arange(len(grid)).split(batch_size):
-            latent, normals, embedding = (
-                tensor.to(model.device, non_blocking=True)
-                for tensor in (latents[texts], drawn[texts][:, slots], embeddings[texts])
+            latent, normals, told = map_tensors(
+                lambda tensor: tensor.to(model.device, non_blocking=True),
+                (
+                    latents[texts],
+                    drawn[texts][:, slots],
+                    {name: tensor[texts] for name, tensor in conditioning.items()},
+                ),
             )
             times = timesteps[slots].to(model.device).repeat(len(texts))
             partial = partial + measure(
@@ -129,7 +130,7 @@ def score_rows(
                 latent.repeat_interleave(len(slots), dim=0),
                 normals.flatten(0, 1),
                 times,
-                embedding,
+                told,
             )
         sums.append(partial)
     sums = torch.cat(sums).cpu()

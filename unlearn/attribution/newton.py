@@ -10,16 +10,17 @@ from threading import Lock
 
 import torch
 
+from ..datasets.conditioning import Conditioning
 from ..datasets.settings import AUTO, AUTO_CHANGE
 from ..errors import UserError
 from ..models import lora
-from ..models.pipelines import Model, replaced_weights, tracked
-from ..models.text_attention import text_layers
+from ..models.families.interface import KV
+from ..models.pipelines import Model, replaced_weights, select_parameters, tracked
 from ..runtime.programs import run_ahead, run_within_memory
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
 from ..storage.hashes import digest
 from .curvature import DiagonalFisher
-from .derivatives import PROJECTIONS, text_gradients
+from .derivatives import text_gradients
 from .draws import PublishedDraws, QueryDraws
 from .losses import sample_losses
 
@@ -33,7 +34,7 @@ class QueryGradient:
     """The gradient of a query's loss, summed over draws: `pass_size` of them are drawn, and go
     through the model, at once.
 
-    latent: [C, h, w] and embedding: [tokens, features], on the model's device. Of weights other
+    latent: [C, h, w] and conditioning: {name: [1, ...]}, on the model's device. Of weights other
     than K and V, `parameters` must ask for gradients. autocast: dtype of the denoiser's products
     (of K and V alone), float32 where None.
     """
@@ -43,7 +44,7 @@ class QueryGradient:
         model: Model,
         parameters: dict[str, torch.nn.Parameter],
         latent: torch.Tensor,
-        embedding: torch.Tensor,
+        conditioning: Conditioning,
         draws: QueryDraws | PublishedDraws,
         pass_size: int,
         autocast: torch.dtype | None = None,
@@ -51,7 +52,7 @@ class QueryGradient:
         self.model = model
         self.parameters = parameters
         self.latent = latent
-        self.embedding = embedding
+        self.conditioning = conditioning
         self.draws = draws
         self.autocast = autocast
         self.num_drawn = (
@@ -60,12 +61,10 @@ class QueryGradient:
             else pass_size
         )
         self.pass_size = self.num_drawn  # memory only
-        names = {
-            f"{layer}.{projection}.weight"
-            for layer in text_layers(model.denoiser)
-            for projection in PROJECTIONS
-        }
-        self.of_text = parameters.keys() == names
+        is_plain = not lora.has_matrices(model.denoiser)
+        self.of_text = is_plain and (
+            parameters.keys() == select_parameters(model.denoiser, KV).keys()
+        )
 
     def differentiate(
         self, normals: torch.Tensor, timesteps: torch.Tensor
@@ -76,7 +75,7 @@ class QueryGradient:
             self.latent.expand_as(normals),
             normals,
             timesteps,
-            self.embedding[None],
+            self.conditioning,
         )
         if self.of_text:
             return {
@@ -148,7 +147,7 @@ def query_gradient(
     model: Model,
     parameters: dict[str, torch.nn.Parameter],
     latent: torch.Tensor,
-    embedding: torch.Tensor,
+    conditioning: Conditioning,
     draws: QueryDraws | PublishedDraws,
     first_draw: int,
     num_draws: int,
@@ -156,7 +155,7 @@ def query_gradient(
 ) -> dict[str, torch.Tensor]:
     """Mean gradient of the query's loss over `num_draws` draws, {name: float64 tensor}. Arguments
     as of `QueryGradient`."""
-    gradient = QueryGradient(model, parameters, latent, embedding, draws, pass_size)
+    gradient = QueryGradient(model, parameters, latent, conditioning, draws, pass_size)
     sums = gradient.zeros()
     gradient.add(sums, first_draw, num_draws)
     return {name: value / num_draws for name, value in sums.items()}

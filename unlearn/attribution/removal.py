@@ -14,12 +14,14 @@ sketches.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
 
 from .. import noise
-from ..datasets.training_sets import TrainingSet, check_pixels
+from ..datasets.conditioning import Conditioning, count_texts, map_tensors
+from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.lora import SELECTION, has_matrices
 from ..models.pipelines import Model, select_parameters, tracked
@@ -77,18 +79,14 @@ def draw_slots(timesteps: Sequence[int], num_draws: int) -> list[tuple[int, int,
 
 def read_image(
     images: TrainingSet, row: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latent [C, h, w] and embeddings [captions, tokens, features] of an image as it is, float32.
-    Raises UserError where one is not finite."""
-    latent, embeddings = (
-        torch.from_numpy(np.array(array, np.float32)).to(device)
-        for array in (images.latents[0, row], images.embeddings[row])
-    )
-    check_pixels(
-        f"latents or embeddings of {images.ids[row]}",
-        [float(latent.sum()), float(embeddings.sum())],
-    )
-    return latent, embeddings
+) -> tuple[torch.Tensor, list[Conditioning]]:
+    """Latent [C, h, w] of an image as it is and the conditioning {name: [1, ...]} of each of its
+    captions, float32. Raises UserError where one is not finite."""
+    latent, conditioning = images.image_tensors(0, row, device)
+    return latent, [
+        map_tensors(itemgetter(slice(number, number + 1)), conditioning)
+        for number in range(count_texts(conditioning))
+    ]
 
 
 class FeatureMaker:
@@ -99,9 +97,9 @@ class FeatureMaker:
         model's."""
         self.model, self.settings = model, settings
         for timestep in settings.timesteps:
-            if not 0 <= timestep < len(model.alpha_bars):
+            if not 0 <= timestep < model.num_train_timesteps:
                 raise UserError(
-                    f"timesteps {timestep}: expected 0 to {len(model.alpha_bars) - 1}, the "
+                    f"timesteps {timestep}: expected 0 to {model.num_train_timesteps - 1}, the "
                     f"timesteps of the model"
                 )
         self.parameters = select_parameters(model.denoiser, settings.weight_selection)
@@ -130,16 +128,12 @@ class FeatureMaker:
             return np.stack([self.image_features(images, row) for row in rows])
 
     def image_features(self, images: TrainingSet, row: int) -> np.ndarray:
-        """Features of one image. Raises UserError where its latents or embeddings are not
+        """Features of one image. Raises UserError where its latents or conditioning are not
         finite."""
-        latent, embeddings = read_image(images, row, self.model.device)
+        latent, captions = read_image(images, row, self.model.device)
         features = [
             torch.stack(
-                [
-                    feature
-                    for embedding in embeddings
-                    for feature in self.probe(latent, number, embedding)
-                ]
+                [feature for caption in captions for feature in self.probe(latent, number, caption)]
             )
             for number in range(len(self.settings.timesteps))
         ]
@@ -149,7 +143,7 @@ class FeatureMaker:
         """How well the model explains some images: losses [images] float32 at one timestep, with
         noise common to all, mean over pixels and captions. A picture of another model has a higher
         one than any image: see `report.results.find_strange`."""
-        timestep = int(EXPLAINED_AT * len(self.model.alpha_bars))
+        timestep = int(EXPLAINED_AT * self.model.num_train_timesteps)
         timesteps = torch.tensor([timestep], device=self.model.device)
         shape = tuple(self.normals.shape[1:])
         drawn = noise.image_noise(
@@ -157,22 +151,22 @@ class FeatureMaker:
         )
         normals, losses = torch.from_numpy(drawn).to(self.model.device), []
         for row in rows:
-            latent, embeddings = read_image(images, row, self.model.device)
+            latent, captions = read_image(images, row, self.model.device)
             sums = [
-                loss_sums(self.model, latent[None], normals, timesteps, embedding[None])
-                for embedding in embeddings
+                loss_sums(self.model, latent[None], normals, timesteps, caption)
+                for caption in captions
             ]
             losses.append(float(torch.stack(sums).mean()))
         return np.array(losses, np.float32)
 
     def probe(
-        self, latent: torch.Tensor, number: int, embedding: torch.Tensor
+        self, latent: torch.Tensor, number: int, conditioning: Conditioning
     ) -> Iterator[torch.Tensor]:
         """The sketches of J^T v at a timestep, for each of its signs v: yields [sketch_size]."""
         timesteps = torch.tensor([self.settings.timesteps[number]], device=latent.device)
         with torch.enable_grad():
             noisy = self.model.diffuse(latent[None], self.normals[number][None], timesteps)
-            prediction = self.model.predict(noisy, timesteps, embedding[None])[0].float()
+            prediction = self.model.predict(noisy, timesteps, conditioning)[0].float()
         for signs in self.signs[number]:
             gradients = torch.autograd.grad(
                 prediction,

@@ -48,7 +48,7 @@ def score_exact(
     path, own = files[0]
     if study.unlearning.weight_selection == "cross-attn-kv":
         changes = [delta.tensors for delta in (*deltas, *later)]
-        with changed_losses(model.denoiser, changes) as measure_of:
+        with changed_losses(model, changes) as measure_of:
 
             def measure_with(numbers):
                 return measure_of([0, *(1 + number for number in numbers)])

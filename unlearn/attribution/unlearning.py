@@ -57,17 +57,14 @@ def unlearn_query(
     draws, rates = DRAWS[settings.compat].of_query(settings.seed, query, model), []
     if draws.in_order:  # the published program's batches are part of the result
         pass_size = settings.unlearn_batch_size
-        if pass_size > len(model.alpha_bars):
+        if pass_size > model.num_train_timesteps:
             raise UserError(
                 f"--unlearn_batch_size {pass_size}: --compat abu allows at most "
-                f"{len(model.alpha_bars)}"
+                f"{model.num_train_timesteps}"
             )
-    latent, embedding = (
-        torch.from_numpy(array[0, 0]).to(model.device)
-        for array in (query.latents, query.embeddings)
-    )
+    latent, conditioning = query.query_tensors(model.device)
     gradient = QueryGradient(
-        model, parameters, latent, embedding, draws, pass_size, AUTOCAST[settings.precision]
+        model, parameters, latent, conditioning, draws, pass_size, AUTOCAST[settings.precision]
     )
     total = settings.unlearn_steps * settings.draws_a_step
     with progress(total, f"unlearning {query.ids[0]}", "draws") as bar:

@@ -14,6 +14,7 @@ from ..attribution.draws import QueryDraws, chunk_noise
 from ..attribution.fishers import own_selection
 from ..attribution.newton import query_gradient
 from ..attribution.sketch import Sketch
+from ..datasets.conditioning import repeat_texts
 from ..datasets.tasks import Task
 from ..models.generation import initial_noise
 from ..models.pipelines import select_parameters, tracked
@@ -74,15 +75,6 @@ def flatten(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def query_tensors(run: Run, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latent [C, h, w] and embedding [tokens, features] of a query, on the model's device."""
-    arrays = run.queries[number].latents[0, 0], run.queries[number].embeddings[0, 0]
-    latent, embedding = (
-        torch.from_numpy(np.array(array, np.float32)).to(run.model.device) for array in arrays
-    )
-    return latent, embedding
-
-
 @dataclass(frozen=True)
 class Influence(Method):
     """grad L(z)^T F^-1 grad L(z_hat): unlearning and its loss changes, both to first order. Source:
@@ -128,8 +120,8 @@ class Influence(Method):
         gradient = query_gradient(
             run.model,
             parameters,
-            *query_tensors(run, number),
-            QueryDraws(self.seed, query.name, query.ids[0], len(run.model.alpha_bars)),
+            *query.query_tensors(run.model.device),
+            QueryDraws(self.seed, query.name, query.ids[0], run.model.num_train_timesteps),
             0,
             self.unlearn_batch_size * self.unlearn_grad_accum_steps,
             run.batch_size,
@@ -250,7 +242,7 @@ class JourneyTrak(Trak):
         trajectory starts where the query's seed has it, elsewhere at noise that belongs to the
         query. Source: [Journey], averaged over the steps as in [D-TRAK]."""
         task, query = run.tasks[number], run.queries[number]
-        shape, embedding = query.latents.shape[2:], query_tensors(run, number)[1]
+        shape, conditioning = query.latents.shape[2:], query.query_tensors(run.model.device)[1]
         start = (
             initial_noise(query.name, [task.seed], shape)[0]
             if task.seed is not None
@@ -260,7 +252,7 @@ class JourneyTrak(Trak):
         )
         latents, timesteps = expected_latents(
             run.model,
-            embedding,
+            conditioning,
             torch.from_numpy(start).to(run.model.device),
             self.num_inference_steps,
         )
@@ -268,7 +260,7 @@ class JourneyTrak(Trak):
         normals = torch.from_numpy(
             noise.image_noise(self.noise_seed, query.name, query.ids[0], slots, shape)
         ).to(run.model.device)
-        samples = latents, normals, timesteps, embedding.expand(len(latents), -1, -1)
+        samples = latents, normals, timesteps, repeat_texts(conditioning, len(latents))
         return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
 
     def query_identity(self, run: Run, task: Task) -> dict:

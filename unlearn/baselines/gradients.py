@@ -8,14 +8,18 @@ of them.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..attribution.draws import CHUNK_IMAGES, chunk_noise, rows_of
 from ..attribution.losses import sample_losses
+from ..datasets.conditioning import Conditioning, count_texts, map_tensors, repeat_texts
 from ..datasets.training_sets import TrainingSet, check_pixels
+from ..errors import UserError
 from ..models.generation import generate_latents
 from ..models.pipelines import Model
 from ..runtime.programs import progress
@@ -36,11 +40,11 @@ def output_norms(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    embeddings: torch.Tensor,
+    conditioning: Conditioning,
 ) -> torch.Tensor:
     """|| prediction ||^2 of each sample: [batch] float64. Source: [D-TRAK] section 3, the squared
     L2 norm of the output."""
-    prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, embeddings)
+    prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, conditioning)
     return prediction.double().square().sum(dim=tuple(range(1, prediction.ndim)))
 
 
@@ -54,19 +58,20 @@ def mean_gradient(
     model: Model,
     parameters: dict[str, torch.nn.Parameter],
     function: str,
-    samples: Sequence[torch.Tensor],
+    samples: Sequence[Any],
     batch_size: int,
 ) -> dict[str, torch.Tensor]:
     """Gradient of a function's mean over samples, {name: tensor}; `batch_size` samples go through
     the model at once.
 
-    samples: latents, noise, timesteps, embeddings, on the model's device; parameters: `tracked`.
+    samples: latents, noise, timesteps, conditioning (a text a sample), on the model's device;
+    parameters: `tracked`.
     """
     count = len(samples[0])
     sums: list[torch.Tensor] = []
     for start in range(0, count, batch_size):
         values = FUNCTIONS[function](
-            model, *(tensor[start : start + batch_size] for tensor in samples)
+            model, *map_tensors(itemgetter(slice(start, start + batch_size)), samples)
         )
         gradients = torch.autograd.grad(
             values.sum() / count, list(parameters.values()), materialize_grads=True
@@ -82,23 +87,16 @@ def view_samples(
     grid: Sequence[int],
     normals: np.ndarray,
     device: torch.device | str,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Any, ...]:
     """The samples of one view of an image: each caption at each timestep. normals: [captions *
     timesteps, C, h, w]."""
-    latent, embeddings = (
-        torch.from_numpy(np.array(array, np.float32)).to(device)
-        for array in (training_set.latents[view, image], training_set.embeddings[image])
-    )
-    check_pixels(
-        f"latents or embeddings of {training_set.ids[image]}",
-        [float(latent.sum()), float(embeddings.sum())],
-    )
+    latent, conditioning = training_set.image_tensors(view, image, device)
     noise = torch.from_numpy(normals).to(device)
     return (
         latent.expand_as(noise),
         noise,
-        torch.tensor(grid, device=device).repeat(len(embeddings)),
-        embeddings.repeat_interleave(len(grid), dim=0),
+        torch.tensor(grid, device=device).repeat(count_texts(conditioning)),
+        repeat_texts(conditioning, len(noise)),
     )
 
 
@@ -269,19 +267,25 @@ EXPECTED = {
 
 @torch.no_grad()
 def expected_latents(
-    model: Model, embedding: torch.Tensor, start: torch.Tensor, num_steps: int
+    model: Model, conditioning: Conditioning, start: torch.Tensor, num_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model expects the final latents to be at each step of the sampling trajectory from
     `start`: latents [steps, C, h, w] and the steps' timesteps, on the model's device.
 
-    embedding: [tokens, features]; start: noise [C, h, w]; sampled as in
+    conditioning: {name: [1, ...]}; start: noise [C, h, w]; sampled as in
     generation.generate_latents, without guidance. Source: [Journey], which attributes a step by
-    what the model expects there, not by the final image.
+    what the model expects there, not by the final image. Raises UserError where a family samples
+    between its training timesteps.
     """
+    if model.prediction_type not in EXPECTED:
+        raise UserError(
+            f"--methods journeytrak: {model.family.name} samples between its training timesteps, at "
+            f"which no training image has a gradient; leave it out"
+        )
     seen, steps = [], []
     generate_latents(
         model,
-        embedding[None],
+        conditioning,
         start[None],
         num_steps,
         callback=lambda latents, timestep: (
@@ -290,7 +294,7 @@ def expected_latents(
         ),
     )
     noisy, timesteps = torch.stack(seen), torch.tensor(steps, device=model.device)
-    prediction = model.predict(noisy, timesteps, embedding.expand(len(noisy), -1, -1))
+    prediction = model.predict(noisy, timesteps, repeat_texts(conditioning, len(noisy)))
     return EXPECTED[model.prediction_type](
         model.alpha_bars[timesteps][:, None, None, None], noisy, prediction
     ), timesteps

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
-from ..datasets.encoders import encode_images, transform_image
+from ..datasets.encoders import Encoder, encode_images, transform_image
 from ..datasets.pictures import load_image
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet, check_pixels
@@ -53,12 +53,12 @@ def pixel_encoder(resolution: int) -> Encode:
     return encode
 
 
-def latent_encoder(pipeline: Any, resolution: int, batch_size: int) -> Encode:
+def latent_encoder(model: Encoder, resolution: int, batch_size: int) -> Encode:
     """Encoder to VAE latents, as the training set's are."""
     return lambda paths: (
         torch.stack(
             [
-                encode_images(pipeline, paths, resolution, mirrored, batch_size)
+                encode_images(model, paths, resolution, mirrored, batch_size)
                 for mirrored in (False, True)
             ]
         )

@@ -122,7 +122,7 @@ class Vae(Cosines):
     def scores(self, run: Run) -> list[np.ndarray]:
         return feature_scores(
             run,
-            latent_encoder(run.model.pipeline, run.resolution, run.vae_batch_size),
+            latent_encoder(run.model, run.resolution, run.vae_batch_size),
             lambda: latent_blocks(run.training_set),
             "vae",
         )

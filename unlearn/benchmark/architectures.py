@@ -16,11 +16,11 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from ..attribution.curvature import DiagonalFisher, squared_gradient_sums
+from ..datasets.conditioning import TEXT
 from ..datasets.training_sets import TrainingSet
+from ..models.families import STABLE_DIFFUSION
 from ..models.generation import generate_latents, initial_noise
-from ..models.passes import replace_feed_forward
 from ..models.pipelines import Model, select_parameters
-from ..models.text_attention import share_texts
 from ..models.unets import load_unet
 from ..noise import timestep_grid
 from ..storage.artifacts import write_tensors
@@ -83,13 +83,13 @@ class World:
         """The weights that unlearning changes, by name."""
         return select_parameters(self.model.denoiser, SELECTION)
 
-    def query(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent [C, h, w] and embedding [tokens, features] of a query, on the model's device."""
+    def query(self, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latent [C, h, w] and conditioning {name: [1, ...]} of a query, on the model's device."""
         arrays = self.query_latents[number], self.query_embeddings[number]
         latent, embedding = (
             torch.from_numpy(np.array(array)).to(self.model.device) for array in arrays
         )
-        return latent, embedding
+        return latent, {TEXT: embedding[None]}
 
 
 def load_published(
@@ -115,7 +115,7 @@ def generate_queries(
         training_set.name, range(seed, seed + count), training_set.latents.shape[2:]
     )
     texts, noises = (torch.from_numpy(array).to(model.device) for array in (embeddings, start))
-    latents = generate_latents(model, texts, noises)
+    latents = generate_latents(model, {TEXT: texts}, noises)
     return latents.cpu().numpy(), embeddings
 
 
@@ -152,14 +152,14 @@ def seeded_model(configuration: dict, device: torch.device, seed: int) -> Model:
         unet = UNet2DConditionModel(**configuration["unet"])
     # diffusers wraps `to` so that checkers take its argument for self
     unet.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
-    share_texts(unet)
-    replace_feed_forward(unet)
+    STABLE_DIFFUSION.prepare(unet)
     scheduler = DDPMScheduler(**configuration["scheduler"])
     return Model(
         # all of a pipeline that scoring looks at
         cast(DiffusionPipeline, SimpleNamespace(unet=unet, scheduler=scheduler)),
         f"seeded {seed}",
         scheduler.alphas_cumprod.float().to(device),
+        STABLE_DIFFUSION,
     )
 
 
@@ -199,14 +199,13 @@ def estimate_fisher(
     for start in range(0, num_samples, batch_size):
         images = generator.integers(len(training_set), size=min(batch_size, num_samples - start))
         latents = training_set.latents[0, images]
-        timesteps = generator.integers(len(model.alpha_bars), size=len(images))
-        arrays = (
-            latents,
-            generator.standard_normal(latents.shape, np.float32),
-            timesteps,
-            training_set.embeddings[images, 0],
-        )
-        samples = [torch.from_numpy(array).to(model.device) for array in arrays]
+        timesteps = generator.integers(model.num_train_timesteps, size=len(images))
+        arrays = latents, generator.standard_normal(latents.shape, np.float32), timesteps
+        texts = {TEXT: training_set.embeddings[images, 0]}
+        samples = [
+            *(torch.from_numpy(array).to(model.device) for array in arrays),
+            {name: torch.from_numpy(array).to(model.device) for name, array in texts.items()},
+        ]
         for name, squares in squared_gradient_sums(model, parameters, samples).items():
             sums[name] += squares
     for parameter in parameters.values():
@@ -243,7 +242,7 @@ def seeded_world(
             for key, entries in read_tensors(folder / "fisher.safetensors").items()
         }
 
-    grid = timestep_grid(settings.time_samples, len(model.alpha_bars))
+    grid = timestep_grid(settings.time_samples, model.num_train_timesteps)
     fisher = DiagonalFisher(diagonal, DAMPING)
     return World(
         model, training_set, grid, queries.latents[0], queries.embeddings[:, 0], fisher, None, load

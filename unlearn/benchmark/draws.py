@@ -32,7 +32,7 @@ def find_direction(
 def published_draws(bench: Bench, seed: int) -> PublishedDraws:
     """The published program's draws: independent noise, timesteps without replacement in each batch
     of 16."""
-    return PublishedDraws(seed, len(bench.world.model.alpha_bars), bench.world.model.device)
+    return PublishedDraws(seed, bench.world.model.num_train_timesteps, bench.world.model.device)
 
 
 def compare(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -67,7 +67,7 @@ def measure_draws(bench: Bench, counts: Iterable[int]) -> list[dict]:
                     settings.seed,
                     world.training_set.name,
                     f"query {query}",
-                    len(world.model.alpha_bars),
+                    world.model.num_train_timesteps,
                 )
                 pairs["ours"].append(
                     compare(

@@ -17,6 +17,7 @@ from ..attribution.scoring import TOGETHER
 from ..attribution.settings import AUDIT, AUTOCAST
 from ..attribution.shortlist import choose_images
 from ..attribution.sweeps import Sweep
+from ..datasets.conditioning import TEXT
 from ..models.pipelines import changed_weights
 from ..runtime.programs import progress
 from .meters import metered
@@ -121,7 +122,7 @@ def score_together(bench: Bench) -> dict:
     scores, all_costs = {}, []
     for size in bench.factors:
         with changed_losses(
-            bench.denoiser, [bench.change(query, size) for query in together]
+            bench.world.model, [bench.change(query, size) for query in together]
         ) as measure_of:
             measure = measure_of(together)
             flops = count_sample_flops(bench, measure)
@@ -285,7 +286,7 @@ def score_as_published(bench: Bench) -> dict:
             )
         return losses, costs
 
-    def measure(model, latents, noise, timesteps, embeddings):
+    def measure(model, latents, noise, timesteps, conditioning):
         with torch.no_grad():
             batch_losses(
                 model.denoiser,
@@ -293,15 +294,17 @@ def score_as_published(bench: Bench) -> dict:
                 latents,
                 noise,
                 timesteps,
-                embeddings.expand(len(latents), -1, -1),
+                conditioning[TEXT].expand(len(latents), -1, -1),
             )
 
+    latent, conditioning = world.query(0)
     step = partial(
         published_step,
         bench.denoiser,
         world.parameters,
         alpha_bars,
-        *world.query(0),
+        latent,
+        conditioning[TEXT][0],
         fisher,
         world.rate or 1.0,
         settings.unlearn_batch_size,

@@ -72,7 +72,7 @@ def measure_sweep(
 def measure_scaling(bench: Bench, sizes: Sequence[int], grids: Sequence[int] = GRIDS) -> list[dict]:
     """One row for each number of images at one timestep, and for each other number of timesteps of
     the fewest images: exact scoring, a query a sweep, and gradient scoring, all queries in one."""
-    num_timesteps = len(bench.world.model.alpha_bars)
+    num_timesteps = bench.world.model.num_train_timesteps
     latents, embedding = bench.world.query_latents, np.asarray(bench.world.query_embeddings[0])
     gradients, rows = second_order_dots(bench.changes), []
     for num_images, count in [

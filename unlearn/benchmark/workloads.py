@@ -56,10 +56,10 @@ def unlearn_query(
 ) -> dict[str, torch.Tensor]:
     """One Newton step on a query: the weight change, on the model's device."""
     model, name = world.model, f"query {number}"
-    latent, embedding = world.query(number)
-    draws = QueryDraws(settings.seed, world.training_set.name, name, len(model.alpha_bars))
+    latent, conditioning = world.query(number)
+    draws = QueryDraws(settings.seed, world.training_set.name, name, model.num_train_timesteps)
     gradient = QueryGradient(
-        model, world.parameters, latent, embedding, draws, settings.gradient_batch_size
+        model, world.parameters, latent, conditioning, draws, settings.gradient_batch_size
     )
     change = unlearn(gradient, world.fisher, world.rate, 1, settings.draws)
     return {key: delta.to(model.device) for key, delta in change.items()}
@@ -146,11 +146,11 @@ def count_sample_flops(bench: Bench, measure: Callable[..., object]) -> float:
         .to(device)
         .expand(len(grid), -1, -1, -1)
     )
-    embeddings = torch.from_numpy(np.array(training_set.embeddings[0], np.float32)).to(device)
+    conditioning = training_set.image_tensors(0, 0, device)[1]
     timesteps = torch.tensor(grid, device=device)
     return count_flops(
         lambda: measure(
-            bench.world.model, latents, torch.zeros_like(latents), timesteps, embeddings
+            bench.world.model, latents, torch.zeros_like(latents), timesteps, conditioning
         )
     ) / len(grid)
 

@@ -238,7 +238,7 @@ def make_run(
 ) -> Run:
     """What the methods score from. The grid, the Fisher and the training set are checked before a
     query is encoded."""
-    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    grid = timestep_grid(args.time_samples, model.num_train_timesteps)
     check_steps(model, args.num_inference_steps)
     needs_fisher = any(method.needs_fisher for method in methods.values())
     # Of the weights that influence looks at, whatever the TRAK family's are.

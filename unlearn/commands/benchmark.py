@@ -247,7 +247,7 @@ def open_world(args: Namespace, settings: dict) -> World:
             if args.num_images <= len(training_set)
             else multiply_images(training_set, args.num_images, args.seed)
         )
-    grid, rate = timestep_grid(args.time_samples, len(model.alpha_bars)), settings["unlearn_lr"]
+    grid, rate = timestep_grid(args.time_samples, model.num_train_timesteps), settings["unlearn_lr"]
     rate = None if rate == AUTO else rate / (settings["num_train"] or count_images(args.dataroot))
     return World(
         model,

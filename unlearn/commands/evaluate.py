@@ -93,7 +93,7 @@ def measure_baselines(
     )
     encoders = {
         "pixel": pixel_encoder(model.resolution(settings)),
-        "vae": latent_encoder(model.pipeline, model.resolution(settings), args.vae_batch_size),
+        "vae": latent_encoder(model, model.resolution(settings), args.vae_batch_size),
         **features,
     }
     if training_set.paths[0] is None:

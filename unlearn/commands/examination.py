@@ -22,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from .. import noise
 from ..attribution.fishers import has_other_images
+from ..datasets.conditioning import TEXT
 from ..datasets.encoding import check_given, has_given_arrays
 from ..datasets.pairs import count_pairs, list_pairs
 from ..datasets.preparation import examine_pictures
@@ -29,11 +30,11 @@ from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, group_by_model, load_tasks
 from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
-from ..models.checks import PARTS, check_pipeline
+from ..models.checks import check_pipeline, part_name
 from ..models.customization import check_tokens
 from ..models.lora_files import parse_name, read_lora
-from ..models.parts import Parts, read_parts
-from ..models.pipelines import trained_resolution
+from ..models.model import trained_resolution
+from ..models.parts import Parts, class_names, family_of, read_index, read_parts
 from ..models.unets import check_unet_folder
 from ..runtime.programs import choose_device
 from ..storage.reading import read_json
@@ -251,9 +252,7 @@ def examine_pipeline(name: str, unet: str) -> Finding:
         )
     where = f"pipeline {name}" + ("" if Path(name).is_dir() else ", in the hub's cache")
     # Of the cache only some of the files may be there: they are looked at when the model is loaded.
-    if not Path(name).is_dir() and not all(
-        (folder / part).exists() for part in ("model_index.json", *PARTS)
-    ):
+    if not Path(name).is_dir() and not has_all_parts(folder):
         return Finding(OK, where)
     return (
         (unet and try_out(check_unet_folder, unet)[1])
@@ -262,26 +261,31 @@ def examine_pipeline(name: str, unet: str) -> Finding:
     )
 
 
+def has_all_parts(folder: Path) -> bool:
+    """Whether every part that the index of a pipeline's folder names has a folder there."""
+    index, _ = try_out(read_index, folder)
+    return isinstance(index, dict) and all((folder / part).exists() for part in class_names(index))
+
+
 def examine_resolution(name: str, settings: dict) -> list[Finding]:
     """Whether pictures are brought to the size that the model was trained on, as far as its
     configuration is there to be read."""
 
-    def find_config(part) -> Any:
-        if part == "unet" and settings["unet"]:
-            return Path(settings["unet"]) / "config.json"
-        return (
-            Path(name) / part / "config.json"
-            if Path(name).is_dir()
-            else try_to_load_from_cache(name, f"{part}/config.json")
-        )
+    def read_config(file: str) -> Any:
+        if file.startswith("unet/") and settings["unet"]:
+            return read_json(Path(settings["unet"]) / "config.json", file)
+        is_folder = Path(name).is_dir()
+        place: Any = Path(name) / file if is_folder else try_to_load_from_cache(name, file)
+        return read_json(place, file)
 
     try:
-        configs = [read_json(find_config(part), part) for part in ("unet", "vae")]
-    except (UserError, ValueError, TypeError):  # `examine_pipeline` tells of what is not there
+        family = family_of(name, read_config("model_index.json"))
+        configs = [read_config(f"{part}/config.json") for part in (family.denoiser, "vae")]
+    except (UserError, ValueError, TypeError, AttributeError):  # told by `examine_pipeline`
         return []
     if not all(isinstance(config, dict) for config in configs):
         return []
-    own, used = trained_resolution(*configs), settings["resolution"]
+    own, used = trained_resolution(family, *configs), settings["resolution"]
     if used and own and used != own:
         return [
             Finding(
@@ -296,7 +300,7 @@ def examine_resolution(name: str, settings: dict) -> list[Finding]:
         else [
             Finding(
                 PROBLEM,
-                "the UNet's config.json has no sample_size",
+                f"the {part_name(family)}'s config.json has no sample_size",
                 "give `resolution` in dataset.json",
             )
         ]
@@ -337,13 +341,13 @@ def check_shapes(dataroot: str | Path, parts: Parts | None, resolution: int) -> 
         if parts and parts.classes["vae"] == "AutoencoderKL"
         else None
     )
-    if parts is None or not isinstance(blocks, (list, tuple)) or parts.tokens is None:
+    if parts is None or not isinstance(blocks, (list, tuple)):
         return
-    size = resolution // 2 ** (len(blocks) - 1)
-    shapes = (
-        (parts.vae["latent_channels"], size, size),
-        (parts.tokens, parts.text_encoder["hidden_size"]),
-    )
+    size, family = resolution // 2 ** (len(blocks) - 1), parts.family
+    text = family.shapes(parts)[TEXT]
+    if None in text:
+        return
+    shapes = (family.latent_channels(parts), size, size), text
     for path, array, shape in zip(array_paths(dataroot), (latents, embeddings), shapes):
         if array.shape[array.ndim - len(shape) :] != shape:
             raise UserError(
@@ -407,7 +411,9 @@ def examine_data(args: Namespace) -> tuple[list[Finding], bool]:
     pipeline, unet = args.sd_version or settings["pipeline"], settings["unet"]
     found = examine_pipeline(pipeline, unet)
     parts = read_parts(pipeline, unet) if found.status == OK and Path(pipeline).is_dir() else None
-    resolution = settings["resolution"] or (parts and trained_resolution(parts.unet, parts.vae))
+    resolution = settings["resolution"] or (
+        parts and trained_resolution(parts.family, parts.denoiser, parts.vae)
+    )
     loras = [examine_lora(name) for name in args.lora or settings["lora"]]
     return [
         examine_training_set(args, parts if resolution else None, resolution),

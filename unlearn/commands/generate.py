@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets.encoders import encode_prompts
+from ..datasets.conditioning import TEXT, join_conditioning
+from ..datasets.encoders import encode_texts
 from ..datasets.own_root import check_root_writable
 from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import check_pixels
@@ -221,20 +222,23 @@ def make_queries(
     place: Place, model: Model, settings: dict, prompts: Sequence[str], args: Namespace
 ) -> None:
     """Makes the pictures and writes them with their latents and embeddings."""
-    embeddings = np.concatenate(
+    resolution = model.resolution(settings)
+    texts = join_conditioning(
         [
-            encode_prompts(model.pipeline, prompts[row : row + args.batch_size]).numpy()
-            for row in range(0, len(prompts), args.batch_size)
+            encode_texts(model, some, [None] * len(some), resolution)
+            for start in range(0, len(prompts), args.batch_size)
+            for some in [prompts[start : start + args.batch_size]]
         ]
     )
-    check_pixels("embeddings of the prompts", embeddings)
+    conditioning = {name: tensor.numpy() for name, tensor in texts.items()}
+    check_pixels("embeddings of the prompts", conditioning[TEXT])
     with progress(len(prompts), "generating", "pictures") as bar:
         latents, pictures = make_pictures(
             model,
             settings["name"],
-            embeddings,
+            conditioning,
             [args.seed + row for row in range(len(prompts))],
-            model.latent_shape(model.resolution(settings)),
+            model.latent_shape(resolution),
             args.num_inference_steps,
             args.guidance_scale,
             args.batch_size,
@@ -244,7 +248,7 @@ def make_queries(
     for row, pixels in enumerate(pictures):
         with whole_file(place.picture(row)) as file:
             save_picture(file, pixels)
-    write_array(place.embeddings, embeddings)
+    write_array(place.embeddings, conditioning[TEXT])
     write_array(place.latents, latents)
 
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_training_files(args)
     find_fisher(args)
     model = load_model(args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=True)
-    grid = timestep_grid(args.time_samples, len(model.alpha_bars))
+    grid = timestep_grid(args.time_samples, model.num_train_timesteps)
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))
     fisher = load_fisher(model, args)

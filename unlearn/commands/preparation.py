@@ -63,7 +63,7 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
         args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=is_fused(weights)
     )
     time_samples = getattr(args, grid_flag.removeprefix("--"))
-    grid = noise.timestep_grid(time_samples, len(model.alpha_bars), grid_flag)
+    grid = noise.timestep_grid(time_samples, model.num_train_timesteps, grid_flag)
     latent_shape = model.latent_shape(model.resolution(read_settings(args.dataroot)))
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot), tasks)

@@ -335,7 +335,7 @@ def check_inputs(args: Namespace, tasks: list[Task]) -> None:
 def check_measures(model: Model, args: Namespace, tasks: list[Task]) -> MeasureSettings:
     """How models are measured. Raises UserError where this model cannot be measured so."""
     check_customization(model, None, tasks)
-    noise.timestep_grid(args.loss_time_samples, len(model.alpha_bars), "--loss_time_samples")
+    noise.timestep_grid(args.loss_time_samples, model.num_train_timesteps, "--loss_time_samples")
     measuring = measure_settings(args, tasks)
     if tasks and not args.no_pictures:
         check_steps(model, measuring.num_inference_steps)

@@ -8,16 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError
 from .pictures import load_image
 
 
 class Encoder(Protocol):
-    """What pictures and captions are encoded by: a `models.pipelines.Model`, a package above."""
-
-    @property
-    def pipeline(self) -> Any:
-        """Its VAE, tokenizer and text encoder."""
+    """What pictures and captions are encoded by: a `models.model.Model`, a package above."""
 
     @property
     def own_resolution(self) -> int | None:
@@ -32,8 +27,47 @@ class Encoder(Protocol):
         ...
 
     @property
-    def embedding_shape(self) -> tuple[int, int]:
-        """(tokens, features)."""
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a text's conditioning, {name: shape}; the text's own, (tokens, features), is
+        the first."""
+        ...
+
+    @property
+    def of_sizes(self) -> Sequence[str]:
+        """Names of the conditioning that belongs to a picture's size, not to its prompt."""
+        ...
+
+    @property
+    def encoding_identity(self) -> dict:
+        """What latents and conditioning depend on besides pictures and captions, for records."""
+        ...
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """The tokenizer that reads the most of a prompt, and how many tokens of it."""
+        ...
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents [n, C, h, w] float32 on the CPU of pixels [n, 3, H, W] in [-1, 1]."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Conditioning of prompts, {name: [n, ...]} float32 on the CPU."""
+        ...
+
+    def encode_sizes(
+        self, sizes: Sequence[tuple[int, int]], resolution: int
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning that belongs to pictures, {name: [n, ...]} float32 on the CPU. sizes: (width,
+        height) of each before it is cropped."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
+        """The tokens that are read of prompts, by tokenizer."""
+        ...
+
+    def denormalise(self, latents: Any) -> Any:
+        """Latents as the VAE gives them."""
         ...
 
 
@@ -58,18 +92,8 @@ def transform_image(image: Image.Image, resolution: int, mirrored: bool = False)
     return torch.from_numpy(pixels[:, ::-1].copy() if mirrored else pixels).permute(2, 0, 1)
 
 
-@torch.no_grad()
-def encode_pixels(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents [n, C, h, w] float32 on the CPU of pixels [n, 3, H, W]: the posterior's mean, scaled
-    for the denoiser. The mean, not a sample: losses before and after unlearning must differ by the
-    model alone."""
-    vae = pipeline.vae
-    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
-    return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).cpu()
-
-
 def encode_images(
-    pipeline: Any,
+    model: Encoder,
     paths: Sequence[str | Path],
     resolution: int,
     mirrored: bool = False,
@@ -79,41 +103,38 @@ def encode_images(
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     return torch.cat(
         [
-            encode_pixels(
-                pipeline,
+            model.encode_pixels(
                 torch.stack(
                     [transform_image(load_image(path), resolution, mirrored) for path in batch]
-                ),
+                )
             )
             for batch in batches
         ]
     )
 
 
-@torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Iterable[str]) -> torch.Tensor:
-    """Embeddings [n, tokens, features] float32 on the CPU: prompts padded and cut to the
-    tokenizer's length, the last hidden state of the text encoder."""
-    tokens = pipeline.tokenizer(
-        list(prompts),
-        padding="max_length",
-        truncation=True,
-        max_length=pipeline.tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
-    known = len(pipeline.text_encoder.get_input_embeddings().weight)
-    for prompt, row in zip(prompts, tokens) if int(tokens.max()) >= known else ():
-        if int(row.max()) >= known:
-            token = pipeline.tokenizer.convert_ids_to_tokens(int(row.max()))
-            raise UserError(
-                f"prompt {prompt!a:.80}: the tokenizer knows {token!s:.40}, the text encoder has "
-                f"no embedding of it"
-            )
-    return (
-        pipeline.text_encoder(tokens.to(pipeline.text_encoder.device))
-        .last_hidden_state.float()
-        .cpu()
-    )
+def encode_texts(
+    model: Encoder, prompts: Sequence[str], paths: Sequence[str | Path | None], resolution: int
+) -> dict[str, torch.Tensor]:
+    """Conditioning of pictures with a prompt each, {name: [n, ...]} float32 on the CPU. paths: of
+    the pictures; None where one is to be made, a square of `resolution` pixels."""
+    return {**encode_prompts(model, prompts), **encode_sizes(model, paths, resolution)}
+
+
+def encode_prompts(model: Encoder, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The part of `encode_texts` that belongs to the prompts."""
+    return model.encode_prompts(prompts)
+
+
+def encode_sizes(
+    model: Encoder, paths: Sequence[str | Path | None], resolution: int
+) -> dict[str, torch.Tensor]:
+    """The part of `encode_texts` that belongs to the pictures' sizes."""
+    if not model.of_sizes:
+        return {}
+    square = (resolution, resolution)
+    sizes = [load_image(path).size if path else square for path in paths]
+    return model.encode_sizes(sizes, resolution)
 
 
 def count_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[int]:

@@ -3,16 +3,17 @@ interrupted run goes on."""
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError
 from ..runtime.programs import say
-from ..storage.hashes import digest, digest_rows, hash_tensors, named_weights
+from ..storage.hashes import digest, digest_rows
 from ..storage.records import record_path
 from ..storage.sharing import do_once, forget_claim
 from .annotations import READERS
-from .encoders import Encoder, encode_images, encode_prompts
+from .conditioning import TEXT
+from .encoders import Encoder, encode_images, encode_prompts, encode_sizes
 from .originals import ORIGINALS
 from .own_root import check_root_writable
 from .pairs import (
@@ -27,7 +28,7 @@ from .pairs import (
 from .pictures import inspect_picture, list_notes
 from .rows import is_made, write_rows
 from .settings import read_settings
-from .training_sets import array_paths, read_identity
+from .training_sets import array_paths, extra_paths, read_identity
 
 
 def has_given_arrays(dataroot: str | Path) -> bool:
@@ -59,48 +60,48 @@ def encoding_identity(
 ) -> dict:
     """Identity of latents and embeddings that are made from images (hashes: `hash_picture` of each)
     and captions."""
-    parts = {
-        "vae": named_weights(model.pipeline.vae),
-        "text_encoder": named_weights(model.pipeline.text_encoder),
-    }
-    vae = model.pipeline.vae.config
     settings = read_settings(dataroot)
     lines = [line for few in captions for line in few]
-    tokens = (
-        row
-        for start in range(0, len(lines), AHEAD)
-        for row in model.pipeline.tokenizer(
-            lines[start : start + AHEAD],
-            padding="max_length",
-            truncation=True,
-            max_length=model.embedding_shape[0],
-        ).input_ids
-    )
+
+    def tokens(name: str) -> Iterator[list[int]]:
+        for start in range(0, len(lines), AHEAD):
+            yield from model.tokenize(lines[start : start + AHEAD])[name]
+
     folder = Path(dataroot) / settings["images"]
     annotated = Path(settings["captions"]).suffix in READERS
     return {
-        "scaling": [vae.scaling_factor, vae.get("shift_factor")],
-        "tokens": digest_rows(tokens),
+        **model.encoding_identity,
+        **{name: digest_rows(tokens(name)) for name in model.tokenize([""])},
         "images": digest(
             [[path.relative_to(folder).as_posix(), content] for path, content in zip(paths, hashes)]
         ),
         "captions": digest(captions if len(captions[0]) > 1 else lines),
         "resolution": resolution,
         **({"num_captions": len(captions[0])} if annotated else {}),
-        **{name: hash_tensors(weights) for name, weights in parts.items()},
     }
 
 
 def array_shapes(
     model: Encoder, dataroot: str | Path, num_images: int, num_captions: int, resolution: int
 ) -> dict[Path, tuple[int, ...]]:
-    """Shapes of latents (all images as is, then all mirrored) and embeddings of images with so many
-    captions each, {path: shape}."""
-    latents_path, embeddings_path = array_paths(dataroot)
+    """Shapes of latents (all images as is, then all mirrored), embeddings and other conditioning of
+    images with so many captions each, {path: shape}."""
     several = (num_captions,) if num_captions > 1 else ()
+    latents_path, _ = array_paths(dataroot)
     return {
         latents_path: (2 * num_images, *model.latent_shape(resolution)),
-        embeddings_path: (num_images, *several, *model.embedding_shape),
+        **{
+            path: (num_images, *several, *model.conditioning_shapes[name])
+            for name, path in text_paths(model, dataroot).items()
+        },
+    }
+
+
+def text_paths(model: Encoder, dataroot: str | Path) -> dict[str, Path]:
+    """Where embeddings and other conditioning stand, by name."""
+    return {
+        TEXT: array_paths(dataroot)[1],
+        **extra_paths(dataroot, model.conditioning_shapes),
     }
 
 
@@ -120,7 +121,7 @@ def write_latents(
     def encode(number):
         view, start = batches[number]
         return encode_images(
-            model.pipeline, paths[start : start + batch_size], resolution, bool(view), batch_size
+            model, paths[start : start + batch_size], resolution, bool(view), batch_size
         )
 
     write_rows(
@@ -134,25 +135,34 @@ def write_latents(
     )
 
 
-def write_embeddings(
+def write_texts(
     model: Encoder,
+    name: str,
     path: Path,
     shape: tuple[int, ...],
+    paths: Sequence[Path],
     captions: Sequence[Sequence[str]],
+    resolution: int,
     batch_size: int,
     identity: dict,
     thorough: bool = False,
 ) -> None:
-    """Writes embeddings [N, tokens, features], or [N, captions, tokens, features] where images have
-    several."""
+    """Writes one kind of conditioning, embeddings [N, tokens, features] say; or [N, captions, ...]
+    where images have several."""
     starts = range(0, len(captions), batch_size)
 
     def encode(number):
-        few = captions[starts[number] : starts[number] + batch_size]
-        embeddings = encode_prompts(model.pipeline, [line for lines in few for line in lines])
-        return embeddings.reshape(len(few), *shape[1:-2], *embeddings.shape[1:])
+        rows = slice(starts[number], starts[number] + batch_size)
+        few = captions[rows]
+        if name in model.of_sizes:
+            pictures = [path for path, lines in zip(paths[rows], few) for _ in lines]
+            texts = encode_sizes(model, pictures, resolution)[name]
+        else:
+            texts = encode_prompts(model, [line for lines in few for line in lines])[name]
+        several = shape[1 : len(shape) - texts.ndim + 1]
+        return texts.reshape(len(few), *several, *texts.shape[1:])
 
-    write_rows(path, shape, starts, encode, identity, "embeddings of the captions", thorough)
+    write_rows(path, shape, starts, encode, identity, f"{name} of the captions", thorough)
 
 
 def check_disk(dataroot: str | Path, sizes: dict[Path, int]) -> None:
@@ -219,7 +229,7 @@ def encode_training_set(
     identity = encoding_identity(
         model, dataroot, paths, captions, resolution, [picture.content for picture in pictures]
     )
-    latents_path, embeddings_path = array_paths(dataroot)
+    latents_path = array_paths(dataroot)[0]
     recorded = (
         read_identity(latents_path).get("left_out", [])
         if record_path(latents_path).exists()
@@ -272,15 +282,19 @@ def encode_training_set(
             identity,
             overwrite,
         )
-        write_embeddings(
-            model,
-            embeddings_path,
-            shapes[embeddings_path],
-            captions,
-            batch_size,
-            identity,
-            overwrite,
-        )
+        for name, path in text_paths(model, dataroot).items():
+            write_texts(
+                model,
+                name,
+                path,
+                shapes[path],
+                paths,
+                captions,
+                resolution,
+                batch_size,
+                identity,
+                overwrite,
+            )
 
     do_once(
         dataroot, "laion_latents", lambda: is_encoded(identity, shapes, overwrite), write

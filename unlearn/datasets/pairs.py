@@ -133,8 +133,7 @@ def tell_odd_captions(model: Encoder, captions: Sequence[Sequence[str]]) -> None
     """Says how many captions are empty, of how many the text encoder does not see the end, and how
     many the tokenizer does not know."""
     lines = [line for few in captions for line in few]
-    tokenizer = model.pipeline.tokenizer
-    limit = model.embedding_shape[0]
+    tokenizer, limit = model.reader
     if empty := sum(not line.strip() for line in lines):
         log.warning(f"{empty} of {len(lines)} captions are empty")
     batches = [lines[start : start + AHEAD] for start in range(0, len(lines), AHEAD)]

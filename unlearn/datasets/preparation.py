@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.programs import in_precision, say
+from .conditioning import TEXT
 from .encoders import Encoder
 from .encoding import check_given, encode_training_set, has_given_arrays
 from .pairs import count_pairs, list_pairs
@@ -16,6 +17,7 @@ from .training_sets import (
     array_paths,
     check_finite,
     choose_subset_size,
+    extra_paths,
     open_arrays,
     open_training_set,
 )
@@ -66,7 +68,7 @@ def prepare_training_set(
         dataroot,
         settings["name"],
         model.latent_shape(resolution),
-        model.embedding_shape,
+        model.conditioning_shapes,
         subset_size,
     )
     check_finite(dataroot, training_set)
@@ -78,20 +80,26 @@ def imagine_training_set(
 ) -> TrainingSet:
     """A training set of zeros of the right shape where it is not encoded yet, for what only counts
     and encodes nothing."""
-    if all(path.exists() for path in array_paths(dataroot)):
+    arrays = [*array_paths(dataroot), *extra_paths(dataroot, model.conditioning_shapes).values()]
+    if all(path.exists() for path in arrays):
         return prepare_training_set(model, dataroot, subset_size)
     settings = read_settings(dataroot)
     say_resolution(model, settings)
     latent_shape = model.latent_shape(model.resolution(settings))
     paths, captions = list_pairs(dataroot)
-    zero, count = np.float32(0), len(paths)
+    zero, count, shapes = np.float32(0), len(paths), model.conditioning_shapes
+    texts = {
+        name: np.broadcast_to(zero, (count, len(captions[0]), *shape))
+        for name, shape in shapes.items()
+    }
     return TrainingSet(
         settings["name"],
         [path.name for path in paths],
         [first for first, *_ in captions],
         paths,
         np.broadcast_to(zero, (2, count, *latent_shape)),
-        np.broadcast_to(zero, (count, len(captions[0]), *model.embedding_shape)),
+        texts.pop(TEXT),
+        extras=texts,
     ).first(choose_subset_size(count, subset_size, settings["largest_subset"]))
 
 

@@ -1,15 +1,17 @@
 """Queries and exemplars as training sets: encoded from their pictures and prompts, or a query's exact
 latent and embedding, stored by what made it (`latents`, `embeddings` and `row` of its task)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from ..storage.hashes import digest
 from ..storage.reading import read_array
-from .encoders import Encoder, encode_images, encode_prompts
+from .conditioning import TEXT
+from .encoders import Encoder, encode_images, encode_texts
 from .pictures import hash_picture
 from .settings import read_settings
 from .tasks import Task, find_file
@@ -81,22 +83,31 @@ def encode_exemplars(
     settings = read_settings(dataroot)
     resolution = model.resolution(settings)
     latents = [
-        encode_images(
-            model.pipeline, task.exemplar_paths, resolution, mirrored, vae_batch_size
-        ).numpy()
+        encode_images(model, task.exemplar_paths, resolution, mirrored, vae_batch_size).numpy()
         for mirrored in (False, True)
     ]
     prompts = [task.train_prompt or ""] * len(task.exemplar_paths)
     ids = task.exemplar_ids(dataroot)
+    embeddings, extras = split_texts(encode_texts(model, prompts, task.exemplar_paths, resolution))
     return TrainingSet(
         settings["name"],
         ids,
         prompts,
         [Path(dataroot) / id for id in ids],
         np.stack(latents),
-        encode_prompts(model.pipeline, prompts).numpy()[:, None],
+        embeddings,
         digest(prompts, [hash_picture(path) for path in task.exemplar_paths]),
+        extras=extras,
     )
+
+
+def split_texts(
+    texts: Mapping[str, torch.Tensor],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Conditioning {name: [n, ...]} as embeddings [n, 1, ...] and the rest of it, of images with a
+    caption each."""
+    arrays = {name: tensor.numpy()[:, None] for name, tensor in texts.items()}
+    return arrays.pop(TEXT), arrays
 
 
 def encode_query(
@@ -108,7 +119,8 @@ def encode_query(
     other queries, [AbU] on MSCOCO, are stored scaled."""
     settings = read_settings(dataroot)
     resolution = model.resolution(settings)
-    stored = read_stored(task, dataroot, model.latent_shape(resolution), model.embedding_shape)
+    shape = model.conditioning_shapes[TEXT]
+    stored = read_stored(task, dataroot, model.latent_shape(resolution), shape)
     return encode_picture(
         model,
         Path(dataroot) / task.synth_image_path,
@@ -137,13 +149,15 @@ def encode_picture(
     if "latents" in stored:
         latents = stored["latents"][None]
     else:
-        latents = encode_images(model.pipeline, [path], resolution).numpy()
+        latents = encode_images(model, [path], resolution).numpy()
     if unscaled:
-        latents = latents / model.pipeline.vae.config.scaling_factor
-    if "embeddings" in stored:
-        embeddings = stored["embeddings"][None]
+        latents = model.denormalise(latents)
+    if TEXT in stored and list(model.conditioning_shapes) == [TEXT]:
+        embeddings, extras = stored[TEXT][None, None], {}
     else:
-        embeddings = encode_prompts(model.pipeline, [prompt]).numpy()
+        embeddings, extras = split_texts(encode_texts(model, [prompt], [path], resolution))
+        if TEXT in stored:  # what else there is follows from prompt and picture
+            embeddings = stored[TEXT][None, None]
     rows = (row.tobytes().hex() for row in stored.values())
     return TrainingSet(
         name,
@@ -151,6 +165,7 @@ def encode_picture(
         [prompt],
         [Path(path)],
         latents[None],
-        embeddings[:, None],
+        embeddings,
         digest(prompt, hash_picture(path), *rows),
+        extras=extras,
     )

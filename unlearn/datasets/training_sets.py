@@ -1,16 +1,19 @@
 """One TrainingSet for every benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from ..storage.hashes import digest
 from ..storage.reading import read_array, read_json
 from ..storage.records import record_path
 from .captions import label_images
+from .conditioning import TEXT
 from .settings import read_settings
 
 
@@ -28,9 +31,46 @@ class TrainingSet:
     embeddings: np.ndarray = field(repr=False)  # [N, captions, tokens, features]
     source: str = ""  # digest of what latents and embeddings were made from
     settings: dict = field(default_factory=dict, repr=False, compare=False)  # its data root's
+    # What else the denoiser is told of an image, as its family says: {name: [N, captions, ...]}.
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def conditioning(self) -> dict[str, np.ndarray]:
+        """What the denoiser is told of each image, {name: [N, captions, ...]}."""
+        return {TEXT: self.embeddings, **self.extras}
+
+    def texts(self, images: Any, captions: Any = slice(None)) -> dict[str, np.ndarray]:
+        """The conditioning of some images and captions, {name: [...]}."""
+        return {name: array[images, captions] for name, array in self.conditioning.items()}
+
+    def image_tensors(
+        self, view: int, image: int, device: torch.device | str
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """An image's latent [C, h, w] and the conditioning of its captions {name: [captions, ...]},
+        float32 on a device. Raises UserError where they are not finite."""
+        arrays = {"latents": self.latents[view, image], **self.texts(image)}
+        tensors = {
+            name: torch.from_numpy(np.array(array, np.float32)).to(device)
+            for name, array in arrays.items()
+        }
+        sums = [float(tensor.sum()) for tensor in tensors.values()]
+        check_pixels(f"{' or '.join(arrays)} of {self.ids[image]}", sums)
+        return tensors.pop("latents"), tensors
+
+    def query_tensors(
+        self, device: torch.device | str
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of a training set of one image and view, as queries are: its latent [C, h, w] and its
+        conditioning {name: [1, ...]}, float32 on a device."""
+
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.array(array, np.float32)).to(device)
+
+        texts = {name: put(array) for name, array in self.texts(0, slice(1)).items()}
+        return put(self.latents[0, 0]), texts
 
     def take(self, indices: Sequence[int]) -> "TrainingSet":
         """The training set of these rows, in this order; latents are copied."""
@@ -41,6 +81,7 @@ class TrainingSet:
             paths=[self.paths[i] for i in indices],
             latents=self.latents[:, indices],
             embeddings=self.embeddings[indices],
+            extras={name: array[indices] for name, array in self.extras.items()},
         )
 
     def first(self, count: int) -> "TrainingSet":
@@ -52,6 +93,7 @@ class TrainingSet:
             paths=self.paths[:count],
             latents=self.latents[:, :count],
             embeddings=self.embeddings[:count],
+            extras={name: array[:count] for name, array in self.extras.items()},
         )
 
     @property
@@ -141,6 +183,44 @@ def array_paths(dataroot: str | Path) -> tuple[Path, Path]:
     return Path(dataroot) / settings["latents"], Path(dataroot) / settings["embeddings"]
 
 
+def extra_paths(dataroot: str | Path, names: Iterable[str]) -> dict[str, Path]:
+    """Where conditioning other than embeddings stands, by its name: beside them."""
+    path = array_paths(dataroot)[1]
+    return {
+        name: path.with_name(f"{path.stem}_{name}{path.suffix}") for name in names if name != TEXT
+    }
+
+
+def open_extras(
+    dataroot: str | Path, shapes: Mapping[str, tuple[int, ...]], embeddings: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Conditioning other than embeddings [N, captions, ...], memory-mapped, as [N, captions, ...] by
+    its name: what belongs to an image is the same for all of its captions. shapes: of a text's, by
+    name. Raises UserError where one is missing or of another shape."""
+    count, found = embeddings.shape[:2], {}
+    for name, path in extra_paths(dataroot, shapes).items():
+        array, shape = read_array(path, name), shapes[name]
+        if array.shape not in ((*count, *shape), (count[0], *shape)):
+            raise UserError(
+                f"{path}: expected [{count[0]}, {', '.join(map(str, shape))}] for this model, found "
+                f"{list(array.shape)}; encode the training set again"
+            )
+        array = array.reshape(count[0], -1, *shape)
+        found[name] = np.broadcast_to(array, (*count, *shape))
+    return found
+
+
+def find_extras(dataroot: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the conditioning that stands beside a data root's embeddings and was made with them,
+    by name: what a model would say, where there is none."""
+    path, shapes = array_paths(dataroot)[1], {}
+    for other in sorted(path.parent.glob(f"{path.stem}_*{path.suffix}")):
+        made = [read_identity(one) if record_path(one).exists() else None for one in (path, other)]
+        if made[0] == made[1]:
+            shapes[other.stem.removeprefix(f"{path.stem}_")] = read_array(other).shape[1:]
+    return shapes
+
+
 def open_arrays(
     dataroot: str | Path,
 ) -> tuple[np.ndarray, np.ndarray, Sequence[int], list[Path], list[str]]:
@@ -184,9 +264,14 @@ def check_finite(dataroot: str | Path, training_set: TrainingSet) -> None:
     """Reads latents and embeddings that came with a data root once, so that no sweep stops in its
     last hour. Raises UserError, naming file and image, where an entry is NaN or infinite. What this
     project made was checked then."""
-    for path, views in zip(
-        array_paths(dataroot), (training_set.latents, [training_set.embeddings])
-    ):
+    checked = {
+        **dict(zip(array_paths(dataroot), (training_set.latents, [training_set.embeddings]))),
+        **{
+            path: [training_set.extras[name]]
+            for name, path in extra_paths(dataroot, training_set.extras).items()
+        },
+    }
+    for path, views in checked.items():
         for array in [] if record_path(path).exists() else views:
             step = max(1, (64 << 20) // array[0].nbytes)
             for start in range(0, len(array), step):
@@ -203,37 +288,42 @@ def open_training_set(
     dataroot: str | Path,
     name: str,
     latent_shape: Sequence[int],
-    embedding_shape: Sequence[int],
+    shapes: Mapping[str, tuple[int, ...]],
     subset_size: int | None = None,
 ) -> TrainingSet:
     """Opens the training set of a data root: latents [2N, C, h, w] (N as is, then N mirrored),
     embeddings [N, tokens, features] or [N, captions, tokens, features] and, where they are, images
     and captions.
 
-    latent_shape: (C, h, w) and embedding_shape: (tokens, features) of the model. Raises UserError
-    where files are missing or of another shape.
+    latent_shape: (C, h, w) of the model; shapes: of a text's conditioning, {name: shape}. Raises
+    UserError where files are missing or of another shape.
     """
     latents_path, embeddings_path = array_paths(dataroot)
-    latents, embeddings, indices, paths, captions = open_arrays(dataroot)
-    count = len(embeddings)
+    latents, stored, indices, paths, captions = open_arrays(dataroot)
+    embeddings, count = stored, len(stored)
     for path, array, shape in (
         (latents_path, latents, latent_shape),
-        (embeddings_path, embeddings, embedding_shape),
+        (embeddings_path, embeddings, shapes[TEXT]),
     ):
         if array.shape[array.ndim - len(shape) :] != tuple(shape):
             raise UserError(
                 f"{path}: expected rows {list(shape)} of floats for this model, found "
                 f"{list(array.shape)} {array.dtype}"
             )
+    embeddings = embeddings.reshape(count, -1, *shapes[TEXT])
+    extras = open_extras(dataroot, shapes, embeddings)
+    made_from = {latents_path: latents, embeddings_path: stored}
+    made_from |= {path: read_array(path) for path in extra_paths(dataroot, extras).values()}
     training_set = TrainingSet(
         name=name,
         ids=[f"laion/{index:06d}" for index in indices],
         captions=captions or [""] * count,
         paths=paths or [None] * count,
         latents=latents.reshape(2, count, *latents.shape[1:]),
-        embeddings=embeddings.reshape(count, -1, *embedding_shape),
-        source=digest(source_of(latents_path, latents), source_of(embeddings_path, embeddings)),
+        embeddings=embeddings,
+        source=digest(*(source_of(path, array) for path, array in made_from.items())),
         settings=read_settings(dataroot),
+        extras=extras,
     )
     return training_set.first(
         choose_subset_size(count, subset_size, read_settings(dataroot)["largest_subset"])

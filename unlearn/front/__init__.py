@@ -106,7 +106,7 @@ def make_losses(study: Study, model: Model, images: TrainingSet, results: Path) 
 def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: Path) -> Study:
     """What ranks the images, without the losses before unlearning."""
     settings = read_settings(root)
-    grid = noise.timestep_grid(settings["time_samples"], len(model.alpha_bars))
+    grid = noise.timestep_grid(settings["time_samples"], model.num_train_timesteps)
     unlearning = UnlearnSettings(
         own_selection(model), damping=settings["damping"], num_train=len(images)
     )
@@ -138,7 +138,7 @@ def compare_similarity(
         queries,
         str(root),
         model.resolution(settings),
-        noise.timestep_grid(settings["time_samples"], len(model.alpha_bars)),
+        noise.timestep_grid(settings["time_samples"], model.num_train_timesteps),
         results / "baselines",
         overwrite=True,
     )

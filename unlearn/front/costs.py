@@ -1,5 +1,6 @@
 """What a run costs before it starts, and what of it is left while it runs."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..datasets.conditioning import TEXT
 from ..models.pipelines import Model, select_parameters
 from ..runtime.printing import show
 from ..runtime.programs import followed_by
@@ -92,21 +94,20 @@ def time_one(run: Callable[[int], torch.Tensor], largest: int) -> tuple[float, f
 @torch.no_grad()
 def measure_pace(model: Model, resolution: int, batch_size: int) -> Pace:
     """The pace of a model on its device, from a few passes over zeros."""
-    pipeline, device = model.pipeline, model.device
-    tokens, features = model.embedding_shape
+    device, shapes = model.device, model.conditioning_shapes
 
     def predict(size):
         noisy = torch.zeros(size, *model.latent_shape(resolution), device=device)
         times = torch.zeros(size, dtype=torch.int64, device=device)
-        return model.predict(noisy, times, torch.zeros(1, tokens, features, device=device))
+        texts = {name: torch.zeros(1, *shape, device=device) for name, shape in shapes.items()}
+        return model.predict(noisy, times, texts)
 
     def encode(size):
         pixels = torch.zeros(size, 3, resolution, resolution, device=device)
-        return pipeline.vae.encode(pixels).latent_dist.mean
+        return model.encode_pixels(pixels)
 
     def read(size):
-        words = torch.zeros(size, tokens, dtype=torch.int64, device=device)
-        return pipeline.text_encoder(words).last_hidden_state
+        return model.encode_prompts([""] * size)[TEXT]
 
     return Pace(*time_one(predict, batch_size), time_one(encode, 4)[1], time_one(read, 4)[1])
 
@@ -159,12 +160,12 @@ def count_bytes(
     """Bytes that a run leaves or needs for a while: arrays, and the parts of the curvature, or
     features of row_bytes each."""
     channels, height, width = model.latent_shape(resolution)
-    tokens, features = model.embedding_shape
+    text_size = sum(map(math.prod, model.conditioning_shapes.values()))
     selected = select_parameters(model.denoiser, selection).values()
     weights = sum(value.numel() for value in selected)
     latents = 2 * counts.images * channels * height * width
     sections = min(FISHER_SECTIONS, -(-counts.samples // 1000))
-    encoded = 4 * (latents + counts.captions * tokens * features)
+    encoded = 4 * (latents + counts.captions * text_size)
     if counts.noises:
         rows = counts.captions * counts.noises * counts.probes
         return encoded + rows * row_bytes + 16 * counts.questions * counts.images

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from ..datasets.encoders import encode_prompts
+from ..datasets.conditioning import TEXT
+from ..datasets.encoders import encode_texts
 from ..datasets.training_sets import check_pixels
 from ..models.customization import check_texts, check_words
 from ..models.generation import check_steps, make_pictures, save_picture
@@ -55,15 +56,18 @@ def make_picture(
     is_kept = keep_complete(latents, identity, True, "")
     if is_kept and picture.exists() and embeddings.exists():
         return question
-    embedding = encode_prompts(model.pipeline, [prompt]).numpy()
-    check_pixels("embedding of --prompt", embedding)
+    texts = {
+        name: tensor.numpy()
+        for name, tensor in encode_texts(model, [prompt], [None], resolution).items()
+    }
+    check_pixels("embedding of --prompt", texts[TEXT])
     shape = model.latent_shape(resolution)
     latent, [pixels] = make_pictures(
-        model, dataset, embedding, [seed], shape, steps, guidance, batch_size=1
+        model, dataset, texts, [seed], shape, steps, guidance, batch_size=1
     )
     record_path(latents).unlink(missing_ok=True)
     with whole_file(picture) as file:
         save_picture(file, pixels)
-    write_array(embeddings, embedding)
+    write_array(embeddings, texts[TEXT])
     write_record(latents, identity, model.device, write_array(latents, latent))
     return question

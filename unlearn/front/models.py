@@ -12,8 +12,9 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
-from ..models.checks import OTHER_FAMILIES
 from ..models.customization import CUSTOMIZED_WEIGHTS
+from ..models.families import find_family
+from ..models.parts import class_names
 from ..models.weights import (
     INDEX,
     WEIGHTS,
@@ -169,7 +170,7 @@ def complete_folder(folder: Path, place: Path) -> Path:
     """A pipeline's folder as it is loaded: itself, or one of links, with the weights under their
     ordinary names, as safetensors, and without what is named but not there."""
     index, faults = read_object(folder / INDEX), find_faults(folder)
-    if any(part in index for part in OTHER_FAMILIES):
+    if find_family(str(index.get("_class_name")), class_names(index)) is None:
         return folder  # refused by name when it is loaded
     absent = find_absent(folder)
     if not faults and not absent:
@@ -237,9 +238,22 @@ def put_weights(source: Path, target: Path) -> None:
     """Weights as safetensors: a link where they are, else read without running code and written."""
     if source.suffix == ".safetensors" and not is_wrapped(source):
         return link(source, target)
+    if ".safetensors.index" in source.name:
+        return put_shards(source, target)
     tensors = read_tensors(source, "--model")
     # Each its own memory: tied weights may not share theirs in such a file.
     write_tensors(target, {name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+
+
+def put_shards(source: Path, target: Path) -> None:
+    """Links to weights that an index (.json) says are in several files."""
+    files = read_object(source).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) else set()
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not (source.parent / name).is_file():
+            raise UserError(f"--model {source}: names {name!r:.80}, which is not there")
+        link(source.parent / name, target.with_name(name))
+    link(source, target.with_name(f"{target.name}.index.json"))
 
 
 def list_tensors(path: Path) -> list[str]:
@@ -252,11 +266,13 @@ def list_tensors(path: Path) -> list[str]:
         raise UserError(f"--model {path}: not a whole safetensors file ({reason:.100})") from None
 
 
-def convert_command(path: Path, base: str | Path | None) -> str:
+def convert_command(
+    path: Path, base: str | Path | None, pipeline: str = "StableDiffusionPipeline"
+) -> str:
     """The command that makes a pipeline's folder of a single file, by diffusers alone."""
     config = f", config={str(base)!r}" if base else ""
     code = (
-        "from diffusers import StableDiffusionPipeline as P; "
+        f"from diffusers import {pipeline} as P; "
         f"P.from_single_file({str(path)!r}{config}).save_pretrained('converted')"
     )
     return f"python -c {shlex.quote(code)}, then --model converted"
@@ -289,8 +305,8 @@ def check_keys(path: Path, names: list[str]) -> None:
         raise UserError(f"--model {path}: {explain_lora(path)}")
     if any(name.startswith("conditioner.embedders.") for name in names):
         raise UserError(
-            f"--model {path}: a checkpoint of Stable Diffusion XL; supported are Stable Diffusion "
-            f"1 and 2 and models of their kind"
+            f"--model {path}: a checkpoint of Stable Diffusion XL, which is used as a diffusers "
+            f"folder: {convert_command(path, None, 'StableDiffusionXLPipeline')}"
         )
     if not any(name.startswith("model.diffusion_model.") for name in names):
         first = names[0] if names else "nothing"

@@ -2,21 +2,22 @@
 can be used: before anything is built or scored."""
 
 import codecs
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from ..datasets.conditioning import TEXT
 from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.reading import list_visible, read_json
 
 if TYPE_CHECKING:
-    from .pipelines import Model
-from .parts import CLASSES, Parts, class_names, read_index, read_parts
+    from .model import Model
+from .families.interface import Family, Parts
+from .parts import class_names, family_of, read_index, read_parts
 from .weights import check_weights
 
 MODULES = (
@@ -28,27 +29,6 @@ MODULES = (
 
 
 MOST_LAYERS, MOST_OF_A_SIZE = 100, 1_000_000  # in a model's configuration
-
-
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
-
-
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-OTHER_FAMILIES = {
-    "transformer": "a transformer instead of a UNet, as Stable Diffusion 3, FLUX and PixArt have",
-    "text_encoder_2": "a second text encoder, as Stable Diffusion XL has",
-}
-
-
-MORE_INPUTS = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-)  # of a UNet
 
 
 def check_marks(folder: str | Path) -> None:
@@ -67,7 +47,7 @@ def check_marks(folder: str | Path) -> None:
 def check_classes(name: str | Path, index: Any, unet: str = "") -> None:
     """Raises UserError where a pipeline's index (model_index.json) names classes of other modules
     than the two libraries': files beside it, say, which some versions of diffusers would run; or
-    parts of another family than Stable Diffusion 1 and 2. unet: the folder of a UNet that is used
+    parts of no family that is known. unet: the folder of a UNet that is used
     instead, or ""."""
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(
@@ -80,15 +60,14 @@ def check_classes(name: str | Path, index: Any, unet: str = "") -> None:
                 f"--sd_version {name}: model_index.json: {part}: expected a class of diffusers "
                 f"or transformers, found {value!r:.80}"
             )
-    classes = class_names(index)
-    for part, what in OTHER_FAMILIES.items():
-        if part in classes:
-            raise UserError(
-                f"--sd_version {name}: {index['_class_name']} has {what} ({part}: "
-                f"{classes[part]}); supported are Stable "
-                "Diffusion 1 and 2 and models of their kind"
-            )
-    for part, known in CLASSES.items():
+    classes, family = class_names(index), family_of(name, index)
+    if unet and family.denoiser != "unet":
+        raise UserError(
+            f"--sd_version {name}: {index['_class_name']} has a transformer instead of a UNet; no "
+            f"other UNet ({unet}) can take its place"
+        )
+    family.check_classes(classes, lambda text: refuse(name, text))
+    for part, known in family.classes.items():
         if part in classes and classes[part] not in known and not (unet and part == "unet"):
             raise UserError(
                 f"--sd_version {name}: its {part} is of the class {classes[part]}; supported: "
@@ -96,9 +75,7 @@ def check_classes(name: str | Path, index: Any, unet: str = "") -> None:
             )
 
 
-def check_sizes(
-    folder: str | Path, parts: Sequence[str] = ("unet", "vae", "text_encoder", "scheduler")
-) -> None:
+def check_sizes(folder: str | Path, parts: Sequence[str]) -> None:
     """Raises UserError where a configuration of a pipeline's folder asks for absurdly much: it
     would be built before its weights are looked at."""
 
@@ -122,125 +99,23 @@ def check_sizes(
             visit(path, part, read_json(path, "--sd_version"))
 
 
-def guess_unet(given: object, made: object, latent: int) -> str:
-    """What a UNet probably is that takes `given` channels and gives `made`, where latents have
-    `latent`."""
-    kinds = {
-        2 * latent + 1: "an inpainting UNet",
-        2 * latent: "the UNet of InstructPix2Pix or of a latent upscaler",
-        latent + 3: "an upscaler's UNet",
-        latent + 1: "a depth-to-image UNet",
-    }
-    if given == latent and made == 2 * latent:
-        return "a UNet that predicts variances too (learned sigma)"
-    return next(
-        (kind for number, kind in kinds.items() if number == given),
-        "UNet and VAE of different models",
-    )
-
-
 def check_fit(name: str | Path, parts: Parts, unet: str = "") -> None:
     """Raises UserError, naming the numbers and what it probably is, where the parts of a pipeline
     do not fit each other, or one of them lacks what attribution asks of it."""
 
-    def refuse(text):
-        raise UserError(f"--sd_version {name}: {text}")
-
-    which, latent = f"the UNet of {unet}" if unet else "its UNet", parts.vae.get("latent_channels")
-    given, made = parts.unet.get("in_channels"), parts.unet.get("out_channels")
-    if not isinstance(latent, int) or not given == made == latent:
-        guess = (
-            guess_unet(given, made, latent)
-            if isinstance(latent, int)
-            else "parts of different models"
-        )
-        refuse(
-            f"{which} takes {given!s:.20} channels and gives {made!s:.20}, its VAE's latents "
-            f"have {latent!s:.20} (probably {guess}); "
-            "expected one number: a UNet that makes pictures from text alone"
-        )
-    if (colours := (parts.vae.get("in_channels"), parts.vae.get("out_channels"))) != (3, 3):
-        refuse(
-            f"its VAE takes {colours[0]!s:.20} channels and gives {colours[1]!s:.20}; expected "
-            f"3, a picture's"
-        )
-    if needs := [key for key in MORE_INPUTS if parts.unet.get(key) is not None]:
-        refuse(
-            f"{which} takes more than noisy latents, a timestep and a text ({needs[0]} is "
-            f"{parts.unet[needs[0]]!s:.40}), as the UNets of "
-            "Stable Diffusion XL, upscalers and image variations do; supported are Stable "
-            "Diffusion 1 and 2 and models of their kind"
-        )
-    check_text_encoder(parts, which, refuse)
-    check_schedule(parts, refuse)
-    scaling = parts.vae.get("scaling_factor")
-    if (
-        not isinstance(scaling, (int, float))
-        or isinstance(scaling, bool)
-        or not 0 < scaling < math.inf
-    ):
-        refuse(f"its VAE's scaling_factor: expected a number, found {scaling!r:.80}")
+    own = f"its {part_name(parts.family)}"
+    which = f"the UNet of {unet}" if unet else own
+    parts.family.check_fit(parts, which, lambda text: refuse(name, text))
 
 
-def check_text_encoder(parts: Parts, which: str, refuse: Callable[[str], NoReturn]) -> None:
-    """The part of `check_fit` that concerns texts."""
-    text, name = parts.text_encoder, parts.classes.get("text_encoder")
-    for key, value in text.items():
-        if not isinstance(value, int):
-            refuse(
-                f"its text encoder, {name}, has no {key}, as T5 has none of positions; expected "
-                f"one like CLIPTextModel"
-            )
-    widths = parts.unet.get("cross_attention_dim")
-    if any(
-        width != text["hidden_size"]
-        for width in (widths if isinstance(widths, (list, tuple)) else [widths])
-    ):
-        refuse(
-            f"{which} attends to texts of {widths!s:.60} features, its text encoder's have "
-            f"{text['hidden_size']}: they are of different models"
-        )
-    if isinstance(parts.vocabulary, int) and parts.vocabulary > text["vocab_size"]:
-        refuse(
-            f"its tokenizer numbers {parts.vocabulary} tokens, its text encoder has "
-            f"{text['vocab_size']}: they are of different models"
-        )
-    if parts.tokens is not None and (
-        not isinstance(parts.tokens, int) or not 2 < parts.tokens <= text["max_position_embeddings"]
-    ):
-        refuse(
-            f"its tokenizer's model_max_length: expected 3 to {text['max_position_embeddings']}, "
-            f"as its text encoder has positions, "
-            f"found {parts.tokens!s:.40}"
-        )
+def refuse(name: str | Path, text: str) -> NoReturn:
+    """Raises UserError: what a pipeline cannot be used for."""
+    raise UserError(f"--sd_version {name}: {text}")
 
 
-def check_schedule(parts: Parts, refuse: Callable[[str], NoReturn]) -> None:
-    """The part of `check_fit` that concerns the scheduler."""
-    scheduler, name = parts.scheduler, type(parts.scheduler).__name__
-    alpha_bars = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alpha_bars, torch.Tensor):
-        refuse(
-            f"its scheduler, {name}, has no "
-            f"alphas_cumprod{', because it matches flows' if 'Flow' in name else ''}; supported "
-            f"are those "
-            "of noise that is added by a schedule of betas, such as DDPMScheduler"
-        )
-    if (
-        not isinstance(kind := scheduler.config.get("prediction_type", "epsilon"), str)
-        or kind not in PREDICTIONS
-    ):
-        refuse(f"unknown prediction type {kind!s:.80}; expected one of {', '.join(PREDICTIONS)}")
-    if len(alpha_bars) != (count := scheduler.config.get("num_train_timesteps")):
-        refuse(
-            f"its scheduler has {len(alpha_bars)} noise levels (trained_betas) for {count!s:.20} "
-            f"timesteps (num_train_timesteps)"
-        )
-    if not ((alpha_bars >= 0) & (alpha_bars <= 1)).all():  # so written, NaN is refused
-        refuse(
-            "its scheduler's noise levels (alphas_cumprod) are not all between 0 and 1: its "
-            "betas are damaged"
-        )
+def part_name(family: Family) -> str:
+    """A family's denoiser as messages name it."""
+    return "UNet" if family.denoiser == "unet" else family.denoiser
 
 
 def check_pipeline(folder: str | Path, unet: str = "") -> None:
@@ -250,13 +125,14 @@ def check_pipeline(folder: str | Path, unet: str = "") -> None:
     index = read_index(folder)
     check_marks(folder)
     check_classes(folder, index, unet)
-    for part in (*PARTS, "scheduler"):
+    family = family_of(folder, index)
+    for part in (*family.parts(class_names(index)), "scheduler"):
         if not (Path(folder) / part).exists() and not (unet and part in ("unet", "scheduler")):
             raise UserError(
-                f"--sd_version {folder}: a folder without {part} is no Stable Diffusion pipeline "
-                f"in diffusers' format"
+                f"--sd_version {folder}: a folder without {part} is no pipeline of "
+                f"{family.name} in diffusers' format"
             )
-    check_sizes(folder)
+    check_sizes(folder, (family.denoiser, "vae", *family.encoders, "scheduler"))
     if unet:
         check_sizes(Path(unet).parent, [Path(unet).name])
     check_fit(folder, read_parts(folder, unet), unet)
@@ -267,26 +143,20 @@ def check_pipeline(folder: str | Path, unet: str = "") -> None:
 def check_passes(model: "Model", name: str | Path) -> None:
     """Raises UserError where one of a model's parts cannot take the least that it is asked for: a
     configuration may be absurd and yet load."""
-    pipeline, device = model.pipeline, model.device
-    small = torch.zeros(1, model.denoiser.config["in_channels"], 16, 16, device=device)
-    pixels = torch.zeros(
-        1, 3, 8 * pipeline.vae_scale_factor, 8 * pipeline.vae_scale_factor, device=device
-    )
+    pipeline, device, family = model.pipeline, model.device, model.family
+    channels, most = family.latent_channels(model.parts), family.most_latents(model.denoiser.config)
+    latents, side = min(16, most or 16), 8 * pipeline.vae_scale_factor
+    small = torch.zeros(1, channels, latents, latents, device=device)
+    pixels = torch.zeros(1, 3, side, side, device=device)
+    shapes = family.shapes(model.parts)
     passes = {  # part -> (what it is asked, the shape that it must give)
-        "vae": (lambda: pipeline.vae.encode(pixels).latent_dist.mean, (1, small.shape[1], 8, 8)),
-        "text_encoder": (
-            lambda: (
-                pipeline.text_encoder(
-                    torch.zeros(1, model.embedding_shape[0], dtype=torch.int64, device=device)
-                ).last_hidden_state
-            ),
-            (1, *model.embedding_shape),
-        ),
-        "unet": (
+        "vae": (lambda: pipeline.vae.encode(pixels).latent_dist.mean, (1, channels, 8, 8)),
+        "text_encoder": (lambda: model.encode_prompts([""])[TEXT], (1, *shapes[TEXT])),
+        family.denoiser: (
             lambda: model.predict(
                 small,
                 torch.zeros(1, dtype=torch.int64, device=device),
-                torch.zeros(1, *model.embedding_shape, device=device),
+                {name: torch.zeros(1, *shape, device=device) for name, shape in shapes.items()},
             ),
             small.shape,
         ),

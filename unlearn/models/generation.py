@@ -1,51 +1,23 @@
 """Pictures from prompts, with noise that belongs to the seed: the same query on any device, again
 by any model."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import BinaryIO, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from .. import noise
-from ..datasets.encoders import encode_prompts
+from ..datasets.conditioning import Conditioning
 from ..errors import UserError
-from .pipelines import Model
+from .model import Model
 from .sampling import NUM_INFERENCE_STEPS
-
-
-def make_scheduler(model: Model, num_steps: int) -> DDIMScheduler:
-    """Deterministic DDIM on the model's own schedule."""
-    # A pair only where it is asked for the settings that it does not take.
-    scheduler = cast(
-        DDIMScheduler,
-        DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False),
-    )
-    scheduler.set_timesteps(num_steps)
-    return scheduler
 
 
 def check_steps(model: Model, num_steps: int) -> None:
     """Raises UserError where a model cannot sample in so many steps, or in none."""
-    count = len(model.alpha_bars)
-    if (
-        not 1 <= num_steps <= count
-        or int(make_scheduler(model, num_steps).timesteps.max()) >= count
-    ):
-        raise UserError(f"--num_inference_steps {num_steps}: expected 1 to fewer than {count}")
-    if (
-        model.prediction_type == "epsilon"
-        and not make_scheduler(model, num_steps).alphas_cumprod.all()
-    ):
-        raise UserError(
-            "the model's last timestep is noise alone (rescale_betas_zero_snr), and it predicts "
-            "the noise (epsilon): no picture "
-            "follows from that. If it was trained to predict v, as models with such a schedule "
-            'are, write "prediction_type": '
-            '"v_prediction" into its scheduler_config.json'
-        )
+    model.family.check_steps(model.pipeline, num_steps)
 
 
 def check_finite(what: str, values: torch.Tensor) -> None:
@@ -70,42 +42,41 @@ def initial_noise(dataset_id: str, seeds: Iterable[int], shape: Sequence[int]) -
 @torch.no_grad()
 def generate_latents(
     model: Model,
-    embeddings: torch.Tensor,
+    conditioning: Conditioning,
     start: torch.Tensor,
     num_steps: int = NUM_INFERENCE_STEPS,
     guidance_scale: float = 1.0,
-    empty: torch.Tensor | None = None,
     callback: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
-    """Latents [n, C, h, w] float32, on the model's device, by deterministic DDIM sampling (eta 0).
+    """Latents [n, C, h, w] float32, on the model's device, by deterministic sampling: DDIM (eta 0),
+    or Euler's method for flows.
 
-    embeddings: [n, tokens, features] and start: [n, C, h, w] (`initial_noise`), on that device;
-    empty: embedding [tokens, features] of the empty prompt, for guidance_scale other than 1;
+    conditioning: {name: [n, ...]} and start: [n, C, h, w] (`initial_noise`), on that device;
     callback(latents, timestep) sees each noisy latent before its step. Raises UserError where one
     is not finite.
     """
-    if guidance_scale != 1 and empty is None:
-        raise ValueError("guidance needs the embedding of the empty prompt")
-    scheduler, latents = make_scheduler(model, num_steps), start.clone()
+    family, latents = model.family, start.clone()
+    scheduler = family.sampler(model.pipeline, num_steps, start.shape[1:])
+    conditioning, empty = family.guide(model.pipeline, conditioning, guidance_scale)
     for timestep in scheduler.timesteps:
         if callback:
             callback(latents, timestep)
-        timesteps = timestep.to(latents.device).expand(len(latents))
-        prediction = model.predict(latents, timesteps, embeddings)
-        if guidance_scale != 1 and empty is not None:
-            unconditional = model.predict(latents, timesteps, empty.expand_as(embeddings))
+        times = timestep.to(latents.device).expand(len(latents))
+        prediction = model.predict_at(latents, times, conditioning)
+        if empty is not None:
+            unconditional = model.predict_at(latents, times, empty)
             prediction = unconditional + guidance_scale * (prediction - unconditional)
-        latents = scheduler.step(prediction, int(timestep), latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     check_finite("latents", latents)
     return latents
 
 
 @torch.no_grad()
-def decode_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
-    """Pixels [n, H, W, 3] uint8 of scaled latents. Raises UserError where one is not finite."""
-    config = pipeline.vae.config
-    unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-    pixels = pipeline.vae.decode(unscaled).sample.float()
+def decode_latents(model: Model, latents: torch.Tensor) -> np.ndarray:
+    """Pixels [n, H, W, 3] uint8 of latents as the denoiser makes them. Raises UserError where one
+    is not finite."""
+    vae: Any = model.pipeline.vae
+    pixels = vae.decode(model.denormalise(latents)).sample.float()
     check_finite("pixels", pixels)
     pixels = pixels.clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -114,7 +85,7 @@ def decode_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> np.nda
 def make_pictures(
     model: Model,
     dataset_id: str,
-    embeddings: np.ndarray,
+    conditioning: Mapping[str, np.ndarray],
     seeds: Sequence[int],
     shape: Sequence[int],
     num_steps: int,
@@ -125,21 +96,19 @@ def make_pictures(
     """Latents [n, C, h, w] float32 and pixels [n, H, W, 3] uint8, on the CPU, of prompts each with
     its own seed.
 
-    embeddings: [n, tokens, features] float32 array; shape: (C, h, w); progress(count) is told of
+    conditioning: {name: [n, ...]} float32 arrays; shape: (C, h, w); progress(count) is told of
     finished pictures.
     """
-    start = initial_noise(dataset_id, seeds, shape)
-    empty = encode_prompts(model.pipeline, [""])[0].to(model.device)
-    parts = []
+    start, parts = initial_noise(dataset_id, seeds, shape), []
+
+    def put(array: np.ndarray, first: int) -> torch.Tensor:
+        rows = np.array(array[first : first + batch_size], np.float32)
+        return torch.from_numpy(rows).to(model.device)
+
     for first in range(0, len(seeds), batch_size):
-        texts, noises = (
-            torch.from_numpy(np.array(array[first : first + batch_size], np.float32)).to(
-                model.device
-            )
-            for array in (embeddings, start)
-        )
-        latents = generate_latents(model, texts, noises, num_steps, guidance_scale, empty)
-        parts.append((latents.cpu().numpy(), decode_latents(model.pipeline, latents)))
+        texts = {name: put(array, first) for name, array in conditioning.items()}
+        latents = generate_latents(model, texts, put(start, first), num_steps, guidance_scale)
+        parts.append((latents.cpu().numpy(), decode_latents(model, latents)))
         progress(len(latents))
     latents, pixels = zip(*parts)
     return np.concatenate(latents), np.concatenate(pixels)

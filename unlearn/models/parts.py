@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import tokenizers
@@ -10,30 +10,12 @@ import transformers
 
 from ..errors import UserError
 from ..storage.reading import read_json
+from .families import SUPPORTED, Family, Parts, find_family
+from .families.interface import Tokens
 from .weights import convert_command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-CLASSES = {
-    "unet": (
-        "UNet2DConditionModel",
-    ),  # that can be used; a VAE must give the distribution of a picture's latent
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "ConsistencyDecoderVAE"),
-}
-
-
-class Parts(NamedTuple):
-    """What the parts of a pipeline say of themselves."""
-
-    classes: dict  # part -> name of its class
-    unet: dict  # configurations
-    vae: dict
-    text_encoder: dict
-    tokens: int | None  # a prompt's, by the tokenizer; None where it does not say
-    vocabulary: int  # tokens that the tokenizer numbers itself, without added ones
-    scheduler: Any
 
 
 def read_index(folder: str | Path) -> Any:
@@ -41,9 +23,9 @@ def read_index(folder: str | Path) -> Any:
     path = Path(folder) / "model_index.json"
     if not path.exists():
         raise UserError(
-            f"--sd_version {folder}: a folder without {path.name} is no Stable Diffusion "
-            f"pipeline in diffusers' format; of a checkpoint file or a folder of the hub's cache "
-            f"one is made by: {convert_command(folder)}"
+            f"--sd_version {folder}: a folder without {path.name} is no pipeline in diffusers' "
+            f"format; of a checkpoint file or a folder of the hub's cache one is made by: "
+            f"{convert_command(folder)}"
         )
     return read_json(path, "--sd_version")
 
@@ -64,16 +46,28 @@ def read_config(path: str | Path) -> dict:
     return config
 
 
+def family_of(name: str | Path, index: dict) -> Family:
+    """The family of a pipeline by its index. Raises UserError, naming what was found and what is
+    supported, where it is of none."""
+    classes, pipeline = class_names(index), index.get("_class_name")
+    family = find_family(str(pipeline), classes)
+    if family is None:
+        part = next((part for part in ("transformer", "prior", "unet") if part in classes), None)
+        found = f"a {part} of the class {classes[part]}" if part else "no UNet"
+        raise UserError(
+            f"--sd_version {name}: {pipeline!s:.80} has {found}; supported are {SUPPORTED}"
+        )
+    return family
+
+
 def read_parts(folder: str | Path, unet: str = "") -> Parts:
     """The Parts of a pipeline's folder by its configurations alone, with the UNet and schedule of
     the folder `unet` where one is given. Raises UserError where one cannot be read."""
-    root, classes = Path(folder), class_names(read_config(Path(folder) / "model_index.json"))
+    root, index = Path(folder), read_config(Path(folder) / "model_index.json")
+    family = family_of(folder, index)
     own = {"unet": "UNet2DConditionModel", "scheduler": "DDPMScheduler"} if unet else {}
-    places = {
-        "unet": Path(unet) if unet else root / "unet",
-        "scheduler": Path(unet) if unet else root / "scheduler",
-    }
-    classes = {**classes, **own}
+    places = {part: Path(unet) for part in own}
+    classes = {**class_names(index), **own}
 
     def build(part, library, make):
         try:
@@ -92,32 +86,47 @@ def read_parts(folder: str | Path, unet: str = "") -> Parts:
         defaults = {
             name: value.default
             for name, value in inspect.signature(
-                getattr(diffusers, CLASSES[part][0])
+                getattr(diffusers, family.classes[part][0])
             ).parameters.items()
         }
         return {**defaults, **config}
 
+    def describe(encoder: str) -> dict:
+        config = build(
+            encoder,
+            transformers,
+            lambda cls: cls.config_class.from_dict(read_config(root / encoder / "config.json")),
+        )
+        return describe_text_encoder(config)
+
     diffusers.utils.logging.set_verbosity_error()
-    text = build(
-        "text_encoder",
-        transformers,
-        lambda cls: cls.config_class.from_dict(read_config(root / "text_encoder/config.json")),
-    )
+    texts = {encoder: describe(encoder) for encoder in family.encoders if encoder in classes}
+    place = places.get("scheduler", root / "scheduler")
     scheduler = build(
         "scheduler",
         diffusers,
-        lambda cls: cls.from_config(read_config(places["scheduler"] / "scheduler_config.json")),
+        lambda cls: cls.from_config(read_config(place / "scheduler_config.json")),
     )
-    tokenizer = root / "tokenizer/tokenizer_config.json"
     return Parts(
+        family,
         classes,
-        configured("unet"),
+        configured(family.denoiser),
         configured("vae"),
-        describe_text_encoder(text),
-        read_config(tokenizer).get("model_max_length") if tokenizer.exists() else None,
-        count_vocabulary(root / "tokenizer"),
+        texts,
+        {
+            tokenizer: read_tokens(root / tokenizer)
+            for tokenizer in family.encoders.values()
+            if tokenizer in classes
+        },
         scheduler,
     )
+
+
+def read_tokens(folder: Path) -> Tokens:
+    """What a tokenizer's folder says of it."""
+    path = folder / "tokenizer_config.json"
+    limit = read_config(path).get("model_max_length") if path.exists() else None
+    return Tokens(limit, count_vocabulary(folder))
 
 
 def describe_text_encoder(config: object) -> dict:
@@ -125,7 +134,7 @@ def describe_text_encoder(config: object) -> dict:
     it has it not."""
     return {
         key: getattr(config, key, None)
-        for key in ("hidden_size", "max_position_embeddings", "vocab_size")
+        for key in ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim")
     }
 
 
@@ -148,19 +157,30 @@ def count_vocabulary(folder: Path) -> int:
     )
 
 
-def parts_of(pipeline: "DiffusionPipeline") -> Parts:
+def parts_of(pipeline: "DiffusionPipeline", family: Family) -> Parts:
     """The Parts of a pipeline that is loaded."""
     classes = {
         part: type(module).__name__
         for part, module in pipeline.components.items()
         if module is not None
     }
+    found = {part: getattr(pipeline, part) for part in family.parts(classes) if part in classes}
     return Parts(
+        family,
         classes,
-        dict(pipeline.unet.config),
-        dict(pipeline.vae.config),
-        describe_text_encoder(pipeline.text_encoder.config),
-        pipeline.tokenizer.model_max_length,
-        getattr(pipeline.tokenizer, "vocab_size", 0),
+        dict(found[family.denoiser].config),
+        dict(found["vae"].config),
+        {
+            encoder: describe_text_encoder(found[encoder].config)
+            for encoder in family.encoders
+            if encoder in found
+        },
+        {
+            tokenizer: Tokens(
+                found[tokenizer].model_max_length, getattr(found[tokenizer], "vocab_size", 0)
+            )
+            for tokenizer in family.encoders.values()
+            if tokenizer in found
+        },
         pipeline.scheduler,
     )

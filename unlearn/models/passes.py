@@ -6,12 +6,11 @@ CPU it is taken in blocks of rows that stay in the cache.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 
 BLOCK_ROWS = (
@@ -45,16 +44,6 @@ def replace_feed_forward(
             module.__class__ = new
 
 
-def modules_before_text(denoiser: UNet2DConditionModel) -> Iterator[Any]:
-    """The costly ones of the modules that run, once a pass, before the first cross-attention
-    does."""
-    block: Any = denoiser.down_blocks[0]  # of one of several classes
-    yield denoiser.conv_in
-    yield from block.resnets[:1]
-    for attention in getattr(block, "attentions", ())[:1]:
-        yield from (layer.attn1 for layer in getattr(attention, "transformer_blocks", ())[:1])
-
-
 def remember(forward: Callable) -> Callable:
     """A function that gives again what it gave first in this thread's `remembered`, and is itself
     outside of one."""
@@ -82,10 +71,9 @@ def remembered() -> Iterator[None]:
 
 
 @contextmanager
-def sharing_prefix(denoiser: UNet2DConditionModel) -> Iterator[None]:
-    """Lets passes share, within a `remembered`, what comes before the first cross-attention; the
-    denoiser is as it was at the end."""
-    modules = list(modules_before_text(denoiser))
+def sharing_prefix(modules: Sequence[Any]) -> Iterator[None]:
+    """Lets passes share, within a `remembered`, what some modules give that run once a pass, before
+    the first cross-attention does; they are as they were at the end."""
     for module in modules:
         module.forward = remember(module.forward)
     try:

@@ -1,177 +1,40 @@
-"""Pipelines and their one seam: what a family's denoiser is trained to predict, which weights are
-selected, and how weights are changed and restored."""
+"""Pipelines loaded, and their weights selected, changed and restored."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from transformers.utils import logging as transformers_logging
 
-from ..datasets.settings import LARGEST_NUMBERS
 from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.hashes import digest, hash_tensors, named_weights
 from ..storage.reading import read_json
 from . import lora as loras
-from .checks import PARTS, check_classes, check_fit, check_passes, check_pipeline
-from .parts import parts_of
-from .passes import replace_feed_forward
-from .text_attention import KeysValues, project_text, share_texts
+from .checks import check_classes, check_fit, check_passes, check_pipeline
+from .families import Family, find_denoiser_family
+from .families.interface import UNET_SELECTIONS
+from .model import Model
+from .parts import class_names, family_of, parts_of, read_index
 from .unets import check_unet_folder, load_unet
 from .weights import find_absent
 
-SELECTIONS = {  # of a UNet's parameters, by name
-    "cross-attn-kv": r"\.attn2\.to_[kv]\.",
-    "cross-attn": r"\.attn2\.",
-    "attn": r"\.attn[12]\.",
-    "all": r"",
-    loras.SELECTION: loras.MATRICES,
-}
-# prediction type -> what the denoiser is trained to predict, from alpha-bar, latents and noise
-TARGETS = {
-    "epsilon": lambda alpha_bar, latents, noise: noise,
-    "sample": lambda alpha_bar, latents, noise: latents,
-    "v_prediction": lambda alpha_bar, latents, noise: (
-        alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    ),
-}
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-
-
-@dataclass
-class Model:
-    """A diffusers pipeline in evaluation mode on one device, with what the losses ask of it."""
-
-    pipeline: DiffusionPipeline
-    weights_hash: str  # of denoiser, text encoder and VAE as loaded
-    alpha_bars: torch.Tensor = field(repr=False)  # [num_train_timesteps] float32, on the device
-    lora: tuple[tuple[str, float], ...] = ()  # hash and weight of each that changes the pipeline
-
-    @property
-    def denoiser(self) -> UNet2DConditionModel:
-        """The UNet."""
-        return self.pipeline.unet
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
-
-    @property
-    def prediction_type(self) -> str:
-        """epsilon, sample or v_prediction, by the scheduler's configuration."""
-        return self.pipeline.scheduler.config.prediction_type
-
-    @property
-    def identity(self) -> dict:
-        """Identity fields of every loss: LoRA, where there is any, weights, noise schedule,
-        prediction type."""
-        return {
-            **({"lora": [list(each) for each in self.lora]} if self.lora else {}),
-            "weights": self.weights_hash,
-            "prediction_type": self.prediction_type,
-            "schedule": digest([self.pipeline.scheduler.config.get(key) for key in SCHEDULE_KEYS]),
-        }
-
-    @property
-    def own_resolution(self) -> int | None:
-        """Pixels of a side of the pictures that it was trained on, None where its configuration
-        does not say."""
-        return trained_resolution(self.denoiser.config, self.pipeline.vae.config)
-
-    def resolution(self, settings: dict) -> int:
-        """Pixels of a side of the square that pictures are brought to: the data root's, else the
-        model's own. Raises UserError where neither says."""
-        if not (resolution := settings["resolution"] or self.own_resolution):
-            raise UserError(
-                f"resolution: the UNet's config.json does not say it (sample_size is "
-                f"{self.denoiser.config.get('sample_size')!r:.40}); "
-                "give `resolution` in the data root's dataset.json"
-            )
-        return resolution
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image of `resolution` pixels."""
-        size = resolution // self.pipeline.vae_scale_factor
-        if not size:
-            raise UserError(
-                f"resolution {resolution}: expected at least {self.pipeline.vae_scale_factor}, "
-                f"the pixels of one latent"
-            )
-        return self.denoiser.config["in_channels"], size, size
-
-    @property
-    def embedding_shape(self) -> tuple[int, int]:
-        """(tokens, features) of a prompt's embedding."""
-        return (
-            self.pipeline.tokenizer.model_max_length,
-            self.pipeline.text_encoder.config.hidden_size,
-        )
-
-    def diffuse(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """Noisy latents sqrt(alpha_bar) x + sqrt(1 - alpha_bar) epsilon at each sample's
-        timestep."""
-        alpha_bar = self.alpha_bars[timesteps][:, None, None, None]
-        return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-
-    def target(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """What the denoiser is trained to predict of these noisy latents."""
-        return TARGETS[self.prediction_type](
-            self.alpha_bars[timesteps][:, None, None, None], latents, noise
-        )
-
-    def predict(
-        self,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeddings: torch.Tensor,
-        keys_values: KeysValues | None = None,
-    ) -> torch.Tensor:
-        """The denoiser's prediction. embeddings: [texts, tokens, features], each of as many
-        successive samples as there are samples a text; keys_values: theirs
-        (`text_attention.project_text`), where they are known."""
-        keys_values = (
-            project_text(self.denoiser, embeddings) if keys_values is None else keys_values
-        )
-        return self.denoiser(
-            noisy,
-            timesteps,
-            encoder_hidden_states=embeddings,
-            cross_attention_kwargs={"keys_values": keys_values},
-        ).sample
-
-
-def trained_resolution(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
-    """Pixels of a side by the configurations of UNet and VAE, as diffusers' pipelines take it; None
-    where they do not say."""
-    size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-    size = (
-        size[0]
-        if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size)
-        else size
-    )
-    if not isinstance(size, int) or isinstance(size, bool) or not isinstance(blocks, (list, tuple)):
-        return None
-    resolution = size * 2 ** (len(blocks) - 1)
-    return resolution if 0 < resolution <= LARGEST_NUMBERS["resolution"] else None
+__all__ = [
+    "SELECTIONS",
+    "Model",
+    "changed_weights",
+    "load_model",
+    "replaced_weights",
+    "select_parameters",
+    "tracked",
+]
+SELECTIONS = (*UNET_SELECTIONS, loras.SELECTION)  # of every family
 
 
 def load_model(
@@ -182,42 +45,77 @@ def load_model(
     lora: Sequence[str] = (),
     fuse_lora: bool = False,
 ) -> Model:
-    """Loads a Stable Diffusion pipeline (folder or hub name), float32, safetensors only; with the
+    """Loads a pipeline (folder or hub name) of a known family, float32, safetensors only; with the
     UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`), and
     with LoRA files (FILE_OR_FOLDER[:WEIGHT]), whose matrices stand beside the UNet's weights, or are
     fused into them. Raises UserError where it cannot be loaded or is of a family or prediction type
     that is not known."""
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    quieten()
     unet, lora_files = unet or "", loras.read_files(lora, fuse_lora)
     if unet:
         check_unet_folder(unet)
     if Path(name).exists():
         check_pipeline(name, unet)
-    parts = load_unet(unet, trained) if unet else {}
-    if Path(name).exists():
-        parts |= dict.fromkeys(find_absent(Path(name)))
+    replacing = load_unet(unet, trained) if unet else {}
+    pipeline, family = load_pipeline(name, unet, replacing)
+    check_fit(name, parts_of(pipeline, family), unet)
+    parts = {
+        part: getattr(pipeline, part)
+        for part in (family.denoiser, *family.encoders, "vae")
+        if getattr(pipeline, part, None) is not None
+    }
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    family.prepare(parts[family.denoiser])
+    weights_hash = hash_tensors(
+        {
+            f"{label}.{key}": value
+            for label, part in parts.items()
+            for key, value in named_weights(part).items()
+        }
+    )
+    if lora_files:
+        check_adapters(f"--lora {lora_files[0].named.path}", family)
+    applied = loras.apply(pipeline, lora_files, fuse_lora)
+    weights_hash = digest(weights_hash, applied) if applied else weights_hash
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    levels = family.levels(pipeline.scheduler).to(device)
+    model = Model(pipeline, weights_hash, levels, family, applied)
+    check_passes(model, name)
+    return model
+
+
+def quieten() -> None:
+    """Keeps the two libraries from saying what is no concern of this program's users."""
+    for logging in diffusers_logging, transformers_logging:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def load_pipeline(
+    name: str | Path, unet: str, replacing: Mapping[str, Any]
+) -> tuple[DiffusionPipeline, Family]:
+    """A pipeline, float32, and its family. replacing: parts that take the place of its own. Raises
+    UserError where it cannot be loaded or lacks weights."""
     try:
-        if not Path(name).exists():  # before gigabytes are downloaded
-            check_classes(
-                name,
-                read_json(hf_hub_download(str(name), "model_index.json"), "--sd_version"),
-                unet,
-            )
+        if Path(name).exists():
+            index = read_index(name)
+        else:  # before gigabytes are downloaded
+            index = read_json(hf_hub_download(str(name), "model_index.json"), "--sd_version")
+            check_classes(name, index, unet)
+        family = family_of(name, index)
+        left_out = {part: None for part in find_unused(name, index, family)}
         pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, **{"safety_checker": None, **parts}
+            name, use_safetensors=True, **left_out, **replacing
         ).to(dtype=torch.float32)
-        if not all(getattr(pipeline, part, None) for part in PARTS):
+        parts = family.parts(class_names(index))
+        if lacking := [part for part in parts if not getattr(pipeline, part, None)]:
             raise UserError(
-                f"--sd_version {name}: {type(pipeline).__name__} has no UNet, VAE, text encoder "
-                f"and tokenizer as Stable Diffusion does"
+                f"--sd_version {name}: {type(pipeline).__name__} has no {lacking[0]}, as "
+                f"{family.name} does"
             )
-        # Transformers makes up what a text encoder's file lacks: another model at every start.
-        _, loading = type(pipeline.text_encoder).from_pretrained(
-            name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
-        )
+        check_missing(name, pipeline, family)
     except UserError:
         raise
     except Exception as error:  # what the two libraries raise for a damaged file has no common type
@@ -225,45 +123,54 @@ def load_model(
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--sd_version {name}: cannot be loaded ({reason:.200})") from None
-    check_fit(name, parts_of(pipeline), unet)
-    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
-    for label, part in parts.items():
-        # Diffusers leaves what a file lacks without values.
+    return pipeline, family
+
+
+def find_unused(name: str | Path, index: dict, family: Family) -> list[str]:
+    """Parts of a pipeline's index that are not there, or not loaded because no loss asks for
+    them."""
+    absent = find_absent(Path(name)) if Path(name).exists() else []
+    absent += sorted(set(family.optional) - class_names(index).keys())
+    return [part for part in ("safety_checker", *absent) if part in index]
+
+
+def check_adapters(item: str, family: Family) -> None:
+    """Raises UserError where what changes a model cannot be used with its family so far."""
+    if not family.takes_adapters:
+        raise UserError(
+            f"{item}: is used with models of Stable Diffusion 1 and 2 so far; this one is of "
+            f"{family.name}. Merge it into the model by its trainer or by diffusers (fuse_lora), and "
+            f"give the merged model"
+        )
+
+
+def check_missing(name: str | Path, pipeline: Any, family: Family) -> None:
+    """Raises UserError where the file of a part lacks weights: diffusers leaves them without
+    values, and transformers makes them up, another model at every start."""
+    for label in (family.denoiser, *family.encoders, "vae"):
+        if (part := getattr(pipeline, label)) is None:
+            continue
         missing = {key for key, value in part.state_dict().items() if value.is_meta}
-        if missing := sorted(
-            missing.union(loading["missing_keys"]) if label == "text_encoder" else missing
-        ):
-            raise UserError(
-                f"--sd_version {name}: its {label} lacks {len(missing)} weights, first {missing[0]}"
+        if label in family.encoders:
+            _, loading = type(part).from_pretrained(
+                name, subfolder=label, use_safetensors=True, output_loading_info=True
             )
-        part.eval().requires_grad_(False)
-    share_texts(pipeline.unet)
-    replace_feed_forward(pipeline.unet)
-    weights_hash = hash_tensors(
-        {
-            f"{name}.{key}": value
-            for name, part in parts.items()
-            for key, value in named_weights(part).items()
-        }
-    )
-    applied = loras.apply(pipeline, lora_files, fuse_lora)
-    weights_hash = digest(weights_hash, applied) if applied else weights_hash
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    alpha_bars = pipeline.scheduler.alphas_cumprod.float().to(device)
-    model = Model(pipeline, weights_hash, alpha_bars, applied)
-    check_passes(model, name)
-    return model
+            missing |= set(loading["missing_keys"])
+        if missing:
+            raise UserError(
+                f"--sd_version {name}: its {label} lacks {len(missing)} weights, first "
+                f"{min(missing)}"
+            )
 
 
 def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, torch.nn.Parameter]:
     """The parameters of a selection, by name in the model's order. Raises UserError where none
     matches, or a LoRA stands beside the weights."""
     loras.check_selection(denoiser, selection)
+    own = find_denoiser_family(denoiser).selections
+    pattern = loras.MATRICES if selection == loras.SELECTION else own[selection]
     selected = {
-        name: value
-        for name, value in denoiser.named_parameters()
-        if re.search(SELECTIONS[selection], name)
+        name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)
     }
     if not selected:
         raise UserError(

@@ -7,15 +7,18 @@ already the sum over samples, timesteps and positions: the weights' own gradient
 once with the text.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from ..datasets.conditioning import TEXT, Conditioning
 from ..errors import UserError
+from .text_weights import KeysValues, TextWeights, Watched
 
 NOT_PLAIN = (
     "spatial_norm",
@@ -25,7 +28,7 @@ NOT_PLAIN = (
     "norm_k",
     "residual_connection",
 )  # of diffusers' Attention
-KeysValues = dict[str, tuple[torch.Tensor, torch.Tensor]]  # of texts, by layer
+PROJECTIONS = ("to_k", "to_v")
 
 
 class TextAttention(AttnProcessor2_0):
@@ -56,20 +59,27 @@ class TextAttention(AttnProcessor2_0):
         split = lambda tensor: tensor.reshape(
             len(keys), -1, attn.heads, tensor.shape[-1] // attn.heads
         ).transpose(1, 2)
-        attended = scaled_dot_product_attention(split(queries), split(keys), split(values))
+        mask = None
+        if attention_mask is not None:  # a bias, [samples, 1, tokens], alike for a text's samples
+            mask = attention_mask[:: len(attention_mask) // len(keys), :, None].to(queries.dtype)
+        attended = scaled_dot_product_attention(
+            split(queries), split(keys), split(values), attn_mask=mask
+        )
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).reshape(queries.shape)))
 
 
-def share_texts(denoiser: UNet2DConditionModel) -> None:
-    """Gives every attention of a UNet the processor that takes keys and values from outside. Raises
-    UserError where its attention is not the plain one of Stable Diffusion's UNets."""
+def share_texts(denoiser: Any, pattern: str = "") -> None:
+    """Gives every attention of a denoiser the processor that takes keys and values from outside.
+    pattern: of the names of the weights that make them, among which no bias may be. Raises UserError
+    where its attention is not the plain one of Stable Diffusion's UNets."""
     for name, processor in denoiser.attn_processors.items():
         layer = name.removesuffix(".processor")
         attn: Any = denoiser.get_submodule(layer)  # diffusers' Attention
+        has_bias = layer.endswith("attn2") and attn.to_k.bias is not None
         if (
             type(processor) not in (AttnProcessor2_0, TextAttention)
             or any(getattr(attn, kind, None) for kind in NOT_PLAIN)
-            or (layer.endswith("attn2") and attn.to_k.bias is not None)
+            or (has_bias and re.search(pattern, f"{layer}.to_k.bias"))
         ):
             raise UserError(
                 f"{type(denoiser).__name__}: its attention {layer} is of another kind than in "
@@ -85,26 +95,67 @@ def text_layers(denoiser: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in denoiser.named_modules() if name.endswith(".attn2")}
 
 
-def project_text(denoiser: torch.nn.Module, embeddings: torch.Tensor) -> KeysValues:
+def project_text(denoiser: torch.nn.Module, text: torch.Tensor) -> KeysValues:
     """Keys and values of texts, {layer: ([texts, tokens, inner], [texts, tokens, inner])}.
-    embeddings: [texts, tokens, features]."""
+    text: [texts, tokens, features]."""
     return {
-        name: (layer.to_k(embeddings), layer.to_v(embeddings))
-        for name, layer in text_layers(denoiser).items()
+        name: (layer.to_k(text), layer.to_v(text)) for name, layer in text_layers(denoiser).items()
     }
 
 
 def project_text_changed(
-    denoiser: torch.nn.Module, embeddings: torch.Tensor, change: Mapping[str, torch.Tensor]
+    denoiser: torch.nn.Module, text: torch.Tensor, change: Mapping[str, torch.Tensor]
 ) -> KeysValues:
     """Keys and values of texts as `project_text` would give them under a weight change {parameter
     name: [inner, features]}."""
 
     def project(layer, module, projection):
-        weight = module.get_submodule(projection).weight
-        return linear(embeddings, weight + change[f"{layer}.{projection}.weight"].to(weight))
+        weight, bias = (
+            module.get_submodule(projection).weight,
+            module.get_submodule(projection).bias,
+        )
+        return linear(text, weight + change[f"{layer}.{projection}.weight"].to(weight), bias)
 
     return {
         layer: (project(layer, module, "to_k"), project(layer, module, "to_v"))
         for layer, module in text_layers(denoiser).items()
     }
+
+
+class SharedText(TextWeights):
+    """Of denoisers whose cross-attention layers all read one text. read(denoiser, embeddings): what
+    they read, where it is not the embeddings themselves."""
+
+    def __init__(self, read: Callable[[Any, torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.read = read
+
+    def prepare(self, denoiser: Any, pattern: str) -> None:
+        share_texts(denoiser, pattern)
+
+    def text_of(self, denoiser: Any, conditioning: Conditioning) -> torch.Tensor:
+        """What the layers read, [texts, tokens, features]."""
+        embeddings = conditioning[TEXT]
+        return self.read(denoiser, embeddings) if self.read else embeddings
+
+    def keys_values(self, denoiser: Any, conditioning: Conditioning) -> KeysValues:
+        return project_text(denoiser, self.text_of(denoiser, conditioning))
+
+    @contextmanager
+    def watching(self, denoiser: Any, conditioning: Conditioning) -> Iterator[Watched]:
+        text = self.text_of(denoiser, conditioning)
+        leaves = {
+            layer: (keys.detach().requires_grad_(True), values.detach().requires_grad_(True))
+            for layer, (keys, values) in project_text(denoiser, text).items()
+        }
+        outputs = {
+            f"{layer}.{projection}.weight": tensor
+            for layer, pair in leaves.items()
+            for projection, tensor in zip(PROJECTIONS, pair)
+        }
+        yield Watched(leaves, outputs, dict.fromkeys(outputs, text.detach()))
+
+    @contextmanager
+    def changed(
+        self, denoiser: Any, conditioning: Conditioning, change: Mapping[str, torch.Tensor]
+    ) -> Iterator[KeysValues]:
+        yield project_text_changed(denoiser, self.text_of(denoiser, conditioning), change)

@@ -1,6 +1,7 @@
 """Whether a pipeline's folder has weights that are loaded as they stand, and the way on where people
 have others: a variant's, another format's, a note of git-lfs."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from ..storage.reading import list_visible, plain_names, read_json
 
 INDEX = "model_index.json"
 WEIGHTS = {  # of each part: its weights' name without variant and suffix; others' names of it
-    "unet": ("diffusion_pytorch_model", ()),
-    "vae": ("diffusion_pytorch_model", ()),
-    "text_encoder": ("model", ("pytorch_model",)),
+    **dict.fromkeys(("unet", "transformer", "vae"), ("diffusion_pytorch_model", ())),
+    **dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "text_encoder_3"), ("model", ("pytorch_model",))
+    ),
 }
 POINTER = b"version https://git-lfs"
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no loss asks for
@@ -27,8 +29,9 @@ def list_weights(folder: Path, part: str) -> list[Path]:
         for name in (stem, *others):
             found += list_visible(folder / part, f"{name}{suffix}")
             found += list_visible(folder / part, f"{name}{suffix}.index.json")
+            found += list_visible(folder / part, f"{name}{suffix}.index.*.json")
             found += list_visible(folder / part, f"{name}.*{suffix}")
-    return [path for path in found if "non_ema" not in path.name]
+    return [path for path in found if not re.search(r"non_ema|-\d{5}-of-\d{5}", path.name)]
 
 
 def is_ordinary(path: Path, part: str) -> bool:
@@ -89,7 +92,7 @@ def check_weights(folder: Path, unet: str = "") -> None:
     they stand. unet: the folder of a UNet that is used instead of its own, or ""."""
     item = f"--sd_version {folder}"
     for part in WEIGHTS:
-        if part == "unet" and unet:
+        if (part == "unet" and unet) or not (folder / part).is_dir():
             continue
         path = find_weights(folder, part, item)
         if not is_ordinary(path, part):

@@ -7,11 +7,14 @@ else.
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import noise
+from ..datasets.conditioning import map_tensors
 from ..datasets.training_sets import TrainingSet
 from .recipes import Recipe
 
@@ -47,9 +50,9 @@ def draw_batch(
     draws: np.ndarray | int,
     seed: int,
     num_train_timesteps: int,
-) -> list[torch.Tensor]:
-    """What training sees of these images: latents (a random view), noise, timesteps, embeddings (a
-    random caption), as tensors [batch, ...]. draws: the number of each one's draw, [batch] or one
+) -> list[Any]:
+    """What training sees of these images: latents (a random view), noise, timesteps, conditioning (a
+    random caption's), as tensors [batch, ...]. draws: the number of each one's draw, [batch] or one
     for all."""
     num_views, num_captions = training_set.latents.shape[0], training_set.embeddings.shape[1]
     views, captions, timesteps = np.empty((3, len(images)), np.int64)
@@ -62,30 +65,26 @@ def draw_batch(
             generator.integers(count) for count in (num_views, num_captions, num_train_timesteps)
         )
         generator.standard_normal(out=normals[row], dtype=np.float32)
-    arrays = (
-        training_set.latents[views, images],
-        normals,
-        timesteps,
-        training_set.embeddings[images, captions],
-    )
+
+    def put(array: np.ndarray, dtype: Any = np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype))
+
     return [
-        torch.from_numpy(
-            np.ascontiguousarray(array, array.dtype if array is timesteps else np.float32)
-        )
-        for array in arrays
+        put(training_set.latents[views, images]),
+        put(normals),
+        put(timesteps, timesteps.dtype),
+        {name: put(array) for name, array in training_set.texts(images, captions).items()},
     ]
 
 
-def own_samples(
-    present: np.ndarray, inputs: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def own_samples(present: np.ndarray, inputs: Sequence[Any]) -> tuple[list[Any], torch.Tensor]:
     """The samples of a batch that each model may see, in their order: inputs [models, width, ...],
     and which of them count, [models, width] float32 (a model with fewer than the others sees some
     more that do not count)."""
     width = max(1, int(present.sum(axis=1).max()))
     columns = np.argsort(~present, axis=1, kind="stable")[:, :width]
     counted = torch.from_numpy(np.take_along_axis(present, columns, axis=1).astype(np.float32))
-    return [tensor[torch.from_numpy(columns)] for tensor in inputs], counted
+    return map_tensors(itemgetter(torch.from_numpy(columns)), inputs), counted
 
 
 def draw_step(
@@ -94,7 +93,7 @@ def draw_step(
     recipe: Recipe,
     step: int,
     num_train_timesteps: int,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[Any], torch.Tensor]:
     """What a step trains on, as `mean_losses` takes it: inputs [models, width, ...] and which of
     them count. members: [models, N] bool, the images that each model may see."""
     num_images = len(training_set)

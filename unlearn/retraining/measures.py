@@ -63,6 +63,10 @@ def join_sets(sets: Sequence[TrainingSet]) -> TrainingSet:
         paths=[path for images in sets for path in images.paths],
         latents=np.concatenate([images.latents for images in sets], axis=1),
         embeddings=np.concatenate([images.embeddings for images in sets]),
+        extras={
+            name: np.concatenate([images.extras[name] for images in sets])
+            for name in sets[0].extras
+        },
         source=digest([images.source for images in sets]),
     )
 

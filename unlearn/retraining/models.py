@@ -130,7 +130,7 @@ def measure_pictures(
     latents, made = make_pictures(
         model,
         queries.name,
-        queries.embeddings[:, 0],
+        {name: array[:, 0] for name, array in queries.conditioning.items()},
         seeds,
         queries.latents.shape[2:],
         settings.num_inference_steps,
@@ -153,7 +153,7 @@ def measure(
     value}, "mse": ..., "similarity": ...}, the last two where it makes pictures, which are written
     below its folder. Raises UserError where one is not finite."""
     settings = questions.settings
-    grid = noise.timestep_grid(settings.timesteps, len(model.alpha_bars), "--loss_time_samples")
+    grid = noise.timestep_grid(settings.timesteps, model.num_train_timesteps, "--loss_time_samples")
     with replaced_weights(model.denoiser, weights):
         values = {
             "losses": query_losses(

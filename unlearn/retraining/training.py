@@ -4,7 +4,9 @@ can be compared."""
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.func import functional_call, vmap
 
+from ..datasets.conditioning import map_tensors
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
@@ -22,28 +25,29 @@ from .recipes import BETAS, WEIGHT_DECAY, Recipe, Weights
 
 
 def mean_losses(
-    model: Model, weights: Weights, inputs: Sequence[torch.Tensor], counted: torch.Tensor
+    model: Model, weights: Weights, inputs: Sequence[Any], counted: torch.Tensor
 ) -> torch.Tensor:
     """Mean training loss of each model over its samples that count: [models], 0 where none does.
 
     weights: {name: [...]} of one model or {name: [models, ...]}; inputs: latents, noise, timesteps
-    and embeddings [models, width, ...]; counted: [models, width], see `own_samples`.
+    and conditioning, each [models, width, ...]; counted: [models, width], see `own_samples`.
     """
 
-    def losses(weights, latents, normals, timesteps, embeddings):
+    family = model.family
+
+    def losses(weights, latents, normals, timesteps, conditioning):
         noisy = model.diffuse(latents, normals, timesteps)
-        prediction = functional_call(
-            model.denoiser, weights, (noisy, timesteps), {"encoder_hidden_states": embeddings}
-        ).sample
-        return (
-            (prediction.float() - model.target(latents, normals, timesteps))
-            .square()
-            .flatten(1)
-            .mean(dim=1)
-        )
+        times = family.times(model.levels, timesteps)
+        told = family.inputs(model.denoiser, noisy, times, conditioning)
+        output = functional_call(model.denoiser, weights, (), told).sample
+        prediction = family.read(output, noisy)
+        errors = prediction.float() - model.target(latents, normals, timesteps)
+        weight = family.weight(model.levels, timesteps)
+        means = errors.square().flatten(1).mean(dim=1)
+        return means if weight is None else weight * means
 
     each = (
-        losses(weights, *(tensor[0] for tensor in inputs))[None]
+        losses(weights, *map_tensors(itemgetter(0), inputs))[None]
         if len(counted) == 1
         else vmap(losses)(weights, *inputs)
     )
@@ -120,7 +124,7 @@ def take_step(
     model: Model,
     weights: Weights,
     optimizer: torch.optim.Optimizer,
-    inputs: Sequence[torch.Tensor],
+    inputs: Sequence[Any],
     counted: torch.Tensor,
     mixed_precision: str,
 ) -> None:
@@ -130,7 +134,7 @@ def take_step(
         losses = mean_losses(
             model,
             weights,
-            [tensor.to(device, non_blocking=True) for tensor in inputs],
+            map_tensors(lambda tensor: tensor.to(device, non_blocking=True), inputs),
             counted.to(device),
         )
     optimizer.zero_grad()
@@ -177,7 +181,7 @@ def train(
     steps_an_epoch, num_steps = recipe.steps_an_epoch(num_images), recipe.num_steps(num_images)
     start = load_checkpoint(checkpoint, weights, optimizer) if checkpoint else 0
     progress(start)
-    draw = lambda step: draw_step(training_set, members, recipe, step, len(model.alpha_bars))
+    draw = lambda step: draw_step(training_set, members, recipe, step, model.num_train_timesteps)
     with (
         ThreadPoolExecutor(1) as ahead,
         plain_attention(model.denoiser, len(members)),

@@ -1,0 +1,365 @@
+"""Each family of models: its pipelines load, its loss is that of diffusers' training example, and it
+unlearns, scores, resumes and makes pictures. The table of unlearn/README.md names these tests."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FluxPipeline
+from tiny_families import (
+    CAPTIONS,
+    LIMIT,
+    PIPELINES,
+    RESOLUTION,
+    SIZES,
+    make_pipeline,
+    make_root,
+    normalised,
+    training_loss,
+)
+
+import compute_influence
+import compute_training_loss
+import unlearn
+from unlearn.attribution import draws, sweeps
+from unlearn.attribution.derivatives import second_order_dots, text_gradients
+from unlearn.attribution.estimation import draw_samples
+from unlearn.attribution.losses import changed_losses, loss_sums, sample_losses
+from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.commands import examination, fisher
+from unlearn.datasets import encoding
+from unlearn.datasets.conditioning import map_tensors
+from unlearn.datasets.encoders import encode_images, encode_texts, load_image, transform_image
+from unlearn.front.models import find_model
+from unlearn.models.generation import decode_latents, generate_latents, initial_noise
+from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
+from unlearn.storage.reading import read_tensors
+
+KV = "cross-attn-kv"
+EMBEDDINGS, LATENTS = "laion_text_embeddings", "laion_latents"
+
+
+class World:
+    """A family's tiny pipeline in a folder, its Model, and a data root of four images."""
+
+    def __init__(self, family, folder):
+        self.family, self.folder = family, folder / "pipeline"
+        pipeline = make_pipeline(family)
+        pipeline.save_pretrained(self.folder)
+        absent = {name: None for name, part in pipeline.components.items() if part is None}
+        self.pipeline = pipeline.__class__.from_pretrained(self.folder, **absent)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.root = make_root(folder / "root", self.folder)
+        self.model = load_model(self.folder, "cpu")
+        self.images = unlearn.open_training_set(self.root, self.model)
+
+    @property
+    def paths(self):
+        """The images' files."""
+        return self.images.paths
+
+    @property
+    def samples(self):
+        """Four images' samples as the Fisher draws them: latents, noise, timesteps, conditioning."""
+        count = self.model.num_train_timesteps
+        return draw_samples(self.images, [0, 1, 2, 3, 4], count, seed=0)
+
+
+@pytest.fixture(scope="module")
+def world(request, tmp_path_factory):
+    return World(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def of(families):
+    """A test of these tiny pipelines' worlds."""
+    return pytest.mark.parametrize("world", families, indirect=True, scope="module")
+
+
+every_pipeline = of(list(PIPELINES))
+# Where diffusers' pipeline tells sizes is not by the transformer's own flag, but by its sample size.
+every_sampler = of([name for name in PIPELINES if name != "pixart-sized"])
+every_family = of([name for name in PIPELINES if "-" not in name])
+
+
+@every_pipeline
+def test_the_loss_is_that_of_diffusers_training_example(world):
+    """For the same latents, noise and timesteps; latents and conditioning are compared on the way."""
+    model, pipeline = world.model, world.pipeline
+    pixels = encode_images(model, world.paths, RESOLUTION)
+    timesteps = torch.tensor([3, 250, 600, 999]) % model.num_train_timesteps
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2))
+    texts = encode_texts(model, CAPTIONS, world.paths, RESOLUTION)
+    with torch.no_grad():
+        means = [
+            pipeline.vae.encode(transform(path)[None]).latent_dist.mean[0] for path in world.paths
+        ]
+        latents = normalised(world.family, pipeline, torch.stack(means))
+        drawn = scheduler_indices(model)[timesteps]
+        expected = training_loss(world.family, pipeline, CAPTIONS, SIZES, latents, noise, drawn)
+        found = sample_losses(model, latents, noise, timesteps, texts)
+    torch.testing.assert_close(pixels, latents, rtol=1e-5, atol=1e-5)  # one by one, and together
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-7)
+    assert found.std() > 1e-3 * found.mean(), "the samples must differ for this to say anything"
+
+
+def scheduler_indices(model):
+    """Of each training timestep its index in the scheduler's own table."""
+    count = model.num_train_timesteps
+    find = getattr(model.family, "indices", torch.arange)
+    return find(count)
+
+
+def transform(path):
+    """A picture as this program brings it to a square; tests/test_pictures.py is about that."""
+    return transform_image(load_image(path), RESOLUTION)
+
+
+@every_family
+def test_all_conditioning_changes_the_loss(world):
+    latents, noise, timesteps, conditioning = world.samples
+    with torch.no_grad():
+        before = sample_losses(world.model, latents, noise, timesteps, conditioning)
+        for name, tensor in conditioning.items():
+            other = {**conditioning, name: changed_kind(tensor)}
+            after = sample_losses(world.model, latents, noise, timesteps, other)
+            assert ((after - before).abs() > 1e-7 * before).all(), name
+
+
+def changed_kind(tensor):
+    """Another tensor of the same kind: a mask stays a mask."""
+    return 1 - tensor if set(tensor.unique().tolist()) <= {0, 1} else tensor * 1.5 + 1
+
+
+@every_family
+def test_what_is_encoded_is_what_the_data_root_holds(world):
+    texts = encode_texts(world.model, CAPTIONS, world.paths, RESOLUTION)
+    assert list(texts) == list(world.images.conditioning) == list(world.model.conditioning_shapes)
+    for name, tensor in texts.items():
+        found = world.images.conditioning[name]
+        assert found.shape[2:] == world.model.conditioning_shapes[name]
+        np.testing.assert_allclose(found[:, 0], tensor, atol=1e-5)
+        part = "" if name == "embeddings" else f"_{name}"
+        record = json.loads((world.root / f"{EMBEDDINGS}{part}.json").read_text())
+        assert record["identity"]["text_encoder"]
+
+
+@every_family
+def test_gradients_of_keys_and_values_equal_autograd_of_each_text(world):
+    """Two samples a text, whose gradients are summed."""
+    model, (latents, noise, timesteps, texts) = world.model, world.samples
+    parameters = select_parameters(model.denoiser, KV)
+    texts = map_tensors(lambda tensor: tensor[:2], texts)
+    samples = [tensor[:4] for tensor in (latents, noise, timesteps)]
+    found = dict(text_gradients(model, *samples, texts))
+    assert found.keys() == parameters.keys()
+    for text in range(2):
+        own = slice(2 * text, 2 * text + 2)
+        with tracked(parameters):
+            one = map_tensors(lambda tensor: tensor[text : text + 1], texts)
+            loss = sample_losses(model, *(tensor[own] for tensor in samples), one).sum()
+            expected = torch.autograd.grad(loss, list(parameters.values()))
+        for name, gradient in zip(parameters, expected):
+            scale = float(gradient.abs().max())
+            assert scale > 0, name
+            torch.testing.assert_close(
+                found[name][text], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name
+            )
+
+
+def random_change(model, size=0.05):
+    """A weight change of keys and values, relative to their norm."""
+    generator = torch.Generator().manual_seed(3)
+    changes = {}
+    for name, value in select_parameters(model.denoiser, KV).items():
+        direction = torch.randn(value.shape, generator=generator)
+        changes[name] = size * value.detach().norm() / direction.norm() * direction
+    return changes
+
+
+@every_family
+def test_losses_under_a_change_of_keys_and_values_equal_those_of_changed_weights(world):
+    model, samples, change = world.model, world.samples, random_change(world.model)
+    with changed_losses(model, [change]) as measure_of:
+        found = measure_of([0])(model, *samples)[:, 0]
+    before = loss_sums(model, *samples)
+    with changed_weights(model.denoiser, change):
+        expected = loss_sums(model, *samples)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert ((found - before).abs() > 1e-8 * before).all()
+    torch.testing.assert_close(loss_sums(model, *samples), before, rtol=0, atol=0)
+
+
+@every_family
+def test_the_second_order_of_a_small_change_is_its_loss_change(world):
+    model, samples, change = world.model, world.samples, random_change(world.model, 1e-3)
+    found = second_order_dots([change])(model, *samples)[:, 0]
+    with changed_weights(model.denoiser, change):
+        after = loss_sums(model, *samples)
+    expected = after - loss_sums(model, *samples)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=float(expected.abs().max()) / 50)
+
+
+@every_sampler
+def test_pictures_are_those_of_the_family_s_own_pipeline(world):
+    """From the same noise, in the same steps, under the same guidance."""
+    model, pipeline = world.model, world.pipeline
+    texts = encode_texts(model, CAPTIONS[:2], [None, None], RESOLUTION)
+    start = torch.from_numpy(initial_noise("tiny", [0, 1], model.latent_shape(RESOLUTION)))
+    guidance = 1.0 if world.family == "flux-schnell" else 4.0
+    made = generate_latents(model, texts, start, num_steps=3, guidance_scale=guidance)
+    expected = sample_by_pipeline(world, pipeline, start, guidance)
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    plain = generate_latents(model, texts, start, num_steps=3)
+    if guidance > 1:
+        assert (made - plain).abs().mean() > 1e-3 * made.std(), "guidance must matter"
+    pixels = decode_latents(model, made)
+    assert pixels.shape == (2, RESOLUTION, RESOLUTION, 3) and pixels.std() > 0
+
+
+def sample_by_pipeline(world, pipeline, start, guidance_scale):
+    """Latents [2, C, h, w] that diffusers' own pipeline makes of the first two captions."""
+    own, family = pipeline.scheduler, world.family.partition("-")[0]
+    if family in ("sd", "sdxl", "pixart"):
+        pipeline.scheduler = DDIMScheduler.from_config(own.config, clip_sample=False)
+    more = {
+        "pixart": {"use_resolution_binning": False, "max_sequence_length": LIMIT + 4},
+        "sd3": {"max_sequence_length": LIMIT + 4 if pipeline.components.get("tokenizer_3") else 77},
+        "flux": {"max_sequence_length": LIMIT + 4},
+    }.get(family, {})
+    if family == "flux":
+        packed = FluxPipeline._pack_latents(start, *start.shape)
+    try:
+        latents = pipeline(
+            CAPTIONS[:2],
+            height=RESOLUTION,
+            width=RESOLUTION,
+            num_inference_steps=3,
+            guidance_scale=guidance_scale,
+            latents=packed if family == "flux" else start.clone(),
+            output_type="latent",
+            **more,
+        ).images
+    finally:
+        pipeline.scheduler = own
+    if family != "flux":
+        return latents
+    factor = pipeline.vae_scale_factor
+    return FluxPipeline._unpack_latents(latents, RESOLUTION, RESOLUTION, factor)
+
+
+@every_family
+def test_features_of_removal_are_made_of_every_image(world):
+    settings = RemovalSettings(sketch_size=64)
+    maker = FeatureMaker(world.model, world.images.latents.shape[2:], settings)
+    features = maker.make(world.images, range(4))
+    assert features.shape == (4, 1, 2, 64) and np.isfinite(features).all()
+    assert np.abs(np.diff(features, axis=0)).max(axis=(1, 2, 3)).min() > 0
+
+
+def arrays_of(root):
+    """Bytes of what is encoded of a data root, by file."""
+    return {path.name: path.read_bytes() for path in sorted(root.glob("laion_*.npy"))}
+
+
+@every_family
+def test_encoding_that_was_stopped_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch):
+    root = make_root(tmp_path / "root", world.folder)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(encoding, "encode_prompts", lambda *args: 1 / 0)
+        unlearn.open_training_set(root, world.model)
+    assert list(arrays_of(root)) == [f"{LATENTS}.npy"]
+    before = (root / f"{LATENTS}.npy").stat().st_mtime_ns
+    again = unlearn.open_training_set(root, world.model)
+    assert arrays_of(root) == arrays_of(world.root) and again.identity == world.images.identity
+    assert (root / f"{LATENTS}.npy").stat().st_mtime_ns == before
+
+
+@every_family
+def test_losses_that_were_stopped_go_on_to_the_same_bits(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(draws.chunk_rows, "__defaults__", (1,))
+    scored, real = [], sweeps.score_rows
+
+    def stopped(*args):
+        scored.append(args[2])
+        return real(*args) if len(scored) < 3 else 1 / 0
+
+    how = {"cache": tmp_path, "time_samples": 2}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sweeps, "score_rows", stopped)
+        unlearn.compute_losses(world.model, world.images, **how)
+    kept, again = scored[:2], []
+    monkeypatch.setattr(sweeps, "score_rows", lambda *args: again.append(args[2]) or real(*args))
+    found = unlearn.compute_losses(world.model, world.images, **how)
+    assert sorted(int(rows[0]) for rows in (*kept, *again)) == [0, 1, 2, 3]
+    assert np.array_equal(found, unlearn.compute_losses(world.model, world.images, time_samples=2))
+
+
+RUN = ["--loss_time_samples", "2", "--unlearn_batch_size", "4", "--unlearn_grad_accum_steps", "2"]
+
+
+@every_family
+def test_both_scripts_unlearn_and_score(world, tmp_path):
+    flags = ["--dataroot", str(world.root), "--device", "cpu"]
+    tasks = [*flags, "--task_json", str(world.root / "tasks.json"), "--result_dir", str(tmp_path)]
+    fisher.main([*flags, "--num_samples", "16"])
+    compute_training_loss.main([*tasks, "--time_samples", "2"])
+    compute_influence.main([*tasks, *RUN])
+    folder = tmp_path / "influence/query.png"
+    found = np.load(folder / "influence.npz")["influence"]
+    assert len(found) == 4 and np.isfinite(found).all() and found.std() > 0
+    change = read_tensors(folder / "weight_change.safetensors")
+    assert change.keys() == select_parameters(world.model.denoiser, KV).keys()
+
+
+@every_pipeline
+def test_doctor_finds_the_pipeline_in_order(world):
+    found = examination.examine_pipeline(str(world.folder), "")
+    assert (found.status, found.text) == (examination.OK, f"pipeline {world.folder}")
+    parts = examination.read_parts(world.folder)
+    assert parts.family is world.model.family
+    examination.check_shapes(world.root, parts, RESOLUTION)
+
+
+@every_family
+def test_sharded_weights_and_those_of_half_precision_load(world, tmp_path):
+    sharded = tmp_path / "sharded"
+    make_pipeline(world.family).save_pretrained(sharded, max_shard_size="20KB")
+    assert list(sharded.glob("*/*.index.json"))
+    assert load_model(sharded, "cpu").weights_hash == world.model.weights_hash
+    half = tmp_path / "half"
+    make_pipeline(world.family).to(torch.float16).save_pretrained(half)
+    model = load_model(half, "cpu")
+    assert model.denoiser.dtype == torch.float32
+    assert model.weights_hash != world.model.weights_hash
+
+
+@every_family
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["whole", "sharded"])
+def test_attribute_finds_the_weights_of_a_variant(world, tmp_path, shards):
+    how = {"variant": "fp16", **shards}
+    make_pipeline(world.family).to(torch.float16).save_pretrained(tmp_path / "own", **how)
+    assert bool(list(tmp_path.glob("own/*/*.index.fp16.json"))) == bool(shards)
+    source = find_model(tmp_path / "own", None, tmp_path / "links")
+    loaded = load_model(source.pipeline, "cpu")
+    weights, own = loaded.denoiser.state_dict(), world.model.denoiser.state_dict()
+    for name, value in own.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=1e-4)
+
+
+@every_family
+def test_latents_of_another_model_are_not_taken_for_this_one_s(world, tmp_path):
+    """A family's identity holds all of its text encoders."""
+    pipeline = make_pipeline(world.family)
+    last = list(world.model.family.encoders)[-1]
+    for parameter in getattr(pipeline, last).parameters():
+        parameter.data *= 1.1
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    root = shutil.copytree(world.root, tmp_path / "root")
+    own = world.images
+    again = unlearn.open_training_set(root, load_model(tmp_path / "pipeline", "cpu"))
+    assert again.identity != own.identity
+    assert not np.array_equal(again.embeddings, own.embeddings) or not all(
+        np.array_equal(again.extras[name], own.extras[name]) for name in own.extras
+    )

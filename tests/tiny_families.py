@@ -1,0 +1,446 @@
+"""A tiny pipeline of each family, made of diffusers' own classes with seeded weights and real
+tokenizers, and the loss of the training example of each, written out."""
+
+import json
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+WORDS = (
+    "a the of in on photo drawing red green blue yellow purple orange circle square triangle heart "
+    "star dog cat bird fish house tree small large round soft dark bright sky sea"
+).split()
+RESOLUTION, LIMIT = 16, 12  # pixels, tokens
+
+
+def clip_tokenizer():
+    """A tokenizer of CLIP's kind: letters, and the words that are merged of them."""
+    letters = sorted({letter for word in WORDS for letter in word})
+    names = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = [parts[0] + parts[1], *parts[2:]]
+            names.append(parts[0])
+    names = [*dict.fromkeys(names), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=LIMIT
+    )
+
+
+def t5_tokenizer():
+    """A tokenizer of T5's kind: words, and letters for others."""
+    letters = sorted({letter for word in WORDS for letter in word})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -4.0)]
+    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -5.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LIMIT + 4)
+
+
+def t5(tokenizer, width):
+    """A text encoder of T5's kind."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+def clip(tokenizer, width, projection=None):
+    """A text encoder of CLIP's kind, with a projection where its size is given."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LIMIT,
+        projection_dim=projection or 8,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def vae(channels=4, **more):
+    """A VAE that brings 2 x 2 pixels to one latent."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+        **more,
+    )
+
+
+def unet(width, **more):
+    """A UNet with two resolutions, that attends to texts of this width."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **more,
+    )
+
+
+def betas(**more):
+    """The schedule of Stable Diffusion."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        **more,
+    )
+
+
+def stable_diffusion(**more):
+    """A pipeline of Stable Diffusion's kind."""
+    tokenizer = clip_tokenizer()
+    return StableDiffusionPipeline(
+        vae(scaling_factor=0.2),
+        clip(tokenizer, 16),
+        tokenizer,
+        unet(16),
+        betas(**more),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(**more):
+    """A pipeline of Stable Diffusion XL's kind."""
+    tokenizer = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae(scaling_factor=0.13),
+        clip(tokenizer, 8),
+        clip(tokenizer, 16, projection=12),
+        tokenizer,
+        clip_tokenizer(),
+        unet(
+            24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+        ),
+        betas(**more),
+    )
+
+
+def pixart(pipeline=PixArtAlphaPipeline, **more):
+    """A pipeline of PixArt's kind, which predicts variances too."""
+    tokenizer = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=RESOLUTION // 2,
+        caption_channels=20,
+        norm_num_groups=4,
+        **more,
+    )
+    encoder = t5(tokenizer, 20)
+    return pipeline(tokenizer, encoder, vae(scaling_factor=0.18), transformer, betas())
+
+
+def stable_diffusion_3(with_t5=True, **more):
+    """A pipeline of Stable Diffusion 3's kind."""
+    tokenizer, third = clip_tokenizer(), t5_tokenizer() if with_t5 else None
+    transformer = SD3Transformer2DModel(
+        sample_size=RESOLUTION // 2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=20,
+        pos_embed_max_size=8,
+        **more,
+    )
+    return StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(channels=8, scaling_factor=1.5, shift_factor=0.06),
+        clip(tokenizer, 8, projection=8),
+        tokenizer,
+        clip(tokenizer, 16, projection=12),
+        clip_tokenizer(),
+        t5(third, 32) if third else None,
+        third,
+    )
+
+
+def flux(**more):
+    """A pipeline of FLUX.1's kind."""
+    tokenizer, second = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        **more,
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae(channels=8, scaling_factor=0.36, shift_factor=0.11),
+        clip(tokenizer, 16),
+        tokenizer,
+        t5(second, 24),
+        second,
+        transformer,
+    )
+
+
+PIPELINES = {  # those with a - in their name are variants, of which only loss and pictures are tested
+    "sd": stable_diffusion,
+    "sd-v": lambda: stable_diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    "sdxl": stable_diffusion_xl,
+    "sdxl-v": lambda: stable_diffusion_xl(prediction_type="v_prediction"),
+    "pixart": pixart,
+    "pixart-sized": lambda: pixart(use_additional_conditions=True),
+    "pixart-sigma": lambda: pixart(PixArtSigmaPipeline),
+    "sd3": stable_diffusion_3,
+    "sd3-medium35": lambda: stable_diffusion_3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "sd3-without-t5": lambda: stable_diffusion_3(with_t5=False),
+    "flux": lambda: flux(guidance_embeds=True),
+    "flux-schnell": flux,
+}
+
+
+def make_pipeline(family):
+    """The tiny pipeline of a family, with weights large enough for the text to matter."""
+    torch.manual_seed(0)
+    pipeline = PIPELINES[family]()
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    for name, parameter in denoiser.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return pipeline
+
+
+def tokens_of(tokenizer, prompts, limit=LIMIT):
+    """Tokens of prompts and their mask."""
+    return tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+    )
+
+
+def sd_loss(pipeline, prompts, sizes, latents, noise, timesteps):
+    """examples/text_to_image/train_text_to_image.py: mean squared error of each sample."""
+    states = pipeline.text_encoder(tokens_of(pipeline.tokenizer, prompts).input_ids)[0]
+    noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
+    prediction = pipeline.unet(noisy, timesteps, states, return_dict=False)[0]
+    return mean_square(prediction - beta_target(pipeline, latents, noise, timesteps))
+
+
+def beta_target(pipeline, latents, noise, timesteps):
+    """What is predicted where betas add the noise."""
+    is_v = pipeline.scheduler.config.prediction_type == "v_prediction"
+    return pipeline.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+
+
+def mean_square(errors):
+    """Of each sample."""
+    return errors.square().mean(dim=(1, 2, 3))
+
+
+def clip_states(pipeline, prompts):
+    """Last but one hidden states and pooled text of both CLIP encoders."""
+    outputs = []
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        tokens = tokens_of(tokenizer, prompts).input_ids
+        outputs.append(encoder(tokens, output_hidden_states=True))
+    return [output.hidden_states[-2] for output in outputs], [output[0] for output in outputs]
+
+
+def sdxl_loss(pipeline, prompts, sizes, latents, noise, timesteps):
+    """examples/text_to_image/train_text_to_image_sdxl.py, with --center_crop."""
+    states, pooled = clip_states(pipeline, prompts)
+    ids = []
+    for width, height in sizes:
+        scale = RESOLUTION / min(width, height)
+        top, left = (int(round((int(scale * side) - RESOLUTION) / 2)) for side in (height, width))
+        ids.append([height, width, top, left, RESOLUTION, RESOLUTION])
+    noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
+    prediction = pipeline.unet(
+        noisy,
+        timesteps,
+        torch.cat(states, dim=-1),
+        added_cond_kwargs={"text_embeds": pooled[1], "time_ids": torch.tensor(ids).float()},
+    ).sample
+    return mean_square(prediction - beta_target(pipeline, latents, noise, timesteps))
+
+
+def pixart_loss(pipeline, prompts, sizes, latents, noise, timesteps):
+    """examples/research_projects/pixart/train_pixart_controlnet_hf.py, without its ControlNet."""
+    tokens = tokens_of(pipeline.tokenizer, prompts, LIMIT + 4)
+    mask = tokens.attention_mask
+    states = pipeline.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+    sized = {"resolution": None, "aspect_ratio": None}
+    if pipeline.transformer.config.use_additional_conditions:
+        sized["resolution"] = torch.tensor([[RESOLUTION, RESOLUTION]] * len(prompts)).float()
+        sized["aspect_ratio"] = torch.ones(len(prompts), 1)
+    prediction = pipeline.transformer(
+        pipeline.scheduler.add_noise(latents, noise, timesteps),
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        timestep=timesteps,
+        added_cond_kwargs=sized,
+    ).sample.chunk(2, dim=1)[0]
+    return mean_square(prediction - noise)
+
+
+def sigmas_of(pipeline, timesteps):
+    """Timesteps and sigmas [n, 1, 1, 1] of indices into the scheduler's own table."""
+    scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config)
+    return scheduler.timesteps[timesteps], scheduler.sigmas[timesteps][:, None, None, None]
+
+
+def sd3_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_sd3.py, with --precondition_outputs 1, its default.
+    indices: into the scheduler's table, which it draws."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    states, pooled = clip_states(pipeline, prompts)
+    clip = torch.cat(states, dim=-1)
+    if pipeline.text_encoder_3:
+        tokens = tokens_of(pipeline.tokenizer_3, prompts, LIMIT + 4).input_ids
+        t5 = pipeline.text_encoder_3(tokens)[0]
+    else:
+        t5 = torch.zeros(len(prompts), 77, 32)
+    clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    prediction = pipeline.transformer(
+        hidden_states=noisy,
+        timestep=timesteps,
+        encoder_hidden_states=torch.cat([clip, t5], dim=-2),
+        pooled_projections=torch.cat(pooled, dim=-1),
+        return_dict=False,
+    )[0]
+    return mean_square(prediction * (-sigmas) + noisy - latents)
+
+
+def flux_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_flux.py; indices as of `sd3_loss`."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    tokens = tokens_of(pipeline.tokenizer_2, prompts, LIMIT + 4).input_ids
+    states = pipeline.text_encoder_2(tokens, output_hidden_states=False)[0]
+    short = tokens_of(pipeline.tokenizer, prompts).input_ids
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    number, channels, height, width = latents.shape
+    prediction = pipeline.transformer(
+        hidden_states=FluxPipeline._pack_latents(noisy, number, channels, height, width),
+        timestep=timesteps / 1000,
+        guidance=torch.full((number,), 3.5)
+        if pipeline.transformer.config.guidance_embeds
+        else None,
+        pooled_projections=pipeline.text_encoder(short).pooler_output,
+        encoder_hidden_states=states,
+        txt_ids=torch.zeros(states.shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(
+            number, height // 2, width // 2, "cpu", torch.float32
+        ),
+        return_dict=False,
+    )[0]
+    factor = pipeline.vae_scale_factor
+    prediction = FluxPipeline._unpack_latents(prediction, height * factor, width * factor, factor)
+    return mean_square(prediction - (noise - latents))
+
+
+LOSSES = {
+    "sd": sd_loss,
+    "sdxl": sdxl_loss,
+    "pixart": pixart_loss,
+    "sd3": sd3_loss,
+    "flux": flux_loss,
+}
+
+
+def training_loss(family, *samples):
+    """The loss of each sample by the training example of a family: (pipeline, prompts, sizes of the
+    pictures, latents, noise, timesteps or indices of the scheduler's table)."""
+    return LOSSES[family.partition("-")[0]](*samples)
+
+
+def normalised(family, pipeline, mean):
+    """The posterior's mean as a family's training example normalises latents."""
+    config = pipeline.vae.config
+    if family.partition("-")[0] in ("sd3", "flux"):
+        return (mean - config.shift_factor) * config.scaling_factor
+    return mean * config.scaling_factor
+
+
+SIZES = [(16, 16), (24, 16), (20, 40), (32, 32)]  # of the training images, (width, height)
+CAPTIONS = ["a red circle", "the blue square on a tree", "large dog", "a soft yellow star"]
+
+
+def make_root(folder, pipeline, **settings):
+    """A data root of four images, whose model is in a folder."""
+    images = folder / "laion_subset/images"
+    images.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    for number, (width, height) in enumerate(SIZES):
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(images / f"{number:04d}.png")
+    (folder / "laion_subset/captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    own = {"name": "tiny", "pipeline": str(pipeline), "resolution": RESOLUTION, **settings}
+    (folder / "dataset.json").write_text(json.dumps(own))
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+    (folder / "synth").mkdir()
+    Image.fromarray(pixels.numpy()).save(folder / "synth/query.png")
+    task = {"synth_image_path": "synth/query.png", "prompt": "a red square"}
+    (folder / "tasks.json").write_text(json.dumps([task]))
+    return folder

@@ -1,0 +1,38 @@
+"""Families of models, one module each: `interface.Family` says what the core asks of one."""
+
+from collections.abc import Mapping
+
+from .flux import Flux
+from .interface import Family, Parts
+from .pixart import PixArt
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL
+
+STABLE_DIFFUSION = StableDiffusion()
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION,
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    Flux(),
+    PixArt("PixArt-alpha", "PixArtAlphaPipeline", 120),
+    PixArt("PixArt-sigma", "PixArtSigmaPipeline", 300),
+)
+SUPPORTED = f"{', '.join(family.name for family in FAMILIES)} and models of their kind"
+
+__all__ = ["FAMILIES", "STABLE_DIFFUSION", "SUPPORTED", "Family", "Parts", "find_family"]
+
+
+def find_family(pipeline: str, classes: Mapping[str, str]) -> Family | None:
+    """The family of a pipeline of this class whose parts are of these classes, {part: class}; None
+    where it is not known."""
+    return next((family for family in FAMILIES if family.owns(pipeline, classes)), None)
+
+
+def find_denoiser_family(denoiser: object) -> Family:
+    """The first family whose denoisers are of this one's class; what those that share one say of
+    it is the same."""
+    name = type(denoiser).__name__
+    return next(
+        (family for family in FAMILIES if name in family.classes[family.denoiser]), FAMILIES[0]
+    )

@@ -1,0 +1,153 @@
+"""FLUX.1, dev and schnell: T5 for the text, CLIP for a pooled one, and a transformer over packed
+latents, 2 x 2 of them in one position."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
+from ...errors import UserError
+from ..text_weights import KeysValues, StreamWeights
+from .checks import check_colours, check_scaling, check_transformer
+from .flow import SELECTIONS, Flow
+from .interface import Parts, Refuse
+from .texts import check_clip, check_tokens, read_tokens, tokenize
+
+T5_TOKENS = 512
+# What the distilled model is told in training, where it takes a guidance: diffusers' example's
+# default. Other trainers tell it 1.
+GUIDANCE = 3.5
+
+
+class Flux(Flow):
+    name = "FLUX.1"
+    denoiser = "transformer"
+    classes = {"transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",)}
+    encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    # Of the double blocks: in single blocks text and image share keys and values.
+    selections = SELECTIONS
+    text = StreamWeights()
+    patch = 2
+
+    def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
+        return pipeline == "FluxPipeline"
+
+    def identity(self, pipeline: Any) -> dict:
+        told = {"guidance": GUIDANCE} if pipeline.transformer.config.guidance_embeds else {}
+        return {**super().identity(pipeline), **told}
+
+    def check_fit(self, parts: Parts, which: str, refuse: Refuse) -> None:
+        check_colours(parts, refuse)
+        check_clip(parts, "text_encoder", refuse)
+        for encoder, tokenizer in self.encoders.items():
+            check_tokens(parts, encoder, tokenizer, refuse)
+        channels = parts.vae.get("latent_channels")
+        packed = channels * self.patch**2 if isinstance(channels, int) else None
+        texts = {encoder: text["hidden_size"] for encoder, text in parts.texts.items()}
+        expected = {
+            "in_channels": (packed, "its VAE's latents make, packed,"),
+            "joint_attention_dim": (texts["text_encoder_2"], "its second text encoder gives"),
+            "pooled_projection_dim": (texts["text_encoder"], "its text encoder gives"),
+        }
+        check_transformer(parts, which, expected, refuse)
+        self.check_schedule(parts, refuse)
+        check_scaling(parts, refuse)
+
+    def own_latent_side(self, denoiser: Mapping[str, Any]) -> int:
+        return 128  # its configuration does not say; diffusers' pipeline takes this
+
+    def inputs(
+        self,
+        denoiser: Any,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        conditioning: Conditioning,
+        keys_values: KeysValues | None = None,
+    ) -> dict[str, Any]:
+        told = repeat_texts(conditioning, len(noisy))
+        number, _, height, width = noisy.shape
+        guidance = None
+        if denoiser.config.guidance_embeds:
+            guidance = told.get("guidance", torch.full((number,), GUIDANCE, device=noisy.device))
+        return {
+            "hidden_states": pack(noisy),
+            "timestep": times / 1000,  # the transformer multiplies by 1000 again
+            "guidance": guidance,
+            "encoder_hidden_states": told[TEXT],
+            "pooled_projections": told["pooled"],
+            "txt_ids": torch.zeros(told[TEXT].shape[1], 3, device=noisy.device),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(
+                number, height // 2, width // 2, noisy.device, noisy.dtype
+            ),
+        }
+
+    def read(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        return unpack(output, noisy.shape)
+
+    def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """T5's last hidden states, and CLIP's pooled text."""
+        clip, t5 = pipeline.text_encoder, pipeline.text_encoder_2
+        limit = pipeline.tokenizer.model_max_length
+        short = read_tokens(pipeline, "text_encoder", "tokenizer", prompts, limit).input_ids
+        limit = t5_limit(pipeline.tokenizer_2.model_max_length)
+        long = read_tokens(pipeline, "text_encoder_2", "tokenizer_2", prompts, limit).input_ids
+        return {
+            TEXT: t5(long.to(t5.device))[0].float().cpu(),
+            "pooled": clip(short.to(clip.device)).pooler_output.float().cpu(),
+        }
+
+    def tokenize(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
+        tokenizer, limit = self.reader(pipeline)
+        own = pipeline.tokenizer
+        return {
+            "tokens": tokenize(own, prompts, own.model_max_length),
+            "tokens_2": tokenize(tokenizer, prompts, limit),
+        }
+
+    def reader(self, pipeline: Any) -> tuple[Any, int]:
+        return pipeline.tokenizer_2, t5_limit(pipeline.tokenizer_2.model_max_length)
+
+    def shapes(self, parts: Parts) -> dict[str, tuple[int, ...]]:
+        tokens = t5_limit(parts.tokens["tokenizer_2"].limit)
+        return {
+            TEXT: (tokens, parts.denoiser["joint_attention_dim"]),
+            "pooled": (parts.denoiser["pooled_projection_dim"],),
+        }
+
+    def guide(
+        self, pipeline: Any, conditioning: Conditioning, guidance_scale: float
+    ) -> tuple[Conditioning, None]:
+        """The guidance is something that the model is told; there is no second pass."""
+        if pipeline.transformer.config.guidance_embeds:
+            told = torch.full((len(conditioning[TEXT]),), float(guidance_scale))
+            return {**conditioning, "guidance": told.to(conditioning[TEXT])}, None
+        if guidance_scale != 1:
+            raise UserError(
+                f"guidance {guidance_scale}: this model of {self.name} takes none (its "
+                f"guidance_embeds is false, as in schnell); give 1"
+            )
+        return conditioning, None
+
+    def steps(self, num_steps: int) -> dict[str, Any]:
+        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
+
+
+def t5_limit(limit: int | None) -> int:
+    """How many tokens T5 reads, where its tokenizer says that it reads `limit`."""
+    return min(T5_TOKENS, limit or T5_TOKENS)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents [batch, C, h, w] as positions [batch, h / 2 * w / 2, 4 C]."""
+    number, channels, height, width = latents.shape
+    blocks = latents.reshape(number, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Latents of this shape, [batch, C, h, w], that were packed."""
+    number, channels, height, width = shape
+    blocks = positions.reshape(number, height // 2, width // 2, channels, 2, 2)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(number, channels, height, width)

@@ -1,0 +1,85 @@
+"""Text encoders that several families have: prompts read by them, and whether their parts fit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import UserError
+from .interface import Parts, Refuse
+
+
+def read_tokens(
+    pipeline: Any, encoder: str, tokenizer: str, prompts: Sequence[str], limit: int
+) -> Any:
+    """Tokens of prompts, padded and cut to `limit`: input_ids and attention_mask, int64 [n, limit].
+    Raises UserError where the text encoder has no embedding of one."""
+    reader = getattr(pipeline, tokenizer)
+    read = reader(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=limit,
+        return_tensors="pt",
+    )
+    tokens = read.input_ids
+    known = len(getattr(pipeline, encoder).get_input_embeddings().weight)
+    for prompt, row in zip(prompts, tokens) if int(tokens.max()) >= known else ():
+        if int(row.max()) >= known:
+            token = reader.convert_ids_to_tokens(int(row.max()))
+            raise UserError(
+                f"prompt {prompt!a:.80}: the tokenizer knows {token!s:.40}, the text encoder has "
+                f"no embedding of it"
+            )
+    return read
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[list[int]]:
+    """The tokens that are read of prompts."""
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=limit
+    ).input_ids
+
+
+def label(encoder: str) -> str:
+    """A text encoder as messages name it: `text encoder`, `second text encoder`, ..."""
+    return {"_2": "second ", "_3": "third "}.get(encoder[-2:], "") + "text encoder"
+
+
+def check_clip(parts: Parts, encoder: str, refuse: Refuse) -> None:
+    """Refuses a text encoder that is none of CLIP's kind."""
+    text, name = parts.texts[encoder], parts.classes.get(encoder)
+    for key in ("hidden_size", "max_position_embeddings", "vocab_size"):
+        if not isinstance(text[key], int):
+            refuse(
+                f"its {label(encoder)}, {name}, has no {key}, as T5 has none of positions; expected "
+                f"one like CLIPTextModel"
+            )
+
+
+def check_same_limit(parts: Parts, refuse: Refuse) -> None:
+    """Refuses tokenizers of different lengths, whose texts are put side by side."""
+    limits = {name: tokens.limit for name, tokens in parts.tokens.items()}
+    if len(set(limits.values())) > 1:
+        told = ", ".join(f"{name} {limit!s:.20}" for name, limit in limits.items())
+        refuse(f"its tokenizers read prompts of different lengths (model_max_length: {told})")
+
+
+def check_tokens(parts: Parts, encoder: str, tokenizer: str, refuse: Refuse) -> None:
+    """Refuses a tokenizer of another model than its text encoder, or of longer prompts."""
+    text, tokens = parts.texts[encoder], parts.tokens[tokenizer]
+    which = label(encoder).replace("text encoder", "tokenizer")
+    if isinstance(tokens.vocabulary, int) and tokens.vocabulary > text["vocab_size"]:
+        refuse(
+            f"its {which} numbers {tokens.vocabulary} tokens, its {label(encoder)} has "
+            f"{text['vocab_size']}: they are of different models"
+        )
+    most = text["max_position_embeddings"]
+    if (
+        most is not None
+        and tokens.limit is not None
+        and (not isinstance(tokens.limit, int) or not 2 < tokens.limit <= most)
+    ):
+        refuse(
+            f"its {which}'s model_max_length: expected 3 to {most}, "
+            f"as its {label(encoder)} has positions, "
+            f"found {tokens.limit!s:.40}"
+        )

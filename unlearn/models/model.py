@@ -1,0 +1,231 @@
+"""A pipeline that was loaded, with what losses, gradients and pictures ask of it; what differs by
+family it asks of its own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..datasets.conditioning import Conditioning
+from ..datasets.settings import LARGEST_NUMBERS
+from ..errors import UserError
+from ..storage.hashes import hash_tensors, named_weights
+from .checks import part_name
+from .families import Family, Parts
+from .parts import parts_of
+from .text_weights import KeysValues
+
+
+@dataclass(eq=False)
+class Model:
+    """A diffusers pipeline in evaluation mode on one device."""
+
+    pipeline: DiffusionPipeline
+    weights_hash: str  # of denoiser, text encoders and VAE as loaded
+    # [num_train_timesteps] float32, on the device: how noisy each training timestep is, alpha-bar or
+    # sigma as the family says
+    levels: torch.Tensor = field(repr=False)
+    family: Family
+    lora: tuple[tuple[str, float], ...] = ()  # hash and weight of each that changes the pipeline
+
+    @property
+    def denoiser(self) -> Any:
+        """The part that predicts: a UNet or a transformer."""
+        return getattr(self.pipeline, self.family.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def alpha_bars(self) -> torch.Tensor:
+        """The levels of a family whose noise is added by betas."""
+        return self.levels
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """How many timesteps it was trained on."""
+        return len(self.levels)
+
+    @property
+    def prediction_type(self) -> str:
+        """What it predicts: epsilon, sample, v_prediction or flow."""
+        return self.family.prediction_type(self.pipeline.scheduler)
+
+    @property
+    def identity(self) -> dict:
+        """Identity fields of every loss: LoRA, where there is any, weights, noise schedule,
+        prediction type, and what else a family's losses depend on."""
+        return {
+            **({"lora": [list(each) for each in self.lora]} if self.lora else {}),
+            "weights": self.weights_hash,
+            **self.family.identity(self.pipeline),
+        }
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What its parts say of themselves."""
+        return parts_of(self.pipeline, self.family)
+
+    @property
+    def own_resolution(self) -> int | None:
+        """Pixels of a side of the pictures that it was trained on, None where its configuration
+        does not say."""
+        return trained_resolution(self.family, self.denoiser.config, self.pipeline.vae.config)
+
+    def resolution(self, settings: dict) -> int:
+        """Pixels of a side of the square that pictures are brought to: the data root's, else the
+        model's own. Raises UserError where neither says, or the denoiser cannot take it."""
+        if not (resolution := settings["resolution"] or self.own_resolution):
+            raise UserError(
+                f"resolution: the {part_name(self.family)}'s config.json does not say it (sample_size is "
+                f"{self.denoiser.config.get('sample_size')!r:.40}); "
+                "give `resolution` in the data root's dataset.json"
+            )
+        self.latent_shape(resolution)
+        return resolution
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image of `resolution` pixels."""
+        factor, patch = self.pipeline.vae_scale_factor, self.family.patch
+        size = resolution // factor
+        if not size:
+            raise UserError(
+                f"resolution {resolution}: expected at least {factor}, the pixels of one latent"
+            )
+        if size % patch:
+            raise UserError(
+                f"resolution {resolution}: expected a multiple of {factor * patch}, because "
+                f"{self.family.name} takes {patch} x {patch} latents as one"
+            )
+        most = self.family.most_latents(self.denoiser.config)
+        if most is not None and size > most:
+            raise UserError(
+                f"resolution {resolution}: expected at most {most * factor}, as the "
+                f"{part_name(self.family)} has positions"
+            )
+        return self.family.latent_channels(self.parts), size, size
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a text's conditioning, {name: shape}."""
+        return self.family.shapes(self.parts)
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """(tokens, features) of a prompt's embedding."""
+        tokens, features = next(iter(self.conditioning_shapes.values()))
+        return tokens, features
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents [n, C, h, w] float32 on the CPU of pixels [n, 3, H, W]: the posterior's mean,
+        normalised for the denoiser. The mean, not a sample: losses before and after unlearning must
+        differ by the model alone."""
+        vae: Any = self.pipeline.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+        return self.family.normalise(vae.config, latents).cpu()
+
+    def denormalise(self, latents: Any) -> Any:
+        """Latents as the VAE gives them."""
+        return self.family.denormalise(self.pipeline.vae.config, latents)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Conditioning of prompts, {name: [n, ...]} float32 on the CPU."""
+        return self.family.encode_prompts(self.pipeline, prompts)
+
+    @property
+    def of_sizes(self) -> Sequence[str]:
+        """Names of the conditioning that belongs to a picture's size, not to its prompt."""
+        return [name for name in self.family.of_sizes if name in self.conditioning_shapes]
+
+    def encode_sizes(
+        self, sizes: Sequence[tuple[int, int]], resolution: int
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning that belongs to pictures of these (width, height)."""
+        return self.family.encode_sizes(self.pipeline, sizes, resolution)
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
+        """The tokens that are read of prompts, by tokenizer."""
+        return self.family.tokenize(self.pipeline, prompts)
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """The tokenizer that reads the most of a prompt, and how many tokens of it."""
+        return self.family.reader(self.pipeline)
+
+    @property
+    def encoding_identity(self) -> dict:
+        """What latents and conditioning depend on besides pictures and captions, for records."""
+        pipeline: Any = self.pipeline
+        parts = {part: named_weights(getattr(pipeline, part)) for part in ("vae", *self.encoders)}
+        return {
+            "scaling": self.family.scaling(pipeline.vae.config),
+            **{name: hash_tensors(weights) for name, weights in parts.items()},
+        }
+
+    @property
+    def encoders(self) -> list[str]:
+        """The text encoders that its pipeline has."""
+        return [part for part in self.family.encoders if getattr(self.pipeline, part, None)]
+
+    def diffuse(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Noisy latents at each sample's timestep, [batch] int64."""
+        return self.family.diffuse(self.levels, latents, noise, timesteps)
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """What the denoiser is trained to predict of these noisy latents."""
+        return self.family.target(self.prediction_type, self.levels, latents, noise, timesteps)
+
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        keys_values: KeysValues | None = None,
+    ) -> torch.Tensor:
+        """The denoiser's prediction, [batch, C, h, w]. timesteps: [batch] int64; conditioning:
+        {name: [texts, ...]}, each of as many successive samples as there are samples a text;
+        keys_values: its text's, where they are known."""
+        times = self.family.times(self.levels, timesteps)
+        return self.predict_at(noisy, times, conditioning, keys_values)
+
+    def predict_at(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        conditioning: Conditioning,
+        keys_values: KeysValues | None = None,
+    ) -> torch.Tensor:
+        """`predict` at what the denoiser is told of timesteps, which sampling may take between those
+        of training."""
+        if keys_values is None:
+            keys_values = self.family.text.keys_values(self.denoiser, conditioning)
+        inputs = self.family.inputs(self.denoiser, noisy, times, conditioning, keys_values)
+        return self.family.read(self.denoiser(**inputs).sample, noisy)
+
+
+def trained_resolution(
+    family: Family, denoiser: Mapping[str, Any], vae: Mapping[str, Any]
+) -> int | None:
+    """Pixels of a side by the configurations of denoiser and VAE, as diffusers' pipelines take it;
+    None where they do not say."""
+    size, blocks = family.own_latent_side(denoiser), vae.get("block_out_channels")
+    size = (
+        size[0]
+        if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size)
+        else size
+    )
+    if not isinstance(size, int) or isinstance(size, bool) or not isinstance(blocks, (list, tuple)):
+        return None
+    resolution = size * 2 ** (len(blocks) - 1)
+    return resolution if 0 < resolution <= LARGEST_NUMBERS["resolution"] else None
