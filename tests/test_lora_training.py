@@ -12,11 +12,13 @@ from diffusers import DiffusionPipeline
 from test_lora import TINY, predict
 from test_training import RECIPE, distance, members_without, same
 
-from unlearn.commands import retrain
+from unlearn.commands import fisher, retrain
+from unlearn.errors import UserError
 from unlearn.models.lora import has_matrices
 from unlearn.models.lora_files import Named, read_lora
 from unlearn.models.pipelines import load_model
 from unlearn.retraining.lora import first_matrices, list_targets, read_matrices, with_fresh_lora
+from unlearn.retraining.plans import PlanSettings, make_plans
 from unlearn.retraining.training import train
 from unlearn.storage.reading import read_tensors
 
@@ -125,3 +127,24 @@ def test_retrain_writes_a_lora_that_diffusers_and_this_program_load(tmp_path):
     files = sorted(folder.iterdir())
     retrain.main([*flags, "--train_batch_size", "6", "--train_lr", "1e-2"])  # keeps what is there
     assert sorted(folder.iterdir()) == files
+
+
+def test_each_image_is_left_out_once(training_set):
+    plans = make_plans(PlanSettings("each"), training_set.first(5))
+    assert [plan.name for plan in plans] == [f"without-{row:04d}" for row in range(5)]
+    np.testing.assert_array_equal(
+        np.stack([plan.members for plan in plans]), ~np.eye(5, dtype=bool)
+    )
+    with pytest.raises(UserError, match="fewer than the 1 training images"):
+        make_plans(PlanSettings("each"), training_set.first(1))
+
+
+def test_retrain_does_not_need_the_lora_that_it_is_to_train(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    settings = {"lora": ["lora.safetensors"], "train_lora_rank": 2, "pipeline": TINY}
+    (root / "dataset.json").write_text(json.dumps(settings))
+    args, _ = retrain.parse_arguments(["full", "--dataroot", str(root), "--device", "cpu"])
+    assert args.lora == [] and args.train_lora_rank == 2
+    with pytest.raises(UserError, match="lora.safetensors: no such file"):
+        fisher.parse_arguments(["--dataroot", str(root)])

@@ -41,7 +41,7 @@ from .attribution.deltas import Delta
 from .attribution.draws import ImageNoise
 from .attribution.fishers import KV, open_fisher, own_selection
 from .attribution.losses import changed_losses, loss_sums
-from .attribution.removal import RemovalSettings
+from .attribution.removal import RemovalSettings, own_settings
 from .attribution.removal_scores import RIDGE
 from .attribution.removal_studies import RemovalStudy
 from .attribution.settings import LossSettings, UnlearnSettings
@@ -255,13 +255,13 @@ def removal_scores(
 
     cache: a folder that keeps the images' features, one backward pass an image, timestep and probe:
     called again, for this query or another, only the query's own are made. settings: weights,
-    timesteps, probes, numbers kept of a gradient and noise seed, by default all weights and what
-    the commands take; ridge: lambda; repeats: how often training saw each image. Raises UserError
+    timesteps, probes, numbers kept of a gradient and noise seed, by default all weights, of a LoRA
+    its own matrices, and what the commands take; ridge: lambda; repeats: how often training saw each image. Raises UserError
     where the folder holds features of something else. Source: Woodbury's identity, see
     `attribution.removal`.
     """
     with TemporaryDirectory() as folder, in_precision("fp32"):
-        place, settings = Path(cache or folder), settings or RemovalSettings()
+        place, settings = Path(cache or folder), settings or own_settings(model)
         study = RemovalStudy(model, {"laion": images}, place, settings, ridge, repeats)
         study.build()
         return study.score_draws([query])[:, 0]

@@ -40,10 +40,13 @@ def step_size(text: str) -> float | str:
     return text if text == AUTO else float(text)
 
 
-def resolve(args: argparse.Namespace, flag_of: dict[str, str] | None = None) -> dict:
+def resolve(
+    args: argparse.Namespace, flag_of: dict[str, str] | None = None, with_lora: bool = True
+) -> dict:
     """Fills the flags left at None in place: from the data root's dataset.json, else as published,
     or chosen for a data root that is neither. Sets precision and device. `flag_of` maps a flag to a
-    setting of another name. Raises UserError for values out of range."""
+    setting of another name; with_lora: whether the data root's LoRA changes the model. Raises
+    UserError for values out of range."""
     flag_of = {"sd_version": "pipeline", **(flag_of or {})}
     dataroot = "data/abc" if args.dataroot is None else args.dataroot
     if not dataroot or not Path(dataroot).is_dir():
@@ -54,7 +57,7 @@ def resolve(args: argparse.Namespace, flag_of: dict[str, str] | None = None) -> 
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
     # Of the data root, whichever pipeline (a mirror, a local copy) the other parts come from.
     args.unet = settings["unet"]
-    args.lora = getattr(args, "lora", None) or settings["lora"]
+    args.lora = (getattr(args, "lora", None) or settings["lora"]) if with_lora else []
     check_names(args)
     for flag, value in vars(args).items():
         setting = flag_of.get(flag, flag)

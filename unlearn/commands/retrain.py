@@ -160,7 +160,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument(
         "kind",
         choices=PLANS,
-        help="all images | random subsets | without K random ones | without a query's top K",
+        help="all images | random subsets | without one, each in turn | without K random ones | "
+        "without a query's top K",
     )
     parser.add_argument(
         "--task_json",
@@ -258,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         "dry_run",
     )
     args = parser.parse_args(argv)
-    settings = resolve(args, {"loss_batch_size": "batch_size"})
+    settings = resolve(args, {"loss_batch_size": "batch_size"}, with_lora=False)
     args.output = Path(args.output or f"{args.result_dir}/retrained")
     return args, settings
 

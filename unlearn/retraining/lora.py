@@ -1,6 +1,5 @@
 """LoRA trained on a base model: fresh matrices to start from, and the file that diffusers writes."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +13,8 @@ from ..errors import UserError
 from ..models.lora import adapter_name, add_beside, check_peft
 from ..models.lora_files import Named, Pair, read_lora
 from ..models.pipelines import Model, check_adapters
-from ..storage.hashes import digest, hash_file
+from ..storage.artifacts import write_bytes
+from ..storage.hashes import digest
 
 TARGETS = {  # layers that get matrices, by name
     "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",  # as diffusers' training scripts choose
@@ -79,15 +79,14 @@ def save_lora(
     layers = sorted({name.partition(".lora_")[0] for name in tensors})
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder:
+    with TemporaryDirectory() as folder:
         model.pipeline.save_lora_weights(
             folder,
             unet_lora_layers=tensors,
             weight_name=path.name,
             unet_lora_adapter_metadata=settings,
         )
-        os.replace(Path(folder) / path.name, path)
-    return hash_file(path)
+        return write_bytes(path, (Path(folder) / path.name).read_bytes())
 
 
 def read_matrices(path: Path) -> dict[str, torch.Tensor]:

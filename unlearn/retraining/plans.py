@@ -97,6 +97,23 @@ def plan_subsets(
     ]
 
 
+def plan_each(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
+    """As many models as images, each without one of them."""
+    check_count("images left out:", 1, len(training_set), "training images")
+    return [
+        Plan(
+            f"without-{row:04d}{seed_suffix(settings.seeds[0])}",
+            "subset",
+            settings.seeds[0],
+            np.arange(len(training_set)) != row,
+            None,
+        )
+        for row in range(len(training_set))
+    ]
+
+
 def plan_random(
     settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
 ) -> list[Plan]:
@@ -230,7 +247,13 @@ def read_scored(
             )
 
 
-PLANS = {"full": plan_full, "subsets": plan_subsets, "random": plan_random, "without": plan_without}
+PLANS = {
+    "full": plan_full,
+    "subsets": plan_subsets,
+    "each": plan_each,
+    "random": plan_random,
+    "without": plan_without,
+}
 
 
 def make_plans(
