@@ -608,25 +608,30 @@ def run_killed_before(step, work):
 
 
 @pytest.mark.parametrize(
-    "stride", [5, pytest.param(0, marks=pytest.mark.slow)], ids=["some", "every"]
+    "stride, scoring, fewest",
+    [
+        pytest.param(5, "removal", 3, id="some"),
+        pytest.param(0, "removal", 16, id="every", marks=pytest.mark.slow),
+        pytest.param(0, "exact", 21, id="every, exact", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_before_files_and_run_again_it_leaves_what_an_uninterrupted_run_leaves(
-    stride, tiny, tmp_path, ask, monkeypatch
+    stride, scoring, fewest, tiny, tmp_path, ask, monkeypatch
 ):
     """stride 0: before every one; else every so many files later than the last time."""
     monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3, 1e-3))
     loaded = front.load_model(tiny, "cpu")
     monkeypatch.setattr(front, "load_model", lambda *args, **more: loaded)
     folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"
-    ask(folder, whole)
+    ask(folder, whole, scoring=scoring)
     step, kills, before = 1, 0, None
-    while not run_killed_before(step, lambda: ask(folder, out)):
+    while not run_killed_before(step, lambda: ask(folder, out, scoring=scoring)):
         kills += 1
         # A run that only did again what the last one did: the next kill comes one file later.
         now = contents(out) if out.exists() else {}
         step += stride or now == before
         before = now
-    assert kills > (2 if stride else 15)
+    assert kills >= fewest
     expected, found = contents(whole), contents(out)
     assert found.keys() == expected.keys()
     for name in expected:

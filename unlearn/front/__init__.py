@@ -271,7 +271,7 @@ def load_source(
     base: str | Path | None,
     place: Path,
     device: str | None,
-    loras: Sequence[LoraFile],
+    loras: Sequence[LoraFile] = (),
 ) -> tuple[Source, Model]:
     """A model found and loaded. Raises UserError, naming --model, where that cannot be done."""
     lora = tuple(str(each.named) for each in loras)
