@@ -1,7 +1,6 @@
 """What is asked: pictures from anywhere and how they were made, as the tasks of a data root."""
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from ..datasets.tasks import Task, load_tasks, read_list
 from ..errors import UserError
 from ..runtime.printing import UNSAFE, shorten
 from ..runtime.programs import say
-from ..storage.artifacts import open_plain, own_part, write_json
+from ..storage.artifacts import open_plain, whole_file, write_json
 from ..storage.hashes import digest, hash_file
 from ..storage.reading import check_name, check_text
 
@@ -100,9 +99,9 @@ def place_picture(question: Question, target: Path) -> None:
     if target.exists() and hash_file(target) == hash_file(question.picture):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = own_part(target)
-    shutil.copyfile(question.picture, part)
-    os.replace(part, target)
+    # It clears away the part that a killed process left, too.
+    with open(question.picture, "rb") as read, whole_file(target) as written:
+        shutil.copyfileobj(read, written, 1 << 20)
 
 
 def make_entry(question: Question, root: Path, entries: list[dict]) -> dict:
