@@ -224,6 +224,8 @@ def apply(
     """Puts LoRAs on a pipeline, in place: fused into its weights, or the UNet's beside them.
     Returns what tells each apart: (hash of its content, its weight). Raises UserError where one does
     not fit."""
+    if not loras:
+        return ()
     placed = [(place(lora, pipeline), lora.named.weight) for lora in loras]
     for parts, weight in placed:
         fuse(pipeline.text_encoder, parts["text_encoder"], weight)
