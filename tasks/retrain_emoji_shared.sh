@@ -13,7 +13,7 @@ tasks="--task_json tasks/emoji_shared.json tasks/emoji_shared_tuning.json --outp
 for queries in emoji_shared emoji_shared_tuning; do
     python compute_training_loss.py --task_json tasks/$queries.json $root
     python compute_influence.py --task_json tasks/$queries.json $root
-    python compute_influence.py --task_json tasks/$queries.json --dataroot data/emoji_shared --result_dir results/emoji_shared/by_removal --scoring removal
+    python compute_influence.py --task_json tasks/$queries.json --dataroot data/emoji_shared --result_dir results/emoji_shared/by_removal --scoring removal --removal_timesteps 350
     python -m unlearn baselines --task_json tasks/$queries.json $root --methods random pixel vae text similarity influence
     python -m unlearn baselines --task_json tasks/$queries.json $root --methods dtrak --trak_lambda 1 --views mean
 done

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unlearn.attribution import removal
 from unlearn.commands.flags import resolve
 from unlearn.datasets.training_sets import open_training_set
 from unlearn.models.pipelines import load_model
@@ -19,6 +20,12 @@ def one_thread():
     """One thread: these models are too small for two, and results must not depend on the machine's
     load."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_draws():
+    """`attribute` by removal of two draws and one probe: what is tested does not depend on it."""
+    removal.USUAL = removal.RemovalSettings(timesteps=(350, 350), probes=1)
 
 
 def resolved(args):

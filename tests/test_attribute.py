@@ -264,6 +264,9 @@ def test_repeats_of_kohyas_folders_count_where_that_is_asked_for(folder, tmp_pat
 def test_a_way_of_scoring_that_is_none_is_refused(folder, tmp_path, refusal):
     said = refusal(folder, tmp_path / "out", scoring="best")
     assert "--scoring best: expected removal or exact" in said
+    said = refusal(folder, tmp_path / "out", scoring="exact", box=(0, 0, 9, 9))
+    assert "--box: means nothing to --scoring exact, only to removal" in said
+    assert "expected x0 y0 x1 y1" in refusal(folder, tmp_path / "out", box=(9, 0, 0, 9))
 
 
 def test_five_conventions_of_forty_mixed_pictures_give_the_same_top_ten(tmp_path, ask):
@@ -307,7 +310,8 @@ def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
     times = [(out / f"results/{name}").stat().st_mtime_ns for name in files]
     if scoring == "exact":
         compute_training_loss.main(flags)
-    compute_influence.main([*flags, "--scoring", scoring])
+    few = ["--removal_timesteps", "350", "350", "--probes", "1"] if scoring == "removal" else []
+    compute_influence.main([*flags, "--scoring", scoring, *few])
     assert times == [(out / f"results/{name}").stat().st_mtime_ns for name in files]
     after = contents(out)
     assert after.keys() == before.keys()
@@ -472,7 +476,7 @@ def test_a_plan_tells_what_another_model_has_to_do_again_and_the_run_says_so(
     assert capsys.readouterr().out.count("is there already") == 2
     ask(folder, out, dry_run=True, model=other)
     shown = capsys.readouterr().out
-    assert shown.count("is there already") == 1 and "1 x 2 backward passes" in shown
+    assert shown.count("is there already") == 1 and "16 backward passes" in shown
     caplog.set_level("INFO")
     [second] = ask(folder, out, model=other)
     assert f"was made with another model, {tiny}" in caplog.text

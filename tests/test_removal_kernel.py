@@ -11,7 +11,12 @@ import torch
 from unlearn import UserError, noise
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.attribution.removal_index import RemovalIndex, pack, unpack
-from unlearn.attribution.removal_scores import removal_rises, ridge_inverse, score_removal
+from unlearn.attribution.removal_scores import (
+    removal_rises,
+    ridge_inverse,
+    score_draws,
+    score_removal,
+)
 from unlearn.attribution.removal_studies import RemovalStudy
 from unlearn.attribution.sketch import Sketch
 from unlearn.models.pipelines import select_parameters
@@ -253,14 +258,14 @@ def test_the_inverse_is_the_same_by_rows_and_by_columns():
     wide, wide_asked = (
         np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, 40)]) for array in (rows, asked)
     )
-    by_columns = ridge_inverse(lambda: iter([rows]), 12, 0.1)(asked)
-    by_rows = ridge_inverse(lambda: iter([wide]), 52, 0.1)(wide_asked)
+    by_columns = ridge_inverse(lambda: iter([rows]), 12, 0.1)[0](asked)
+    by_rows = ridge_inverse(lambda: iter([wide]), 52, 0.1)[0](wide_asked)
     np.testing.assert_allclose(by_rows[:, :12], by_columns, rtol=1e-9)
 
 
 def test_no_removal_makes_a_query_more_certain():
     rows, asked = RANDOM.normal(size=(15, 2, 12)), RANDOM.normal(size=(1, 5, 12))
-    assert (removal_rises(rows, asked, ridge_inverse(lambda: iter([rows]), 12, 0.1)) > 0).all()
+    assert (removal_rises(rows, asked, ridge_inverse(lambda: iter([rows]), 12, 0.1)[0]) > 0).all()
 
 
 def test_fewer_images_than_probes_are_refused(model, training_set, tmp_path):
@@ -323,5 +328,25 @@ def test_the_loss_beside_the_features_is_the_models_own(model, training_set, tmp
     error = model.predict(model.diffuse(latent[None], normals, step), step, texts)
     error = error - model.target(latent[None], normals, step)
     assert losses[1] == pytest.approx(float(error.square().mean()), rel=1e-5)
-    [highest] = study.highest_losses["laion"]
-    assert highest == pytest.approx(losses.max(), rel=1e-6)
+    np.testing.assert_array_equal(study.losses["laion"], losses)
+
+
+def test_a_timestep_that_is_named_again_is_drawn_again(model, training_set):
+    settings = replace(SETTINGS, timesteps=(600, 100, 600))
+    maker, alone = (
+        FeatureMaker(model, training_set.latents.shape[2:], each)
+        for each in (settings, replace(SETTINGS, timesteps=(600,)))
+    )
+    assert torch.equal(maker.normals[0], alone.normals[0])
+    assert torch.equal(maker.signs[0], alone.signs[0])
+    assert not torch.equal(maker.normals[0], maker.normals[2])
+    assert not torch.equal(maker.signs[0, 0], maker.signs[2, 0])
+
+
+def test_a_scores_unit_makes_scores_of_scaled_features_comparable():
+    features, query = RANDOM.normal(size=(9, 1, 2, 30)), RANDOM.normal(size=(1, 1, 2, 30))
+    scores, units = score_draws(blocks_of(features), query)
+    scaled, scaled_units = score_draws(blocks_of(1e-3 * features), 1e-5 * query)
+    np.testing.assert_allclose(scores[0] / units[0], scaled[0] / scaled_units[0])
+    expected = np.square(query).sum() / np.square(features).sum(axis=-1).mean()
+    assert units[0, 0] == pytest.approx(expected)

@@ -228,3 +228,17 @@ def test_exemplars_of_a_customized_model_are_ranked_under_that_model(flags, tmp_
     evaluate.main([*argv, "--output", str(tmp_path / "evaluated")])
     shown = capsys.readouterr().out
     assert "Recall@10" in shown and "nan" not in shown and "What unlearning did" not in shown
+
+
+def test_a_box_changes_the_scores_and_stands_in_the_record_and_the_command(copy):
+    results, flags = copy
+    path = find(results)
+    before = read_influence(path, "")["influence"]
+    boxed = [*flags, "--box", "0", "0", "30", "60"]
+    assert "box is None, expected [0, 0, 30, 60]" in refusal(boxed)
+    assert "reaches out of" in refusal([*boxed[:-1], "5000", "--overwrite"])
+    compute_influence.main([*boxed, "--overwrite"])
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["identity"]["settings"]["box"] == [0, 0, 30, 60]
+    assert "--box 0 0 30 60" in record["circumstances"]["command"]
+    assert not np.allclose(read_influence(path, "")["influence"], before)

@@ -264,4 +264,4 @@ def removal_scores(
         place, settings = Path(cache or folder), settings or own_settings(model)
         study = RemovalStudy(model, {"laion": images}, place, settings, ridge, repeats)
         study.build()
-        return study.score_draws([query])[:, 0]
+        return study.score_draws([query])[0][:, 0]

@@ -25,6 +25,7 @@ from .datasets.tasks import Task, find_result
 from .datasets.training_sets import TrainingSet
 from .models.lora import acting
 from .report import results
+from .report.attributable import describe_attributable
 from .report.ranking import Ranking
 from .runtime.programs import process_share
 from .storage.records import keep_complete
@@ -153,12 +154,14 @@ def attribute_by_removal(study: RemovalStudy, tasks: list[Task], output: Output)
     queries = [encode_query(study.model, task, output.dataroot, output.unscaled) for task in tasks]
     pairs = list(zip(tasks, queries))
     for task, query in pairs:
+        study.find_cells(query)
         is_scored(study, task, query, output.folder, study.overwrite)
     study.build()
     for some in share_queries(study, pairs, output):
-        draws = study.score_draws([query for _, query in some])
+        draws, units = study.score_draws([query for _, query in some])
         for number, (task, query) in enumerate(some):
-            save_removal(study, task, query, draws[:, number], output)
+            unit = float(units[:, number].sum())
+            save_removal(study, task, query, draws[:, number], unit, output)
 
 
 def is_scored(
@@ -199,19 +202,25 @@ def share_queries(
 
 
 def save_removal(
-    study: RemovalStudy, task: Task, query: TrainingSet, draws: np.ndarray, output: Output
+    study: RemovalStudy,
+    task: Task,
+    query: TrainingSet,
+    draws: np.ndarray,
+    unit: float,
+    output: Output,
 ) -> None:
-    """Writes and prints one query's ranking by removal. draws: scores [draws, N]."""
+    """Writes and prints one query's ranking by removal. draws: scores [draws, N]; unit: of their
+    sums, see `removal_scores.score_draws`."""
     folder = find_result(output.folder, task)
     folder.mkdir(parents=True, exist_ok=True)
     name_query(query)
     own = float(study.maker.explain(query, [0])[0])
     cautions = output.cautions.get(task.synth_image_path, [])
-    warnings = [*cautions, *results.find_strange(own, study.highest_losses)]
-    ranking = Ranking.of_scores(
-        study.image_sets, draws.sum(axis=0), warnings, find_intervals(draws)
-    )
+    warnings = [*cautions, *results.find_strange(own, study.losses)]
+    scores, losses = draws.sum(axis=0), np.concatenate(list(study.losses.values()))
+    known = describe_attributable(scores, unit, losses, own)
+    ranking = Ranking.of_scores(study.image_sets, scores, warnings, find_intervals(draws))
     origin = describe_origin(task, output)
-    results.save(folder, query, ranking, {}, study.identity(query), origin, output.top_k)
+    results.save(folder, query, ranking, known, study.identity(query), origin, output.top_k)
     if output.is_shown:
         results.print_removal(folder, query, ranking, output.top_k)

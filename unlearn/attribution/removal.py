@@ -13,7 +13,7 @@ sketches.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 
 import numpy as np
@@ -36,7 +36,7 @@ class RemovalSettings:
     """What decides the features: their record's identity holds these fields."""
 
     weight_selection: str = "all"
-    timesteps: tuple[int, ...] = (350,)  # one named twice is drawn twice
+    timesteps: tuple[int, ...] = (350,) * 4  # one that is named again is drawn again
     probes: int = 2
     sketch_size: int = 8192
     noise_seed: int = 0
@@ -47,10 +47,13 @@ class RemovalSettings:
         return {**asdict(self), "timesteps": list(self.timesteps)}
 
 
+USUAL = RemovalSettings()
+
+
 def own_settings(model: Model) -> RemovalSettings:
     """The settings where nobody says others: derivatives of all weights, of a LoRA's own matrices
     where they stand beside the weights."""
-    return RemovalSettings(SELECTION if has_matrices(model.denoiser) else "all")
+    return replace(USUAL, weight_selection=SELECTION if has_matrices(model.denoiser) else "all")
 
 
 def feature_identity(model: Model, training_set: TrainingSet, settings: RemovalSettings) -> dict:
@@ -121,19 +124,31 @@ class FeatureMaker:
         signs = torch.where(normals < 0, -1.0, 1.0) / normals[0].numel() ** 0.5
         self.signs = signs.unflatten(0, (len(settings.timesteps), settings.probes))
 
-    def make(self, images: TrainingSet, rows: Iterable[int]) -> np.ndarray:
+    def make(
+        self, images: TrainingSet, rows: Iterable[int], cells: np.ndarray | None = None
+    ) -> np.ndarray:
         """Features [images, timesteps, captions * probes, sketch_size] float32 of some rows of a
-        training set, as they are, not mirrored. Each is made alone, so that no batch enters it."""
+        training set, as they are, not mirrored. Each is made alone, so that no batch enters it.
+        cells: bool [h, w] of their latents, where only these count: signs elsewhere are 0."""
         with tracked(self.parameters):
-            return np.stack([self.image_features(images, row) for row in rows])
+            return np.stack([self.image_features(images, row, cells) for row in rows])
 
-    def image_features(self, images: TrainingSet, row: int) -> np.ndarray:
+    def image_features(
+        self, images: TrainingSet, row: int, cells: np.ndarray | None = None
+    ) -> np.ndarray:
         """Features of one image. Raises UserError where its latents or conditioning are not
         finite."""
+        signs = self.signs
+        if cells is not None:
+            signs = signs * torch.from_numpy(cells).to(signs)
         latent, captions = read_image(images, row, self.model.device)
         features = [
             torch.stack(
-                [feature for caption in captions for feature in self.probe(latent, number, caption)]
+                [
+                    feature
+                    for caption in captions
+                    for feature in self.probe(latent, number, caption, signs[number])
+                ]
             )
             for number in range(len(self.settings.timesteps))
         ]
@@ -160,18 +175,18 @@ class FeatureMaker:
         return np.array(losses, np.float32)
 
     def probe(
-        self, latent: torch.Tensor, number: int, conditioning: Conditioning
+        self, latent: torch.Tensor, number: int, conditioning: Conditioning, signs: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """The sketches of J^T v at a timestep, for each of its signs v: yields [sketch_size]."""
+        """The sketches of J^T v at a timestep, for each of some signs v: yields [sketch_size]."""
         timesteps = torch.tensor([self.settings.timesteps[number]], device=latent.device)
         with torch.enable_grad():
             noisy = self.model.diffuse(latent[None], self.normals[number][None], timesteps)
             prediction = self.model.predict(noisy, timesteps, conditioning)[0].float()
-        for signs in self.signs[number]:
+        for direction in signs:
             gradients = torch.autograd.grad(
                 prediction,
                 list(self.parameters.values()),
-                signs,
+                direction,
                 retain_graph=True,
                 materialize_grads=True,
             )

@@ -3,7 +3,7 @@ query.
 
 A folder: shards of 32 images, float16 with a scale a row, each image with the loss that tells how
 well the model explains it, and features.txt with the hash of each shard, which with its record is
-written last. Killed and run again, building goes on; processes share it.
+written last; the losses once more together, in losses.npy. Killed and run again, building goes on; processes share it.
 """
 
 import re
@@ -19,16 +19,16 @@ from ..errors import UserError
 from ..models.pipelines import Model
 from ..runtime.programs import progress
 from ..runtime.signals import finishing
-from ..storage.artifacts import write_bytes
+from ..storage.artifacts import write_array, write_bytes
 from ..storage.chunks import make_folder, read_array_chunk, write_array_chunk
 from ..storage.hashes import digest, hash_file
-from ..storage.reading import read_text
-from ..storage.records import check_record, keep_complete, read_record, record_path, write_record
+from ..storage.reading import read_array, read_text
+from ..storage.records import check_record, keep_complete, record_path, write_record
 from ..storage.sharing import Share, do_once, forget_claim
 from .draws import CHUNK_IMAGES
 from .removal import FeatureMaker, RemovalSettings, feature_identity
 
-LISTING = "features.txt"
+LISTING, LOSSES = "features.txt", "losses.npy"
 REMEDY = "give the flags that the features were made with, or --overwrite"
 SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{8}\.npy)")
 
@@ -78,26 +78,32 @@ def build_features(
     listing, remedy = folder / LISTING, "give --overwrite to replace it, or another --result_dir"
 
     def keep() -> bool:
-        return keep_complete(listing, identity, overwrite, remedy)
+        return keep_complete(listing, identity, overwrite, remedy) and keep_complete(
+            folder / LOSSES, identity, True, remedy
+        )
 
     shards = folder / f"shards-{digest(identity)[:16]}"
     paths = {
         shards / f"{start:08d}.npy": range(start, min(start + CHUNK_IMAGES, len(training_set)))
         for start in range(0, len(training_set), CHUNK_IMAGES)
     }
-    if keep() and all(path.exists() for path in paths):
-        return forget_claim(folder, "features")
-    # A damaged shard was removed: it and the listing are made anew.
-    record_path(listing).unlink(missing_ok=True)
+    if keep():
+        if all(path.exists() for path in paths):
+            return forget_claim(folder, "features")
+        # A damaged shard was removed: it and the listing are made anew.
+        record_path(listing).unlink(missing_ok=True)
     make_folder(shards)
     fill_shards(shards, paths, maker, training_set)
 
     def write_listing() -> None:
         # Reading tells whether each is still what was written.
-        highest = max(float(read_array_chunk(path)["loss"].max()) for path in paths)
+        losses = np.concatenate([read_array_chunk(path)["loss"] for path in paths])
+        write_record(
+            folder / LOSSES, identity, maker.model.device, write_array(folder / LOSSES, losses)
+        )
         lines = [f"{hash_file(path)}  {shards.name}/{path.name}\n" for path in paths]
         content = write_bytes(listing, "".join(lines).encode())
-        write_record(listing, identity, maker.model.device, content, {"highest_loss": highest})
+        write_record(listing, identity, maker.model.device, content)
 
     do_once(folder, "features", keep, write_listing)
     for other in folder.glob("shards-*"):  # of what --overwrite replaced
@@ -151,8 +157,8 @@ class RemovalIndex:
                 f"{expected} lines; remove the folder, and they are made again"
             )
         self.paths = [self.folder / name for name in names]
-        record = read_record(self.folder / LISTING, REMEDY)
-        self.highest_loss = float(record["circumstances"].get("highest_loss", np.inf))
+        check_record(self.folder / LOSSES, identity, REMEDY)
+        self.losses = read_array(self.folder / LOSSES, "losses", mmap=False)  # [N] float32
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The features shard by shard, [images, timesteps, rows, size] float32. Raises UserError

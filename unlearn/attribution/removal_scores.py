@@ -15,9 +15,9 @@ LEAST_OWN = 1e-9  # of I - Phi_i M Phi_i^T: what rounding leaves of a smaller ei
 
 def ridge_inverse(
     blocks: Callable[[], Iterator[np.ndarray]], size: int, ridge: float
-) -> Callable[[np.ndarray], np.ndarray]:
-    """X -> X (Phi^T Phi + lambda I)^-1 for rows X [n, size] float64; lambda is `ridge` times the
-    mean squared norm of the rows of Phi.
+) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """X -> X (Phi^T Phi + lambda I)^-1 for rows X [n, size] float64, and the mean squared norm of
+    the rows of Phi; lambda is `ridge` times that.
 
     blocks() yields Phi in blocks of images, [images, rows, size]. Where there are fewer rows than
     columns the matrix of their products is inverted instead: (Phi^T Phi + lambda I)^-1 = (I - Phi^T
@@ -36,17 +36,20 @@ def ridge_inverse(
             held = []
     if not squares > 0:
         raise UserError("the features of all images are 0; the model's prediction is constant")
-    damping = ridge * squares / num_rows
+    mean_square = squares / num_rows
+    damping = ridge * mean_square
     if gram is None:
         rows = np.concatenate(held)
         products = rows @ rows.T
         check_ridge(ridge, damping, products)
         inverse = np.linalg.inv(products + damping * np.eye(num_rows))
-        return lambda queries: (queries - (queries @ rows.T) @ inverse @ rows) / damping
+        by_rows = lambda queries: (queries - (queries @ rows.T) @ inverse @ rows) / damping
+        return by_rows, mean_square
     check_ridge(ridge, damping, gram)
     gram[np.diag_indices(size)] += damping
     factor = torch.linalg.cholesky(torch.from_numpy(gram))
-    return lambda queries: torch.cholesky_solve(torch.from_numpy(queries.T), factor).numpy().T
+    solve = lambda queries: torch.cholesky_solve(torch.from_numpy(queries.T), factor).numpy().T
+    return solve, mean_square
 
 
 def check_ridge(ridge: float, damping: float, gram: np.ndarray) -> None:
@@ -88,7 +91,7 @@ def score_removal(
 ) -> np.ndarray:
     """Scores [queries, N] float64 of every training image: the sum of `score_draws` over the
     timesteps."""
-    return np.sum(score_draws(blocks, queries, ridge, repeats), axis=0)
+    return np.sum(score_draws(blocks, queries, ridge, repeats)[0], axis=0)
 
 
 def score_draws(
@@ -96,8 +99,10 @@ def score_draws(
     queries: np.ndarray,
     ridge: float = RIDGE,
     repeats: np.ndarray | None = None,
-) -> np.ndarray:
-    """Scores [timesteps, queries, N] float64 of every training image at each timestep.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [timesteps, queries, N] float64 of every training image at each timestep, and their
+    units [timesteps, queries]: the squared norm of the query's rows over the mean one of the
+    images'. Scores in such units compare queries, models and timesteps.
 
     blocks() yields the features of the training set [images, timesteps, rows, size], in its order;
     queries: theirs, [queries, timesteps, rows, size]; repeats: how often training saw each image,
@@ -118,17 +123,18 @@ def score_draws(
         score_timestep(partial(at, timestep), np.asarray(queries[:, timestep], np.float64), ridge)
         for timestep in range(queries.shape[1])
     ]
-    return np.stack(scores)
+    return np.stack([found for found, _ in scores]), np.stack([units for _, units in scores])
 
 
 def score_timestep(
     blocks: Callable[[], Iterator[np.ndarray]], queries: np.ndarray, ridge: float
-) -> np.ndarray:
-    """Scores [queries, N] float64 at one timestep: blocks() yields [images, rows, size], queries
-    are [queries, rows, size], all float64."""
-    inverse = ridge_inverse(blocks, queries.shape[-1], ridge)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [queries, N] and units [queries], float64, at one timestep: blocks() yields [images,
+    rows, size], queries are [queries, rows, size], all float64."""
+    inverse, mean_square = ridge_inverse(blocks, queries.shape[-1], ridge)
     try:
         rises = [removal_rises(block, queries, inverse) for block in blocks()]
     except np.linalg.LinAlgError:
         refuse_ridge(ridge)
-    return np.concatenate(rises, axis=1)
+    units = np.square(queries).sum(axis=(1, 2)) / mean_square
+    return np.concatenate(rises, axis=1), units

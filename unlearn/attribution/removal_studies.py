@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..datasets.boxes import Box, find_cells
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
@@ -29,6 +30,7 @@ class RemovalStudy:
     settings: RemovalSettings = RemovalSettings()
     ridge: float = RIDGE  # see `removal_scores.ridge_inverse`
     repeats: tuple[int, ...] = ()  # how often training saw each candidate; () where it is not told
+    box: Box | None = None  # what of the queries' pictures counts; None: all
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -54,7 +56,8 @@ class RemovalStudy:
     def scoring(self) -> dict:
         """What results that may be compared have in common."""
         repeats = {"repeats": digest(list(self.repeats))} if self.repeats else {}
-        return {"scoring": REMOVAL, **self.settings.identity, "ridge": self.ridge, **repeats}
+        box = {"box": list(self.box)} if self.box else {}
+        return {"scoring": REMOVAL, **self.settings.identity, "ridge": self.ridge, **repeats, **box}
 
     def identity(self, query: TrainingSet) -> dict:
         """Identity of a query's scores."""
@@ -86,25 +89,36 @@ class RemovalStudy:
         ]
 
     @property
-    def highest_losses(self) -> dict[str, np.ndarray]:
-        """{name of a set: [the highest loss of its images]}, as `FeatureMaker.explain` tells it."""
-        return {
-            name: np.array([index.highest_loss])
-            for name, index in zip(self.image_sets, self.indices)
-        }
+    def losses(self) -> dict[str, np.ndarray]:
+        """{name of a set: losses [n] of its images}, as `FeatureMaker.explain` tells them."""
+        return {name: index.losses for name, index in zip(self.image_sets, self.indices)}
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The features of all candidates, block by block: see `RemovalIndex.blocks`."""
         for index in self.indices:
             yield from index.blocks()
 
-    def score_draws(self, queries: Sequence[TrainingSet]) -> np.ndarray:
+    def find_cells(self, query: TrainingSet) -> np.ndarray | None:
+        """The cells [h, w] of a query's latent that count, None where all do. Raises UserError where
+        the box does not fit its picture."""
+        if self.box is None:
+            return None
+        height, width = query.latents.shape[-2:]
+        path = query.paths[0]
+        if path is None:
+            raise UserError(f"{query.ids[0]}: --box needs its picture, which is not there")
+        resolution = height * self.model.pipeline.vae_scale_factor
+        return find_cells(self.box, path, resolution, (height, width))
+
+    def score_draws(self, queries: Sequence[TrainingSet]) -> tuple[np.ndarray, np.ndarray]:
         """Scores [timesteps, queries, N] float64 of every candidate, whose features must be there,
-        at each timestep; the score is their sum."""
-        features = np.stack([self.maker.make(query, [0])[0] for query in queries])
+        at each timestep, and their units [timesteps, queries]; the score is their sum."""
+        features = np.stack(
+            [self.maker.make(query, [0], self.find_cells(query))[0] for query in queries]
+        )
         repeats = np.array(self.repeats) if self.repeats else None
         return score_draws(self.blocks, features, self.ridge, repeats)
 
     def score(self, queries: Sequence[TrainingSet]) -> np.ndarray:
         """Scores [queries, N] float64 of every candidate: the sum of `score_draws`."""
-        return self.score_draws(queries).sum(axis=0)
+        return self.score_draws(queries)[0].sum(axis=0)

@@ -96,6 +96,15 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add(
         "scoring",
+        "--box",
+        type=int,
+        nargs=4,
+        metavar=("X0", "Y0", "X1", "Y1"),
+        help="of removal: only what the pictures show in this box counts; pixels from the top left "
+        "corner",
+    )
+    parser.add(
+        "scoring",
         "--use_repeats",
         action="store_true",
         help="of removal: an image in a folder 4_x counts as four (default as one, which predicted "

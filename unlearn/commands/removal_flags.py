@@ -8,6 +8,7 @@ from ..attribution.names import REMOVAL
 from ..attribution.removal import RemovalSettings
 from ..attribution.removal_scores import RIDGE
 from ..attribution.removal_studies import RemovalStudy
+from ..datasets.boxes import check_box
 from ..datasets.repeats import read_repeats
 from ..datasets.tasks import Task, find_result
 from ..datasets.training_sets import TrainingSet
@@ -18,13 +19,14 @@ from ..runtime.printing import show
 from ..storage.records import is_complete, read_record
 from .flags import Parser
 
-OWN = ("removal_timesteps", "probes", "sketch_size", "ridge", "use_repeats")
+OWN = ("removal_timesteps", "probes", "sketch_size", "ridge", "use_repeats", "box")
 DEFAULTS = {
     "removal_timesteps": list(RemovalSettings().timesteps),
     "probes": RemovalSettings().probes,
     "sketch_size": RemovalSettings().sketch_size,
     "ridge": RIDGE,
     "use_repeats": False,
+    "box": None,
 }
 OF_UNLEARNING = (
     *("fisher_path", "damping", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size"),
@@ -40,7 +42,8 @@ def add_removal_flags(parser: Parser) -> None:
         type=int,
         nargs="+",
         metavar="T",
-        help="of removal: timesteps of the noise (default 350)",
+        help="of removal: timesteps of the noise, drawn again where one is named again (default 350 four "
+        "times)",
     )
     parser.add(
         "scoring",
@@ -62,6 +65,15 @@ def add_removal_flags(parser: Parser) -> None:
     )
     parser.add(
         "scoring",
+        "--box",
+        type=int,
+        nargs=4,
+        metavar=("X0", "Y0", "X1", "Y1"),
+        help="of removal: only what the query shows in this box counts; pixels of its picture, from "
+        "the top left corner",
+    )
+    parser.add(
+        "scoring",
         "--use_repeats",
         action="store_true",
         help="of removal: an image counts as often as training saw it, by the data root's repeats",
@@ -80,6 +92,8 @@ def check_removal_flags(args: Namespace) -> None:
             )
     if is_removal and args.precision not in (None, "fp32"):
         raise UserError(f"--precision {args.precision}: --scoring {REMOVAL} knows fp32 alone")
+    if args.box:
+        check_box(args.box)
     for flag in OWN if is_removal else ():
         if getattr(args, flag) is None:
             setattr(args, flag, DEFAULTS[flag])
@@ -124,6 +138,7 @@ def open_removal(
         settings,
         args.ridge,
         repeats,
+        check_box(args.box) if args.box else None,
         args.overwrite,
     )
 

@@ -71,6 +71,18 @@ class Encoder(Protocol):
         ...
 
 
+def crop_square(size: tuple[int, int], resolution: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a picture of (width, height) pixels becomes a square of `resolution`: the (width, height)
+    that it is resized to, and the (left, top) of the square in that."""
+    width, height = size
+    if width <= height:
+        resized = resolution, int(resolution * height / width)
+    else:
+        resized = int(resolution * width / height), resolution
+    left, top = (int(round((side - resolution) / 2.0)) for side in resized)
+    return resized, (left, top)
+
+
 def transform_image(image: Image.Image, resolution: int, mirrored: bool = False) -> torch.Tensor:
     """RGB image to pixels [3, resolution, resolution] float32 in [-1, 1].
 
@@ -78,13 +90,8 @@ def transform_image(image: Image.Image, resolution: int, mirrored: bool = False)
     the centre is cropped with rounded offsets; mirroring comes last, before encoding. Source:
     [AbU]'s published transform.
     """
-    width, height = image.size
-    if width <= height:
-        size = resolution, int(resolution * height / width)
-    else:
-        size = int(resolution * width / height), resolution
+    size, (left, top) = crop_square(image.size, resolution)
     image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = int(round((size[0] - resolution) / 2.0)), int(round((size[1] - resolution) / 2.0))
     pixels = (
         np.asarray(image.crop((left, top, left + resolution, top + resolution)), np.float32) / 127.5
         - 1

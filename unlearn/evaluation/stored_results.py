@@ -13,9 +13,11 @@ from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, find_named_result
 from ..datasets.training_sets import label_rows
 from ..errors import UserError
+from ..report.attributable import read_attributable
 from ..report.contents import Report, Row, share_groups
 from ..report.ranking import name_images, restore
 from ..report.results import describe_recall
+from ..report.standing_out import StandingOut
 from ..storage.reading import read_npz, read_text
 from ..storage.records import is_complete, names_of, read_record
 from .rankings import read_influence, warnings_of
@@ -43,6 +45,7 @@ OF_INTERVALS = {
     "rank_first": ("iu", 1),
     "rank_last": ("iu", 1),
 }
+OF_BOUND = {"bound": ("f", 0), "num_attributable": ("iu", 0)}
 METHOD = (
     "A score tells how much worse the model explains a training image once it has unlearned the "
     "query: the higher, the more the image had to do with the picture."
@@ -169,6 +172,15 @@ def read_intervals(path: Path, num_images: int) -> dict[str, np.ndarray]:
     return found
 
 
+def read_known(path: Path, scores: np.ndarray) -> StandingOut | None:
+    """What an influence file says of which images stand out, None where it says nothing."""
+    known = read_npz(path, OF_BOUND, REMEDY)
+    bound, count = known.get("bound"), known.get("num_attributable")
+    if bound is None or count is None or not np.isfinite(bound) or count < 0:
+        return None
+    return read_attributable(scores, float(bound), int(count))
+
+
 def make_rows(
     arrays: dict[str, np.ndarray],
     index: dict[str, np.ndarray],
@@ -259,6 +271,7 @@ def read_report(
         comparison=comparison,
         groups=share_groups(rows),
         command=text_of(found, "command"),
+        known=read_known(path, arrays["influence"]),
     )
 
 

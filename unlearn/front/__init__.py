@@ -21,7 +21,7 @@ from ..attribution.draws import ImageNoise
 from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
 from ..attribution.fishers import open_fisher, own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
-from ..attribution.removal import RemovalSettings, own_settings
+from ..attribution.removal import own_settings
 from ..attribution.removal_index import row_type
 from ..attribution.settings import LossSettings, UnlearnSettings
 from ..attribution.studies import Study
@@ -211,6 +211,7 @@ def attribute(
     dry_run: bool = False,
     scoring: str = FRONT_SCORINGS[0],
     use_repeats: bool = False,
+    box: Sequence[int] | None = None,
     command: str = "",
     lora: str | Path | Sequence[str | Path] = (),
     on_step: Callable[[str], None] = say,
@@ -227,11 +228,12 @@ def attribute(
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
     without an image, or exact, how much worse it explains an image once it has unlearned the
     picture, as published; use_repeats: of removal, an image counts as often as kohya's names of
-    folders say that training saw it. command: that repeats it, for the page. lora: LoRA files or
+    folders say that training saw it; box: of removal, (x0, y0, x1, y1): only what the pictures show
+    between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
     Raises UserError where something is missing or does not fit.
     """
-    check_scoring(scoring, use_repeats)
+    check_scoring(scoring, use_repeats, box)
     several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
     out = Path(out)
     making = check_making(several, prompt, seed, steps, guidance)
@@ -262,7 +264,7 @@ def attribute(
     settings |= {"resolution": side} if side else {}
     notes = compare_loras(loras, found, side)
     run = partial(answer, found, loaded, source, settings, out, questions, making, scoring)
-    run = partial(run, use_repeats, notes)
+    run = partial(run, use_repeats, box, notes)
     return run(costs.Clock(plan, on_step), top_k, command)
 
 
@@ -312,7 +314,7 @@ def plan_run(
     counts = count_work(found, model, out, questions, sampling, removal)
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
     steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
-    row_bytes = row_type(RemovalSettings().sketch_size).itemsize
+    row_bytes = row_type(removal.sketch_size).itemsize if removal else 0
     return steps, costs.count_bytes(counts, model, resolution, own_selection(model), row_bytes)
 
 
@@ -339,6 +341,7 @@ def answer(
     making: Making | None,
     scoring: str,
     use_repeats: bool,
+    box: Sequence[int] | None,
     lora_notes: list[str],
     clock: costs.Clock,
     top_k: int,
@@ -376,7 +379,7 @@ def answer(
     )
     different = list(dict.fromkeys(tasks))
     if scoring == REMOVAL:
-        study = open_removal(model, images, root, results, use_repeats)
+        study = open_removal(model, images, root, results, use_repeats, box)
         remove_each(study, different, output, clock)
     else:
         unlearn_each(model, images, root, results, different, output, clock)

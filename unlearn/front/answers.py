@@ -47,7 +47,7 @@ class Attribution:
     @cached_property
     def standing_out(self) -> StandingOut:
         """Which scores are not like the others."""
-        return find_standing_out(self.scores)
+        return self.report.known or find_standing_out(self.scores)
 
     @property
     def summary(self) -> str:

@@ -1,11 +1,13 @@
 """Ways of scoring that the front door knows, and the one that is its own: removal."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
 from ..attribution.removal_studies import RemovalStudy
+from ..datasets.boxes import check_box
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
 from ..datasets.tasks import BASE, Task
@@ -16,18 +18,27 @@ from ..running import Output, attribute_by_removal
 from . import costs
 
 
-def check_scoring(scoring: str, use_repeats: bool) -> None:
-    """Raises UserError where there is no such way of scoring, or repeats mean nothing to it."""
+def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) -> None:
+    """Raises UserError where there is no such way of scoring, or repeats or a box mean nothing to
+    it."""
     if scoring not in FRONT_SCORINGS:
         raise UserError(f"--scoring {scoring}: expected {' or '.join(FRONT_SCORINGS)}")
-    if use_repeats and scoring != REMOVAL:
-        raise UserError(
-            f"--use_repeats: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
-        )
+    for flag, value in ("--use_repeats", use_repeats), ("--box", box):
+        if value and scoring != REMOVAL:
+            raise UserError(
+                f"{flag}: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
+            )
+    if box:
+        check_box(box)
 
 
 def open_removal(
-    model: Model, images: TrainingSet, root: Path, results: Path, use_repeats: bool
+    model: Model,
+    images: TrainingSet,
+    root: Path,
+    results: Path,
+    use_repeats: bool,
+    box: Sequence[int] | None,
 ) -> RemovalStudy:
     """What ranks the images by removal, with features at a place of this run's own."""
     repeats: tuple[int, ...] = ()
@@ -39,7 +50,15 @@ def open_removal(
     if set(repeats) == {1}:
         repeats = ()
     place, settings = results / "removal" / BASE, own_settings(model)
-    return RemovalStudy(model, {"laion": images}, place, settings, repeats=repeats, overwrite=True)
+    return RemovalStudy(
+        model,
+        {"laion": images},
+        place,
+        settings,
+        repeats=repeats,
+        box=check_box(box) if box else None,
+        overwrite=True,
+    )
 
 
 def remove_each(study: RemovalStudy, tasks: list[Task], output: Output, clock: costs.Clock) -> None:

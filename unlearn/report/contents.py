@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .standing_out import StandingOut
+
 NUM_MARKED = 10  # highest images: marked in the plot, counted in groups, compared
 
 
@@ -52,6 +54,7 @@ class Report:
     comparison: str | None = None  # the method whose ranks stand beside the scores
     groups: list[Group] = field(default_factory=list)
     command: str | None = None  # that makes the result again
+    known: StandingOut | None = None  # what stands out, where more than the scores' shape tells it
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def write_report(folder: Path, report: Report) -> Path:
     the page says how many. Raises UserError where it cannot be written."""
     rows = report.rows
     scores = np.array([row.score for row in rows])
-    found = find_standing_out(scores)
+    found = report.known or find_standing_out(scores)
     headline, explanation = describe_standing_out(found, len(rows), bool(report.cautions))
     highest = float(np.abs(scores).max()) if len(rows) else 0.0
     ranked = list(enumerate(rows, 1))
@@ -195,7 +195,7 @@ def write_report(folder: Path, report: Report) -> Path:
 def index_entry(link: str, report: Report) -> Entry:
     """What the index page shows of a report."""
     scores = np.array([row.score for row in report.rows])
-    found, is_warned = find_standing_out(scores), bool(report.cautions)
+    found, is_warned = report.known or find_standing_out(scores), bool(report.cautions)
     headline, _ = describe_standing_out(found, len(scores), is_warned)
     return Entry(
         link,

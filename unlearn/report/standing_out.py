@@ -22,6 +22,7 @@ class StandingOut:
     clarity: float = 0.0  # how far out the first is, or how wide the gap; 1: as chance rarely is
     by_gap: bool = False  # as a group, by the gap below them
     is_tied: bool = False  # all images have one score
+    is_calibrated: bool = False  # by queries of models that never saw the images
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,13 @@ def describe_standing_out(
             f"With {num_images} images it cannot be told whether one stands out.",
             f"The order below is the best guess; the rule needs at least {FEWEST} images.",
         )
+    if not found.count and found.is_calibrated:
+        return (
+            f"None of the {num_images:,} images stands out.",
+            "Images that a model never saw have such scores too, or the model explains the first "
+            "image worse than the picture, as one that it never saw. Read the order below as weak "
+            "evidence.",
+        )
     if not found.count:
         return (
             f"None of the {num_images:,} images stands out.",
@@ -145,6 +153,11 @@ def describe_standing_out(
 
 def explain_shape(found: StandingOut) -> str:
     """What of the plot says that the first images stand out, in a sentence."""
+    if found.is_calibrated:
+        return (
+            f"Images that a model never saw rarely pass the dashed line; the first lies "
+            f"{format_times(found.clarity)} as far out."
+        )
     if found.by_gap:
         parted = "it" if found.count == 1 else "them"
         return (

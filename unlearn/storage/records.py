@@ -107,6 +107,7 @@ MEANINGS = {
     "num_inference_steps": ("sampling steps of a picture", None),
     "guidance_scale": ("classifier-free guidance", None),
     "epochs": ("passes over the training set", None),
+    "box": ("box of the query's picture that counts", None),
     "ridge": ("ridge of the inverse, of a row's mean squared norm", None),
     "repeats": ("how often an epoch sees each image", "data root"),
     "rate": ("learning rate", None),

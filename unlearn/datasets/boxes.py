@@ -1,0 +1,45 @@
+"""Boxes in a picture: the cells of its latent that they hold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .encoders import crop_square
+from .pictures import load_image
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1: pixels of the picture, from its top left corner
+
+
+def check_box(box: Sequence[int]) -> Box:
+    """A box as it is meant. Raises UserError where it has no inside."""
+    if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+        raise UserError(
+            f"--box {' '.join(map(str, box))}: expected x0 y0 x1 y1 with 0 <= x0 < x1 and "
+            f"0 <= y0 < y1, pixels from the top left corner"
+        )
+    return box[0], box[1], box[2], box[3]
+
+
+def find_cells(box: Box, path: str | Path, resolution: int, cells: tuple[int, int]) -> np.ndarray:
+    """The cells, bool [h, w], of a picture's latent whose middle lies in a box of it.
+
+    resolution: pixels of the square that the picture was brought to; cells: (h, w) of its latent.
+    Raises UserError where the box reaches out of the picture or holds the middle of no cell.
+    """
+    width, height = load_image(path).size
+    given = f"--box {' '.join(map(str, box))}"
+    if box[2] > width or box[3] > height:
+        raise UserError(f"{given}: reaches out of {path}, which has {width} x {height} pixels")
+    (wide, high), (left, top) = crop_square((width, height), resolution)
+    across = (left + (np.arange(cells[1]) + 0.5) * resolution / cells[1]) * width / wide
+    down = (top + (np.arange(cells[0]) + 0.5) * resolution / cells[0]) * height / high
+    found = ((box[1] <= down) & (down < box[3]))[:, None] & ((box[0] <= across) & (across < box[2]))
+    if not found.any():
+        side = -(-resolution * width // (cells[1] * wide))
+        raise UserError(
+            f"{given}: holds no cell of the latent of {path}, or only what the square in its middle "
+            f"leaves out; give a larger one, of {side} pixels a side or more"
+        )
+    return found
