@@ -192,17 +192,18 @@ def choose(model, selection):
         ("cross-attn-kv", "hooks"),
         ("attn", "hooks"),
         ("norm", "one by one"),
-        ("conv", "one by one"),
+        ("conv", "hooks"),
         ("all", "one by one"),
     ],
 )
 def test_per_sample_gradients_equal_autograd_of_each_sample(double_model, samples, selection, path):
     parameters = choose(double_model, selection)
     modules = dict(double_model.denoiser.named_modules())
-    linear = all(
-        isinstance(modules[name.rpartition(".")[0]], torch.nn.Linear) for name in parameters
+    tapped = all(
+        isinstance(modules[name.rpartition(".")[0]], (torch.nn.Linear, torch.nn.Conv2d))
+        for name in parameters
     )
-    assert parameters and linear == (path == "hooks")
+    assert parameters and tapped == (path == "hooks")
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:

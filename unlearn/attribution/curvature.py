@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import unfold
 
 from ..datasets.conditioning import map_tensors
 from ..errors import UserError
@@ -18,8 +19,8 @@ from .losses import sample_losses
 
 
 class GradientTaps:
-    """Records, for some linear layers, the input [batch, ..., in] and the gradient of the output
-    [batch, ..., out], from which every sample's own weight gradient follows. A context manager."""
+    """Records, for some linear layers and convolutions, the input and the gradient of the output,
+    from which every sample's own weight gradient follows. A context manager."""
 
     def __init__(self, denoiser: torch.nn.Module, names: Iterable[str]) -> None:
         modules = dict(denoiser.named_modules())
@@ -49,15 +50,29 @@ class GradientTaps:
 
     def taken(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's input [batch, positions, in] and the gradient of its output [batch, positions,
-        out]."""
-        gradients = [gradient for _, gradient in sorted(self.output_gradients[name].items())]
-        both = torch.cat(self.inputs[name]), torch.cat(gradients)
-        inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in both)
+        out]; of a convolution, what its kernel sees at each position."""
+        ordered = [gradient for _, gradient in sorted(self.output_gradients[name].items())]
+        inputs, gradients = torch.cat(self.inputs[name]), torch.cat(ordered)
+        layer: Any = self.layers[name]
+        if isinstance(self.layers[name], torch.nn.Conv2d):
+            patches = unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            return patches.transpose(1, 2), gradients.flatten(2).transpose(1, 2)
+        inputs, gradients = (
+            part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients)
+        )
         return inputs, gradients
 
     def __exit__(self, *error) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def is_tapped(layer: torch.nn.Module) -> bool:
+    """Whether `GradientTaps` knows a layer: a linear one, or a plain convolution."""
+    if isinstance(layer, torch.nn.Conv2d):
+        is_padded = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
+        return layer.groups == 1 and is_padded
+    return isinstance(layer, torch.nn.Linear)
 
 
 def per_sample_gradients(
@@ -66,12 +81,12 @@ def per_sample_gradients(
     """Gradient of each sample's loss with respect to each selected parameter: yields (name, [batch,
     *shape]).
 
-    Linear layers (all of K and V) take one backward pass for the batch; where the selection holds
-    other layers, each sample takes its own. samples: latents, noise, timesteps, conditioning as in
+    Linear layers (all of K and V) and convolutions take one backward pass for the batch; where the
+    selection holds other layers, each sample takes its own. samples: latents, noise, timesteps, conditioning as in
     `losses.sample_losses`, a text a sample.
     """
     modules = dict(model.denoiser.named_modules())
-    if all(isinstance(modules[name.rpartition(".")[0]], torch.nn.Linear) for name in parameters):
+    if all(is_tapped(modules[name.rpartition(".")[0]]) for name in parameters):
         with GradientTaps(model.denoiser, parameters) as taps:
             # The sum keeps each sample's gradient its own: no factor of the batch's size to undo.
             losses = sample_losses(model, *samples)
@@ -80,7 +95,8 @@ def per_sample_gradients(
             layer, _, kind = name.rpartition(".")
             inputs, gradients = taps.taken(layer)
             if kind == "weight":
-                yield name, torch.einsum("bto,bti->boi", gradients, inputs)
+                own = torch.einsum("bto,bti->boi", gradients, inputs)
+                yield name, own.reshape(len(own), *parameters[name].shape)
             else:
                 yield name, gradients.sum(dim=1)
     else:

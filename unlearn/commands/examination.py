@@ -32,7 +32,7 @@ from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
 from ..models.checks import check_pipeline, part_name
 from ..models.customization import check_tokens
-from ..models.lora_files import parse_name, read_lora
+from ..models.lora import read_files
 from ..models.model import trained_resolution
 from ..models.parts import Parts, class_names, family_of, read_index, read_parts
 from ..models.unets import check_unet_folder
@@ -389,9 +389,10 @@ def examine_training_set(args: Namespace, parts: Parts | None, resolution: Any) 
 
 def examine_lora(name: str) -> Finding:
     """A LoRA by its file alone: whether it fits the model shows when that is loaded."""
-    lora, problem = try_out(lambda: read_lora(parse_name(name)))
+    found, problem = try_out(lambda: read_files([name], is_fused=False))
     if problem:
         return problem
+    [lora] = found
     parts = sorted({part for part, _ in lora.pairs})
     return Finding(OK, f"--lora {name}: changes {len(lora.pairs)} layers of {' and '.join(parts)}")
 
