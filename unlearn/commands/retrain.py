@@ -35,9 +35,8 @@ from ..evaluation.scores import OURS
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
 from ..models.pipelines import Model, load_model
-from ..retraining.lora import TARGETS, with_fresh_lora
+from ..retraining.lora import with_fresh_lora
 from ..retraining.measures import (
-    LOSS_TIMESTEPS,
     MeasureSettings,
     Questions,
     join_sets,
@@ -62,12 +61,13 @@ from ..retraining.plans import (
     read_rankings,
     read_scored,
 )
-from ..retraining.recipes import SCHEDULES, Recipe
+from ..retraining.recipes import Recipe
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
 from .advice import influence_command, write_command
 from .flags import add_flags, make_parser, resolve
 from .inputs import check_pictures, check_result_dir, check_training_files, prepare_training_set
+from .retrain_flags import add_measure_flags, add_plan_flags, add_recipe_flags
 
 
 def recipe_of(args: Namespace, settings: dict, num_images: int) -> Recipe:
@@ -174,78 +174,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     )
     parser.add_argument("--output", help="folder of the measures (default RESULT_DIR/retrained)")
     parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0],
-        help="seeds of initial weights and batches (default 0; several: full only). "
-        "Losses are compared within a seed: first train its full model; pictures with the seed "
-        "that made the queries alone",
-    )
-    parser.add_argument(
-        "--count", type=int, default=1, help="subsets, random: how many models (of each K)"
-    )
-    parser.add_argument(
-        "--first", type=int, default=0, help="subsets, random: number of the first one (default 0)"
-    )
-    parser.add_argument(
-        "--fraction", type=float, default=0.5, help="subsets: images kept (default 0.5)"
-    )
-    parser.add_argument(
-        "--top_k", type=int, nargs="+", default=[], help="random, without: images left out"
-    )
-    parser.add_argument(
-        "--influence",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="without: RESULT_DIR/influence, RESULT_DIR/baselines/METHOD, ...",
-    )
-    parser.add_argument(
-        "--scores",
-        metavar="DIR",
-        help="without: rankings by the score files that `evaluate` wrote",
-    )
-    parser.add_argument(
-        "--methods", nargs="+", default=[], help="with --scores: only these (default all there)"
-    )
-    parser.add_argument("--num_queries", type=int, help="without: the first so many queries only")
-    parser.add_argument(
         "--stack", type=int, default=1, help="models trained at once, as one batch (default 1)"
     )
-    parser.add_argument("--train_epochs", type=int, help="passes over the training set")
-    parser.add_argument("--train_lr", type=float, help="learning rate of AdamW")
-    parser.add_argument("--train_batch_size", type=int, help="images a step")
-    parser.add_argument("--train_schedule", choices=SCHEDULES, help="of the learning rate")
-    parser.add_argument(
-        "--train_lora_rank",
-        type=int,
-        help="trains a LoRA of this rank on the model as it is, not the model (default 0: no LoRA)",
-    )
-    parser.add_argument(
-        "--train_lora_alpha", type=float, help="its alpha, a factor alpha / rank (default the rank)"
-    )
-    parser.add_argument(
-        "--train_lora_targets", choices=TARGETS, help="layers that it changes (default attention)"
-    )
-    parser.add_argument(
-        "--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)"
-    )
-    parser.add_argument(
-        "--loss_time_samples",
-        type=int,
-        default=LOSS_TIMESTEPS,
-        help=f"timesteps of the queries' losses (default {LOSS_TIMESTEPS})",
-    )
-    parser.add_argument(
-        "--loss_batch_size", type=int, help="noisy samples in one forward pass; memory only"
-    )
-    parser.add_argument(
-        "--features",
-        metavar="MODEL_NAME",
-        help="CLIP or DINO model that pictures are compared by (default: VAE latents)",
-    )
-    parser.add_argument("--no_pictures", action="store_true", help="measure losses only")
+    add_plan_flags(parser)
+    add_recipe_flags(parser)
+    add_measure_flags(parser)
     add_flags(
         parser,
         "dataroot",
