@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from safetensors.torch import load_file, save_file
 from tiny_families import (
     CAPTIONS,
     LIMIT,
@@ -23,6 +25,7 @@ from tiny_families import (
 import compute_influence
 import compute_training_loss
 import unlearn
+from unlearn import UserError
 from unlearn.attribution import draws, sweeps
 from unlearn.attribution.derivatives import second_order_dots, text_gradients
 from unlearn.attribution.estimation import draw_samples
@@ -33,8 +36,11 @@ from unlearn.datasets import encoding
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.datasets.encoders import encode_images, encode_texts, load_image, transform_image
 from unlearn.front.models import find_model
+from unlearn.models import pipelines
+from unlearn.models.customization import check_customization
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
+from unlearn.retraining.lora import with_fresh_lora
 from unlearn.storage.reading import read_tensors
 
 KV = "cross-attn-kv"
@@ -333,6 +339,102 @@ def test_sharded_weights_and_those_of_half_precision_load(world, tmp_path):
     model = load_model(half, "cpu")
     assert model.denoiser.dtype == torch.float32
     assert model.weights_hash != world.model.weights_hash
+
+
+@of(["sdxl"])
+def test_weights_that_were_saved_fused_are_refused_by_name(world, tmp_path):
+    folder = shutil.copytree(world.folder, tmp_path / "pipeline")
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors, layer = load_file(path), "mid_block.attentions.0.transformer_blocks.0.attn1"
+    tensors[f"{layer}.to_qkv.weight"] = torch.cat(
+        [tensors.pop(f"{layer}.to_{one}.weight") for one in "qkv"]
+    )
+    save_file(tensors, path)
+    with pytest.raises(
+        UserError, match="its unet lacks 3 weights, first mid_block.*; its attention's projections"
+    ):
+        load_model(folder, "cpu")
+
+
+@of([name for name in PIPELINES if name not in ("sd", "sd-v") and "-" not in name])
+def test_what_trains_or_changes_other_families_is_refused_by_name(world, tmp_path):
+    for refused in (
+        lambda: check_customization(world.model, str(tmp_path)),
+        lambda: with_fresh_lora(world.model, 2, 2.0, "attention"),
+    ):
+        with pytest.raises(UserError, match="is for models of Stable Diffusion 1 and 2 so far"):
+            refused()
+
+
+MISFITS = {  # family, part, its configuration, what is said
+    "nine channels": ("sdxl", "unet", {"in_channels": 9}, "takes 9 channels.*inpainting"),
+    "the refiner's five time ids": (
+        "sdxl",
+        "unet",
+        {"projection_class_embeddings_input_dim": 12 + 5 * 4},
+        "takes 32 numbers of pooled text and time ids.*the refiner takes five",
+    ),
+    "x0": ("sdxl", "scheduler", {"prediction_type": "sample"}, "unknown prediction type sample"),
+    "Playground": ("sdxl", "vae", {"latents_mean": [0, 0, 0, 0]}, "Playground 2.5"),
+    "text of another width": ("sdxl", "unet", {"cross_attention_dim": 8}, "together have 24"),
+    "FLUX Fill": ("flux", "transformer", {"in_channels": 96}, "in_channels 96.* packed, 32"),
+    "T5 of another width": ("sd3", "transformer", {"joint_attention_dim": 64}, "encoder gives 32"),
+    "captions": ("pixart", "transformer", {"caption_channels": 64}, "text encoder gives 20"),
+    "flows turned round": ("flux", "scheduler", {"invert_sigmas": True}, "the other way round"),
+}
+
+
+@pytest.mark.parametrize(
+    "world, part, values, words",
+    MISFITS.values(),
+    ids=MISFITS,
+    indirect=["world"],
+)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(
+    world, part, values, words, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(world.folder, tmp_path / "pipeline")
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    monkeypatch.setattr(pipelines.DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(UserError, match=words):
+        load_model(folder, "cpu")
+    assert examination.examine_pipeline(str(folder), "").status == examination.PROBLEM
+
+
+@of(["sd3", "flux"])
+def test_timesteps_of_flows_are_evenly_probable_quantiles_of_the_density_of_training(world):
+    """Diffusers' own draws: as many of them fall between two neighbours as between any others."""
+    scheme = "logit_normal" if world.family == "sd3" else "none"
+    torch.manual_seed(0)
+    drawn = compute_density_for_timestep_sampling(scheme, 200_000, 0.0, 1.0, 1.29)
+    count = world.model.num_train_timesteps
+    indices = world.model.family.indices(count)
+    assert (indices.diff() <= 0).all(), "noise rises with the timestep"
+    edges = (indices[::100].flip(0).double() + 0.5) / count
+    shares = torch.histogram(
+        drawn.double(), torch.cat([torch.zeros(1), edges, torch.ones(1)]).double()
+    )
+    assert ((shares.hist[1:-1] / len(drawn) - 0.1).abs() < 0.01).all()
+
+
+@of(["flux"])
+def test_resolutions_that_cannot_be_packed_are_refused(world):
+    with pytest.raises(UserError, match="resolution 18: expected a multiple of 4, because FLUX.1"):
+        world.model.resolution({"resolution": 18})
+
+
+@of(["sd3"])
+def test_resolutions_beyond_the_positions_are_refused(world):
+    with pytest.raises(UserError, match="resolution 64: expected at most 32, as the transformer"):
+        world.model.resolution({"resolution": 64})
+
+
+@of(["flux-schnell"])
+def test_guidance_of_a_model_that_takes_none_is_refused(world):
+    texts = encode_texts(world.model, ["a dog"], [None], RESOLUTION)
+    with pytest.raises(UserError, match="takes none .its guidance_embeds is false"):
+        world.model.family.guide(world.model.pipeline, texts, 7.5)
 
 
 @every_family

@@ -86,7 +86,7 @@ def load_model(
     lora: str | Path | Sequence[str | Path] = (),
     fuse_lora: bool = False,
 ) -> Model:
-    """A Stable Diffusion pipeline in float32, for scoring and unlearning.
+    """A pipeline of a known family in float32, for scoring and unlearning.
 
     name: a diffusers folder, a name on the hub, or a data root, whose dataset.json says its model;
     device: cuda, cuda:N or cpu, by default cuda if there is one; unet: the folder of another UNet,

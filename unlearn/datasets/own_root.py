@@ -7,7 +7,7 @@ from pathlib import Path
 from ..storage.artifacts import check_writable
 from ..storage.records import record_path
 from .settings import read_settings
-from .training_sets import array_paths
+from .training_sets import array_paths, extra_paths, find_extras
 
 
 def own_root(dataroot: str | Path) -> str:
@@ -23,9 +23,8 @@ def own_root(dataroot: str | Path) -> str:
     } | set(root.glob("sd_fisher.*"))
     if (root / settings["captions"]).is_relative_to(root / settings["images"]):
         linked.discard(root / settings["images"])
-    left_out = {
-        path.absolute() for array in array_paths(dataroot) for path in (array, record_path(array))
-    }
+    arrays = [*array_paths(dataroot), *extra_paths(dataroot, find_extras(dataroot)).values()]
+    left_out = {path.absolute() for array in arrays for path in (array, record_path(array))}
     commands = []
 
     def visit(folder, own):

@@ -10,12 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..runtime.programs import is_out_of_memory
 from ..storage.hashes import digest, hash_tensors, named_weights
-from ..storage.reading import read_json
+from ..storage.reading import list_visible, read_json
 from . import lora as loras
 from .checks import check_classes, check_fit, check_passes, check_pipeline
 from .families import Family, find_denoiser_family
@@ -74,10 +75,11 @@ def load_model(
             for key, value in named_weights(part).items()
         }
     )
+    applied = ()
     if lora_files:
-        check_adapters(f"--lora {lora_files[0].named.path}", family)
-    applied = loras.apply(pipeline, lora_files, fuse_lora)
-    weights_hash = digest(weights_hash, applied) if applied else weights_hash
+        check_trainable(f"--lora {lora_files[0].named.path}", family)
+        applied = loras.apply(pipeline, lora_files, fuse_lora)
+        weights_hash = digest(weights_hash, applied)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     levels = family.levels(pipeline.scheduler).to(device)
@@ -134,13 +136,14 @@ def find_unused(name: str | Path, index: dict, family: Family) -> list[str]:
     return [part for part in ("safety_checker", *absent) if part in index]
 
 
-def check_adapters(item: str, family: Family) -> None:
-    """Raises UserError where what changes a model cannot be used with its family so far."""
-    if not family.takes_adapters:
+def check_trainable(item: str, family: Family) -> None:
+    """Raises UserError where what trains or changes a model cannot be used with its family so
+    far."""
+    if not family.is_trainable:
         raise UserError(
-            f"{item}: is used with models of Stable Diffusion 1 and 2 so far; this one is of "
-            f"{family.name}. Merge it into the model by its trainer or by diffusers (fuse_lora), and "
-            f"give the merged model"
+            f"{item}: is for models of Stable Diffusion 1 and 2 so far; this one is of {family.name}. "
+            f"What was trained elsewhere can be merged into the model, by its trainer or by diffusers "
+            f"(fuse_lora), and the merged model given"
         )
 
 
@@ -157,10 +160,21 @@ def check_missing(name: str | Path, pipeline: Any, family: Family) -> None:
             )
             missing |= set(loading["missing_keys"])
         if missing:
+            why = "; its attention's projections are saved fused" if is_fused(name, label) else ""
             raise UserError(
                 f"--sd_version {name}: its {label} lacks {len(missing)} weights, first "
-                f"{min(missing)}"
+                f"{min(missing)}{why}"
             )
+
+
+def is_fused(name: str | Path, label: str) -> bool:
+    """Whether a part of a pipeline's folder was saved with fused projections (to_qkv) of its
+    attention."""
+    names = []
+    for path in list_visible(Path(name) / label, "*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    return any(re.search(r"\.to_(added_)?q?kv\.", each) for each in names)
 
 
 def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, torch.nn.Parameter]:

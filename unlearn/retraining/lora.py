@@ -12,7 +12,7 @@ import torch
 from ..errors import UserError
 from ..models.lora import adapter_name, add_beside, check_peft
 from ..models.lora_files import Named, Pair, read_lora
-from ..models.pipelines import Model, check_adapters
+from ..models.pipelines import Model, check_trainable
 from ..storage.artifacts import write_bytes
 from ..storage.hashes import digest
 
@@ -46,7 +46,7 @@ def with_fresh_lora(model: Model, rank: int, alpha: float, targets: str) -> Mode
     """A model with matrices beside its weights that change nothing yet, in place. Raises UserError
     where PEFT is missing, or no layer is a target's."""
     check_peft()
-    check_adapters("retrain lora", model.family)
+    check_trainable("retrain lora", model.family)
     shapes = list_targets(model.denoiser, targets)
     if not shapes:
         raise UserError(f"train_lora_targets {targets}: matches no layer of this model")

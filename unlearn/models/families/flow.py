@@ -4,8 +4,8 @@ Noisy latents lie on the straight line from the picture to noise, x_t = (1 - sig
 epsilon, and the denoiser predicts its direction, epsilon - x. Training takes sigmas from the
 scheduler's own table, in which shifts are contained, by an index drawn from a density. Here a
 training timestep is the number of a quantile of that density, so that evenly spread and uniformly
-drawn timesteps are those that training sees: 0 has the most noise. Where the density is uniform it
-is the index in the table.
+drawn timesteps are those that training sees. They count up with the noise, as everywhere in this program;
+the scheduler's table begins with the most noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ class Flow(Family):
         shares = (
             torch.arange(num_train_timesteps, dtype=torch.float64) + 0.5
         ) / num_train_timesteps
-        return (self.density(shares) * num_train_timesteps).long()
+        return (self.density(shares) * num_train_timesteps).long().flip(0)
 
     def levels(self, scheduler: Any) -> torch.Tensor:
         # A scheduler that made a picture has that picture's few sigmas.

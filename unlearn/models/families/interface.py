@@ -46,7 +46,9 @@ class Family:
     classes: Mapping[str, tuple[str, ...]]  # of parts, that can be used
     encoders: Mapping[str, str]  # text encoder -> its tokenizer
     optional: tuple[str, ...] = ()  # parts that a pipeline may lack
-    takes_adapters: bool = False  # LoRA files and customized models, so far
+    is_trainable: bool = (
+        False  # so far: by `retrain`; and its LoRA files and customized models used
+    )
     selections: Mapping[str, str]  # weight selection -> regular expression of parameters' names
     text: TextWeights  # how the weights of the text's keys and values are reached
 

@@ -31,7 +31,7 @@ class StableDiffusion(Betas):
     denoiser = "unet"
     classes = {"unet": ("UNet2DConditionModel",), "vae": VAES}
     encoders = {"text_encoder": "tokenizer"}
-    takes_adapters = True
+    is_trainable = True
     selections = UNET_SELECTIONS
     text = SharedText()
 
