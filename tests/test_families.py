@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import (
     CAPTIONS,
@@ -435,6 +436,28 @@ def test_guidance_of_a_model_that_takes_none_is_refused(world):
     texts = encode_texts(world.model, ["a dog"], [None], RESOLUTION)
     with pytest.raises(UserError, match="takes none .its guidance_embeds is false"):
         world.model.family.guide(world.model.pipeline, texts, 7.5)
+
+
+@of(["sdxl"])
+def test_one_command_attributes_a_picture(world, tmp_path):
+    """The query is a training image made a little darker: it comes first."""
+    images = shutil.copytree(world.root / "laion_subset/images", tmp_path / "images")
+    for path, caption in zip(sorted(images.iterdir()), CAPTIONS):
+        path.with_suffix(".txt").write_text(caption)
+    picture = Image.open(images / "0000.png").point(lambda value: value * 0.9)
+    picture.save(tmp_path / "picture.png")
+    [answer] = unlearn.attribute(
+        tmp_path / "picture.png",
+        model=world.folder,
+        images=images,
+        prompt=CAPTIONS[0],
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    assert answer.scores.argmax() == 0 and len(answer.scores) == 4
+    assert (answer.folder / "report.html").is_file()
+    beside = sorted(path.name for path in (tmp_path / "out/root").glob(f"{EMBEDDINGS}*.npy"))
+    assert beside == [f"{EMBEDDINGS}{end}.npy" for end in ("", "_pooled", "_time_ids")]
 
 
 @every_family
