@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from unlearn.errors import UserError
 from unlearn.models.lora_files import parse_name, read_lora
 from unlearn.models.pipelines import load_model, select_parameters
+from unlearn.storage.hashes import hash_tensors, named_weights
 
 TINY = str(PARITY / "fixture/sd-tiny")
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0"
@@ -223,6 +224,8 @@ def test_one_that_changes_the_text_encoder_alone_has_nothing_to_unlearn(model, t
     save_file(peft_names("text", pairs), tmp_path / "text.safetensors")
     loaded = load_model(TINY, "cpu", lora=[str(tmp_path / "text.safetensors")])
     assert (predict(loaded)[1] - predict(model)[1]).abs().max() > 1e-3
+    hashes = {hash_tensors(named_weights(each.pipeline.text_encoder)) for each in (model, loaded)}
+    assert len(hashes) == 2  # of which embeddings on disk say what they were made by
     with pytest.raises(UserError, match="changes the text encoder alone.*cross-attn-kv"):
         select_parameters(loaded.denoiser, "lora")
 
