@@ -19,9 +19,8 @@ from .questions import Question
 
 FILES = ("influence.csv", "visualization.jpg", "report.html")
 NAMED = 3  # images that the last sentence names
-LEGEND = (
-    "stands out: how far above the median the score is; beyond 1 is where chance alone rarely comes"
-)
+LEGEND = "stands out: how far above the median the score is; beyond 1 is where {} rarely comes"
+BY_CHANCE, UNSEEN = "chance alone", "an image that the model never saw"
 
 
 @dataclass
@@ -120,7 +119,7 @@ class Attribution:
             title, ["rank", "score", "stands out", "by similarity", "image", "caption"], rows
         )
         if self.standing_out.bound is not None:
-            show(f"({LEGEND})")
+            show(f"({LEGEND.format(UNSEEN if self.standing_out.is_calibrated else BY_CHANCE)})")
         if self.warnings:
             show("", *(f"Warning: {warning}." for warning in self.warnings))
         show("", *(f"{self.folder / name}" for name in FILES))
