@@ -13,7 +13,8 @@ from unlearn.datasets.captions import read_lines
 from unlearn.datasets.folders import read_folder
 from unlearn.datasets.repeats import read_repeats
 from unlearn.datasets.settings import read_settings
-from unlearn.models.lora_files import parse_name, read_lora
+from unlearn.models.lora_files import read_lora
+from unlearn.models.lora_names import parse_name
 
 REPOSITORY = Path(__file__).parent.parent
 ROOT = REPOSITORY / "data/emoji_lora"

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from unlearn.errors import UserError
-from unlearn.models.lora_files import parse_name, read_lora
+from unlearn.models.lora_files import read_lora
+from unlearn.models.lora_names import parse_name
 from unlearn.models.pipelines import load_model, select_parameters
 from unlearn.storage.hashes import hash_tensors, named_weights
 

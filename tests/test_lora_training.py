@@ -15,7 +15,8 @@ from test_training import RECIPE, distance, members_without, same
 from unlearn.commands import fisher, retrain
 from unlearn.errors import UserError
 from unlearn.models.lora import has_matrices
-from unlearn.models.lora_files import Named, read_lora
+from unlearn.models.lora_files import read_lora
+from unlearn.models.lora_names import Named
 from unlearn.models.pipelines import load_model
 from unlearn.retraining.lora import first_matrices, list_targets, read_matrices, with_fresh_lora
 from unlearn.retraining.plans import PlanSettings, make_plans

@@ -9,7 +9,7 @@ from ..datasets.settings import AUTO, OWN_DEFAULTS, check_number, read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
-from ..models.lora_files import parse_name
+from ..models.lora_names import parse_name
 from ..runtime.printing import show
 from ..runtime.programs import choose_device, set_precision
 from ..storage.reading import check_name

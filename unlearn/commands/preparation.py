@@ -13,8 +13,9 @@ from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet, label_rows
 from ..models.customization import check_customization, check_tokens
 from ..models.lora import is_fused
-from ..models.lora_files import parse_name, read_header
+from ..models.lora_files import read_header
 from ..models.lora_headers import compare_header, parse_header
+from ..models.lora_names import parse_name
 from ..models.pipelines import Model, load_model
 from ..runtime.programs import log
 from .inputs import (

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..datasets.entries import Found
-from ..models.lora_files import LoraFile, parse_name, read_lora
+from ..models.lora_files import LoraFile, read_lora
 from ..models.lora_headers import compare_header, parse_header
+from ..models.lora_names import parse_name
 from ..models.pipelines import Model
 from ..runtime.printing import shorten
 from ..runtime.programs import say

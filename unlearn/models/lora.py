@@ -17,7 +17,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from ..errors import UserError
 from ..storage.hashes import hash_tensors
-from .lora_files import LoraFile, Pair, parse_name, read_lora, tell_base
+from .lora_files import LoraFile, Pair, read_lora, tell_base
+from .lora_names import parse_name
 
 SELECTION = "lora"
 MATRICES = r"\.lora_[AB]\."  # in the names of a UNet's parameters

@@ -1,4 +1,4 @@
-"""LoRA files as people have them: named, read without trust, and brought to one form.
+"""LoRA files as people have them: read without trust, and brought to one form.
 
 A LoRA adds scale * B A to some weights, A [rank, in] and B [out, rank]. Three ways to name the two in
 a file are known: kohya's (lora_unet_..._to_k.lora_down.weight, with an alpha of each layer), PEFT's
@@ -11,7 +11,6 @@ that guess from some names how the others are meant.
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,9 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..storage.reading import list_visible, make_object, read_tensors
+from ..storage.reading import make_object, read_tensors
+from .lora_names import Named
 
-SUFFIX, USUAL_NAME = ".safetensors", "pytorch_lora_weights.safetensors"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 MOST_HEADER = 16 << 20  # bytes of text in a file's header
 PEFT_HEADER = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 KOHYA = re.compile(r"lora_(unet|te|te1)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)")
@@ -65,17 +63,6 @@ OTHER_FAMILIES = {
 RESAVE = "save it by diffusers' own pipeline.save_lora_weights"
 
 
-@dataclass(frozen=True)
-class Named:
-    """A LoRA as it is asked for."""
-
-    path: Path
-    weight: float  # what its change is multiplied by
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.weight:g}"
-
-
 @dataclass
 class Pair:
     """A LoRA's change of one layer: scale * up @ down."""
@@ -92,63 +79,6 @@ class LoraFile:
     named: Named
     pairs: dict[tuple[str, str], Pair]  # by part of the pipeline and name of the layer there
     header: dict[str, str] = field(repr=False)  # what its trainer wrote
-
-
-def parse_name(text: str) -> Named:
-    """The LoRA that FILE_OR_FOLDER[:WEIGHT] names. Raises UserError where there is no such file, it
-    is no safetensors file, or the weight is none."""
-    path, weight = text, 1.0
-    head, colon, tail = text.rpartition(":")
-    if colon and head and not Path(text).exists():
-        try:
-            path, weight = head, float(tail)
-        except ValueError:
-            pass
-    if not math.isfinite(weight) or weight == 0:
-        raise UserError(
-            f"--lora {text}: expected a weight other than 0, such as {path}:0.8, found {tail}"
-        )
-    return Named(find_file(path), weight)
-
-
-def find_file(name: str) -> Path:
-    """The safetensors file that a path is or, of a folder, holds. Raises UserError, with the way
-    on, where there is none."""
-    path = Path(name)
-    if not name or not path.exists():
-        raise UserError(f"--lora {name or repr(name)}: no such file or folder")
-    if path.is_dir():
-        found = [path / USUAL_NAME] if (path / USUAL_NAME).is_file() else []
-        found = found or list_visible(path, f"*{SUFFIX}")
-        if len(found) > 1:
-            names = ", ".join(each.name for each in found[:5])
-            raise UserError(
-                f"--lora {path}: has {len(found)} such files ({names}); name one of them"
-            )
-        if not found:
-            others = [each for each in list_visible(path) if each.suffix in PICKLES]
-            if others:
-                return find_file(str(others[0]))
-            raise UserError(f"--lora {path}: holds no {SUFFIX} file")
-        path = found[0]
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"--lora {path}: a pickle, which may run code when it is opened; where you trust it, "
-            f"make it a {SUFFIX} file: {convert_command(path)}"
-        )
-    if path.suffix != SUFFIX:
-        raise UserError(f"--lora {path}: expected a {SUFFIX} file, or a folder with one")
-    return path
-
-
-def convert_command(path: Path) -> str:
-    """What makes a safetensors file of a torch file, without running code in it."""
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, map_location='cpu', "
-        f"weights_only=True).items()}}, {str(path.with_suffix(SUFFIX))!r})"
-    )
-    return f"python -c {shlex.quote(code)}"
 
 
 def read_header(path: Path) -> dict[str, str]:

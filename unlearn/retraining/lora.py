@@ -11,7 +11,8 @@ import torch
 
 from ..errors import UserError
 from ..models.lora import adapter_name, add_beside, check_peft
-from ..models.lora_files import Named, Pair, read_lora
+from ..models.lora_files import Pair, read_lora
+from ..models.lora_names import Named
 from ..models.pipelines import Model, check_trainable
 from ..storage.artifacts import write_bytes
 from ..storage.hashes import digest
