@@ -112,7 +112,7 @@ def test_a_querys_gradient_does_not_depend_on_the_size_of_a_pass(tuned):
 
 
 def test_features_of_removal_are_gradients_of_the_matrices(tuned, training_set):
-    settings = RemovalSettings(weight_selection="lora", sketch_size=64, probes=1)
+    settings = RemovalSettings("lora", (350,), sketch_size=64, probes=1)
     images = training_set.first(2)
     maker = FeatureMaker(tuned, images.latents.shape[2:], settings)
     assert maker.parameters.keys() == select_parameters(tuned.denoiser, "lora").keys()
