@@ -262,9 +262,14 @@ def examine_pipeline(name: str, unet: str) -> Finding:
 
 
 def has_all_parts(folder: Path) -> bool:
-    """Whether every part that the index of a pipeline's folder names has a folder there."""
+    """Whether every part that a pipeline of its family must have is in a folder; also where it is
+    of no family, so that this is told."""
     index, _ = try_out(read_index, folder)
-    return isinstance(index, dict) and all((folder / part).exists() for part in class_names(index))
+    if not isinstance(index, dict):
+        return False
+    family, problem = try_out(family_of, folder, index)
+    parts = [] if problem else family.parts(class_names(index))
+    return all((folder / part).exists() for part in parts)
 
 
 def examine_resolution(name: str, settings: dict) -> list[Finding]:

@@ -170,8 +170,8 @@ def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
     ):
         check_words(names, tokenizer)
     model = load_model(args.sd_version, args.device, args.unet, lora=args.lora)
-    check_words(names, model.pipeline.tokenizer)
-    check_texts(model.pipeline.tokenizer, names)
+    check_words(names, model.reader[0])
+    check_texts(model.reader[0], names)
     check_steps(model, args.num_inference_steps)
     return model
 

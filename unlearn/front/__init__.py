@@ -289,12 +289,12 @@ def check_prompts(model: Model, questions: list[Question]) -> None:
     """Raises UserError where a prompt has a new word that the model does not know."""
     prompts = {str(question.picture): question.prompt for question in questions}
     try:
-        check_words(None, {}, model.pipeline.tokenizer, prompts)
+        check_words(None, {}, model.reader[0], prompts)
     except UserError as error:
         problem, _, tail = str(error).partition("; give the task")
         way = "; give the model that was customized with it: --model FOLDER --base MODEL"
         raise UserError(problem + way if tail else str(error)) from None
-    check_texts(model.pipeline.tokenizer, prompts)
+    check_texts(model.reader[0], prompts)
 
 
 def plan_run(

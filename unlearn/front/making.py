@@ -35,8 +35,8 @@ def make_picture(
     """The picture that a model makes of a prompt and a seed, by deterministic DDIM steps, below
     `root`/synth/made with the arrays of its latent and its prompt's embedding; one that is there is
     kept. Raises UserError where the model cannot make it."""
-    check_words(None, {}, model.pipeline.tokenizer, {"--prompt": prompt})
-    check_texts(model.pipeline.tokenizer, {"--prompt": prompt})
+    check_words(None, {}, model.reader[0], {"--prompt": prompt})
+    check_texts(model.reader[0], {"--prompt": prompt})
     check_steps(model, steps)
     identity = {
         **model.identity,

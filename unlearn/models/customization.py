@@ -274,7 +274,7 @@ def check_prompts(
     `check_texts` and `tell_unused`."""
     if not tasks:
         return
-    tokenizer = with_tokens(model.pipeline.tokenizer, tokens)
+    tokenizer = with_tokens(model.reader[0], tokens)
     check_words(model_dir, tokens, tokenizer, prompts_of(tasks))
     check_texts(tokenizer, prompts_of(tasks, encoded=True))
     if model_dir is not None:
