@@ -22,7 +22,7 @@ from unlearn.attribution import estimation
 from unlearn.attribution.fishers import has_other_images
 from unlearn.attribution.settings import ScoreSettings, UnlearnSettings
 from unlearn.baselines import methods
-from unlearn.commands import advice, baselines, doctor, encode, fisher, index
+from unlearn.commands import advice, baselines, doctor, encode, fisher, index, removal_flags
 from unlearn.commands.retrain import ranking_command
 from unlearn.datasets.captions import list_folder
 from unlearn.evaluation.rankings import read_influence, warnings_of
@@ -394,6 +394,7 @@ def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root
         "audit",
         "unet",
         "lora",
+        *removal_flags.OWN,
     }
     words = shlex.split(advice.influence_command(args))
     again = compute_influence.parse_arguments([*words[2:], "--device", "cpu"])

@@ -212,10 +212,10 @@ def test_a_second_picture_is_scored_by_the_features_that_are_there(
     first = ask(folder, tmp_path / "out")
     made, real = [], FeatureMaker.make
 
-    def counted(maker, images, rows):
+    def counted(maker, images, rows, *more):
         rows = list(rows)
         made.extend(images.ids[row] for row in rows)
-        return real(maker, images, rows)
+        return real(maker, images, rows, *more)
 
     monkeypatch.setattr(FeatureMaker, "make", counted)
     ask(folder, tmp_path / "out", other_query(tmp_path / "b.png"))

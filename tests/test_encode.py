@@ -329,7 +329,7 @@ def test_images_that_are_left_out_are_named_and_counted_nowhere(coco, model, mon
     assert f"{paths[0].name} ->" not in caplog.text and f"{paths[1].name} ->" in caplog.text
     assert count_images(coco) == NUM_IMAGES - 4
     [finding, *_], _ = examination.examine_data(
-        SimpleNamespace(dataroot=str(coco), sd_version=None, fisher_path=None)
+        SimpleNamespace(dataroot=str(coco), sd_version=None, fisher_path=None, lora=[])
     )
     assert finding.text == "20 training images (4 left out, which cannot be read), encoded"
     Image.new("RGB", (40, 40)).save(paths[0])
@@ -696,7 +696,7 @@ def test_an_array_that_cannot_be_opened_or_has_another_shape_is_told_by_doctor_a
     root = shutil.copytree(encoded, tmp_path / "mscoco", symlinks=True)
     break_it(root)
     [finding, *_], _ = examination.examine_data(
-        SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None)
+        SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None, lora=[])
     )
     assert (
         finding.status == examination.NOTE
@@ -706,7 +706,7 @@ def test_an_array_that_cannot_be_opened_or_has_another_shape_is_told_by_doctor_a
     run(monkeypatch, model, root)
     assert made(root) == made(encoded) and not list(root.glob("*.part"))
     [finding, *_], _ = examination.examine_data(
-        SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None)
+        SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None, lora=[])
     )
     assert finding == (examination.OK, "24 training images, encoded", "")
 

@@ -412,9 +412,9 @@ def test_what_cannot_be_read_is_hashed_by_its_bytes(tmp_path):
     assert hash_picture(tmp_path / "picture.png") == hash_file(tmp_path / "picture.png")
 
 
-def fake_latents(pipeline, paths, resolution, mirrored=False, batch_size=20):
+def fake_latents(model, paths, resolution, mirrored=False, batch_size=20):
     """Latents of the right shape, from the first pixels."""
-    size = resolution // pipeline.vae_scale_factor
+    size = resolution // model.pipeline.vae_scale_factor
     return torch.stack(
         [
             torch.full((4, size, size), 1 + float(np.asarray(load_image(path)).mean()))

@@ -18,6 +18,7 @@ from ..models.weights import INDEX, LEFT_OUT
 from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest, hash_tensors
+from ..storage.reading import read_json
 
 
 def is_customized(folder: Path) -> bool:
@@ -54,6 +55,6 @@ def merge_customization(folder: Path, pipeline: str, unet: str, place: Path) -> 
 
 def drop_parts(folder: Path) -> None:
     """Has a pipeline's index name no part that no loss asks for, and that may not be there."""
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX, "index")
     absent = {part: [None, None] for part in LEFT_OUT if not (folder / part).is_dir()}
     (folder / INDEX).write_text(json.dumps({**index, **absent}))
