@@ -261,7 +261,9 @@ def test_features_of_removal_are_made_of_every_image(world):
     settings = RemovalSettings(timesteps=(350,), sketch_size=64)
     maker = FeatureMaker(world.model, world.images.latents.shape[2:], settings)
     features = maker.make(world.images, range(4))
-    assert features.shape == (4, 1, 2, 64) and np.isfinite(features).all()
+    rows = settings.probes
+    assert features.shape == (4, len(settings.timesteps), rows, 64)
+    assert np.isfinite(features).all()
     assert np.abs(np.diff(features, axis=0)).max(axis=(1, 2, 3)).min() > 0
 
 

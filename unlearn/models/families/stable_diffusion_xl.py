@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
+from ...datasets.encoders import crop_square
 from ..text_weights import KeysValues
 from .checks import check_channels, check_scaling
 from .interface import Parts, Refuse
@@ -137,11 +138,7 @@ class StableDiffusionXL(StableDiffusion):
         """
         rows = []
         for width, height in sizes:
-            short = min(width, height)
-            top, left = (
-                round((int(resolution * side / short) - resolution) / 2.0)
-                for side in (height, width)
-            )
+            _, (left, top) = crop_square((width, height), resolution)
             rows.append([height, width, top, left, resolution, resolution])
         return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
 
