@@ -125,6 +125,13 @@ def measure_folder(folder: str) -> tuple[dict, dict]:
     return scores, values
 
 
+def is_complete(scores: dict[str, dict], values: dict) -> bool:
+    """Whether every query of a folder has scores of all methods and all measures: methods are
+    compared on the same queries alone."""
+    has_all = all(found.keys() == METHODS.keys() for found in scores.values())
+    return has_all and len(values["removal"]["first"]) == len(scores)
+
+
 def summarise(values: list[dict]) -> dict[str, dict[str, list]]:
     """{method: {measure: [mean, standard error, queries]}} over the queries of some folders."""
     table = {}
@@ -140,10 +147,11 @@ def summarise(values: list[dict]) -> dict[str, dict[str, list]]:
     return table
 
 
-def show(table: dict[str, dict[str, list]]) -> None:
+def show(table: dict) -> None:
     """Prints a table."""
     print("| method | " + " | ".join(MEASURES) + " |\n|" + " --- |" * (1 + len(MEASURES)))
-    for method, found in table.items():
+    for method in METHODS:
+        found = table[method]
         cells = [
             f"{found[kind][0]:.3f} ± {found[kind][1]:.3f}" if kind in found else ""
             for kind in MEASURES
@@ -155,12 +163,13 @@ def main():
     """Writes scores and table, of the tuning folders and of the reported ones."""
     split, scores, tables = read_json(TARGET / "folders.json"), {}, {}
     for kind, folders in split.items():
-        measured = []
+        measured = {}
         for folder in folders:
-            scores[folder], values = measure_folder(folder)
-            measured.append(values)
-        tables[kind] = summarise(measured)
-        print(f"\n{kind}: {', '.join(folders)}")
+            found, values = measure_folder(folder)
+            if is_complete(found, values):
+                scores[folder], measured[folder] = found, values
+        tables[kind] = {"folders": list(measured), **summarise(list(measured.values()))}
+        print(f"\n{kind}: {', '.join(measured) or 'none is complete'}")
         show(tables[kind])
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     (EVIDENCE / "scores.json").write_text(json.dumps(scores) + "\n")
