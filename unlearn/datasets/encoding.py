@@ -21,6 +21,7 @@ from .pairs import (
     choose_readable,
     list_pairs,
     map_files,
+    read_left_out,
     tell_odd_captions,
     tell_overlooked,
     tell_pairs,
@@ -28,7 +29,7 @@ from .pairs import (
 from .pictures import inspect_picture, list_notes
 from .rows import is_made, write_rows
 from .settings import read_settings
-from .training_sets import array_paths, extra_paths, read_identity
+from .training_sets import array_paths, extra_paths
 
 
 def has_given_arrays(dataroot: str | Path) -> bool:
@@ -199,6 +200,41 @@ def is_encoded(identity: dict, shapes: dict[Path, tuple[int, ...]], thorough: bo
     )
 
 
+def tell_left_out(dataroot: str | Path, names: Sequence[str], num_images: int) -> None:
+    """Says which training images are left out because they cannot be read."""
+    more = len(names) - 10
+    record = record_path(array_paths(dataroot)[0])
+    say(
+        f"{len(names)} of {num_images} training images cannot be read and are left out: "
+        f"{', '.join(names[:10])}" + (f" and {more} more; {record} names all" if more > 0 else "")
+    )
+
+
+def write_arrays(
+    model: Encoder,
+    dataroot: str | Path,
+    pairs: tuple[Sequence[Path], Sequence[Sequence[str]]],
+    resolution: int,
+    batch_size: int,
+    identity: dict,
+    overwrite: bool,
+) -> None:
+    """Writes latents and conditioning of images and captions, `pairs`; one process of a launch does,
+    the others wait."""
+    paths, captions = pairs
+    shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
+    latents = array_paths(dataroot)[0]
+
+    def write():
+        tell_odd_captions(model, captions)
+        how = resolution, batch_size, identity, overwrite
+        write_latents(model, latents, shapes[latents], paths, *how)
+        for name, path in text_paths(model, dataroot).items():
+            write_texts(model, name, path, shapes[path], paths, captions, *how)
+
+    do_once(dataroot, "laion_latents", lambda: is_encoded(identity, shapes, overwrite), write)
+
+
 def encode_training_set(
     model: Encoder,
     dataroot: str | Path,
@@ -220,33 +256,18 @@ def encode_training_set(
     if not overwrite:
         check_given(dataroot, command)
     pictures = list(map_files(inspect_picture, paths, "hashing images"))
-    for note in list_notes(
-        "training images",
-        len(paths),
-        [path.name for path, picture in zip(paths, pictures) if picture.is_cropped],
-    ):
+    cropped = [path.name for path, picture in zip(paths, pictures) if picture.is_cropped]
+    for note in list_notes("training images", len(paths), cropped):
         say(note)
-    identity = encoding_identity(
-        model, dataroot, paths, captions, resolution, [picture.content for picture in pictures]
-    )
-    latents_path = array_paths(dataroot)[0]
-    recorded = (
-        read_identity(latents_path).get("left_out", [])
-        if record_path(latents_path).exists()
-        else []
-    )
-    if is_encoded(
-        identity,
-        array_shapes(model, dataroot, len(paths) - len(recorded), len(captions[0]), resolution),
-        overwrite,
-    ):
+    hashes = [picture.content for picture in pictures]
+    identity = encoding_identity(model, dataroot, paths, captions, resolution, hashes)
+    count = len(paths) - len(read_left_out(dataroot))
+    shapes = array_shapes(model, dataroot, count, len(captions[0]), resolution)
+    if is_encoded(identity, shapes, overwrite):
         forget_claim(dataroot, "laion_latents")
         return False
-    check_root_writable(
-        dataroot,
-        "latents and embeddings",
-        [Path(dataroot), *(path.parent for path in array_paths(dataroot))],
-    )
+    folders = [Path(dataroot), *(path.parent for path in array_paths(dataroot))]
+    check_root_writable(dataroot, "latents and embeddings", folders)
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     tell_overlooked(dataroot, paths)
     rows = choose_readable(paths, skip_corrupt, command)
@@ -255,48 +276,9 @@ def encode_training_set(
         identity["left_out"] = [
             path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept
         ]
-        names = identity["left_out"]
-        say(
-            f"{len(names)} of {len(paths)} training images cannot be read and are left out: "
-            f"{', '.join(names[:10])}"
-            + (
-                f" and {len(names) - 10} more; {record_path(latents_path)} names all"
-                if names[10:]
-                else ""
-            )
-        )
+        tell_left_out(dataroot, identity["left_out"], len(paths))
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
     if not (Path(dataroot) / ORIGINALS).exists():  # of people's folders they were told
         tell_pairs(paths, captions)
-    shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
-
-    def write():
-        tell_odd_captions(model, captions)
-        write_latents(
-            model,
-            latents_path,
-            shapes[latents_path],
-            paths,
-            resolution,
-            batch_size,
-            identity,
-            overwrite,
-        )
-        for name, path in text_paths(model, dataroot).items():
-            write_texts(
-                model,
-                name,
-                path,
-                shapes[path],
-                paths,
-                captions,
-                resolution,
-                batch_size,
-                identity,
-                overwrite,
-            )
-
-    do_once(
-        dataroot, "laion_latents", lambda: is_encoded(identity, shapes, overwrite), write
-    )  # one process; others of a launch wait
+    write_arrays(model, dataroot, (paths, captions), resolution, batch_size, identity, overwrite)
     return True

@@ -84,15 +84,16 @@ def list_pairs(dataroot: str | Path, num_captions: int = 0) -> tuple[list[Path],
         ) from None
 
 
+def read_left_out(dataroot: str | Path) -> list[str]:
+    """The images that were left out when latents were made last, by their record."""
+    path = array_paths(dataroot)[0]
+    return read_identity(path).get("left_out", []) if record_path(path).exists() else []
+
+
 def list_left_out(dataroot: str | Path) -> list[str]:
     """Names of the images that `--skip_corrupt` left out when latents were made last; those that
     can be read by now are made again."""
-    latents_path = array_paths(dataroot)[0]
-    names = (
-        read_identity(latents_path).get("left_out", [])
-        if record_path(latents_path).exists()
-        else []
-    )
+    names = read_left_out(dataroot)
     folder = Path(dataroot) / read_settings(dataroot)["images"]
     unreadable = find_unreadable([folder / name for name in names])[0]
     return [name for name in names if folder / name in unreadable]
