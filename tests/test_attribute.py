@@ -749,6 +749,31 @@ def test_the_unet_of_a_training_run_takes_its_other_parts_from_the_base(
     assert len(answer.table()) == 8
 
 
+def test_a_data_root_is_the_model_that_its_settings_say(tiny, tmp_path, lora):
+    root = tmp_path / "root"
+    shutil.copytree(f"{tiny}/unet", root / "unet")
+    shutil.copytree(tiny, root / "pipeline")
+    shutil.copy(f"{tiny}/scheduler/scheduler_config.json", root / "unet")
+    shutil.copy(lora, root / "own.safetensors")
+    settings = {"pipeline": "pipeline", "unet": "unet", "lora": ["own.safetensors:0.5"]}
+    (root / "dataset.json").write_text(json.dumps({**settings, "resolution": 64}))
+    source = find_model(root, None, tmp_path / "place")
+    assert (source.pipeline, source.unet) == (str(root / "pipeline"), str(root / "unet"))
+    assert source.lora == (f"{root}/own.safetensors:0.5",) and source.side == 64
+
+
+def test_a_picture_is_asked_about_a_data_roots_model_with_its_lora_and_size(
+    tiny, folder, tmp_path, lora, ask
+):
+    root = tmp_path / "root"
+    root.mkdir()
+    settings = {"pipeline": tiny, "lora": [f"{lora}:0.5"]}
+    (root / "dataset.json").write_text(json.dumps(settings))
+    [answer] = ask(folder, tmp_path / "out", model=root)
+    [expected] = ask(folder, tmp_path / "other", model=tiny, lora=f"{lora}:0.5")
+    np.testing.assert_array_equal(answer.scores, expected.scores)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [

@@ -5,8 +5,9 @@
     python -m unlearn attribute --prompt "red apple" --seed 7 --model MODEL --images FOLDER
     python -m unlearn attribute picture.png --model BASE --lora lora.safetensors --images FOLDER
 
-MODEL is what made the picture: a diffusers folder, a name on the hub, a checkpoint file, or with
---base the folder of a UNet that a training run left or of a customized model. FOLDER holds the
+MODEL is what made the picture: a diffusers folder, a name on the hub, a checkpoint file, a data
+root, whose dataset.json says its model, or with --base the folder of a UNet that a training run left
+or of a customized model. FOLDER holds the
 images that it was trained on, with captions by any convention: captions.txt, metadata.jsonl or
 .csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
 for all. The prompt is read from the picture's file where the program that made it wrote it there.
@@ -68,8 +69,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "model",
         "--model",
         required=True,
-        help="diffusers folder, name on the hub, checkpoint file (.safetensors, .ckpt), or the "
-        "folder of a UNet that a training run left or of a customized model",
+        help="diffusers folder, name on the hub, checkpoint file (.safetensors, .ckpt), data root, "
+        "or the folder of a UNet that a training run left or of a customized model",
     )
     parser.add(
         "model",

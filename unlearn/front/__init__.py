@@ -51,7 +51,7 @@ from .answers import Attribution, read_attribution
 from .cautions import find_cautions
 from .loras import choose_side, compare_loras, fill_caption, open_loras
 from .making import make_picture
-from .models import Source, find_model
+from .models import Source, find_model, list_loras
 from .planning import count_work, list_done
 from .questions import (
     Question,
@@ -220,8 +220,8 @@ def attribute(
 
     pictures: files from anywhere, or none: then `prompt` and `seed`, and `steps` and `guidance`,
     say which picture the model is to make; model: what made them, a diffusers folder, a name on the
-    hub, a checkpoint file or the folder of a UNet or of a customized model, whose other parts are those
-    of `base`; images: the folder that it was trained on, with captions by any convention (see
+    hub, a checkpoint file, a data root, whose dataset.json says its model, or the folder of a UNet or
+    of a customized model, whose other parts are those of `base`; images: the folder that it was trained on, with captions by any convention (see
     `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
@@ -237,7 +237,8 @@ def attribute(
     several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
     out = Path(out)
     making = check_making(several, prompt, seed, steps, guidance)
-    loras = open_loras([lora] if isinstance(lora, (str, Path)) else lora)
+    given = [lora] if isinstance(lora, (str, Path)) else list(lora)
+    loras = open_loras(given or list_loras(model))
     if caption is None:
         caption = fill_caption(loras)
     questions = [ask(picture, prompt, seed) for picture in several]
@@ -252,7 +253,8 @@ def attribute(
         on_step("loading the model")
         source, loaded = load_source(model, base, place / "model", device, loras)
         check_prompts(loaded, questions)
-        side = choose_side(loaded, loras)
+        side = choose_side(loaded, loras) or source.side
+        side = 0 if side == loaded.own_resolution else side
         plan, num_bytes = plan_run(found, loaded, out, questions, making, scoring, side)
         if dry_run:
             costs.show_plan(plan, num_bytes)

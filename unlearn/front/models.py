@@ -11,6 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+from ..datasets.settings import read_settings
 from ..errors import UserError
 from ..models.customization import CUSTOMIZED_WEIGHTS
 from ..models.families import find_family
@@ -34,6 +35,7 @@ from .customized import drop_parts, is_customized, merge_customization
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 UNSUPPORTED = (".gguf", ".onnx", ".zip", ".tar", ".7z")
 LORA = "pytorch_lora_weights.safetensors"
+SETTINGS = "dataset.json"  # of a data root
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Source:
     pipeline: str  # diffusers folder or name on the hub
     unet: str = ""  # the folder of another UNet with its schedule
     lora: tuple[str, ...] = ()  # FILE[:WEIGHT] of LoRA files that change it
+    side: int = 0  # pixels of its pictures' side, 0 for its own
 
 
 def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source:
     """The model that a path or a name on the hub is; what must be put together stands in `place`.
-    base: the model that a UNet's folder or a single file takes its other parts from. Raises
-    UserError, with the way on, where it is none that can be used."""
+    base: the model that a UNet's folder or a single file takes its other parts from; the folder of a
+    data root is the model that its dataset.json says. Raises UserError, with the way on, where it is
+    none that can be used."""
     if not str(name):
         raise UserError("--model: names nothing; give a folder, a file or a name on the hub")
     path = Path(name)
@@ -64,6 +68,8 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
         return Source(str(merge_customization(path, source.pipeline, source.unet, place)))
     if (path / INDEX).is_file():
         return Source(str(complete_folder(path, place)))
+    if (path / SETTINGS).is_file():
+        return open_root(path, place)
     unet = find_unet(path)
     if unet is None:
         raise UserError(f"--model {path}: {explain_folder(path)}")
@@ -81,6 +87,20 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
             f"other parts; download it: hf download {shlex.quote(str(base))} --local-dir base"
         )
     return Source(str(replace_unet(Path(pipeline), unet, place)))
+
+
+def open_root(root: Path, place: Path) -> Source:
+    """The model of a data root, as its dataset.json says."""
+    settings = read_settings(root)
+    pipeline = find_model(settings["pipeline"], None, place).pipeline
+    return Source(pipeline, settings["unet"], tuple(settings["lora"]), settings["resolution"])
+
+
+def list_loras(name: str | Path) -> list[str]:
+    """FILE[:WEIGHT] of the LoRA files that a model has by itself: those of a data root."""
+    path = Path(name)
+    is_root = (path / SETTINGS).is_file() and not (path / INDEX).is_file()
+    return read_settings(path)["lora"] if str(name) and is_root else []
 
 
 def find_base(folder: Path, base: str | Path | None, place: Path) -> Source:
