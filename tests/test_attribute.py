@@ -269,6 +269,50 @@ def test_a_way_of_scoring_that_is_none_is_refused(folder, tmp_path, refusal):
     assert "expected x0 y0 x1 y1" in refusal(folder, tmp_path / "out", box=(9, 0, 0, 9))
 
 
+def test_a_boxs_answer_stands_beside_that_of_the_whole_picture_and_says_its_box(
+    folder, tmp_path, ask, capsys
+):
+    out, box = tmp_path / "out", (0, 0, 256, 512)
+    [whole] = ask(folder, out)
+    before = (whole.folder / "influence.npz").read_bytes()
+    [part] = ask(folder, out, box=box)
+    assert re.fullmatch(r"00000-[0-9a-f]{8}\.png", part.folder.name)
+    assert (whole.folder / "influence.npz").read_bytes() == before
+    assert not np.allclose(part.scores, whole.scores)
+    assert len(json.loads((out / "tasks.json").read_text())) == 2
+    assert part.summary.startswith("In the box 0 0 256 512: with 8 images it cannot be told")
+    part.show(2)
+    assert '00000.png, in the box 0 0 256 512: "a blob' in capsys.readouterr().out
+    page, other = (each.folder.joinpath("report.html").read_text() for each in (part, whole))
+    assert "<h1>In the box 0 0 256 512: with 8 images" in page
+    width, height = Image.open(QUERY).size
+    assert f'viewBox="0 0 {width} {height}" role="img" aria-label="Only the box' in page
+    assert 'x="0" y="0" width="256" height="512"' in page
+    assert "In the box" not in other and 'class="region"' not in other
+
+
+def test_of_a_picture_that_is_made_here_a_box_has_its_own_answer_with_its_exact_latent(
+    folder, tmp_path, tiny
+):
+    out, how = tmp_path / "out", {"seed": 5, "steps": 1, "guidance": 1.0, "device": "cpu"}
+    [whole] = unlearn.attribute((), tiny, folder, PROMPT, out, **how)
+    [part] = unlearn.attribute((), tiny, folder, PROMPT, out, box=(0, 0, 64, 64), **how)
+    assert whole.folder != part.folder and whole.folder.is_dir()
+    tasks = json.loads((out / "tasks.json").read_text())
+    assert len({task["synth_image_path"] for task in tasks}) == 2
+    assert len({task["latents"] for task in tasks}) == 1
+
+
+def test_a_box_outside_the_picture_is_refused_before_a_model_is_loaded(
+    folder, tmp_path, monkeypatch, refusal
+):
+    monkeypatch.setattr(front, "load_model", None)
+    width, height = Image.open(QUERY).size
+    said = refusal(folder, tmp_path / "out", box=(0, 0, width + 1, height))
+    assert f"--box 0 0 {width + 1} {height}: reaches out of {QUERY}" in said
+    assert f"which has {width} x {height} pixels" in said and not (tmp_path / "out").exists()
+
+
 def test_five_conventions_of_forty_mixed_pictures_give_the_same_top_ten(tmp_path, ask):
     pairs = mixed_pictures(tmp_path / "pictures")
     tops = []

@@ -28,6 +28,7 @@ from ..attribution.studies import Study
 from ..baselines.interface import Run
 from ..baselines.methods import METHODS
 from ..baselines.saving import score_tasks
+from ..datasets.boxes import check_box
 from ..datasets.entries import Found
 from ..datasets.folders import read_folder
 from ..datasets.preparation import prepare_training_set
@@ -57,6 +58,7 @@ from .questions import (
     Question,
     ask,
     check_given,
+    check_inside,
     write_tasks,
 )
 from .removing import check_scoring, open_removal, remove_each
@@ -241,7 +243,8 @@ def attribute(
     loras = open_loras(given or list_loras(model))
     if caption is None:
         caption = fill_caption(loras)
-    questions = [ask(picture, prompt, seed) for picture in several]
+    inside = check_box(box) if box else None
+    questions = [ask(picture, prompt, seed, inside) for picture in several]
     with TemporaryDirectory() as scratch:  # a dry run leaves nothing
         place = Path(scratch) if dry_run else out
         found = read_folder(images, caption, captions, groups, place / "pictures")
@@ -358,8 +361,12 @@ def answer(
     if making:
         resolution = model.resolution(read_settings(root))
         sampling = (making.prompt, making.seed, making.steps, making.guidance)
+        inside = check_box(box) if box else None
+        if inside:
+            check_inside(inside, (resolution, resolution), "the picture that is to be made")
         with clock.step(costs.MAKING):
-            questions = [make_picture(model, root, DATASET, resolution, *sampling)]
+            made_here = make_picture(model, root, DATASET, resolution, *sampling)
+        questions = [replace(made_here, box=inside)]
     tasks = write_tasks(out / "tasks.json", root, questions)
     with clock.step(costs.ENCODING):
         encode = f"python -m unlearn encode --dataroot {shlex.quote(str(root))}"

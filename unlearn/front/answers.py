@@ -2,7 +2,7 @@
 what plain similarity says."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import numpy as np
 from ..datasets.tasks import Task, find_result
 from ..evaluation.stored_results import read_report
 from ..report.contents import Report
-from ..report.page import write_report
+from ..report.page import describe_report, name_box, write_report
 from ..report.ranking import Ranking, print_table
-from ..report.standing_out import StandingOut, describe_standing_out, find_standing_out
+from ..report.standing_out import StandingOut, find_standing_out
 from ..runtime.printing import show
 from .questions import Question
 
@@ -52,7 +52,7 @@ class Attribution:
     def summary(self) -> str:
         """Which images stand out, how clearly, or that none does, in plain words."""
         found = self.standing_out
-        headline, _ = describe_standing_out(found, len(self.scores), bool(self.warnings))
+        _, headline, _ = describe_report(self.report)
         if not found.count:
             return headline if found.is_tied else f"{headline} The order is weak evidence."
         names = [row.name for row in self.report.rows[: min(found.count, NAMED)]]
@@ -114,7 +114,8 @@ class Attribution:
             ]
             for row in self.table(count)
         ]
-        title = f'{self.question.picture.name}: "{self.question.prompt}"'
+        box = f", in the {name_box(self.report.box)}" if self.report.box else ""
+        title = f'{self.question.picture.name}{box}: "{self.question.prompt}"'
         print_table(
             title, ["rank", "score", "stands out", "by similarity", "image", "caption"], rows
         )
@@ -138,7 +139,7 @@ def read_attribution(question: Question, task: Task, root: Path, results: Path) 
     """What stands of one picture in the folder of results; its page and its table are written."""
     folder = find_result(results / "influence", task)
     name = folder.relative_to(results / "influence").as_posix()
-    report = read_report(results, name, str(root), task)
+    report = replace(read_report(results, name, str(root), task), box=question.box)
     write_report(folder, report)
     rows = sorted(report.rows, key=lambda row: row.id)
     ranks = {row.id: rank for rank, row in enumerate(report.rows)}

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..datasets.boxes import Box
 from ..datasets.metadata import read_generation
 from ..datasets.pictures import read_picture
 from ..datasets.roots import file_name
@@ -32,11 +33,13 @@ class Question:
     guidance: float | None = None
     latents: str | None = None  # where the model made it here: arrays, below the data root
     embeddings: str | None = None
+    box: Box | None = None  # what of the picture counts; None: all
 
     @property
     def key(self) -> str:
         """What tells two questions apart."""
-        return digest(hash_file(self.picture), self.prompt)[:16]
+        box = [list(self.box)] if self.box else []
+        return digest(hash_file(self.picture), self.prompt, *box)[:16]
 
 
 def check_given(prompt: str | None, seed: int | None) -> None:
@@ -49,9 +52,24 @@ def check_given(prompt: str | None, seed: int | None) -> None:
         raise UserError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
 
 
-def ask(picture: str | Path, prompt: str | None = None, seed: int | None = None) -> Question:
+def check_inside(box: Box, size: tuple[int, int], name: str) -> None:
+    """Raises UserError where a box reaches out of a picture of a size (width, height)."""
+    if box[2] > size[0] or box[3] > size[1]:
+        raise UserError(
+            f"--box {' '.join(map(str, box))}: reaches out of {name}, which has {size[0]} x "
+            f"{size[1]} pixels"
+        )
+
+
+def ask(
+    picture: str | Path,
+    prompt: str | None = None,
+    seed: int | None = None,
+    box: Box | None = None,
+) -> Question:
     """The question that a picture is, with what its file says of how it was made; what is given
-    counts first. Raises UserError where it cannot be read, or has no prompt."""
+    counts first. box: what of the picture counts. Raises UserError where it cannot be read, has no
+    prompt, or does not hold the box."""
     path = Path(picture)
     check_name("picture", path)
     if path.is_dir():
@@ -59,7 +77,9 @@ def ask(picture: str | Path, prompt: str | None = None, seed: int | None = None)
             f"{path}: expected a picture, found a folder; name the pictures in it, such as "
             f"{path}/*.png"
         )
-    read_picture(path)
+    image, _ = read_picture(path)
+    if box:
+        check_inside(box, image.size, str(path))
     found = read_generation(path)
     words = prompt if prompt is not None else found.prompt
     if not words:
@@ -76,20 +96,25 @@ def ask(picture: str | Path, prompt: str | None = None, seed: int | None = None)
             f"merged in"
         )
     return Question(
-        path, words, seed if seed is not None else found.seed, found.steps, found.guidance
+        path,
+        words,
+        seed if seed is not None else found.seed,
+        found.steps,
+        found.guidance,
+        box=box,
     )
 
 
 def pick_name(question: Question, root: Path, entries: list[dict]) -> str:
     """A path below the root for a question's picture: its own name, or with a hash where another
-    picture, or the same one with another prompt, has that."""
+    picture, or the same one with another prompt, has that, and where only a box of it counts."""
     name = UNSAFE.sub("_", question.picture.name).lstrip(".") or "picture"
     first = Path(file_name(name))
     taken = {Path(entry["synth_image_path"]).with_suffix("").as_posix() for entry in entries}
     plain = f"synth/{first.name}"
     target = root / plain
     is_other = target.exists() and hash_file(target) != hash_file(question.picture)
-    if Path(plain).with_suffix("").as_posix() in taken or is_other:
+    if question.box or Path(plain).with_suffix("").as_posix() in taken or is_other:
         return f"synth/{first.stem[:150]}-{question.key[:8]}{first.suffix}"
     return plain
 
@@ -106,7 +131,7 @@ def place_picture(question: Question, target: Path) -> None:
 
 def make_entry(question: Question, root: Path, entries: list[dict]) -> dict:
     """The task of a question, whose picture is put into the data root."""
-    if question.latents:
+    if question.latents and not question.box:
         name = question.picture.relative_to(root).as_posix()
     else:
         name = pick_name(question, root, entries)
@@ -118,6 +143,7 @@ def make_entry(question: Question, root: Path, entries: list[dict]) -> dict:
         "latents": question.latents,
         "embeddings": question.embeddings,
         "row": 0 if question.latents else None,
+        "_box": list(question.box) if question.box else None,
         KEY: question.key,
     }
     return {

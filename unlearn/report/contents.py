@@ -54,6 +54,7 @@ class Report:
     comparison: str | None = None  # the method whose ranks stand beside the scores
     groups: list[Group] = field(default_factory=list)
     command: str | None = None  # that makes the result again
+    box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1: pixels that count; None: all
     known: StandingOut | None = None  # what stands out, where more than the scores' shape tells it
 
 

@@ -7,7 +7,7 @@ but the one in it, and every connection.
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..storage.artifacts import write_bytes
 from ..version import __version__
 from .contents import NUM_MARKED, Entry, Report, Row
 from .plot import plot_scores
-from .standing_out import describe_standing_out, find_standing_out
+from .standing_out import StandingOut, describe_standing_out, find_standing_out
 from .thumbnails import make_thumbnail
 
 NUM_FIRST, NUM_CARDS, NUM_LOWEST = 12, 60, 12  # cards shown at once, and all; negative ones
@@ -62,7 +62,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(breakable=breakable, score=format_score, share=format_share)
+    made.filters.update(breakable=breakable, score=format_score, share=format_share, box=name_box)
     return made
 
 
@@ -148,13 +148,28 @@ def name_first(rows: list[Row], count: int) -> str:
     return f"{'It is' if count == 1 else 'They are'} {named}{more}." if count else ""
 
 
+def describe_report(report: Report) -> tuple[StandingOut, str, str]:
+    """(what stands out, headline, explanation) of a report; the headline says where only a box of
+    the picture counts."""
+    scores = np.array([row.score for row in report.rows])
+    found = report.known or find_standing_out(scores)
+    headline, explanation = describe_standing_out(found, len(scores), bool(report.cautions))
+    if report.box:
+        headline = f"In the {name_box(report.box)}: {headline[0].lower()}{headline[1:]}"
+    return found, headline, explanation
+
+
+def name_box(box: Sequence[int]) -> str:
+    """A box of a picture, as `--box` takes it."""
+    return f"box {' '.join(map(str, box))}"
+
+
 def write_report(folder: Path, report: Report) -> Path:
     """Writes FOLDER/report.html and returns its path. Pictures that cannot be read are left out, and
     the page says how many. Raises UserError where it cannot be written."""
     rows = report.rows
     scores = np.array([row.score for row in rows])
-    found = report.known or find_standing_out(scores)
-    headline, explanation = describe_standing_out(found, len(rows), bool(report.cautions))
+    found, headline, explanation = describe_report(report)
     highest = float(np.abs(scores).max()) if len(rows) else 0.0
     ranked = list(enumerate(rows, 1))
     negative = [pair for pair in reversed(ranked) if pair[1].score < 0][:NUM_LOWEST]
@@ -194,9 +209,7 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def index_entry(link: str, report: Report) -> Entry:
     """What the index page shows of a report."""
-    scores = np.array([row.score for row in report.rows])
-    found, is_warned = report.known or find_standing_out(scores), bool(report.cautions)
-    headline, _ = describe_standing_out(found, len(scores), is_warned)
+    found, headline, _ = describe_report(report)
     return Entry(
         link,
         report.name,
@@ -204,7 +217,7 @@ def index_entry(link: str, report: Report) -> Entry:
         headline,
         report.picture,
         [row.path for row in report.rows[:4]],
-        is_warned and not found.count,  # else the headline says it
+        bool(report.cautions) and not found.count,  # else the headline says it
     )
 
 

@@ -13,14 +13,15 @@ TINY = 128  # pixels: what is no longer is kept exactly, and enlarged without sm
 
 
 def make_thumbnail(path: Path | None, size: int) -> dict | None:
-    """A picture as {src: data URL, width, height, is_tiny}, at most `size` pixels long; None where
-    there is none, or it cannot be read. Nothing of the file but its pixels is kept."""
+    """A picture as {src: data URL, width, height, is_tiny, own_size}, at most `size` pixels long;
+    own_size: its file's (width, height). None where there is none, or it cannot be read. Nothing of the file but its pixels is kept."""
     try:
         image = load_image(path) if path else None
     except UserError:
         return None
     if image is None:
         return None
+    own_size = image.size
     is_tiny = max(image.size) <= TINY
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     image.info.clear()  # comments, places and profiles are nobody's business
@@ -33,4 +34,5 @@ def make_thumbnail(path: Path | None, size: int) -> dict | None:
         "width": image.width,
         "height": image.height,
         "is_tiny": is_tiny,
+        "own_size": own_size,
     }
