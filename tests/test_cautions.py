@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from PIL import Image
 from unlearn.datasets.entries import Entry, Found
 from unlearn.evaluation.stored_results import read_labels
 from unlearn.front.answers import Attribution
-from unlearn.front.cautions import check_copy, check_crop, check_crops, check_prompt
+from unlearn.front.cautions import (
+    check_copy,
+    check_crop,
+    check_crops,
+    check_prompt,
+    describe_left_out,
+    list_left_out,
+)
 from unlearn.front.questions import Question
 from unlearn.report.contents import Report, Row
 from unlearn.report.page import index_entry, write_report
@@ -75,6 +83,52 @@ def test_a_copy_of_a_training_image_is_named(tmp_path):
     (tmp_path / "copy.png").write_bytes(found.entries[1].path.read_bytes())
     [said] = check_copy(found, Question(tmp_path / "copy.png", "p"))
     assert "is a training image itself (1.png)" in said
+
+
+@pytest.mark.parametrize(
+    "skipped, said",
+    [
+        ({}, []),
+        ({"a .txt file without a picture": ["a.txt"], "hidden": ["._b.png"]}, []),
+        (
+            {"without a caption": ["a.png", "b.png", "<c>.png", "d.png"], "it is gone": ["e.webp"]},
+            [
+                "5 of 7 images were left out, and cannot be found: a.png, b.png, <c>.png, ... "
+                "(without a caption); e.webp (it is gone)."
+            ],
+        ),
+        (
+            {"a caption": ["row 4"]},
+            ["1 of 3 images was left out, and cannot be found: row 4 (a caption)."],
+        ),
+    ],
+)
+def test_images_that_were_left_out_are_a_remark_with_names_and_reasons(skipped, said, tmp_path):
+    found = make_found(tmp_path, [(8, 8), (8, 8)])
+    found.skipped.update(skipped)
+    names = [entry.name for entry in found.entries]
+
+    def describe(kept):
+        images = SimpleNamespace(paths=[tmp_path / "images" / name for name in kept])
+        return describe_left_out(list_left_out(found, images, tmp_path), len(kept))
+
+    assert describe(names) == said
+    [unread] = describe(names[:1])
+    assert "1.png (cannot be read)" in unread
+
+
+def test_what_was_left_out_stands_escaped_at_the_top_of_the_page_and_at_the_end_of_the_table(
+    tmp_path, capsys
+):
+    answer = make_answer(tmp_path, [])
+    answer.report.remarks.append("1 of 61 images was left out: <b>.png (no caption).")
+    page = write_report(tmp_path, answer.report).read_text(encoding="utf-8")
+    assert page.index("left out: &lt;b&gt;.png") < page.index('<section id="images"')
+    assert "stands out clearly" in read_heading(tmp_path / "report.html")
+    answer.show(3)
+    shown = capsys.readouterr().out
+    assert "Note: 1 of 61 images was left out: <b>.png (no caption).\n" in shown
+    assert "Warning" not in shown and answer.notes and not answer.warnings
 
 
 def make_answer(folder, cautions, caption="a caption"):

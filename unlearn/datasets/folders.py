@@ -25,6 +25,7 @@ from .conventions import (
 from .entries import NAMES_SHOWN, Entry, Found, group_name
 from .hub import is_dataset, read_dataset
 
+OVERLOOKED = "a picture by its first bytes, not by its suffix; rename it"
 FOLDER = "folder"  # as captions: the folders' names; as groups: a group for each folder
 
 
@@ -90,7 +91,7 @@ def list_skipped(tree: Tree, sources: list[Source], alone: list[str]) -> dict[st
     found = [path.relative_to(tree.folder) for path in find_overlooked(tree.folder, listed)]
     overlooked = {path.as_posix() for path in found}.intersection(tree.others)
     if overlooked:
-        skipped["a picture by its first bytes, not by its suffix; rename it"] += sorted(overlooked)
+        skipped[OVERLOOKED] += sorted(overlooked)
     if alone:
         skipped["without a caption; --caption gives them one"].extend(alone)
     return dict(skipped)

@@ -372,10 +372,11 @@ def answer(
         encode = f"python -m unlearn encode --dataroot {shlex.quote(str(root))}"
         images = prepare_training_set(model, root, command=encode)
         queries = [encode_query(model, task, str(root)) for task in tasks]
-    cautions, remarks = find_cautions(found, images, tasks, questions, queries)
+    cautions, of_folder = find_cautions(found, images, tasks, questions, queries, root)
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
             say(f"{question.picture}: {caution}")
+    remarks = [*of_folder, *lora_notes]
     output = Output(
         results / "influence",
         str(root),
@@ -384,7 +385,7 @@ def answer(
         "",
         is_shown=False,
         cautions=cautions,
-        remarks=[*remarks, *lora_notes],
+        remarks=remarks,
     )
     different = list(dict.fromkeys(tasks))
     if scoring == REMOVAL:
@@ -394,7 +395,9 @@ def answer(
         unlearn_each(model, images, root, results, different, output, clock)
     with clock.step(costs.COMPARING):
         compare_similarity(model, images, tasks, queries, root, results)
-        answers = [read_attribution(*pair, root, results) for pair in zip(questions, tasks)]
+        answers = [
+            read_attribution(*pair, root, results, remarks) for pair in zip(questions, tasks)
+        ]
     if len(answers) > 1:
         entries = [index_entry(link_to(each, results), each.report) for each in answers]
         index = write_index(results, entries)

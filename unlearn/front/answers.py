@@ -43,6 +43,11 @@ class Attribution:
         """Why the scores may mean little."""
         return self.ranking.warnings
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the images, such as which were left out."""
+        return self.report.remarks
+
     @cached_property
     def standing_out(self) -> StandingOut:
         """Which scores are not like the others."""
@@ -123,6 +128,8 @@ class Attribution:
             show(f"({LEGEND.format(UNSEEN if self.standing_out.is_calibrated else BY_CHANCE)})")
         if self.warnings:
             show("", *(f"Warning: {warning}." for warning in self.warnings))
+        if self.notes:
+            show("", *(f"Note: {note.removesuffix('.')}." for note in self.notes))
         show("", *(f"{self.folder / name}" for name in FILES))
         show("", self.summary)
 
@@ -135,11 +142,16 @@ class Attribution:
         return target
 
 
-def read_attribution(question: Question, task: Task, root: Path, results: Path) -> Attribution:
-    """What stands of one picture in the folder of results; its page and its table are written."""
+def read_attribution(
+    question: Question, task: Task, root: Path, results: Path, remarks: list[str]
+) -> Attribution:
+    """What stands of one picture in the folder of results; its page and its table are written.
+    remarks: of the images, for the page's top."""
     folder = find_result(results / "influence", task)
     name = folder.relative_to(results / "influence").as_posix()
-    report = replace(read_report(results, name, str(root), task), box=question.box)
+    report = read_report(results, name, str(root), task)
+    notes = [note for note in report.notes if note not in remarks]
+    report = replace(report, box=question.box, notes=notes, remarks=remarks)
     write_report(folder, report)
     rows = sorted(report.rows, key=lambda row: row.id)
     ranks = {row.id: rank for rank, row in enumerate(report.rows)}

@@ -4,17 +4,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..datasets.entries import Found
+from ..datasets.captions import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from ..datasets.entries import NAMES_SHOWN, Found
+from ..datasets.folders import OVERLOOKED
 from ..datasets.pictures import read_header
+from ..datasets.roots import IMAGES, file_name
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..runtime.printing import shorten
 from ..storage.hashes import hash_file
 from .questions import Question
 
+KNOWN_SUFFIXES = {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}
+UNREADABLE = "cannot be read"
 SAME_LATENT = 1e-3  # relative: what the same picture in another file differs by
 TRIVIAL = (
     "the picture is a training image itself ({}): that it is its own most influential image says "
@@ -110,14 +116,58 @@ def check_crop(question: Question) -> list[str]:
     return ["the picture is long or tall: only the square in its centre is looked at"]
 
 
+def is_image(name: str) -> bool:
+    """Whether what a folder's reader skipped is an image of it, by its name: no file that a system
+    keeps for itself, no text; a data set's rows have numbers alone."""
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return name.startswith("row ") or not is_hidden and path.suffix.lower() in KNOWN_SUFFIXES
+
+
+def list_left_out(found: Found, images: TrainingSet, root: Path) -> dict[str, list[str]]:
+    """{why: names} of the images that are not ranked: those that the folder's reader left out, and
+    those that encoding did. root: the data root of the images."""
+    left: dict[str, list[str]] = {}
+    known = {entry.name for entry in found.entries}
+    for why, names in found.skipped.items():
+        chosen = [name for name in names if name not in known]
+        left[why] = [name for name in chosen if is_image(name) or why == OVERLOOKED]
+        known.update(left[why])
+    kept = {os.path.abspath(path) for path in images.paths if path}
+    left[UNREADABLE] = [
+        entry.name
+        for entry in found.entries
+        if kept and os.path.abspath(root / IMAGES / file_name(entry.name)) not in kept
+    ]
+    return {why: names for why, names in left.items() if names}
+
+
+def describe_left_out(left: dict[str, list[str]], num_ranked: int) -> list[str]:
+    """A remark where images were left out; else []."""
+    if not left:
+        return []
+    count = sum(map(len, left.values()))
+    parts = [
+        f"{', '.join(shorten(name, 80) for name in names[:NAMES_SHOWN])}"
+        f"{', ...' if names[NAMES_SHOWN:] else ''} ({why})"
+        for why, names in left.items()
+    ]
+    was = "was" if count == 1 else "were"
+    return [
+        f"{count} of {num_ranked + count} images {was} left out, and cannot be found: "
+        f"{'; '.join(parts)}."
+    ]
+
+
 def find_cautions(
     found: Found,
     images: TrainingSet,
     tasks: list[Task],
     questions: list[Question],
     queries: list[TrainingSet],
+    root: Path,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """({path of a picture: cautions}, remarks that hold for all pictures)."""
+    """({path of a picture: cautions}, remarks that hold for all pictures). root: of the images."""
     names = [entry.name for entry in found.entries] if len(found.entries) == len(images) else []
     captions = [caption for entry in found.entries for caption in entry.captions]
     of_folder, remarks = check_crops(found)
@@ -130,4 +180,5 @@ def find_cautions(
             *check_crop(question),
             *of_folder,
         ]
-    return cautions, remarks
+    left_out = describe_left_out(list_left_out(found, images, root), len(images))
+    return cautions, [*left_out, *remarks]

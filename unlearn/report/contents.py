@@ -50,6 +50,9 @@ class Report:
     method: str = ""  # sentences: what a score is
     settings: list[tuple[str, str]] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)  # why the result may mean little
+    remarks: list[str] = field(
+        default_factory=list
+    )  # to know of the images; no doubt of the result
     notes: list[str] = field(default_factory=list)  # what the page lacks, and why
     comparison: str | None = None  # the method whose ranks stand beside the scores
     groups: list[Group] = field(default_factory=list)
