@@ -173,6 +173,8 @@ def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys
     assert len(ranks) == 3 and ranks <= set(range(1, 9))
     page = (result / "report.html").read_text()
     assert PROMPT in page and "python -m unlearn attribute" in page
+    shown_root = re.search(r"<dt>data root</dt><dd>(.*?)</dd>", page)[1].replace("<wbr>", "")
+    assert shown_root == str(out / "root") and (out / "root/dataset.json").is_file()
 
 
 @pytest.mark.parametrize("scoring", FRONT_SCORINGS)

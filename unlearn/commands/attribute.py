@@ -21,6 +21,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..attribution.names import FRONT_SCORINGS
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_names(args)
     NAMES.clear()
     name_input("model", " with ".join([args.model, *args.lora]))
-    name_input("data root", args.out)
+    name_input("data root", str(Path(args.out) / "root"))
     words = sys.argv[1:] if argv is None else argv
     answers = attribute(
         **vars(args), command=shlex.join(["python", "-m", "unlearn", "attribute", *words])
