@@ -54,7 +54,9 @@ def is_wrapped(path: Path) -> bool:
 
 
 def check_pointer(path: Path, item: str) -> None:
-    """Raises UserError, naming `item`, where a weight file is git-lfs's note of one."""
+    """Raises UserError, naming `item`, where a weight file is git-lfs's note of one, or no file."""
+    if not path.is_file():  # a folder, a pipe, a link to nothing
+        raise UserError(f"{item}: {path.parent.name}/{path.name}: expected a file")
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(
