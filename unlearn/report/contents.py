@@ -50,15 +50,13 @@ class Report:
     method: str = ""  # sentences: what a score is
     settings: list[tuple[str, str]] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)  # why the result may mean little
-    remarks: list[str] = field(
-        default_factory=list
-    )  # to know of the images; no doubt of the result
     notes: list[str] = field(default_factory=list)  # what the page lacks, and why
     comparison: str | None = None  # the method whose ranks stand beside the scores
     groups: list[Group] = field(default_factory=list)
     command: str | None = None  # that makes the result again
-    box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1: pixels that count; None: all
     known: StandingOut | None = None  # what stands out, where more than the scores' shape tells it
+    box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1: pixels that count; None: all
+    remarks: list[str] = field(default_factory=list)  # to know of the images: no doubts
 
 
 @dataclass(frozen=True)
