@@ -1,6 +1,7 @@
 """What makes an answer doubtful softens every sentence that says that an image stands out."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,6 +170,25 @@ def test_what_speaks_against_a_result_softens_the_sentence_on_screen_page_and_in
     doubtful.show(3)
     shown = capsys.readouterr().out
     assert "Warning: it is a copy." in shown and "clearly" not in shown
+
+
+def test_a_few_images_weak_evidence_is_said_in_the_same_words_on_screen_and_page(tmp_path, capsys):
+    answer = make_answer(tmp_path, [])
+    few = Attribution(
+        answer.question,
+        replace(answer.ranking, scores=answer.scores[:39]),
+        replace(answer.report, rows=answer.report.rows[:39]),
+        tmp_path,
+    )
+    few.show(3)
+    shown = capsys.readouterr().out
+    page = write_report(tmp_path, few.report).read_text(encoding="utf-8")
+    assert "(stands out: needs at least 40 images)" in shown
+    assert few.summary.endswith("The order is weak evidence.")
+    assert "The order is weak evidence." in page
+    assert "Only the images that were given can be found." in page
+    answer.show(3)
+    assert "needs at least" not in capsys.readouterr().out
 
 
 def test_the_page_says_first_which_files_stand_out(tmp_path):

@@ -13,7 +13,7 @@ from ..evaluation.stored_results import read_report
 from ..report.contents import Report
 from ..report.page import describe_report, name_box, write_report
 from ..report.ranking import Ranking, print_table
-from ..report.standing_out import StandingOut, find_standing_out
+from ..report.standing_out import FEWEST, WEAK, StandingOut, find_standing_out
 from ..runtime.printing import show
 from .questions import Question
 
@@ -59,7 +59,7 @@ class Attribution:
         found = self.standing_out
         _, headline, _ = describe_report(self.report)
         if not found.count:
-            return headline if found.is_tied else f"{headline} The order is weak evidence."
+            return headline if found.is_tied else f"{headline} {WEAK}"
         names = [row.name for row in self.report.rows[: min(found.count, NAMED)]]
         more = f" and {found.count - NAMED} more" if found.count > NAMED else ""
         listed = f"{', '.join(names)}{more}."
@@ -126,6 +126,8 @@ class Attribution:
         )
         if self.standing_out.bound is not None:
             show(f"({LEGEND.format(UNSEEN if self.standing_out.is_calibrated else BY_CHANCE)})")
+        elif len(self.scores) < FEWEST:
+            show(f"(stands out: needs at least {FEWEST} images)")
         if self.warnings:
             show("", *(f"Warning: {warning}." for warning in self.warnings))
         if self.notes:

@@ -10,6 +10,7 @@ FEWEST = 40  # images; of fewer the rule says nothing
 LEVEL = 0.05  # how often random scores may be said to hold an image that stands out
 MIRROR = 3  # how much farther above the median than the lowest score lies below it
 GAP_MIRROR = 5  # how much wider than the widest gap among the lowest scores
+WEAK = "The order is weak evidence."  # on the page and on screen
 CLEARLY, GAP_CLEARLY = 1.5, 2  # times the bound, from the median; times the gap of chance
 
 
@@ -120,20 +121,18 @@ def describe_standing_out(
     if num_images < FEWEST:
         return (
             f"With {num_images} images it cannot be told whether one stands out.",
-            f"The order below is the best guess; the rule needs at least {FEWEST} images.",
+            f"{WEAK} The rule that tells it needs at least {FEWEST} images.",
         )
     if not found.count and found.is_calibrated:
         return (
             f"None of the {num_images:,} images stands out.",
             "Images that a model never saw have such scores too, or the model explains the first "
-            "image worse than the picture, as one that it never saw. Read the order below as weak "
-            "evidence.",
+            f"image worse than the picture, as one that it never saw. {WEAK}",
         )
     if not found.count:
         return (
             f"None of the {num_images:,} images stands out.",
-            "The highest scores are no higher than the others lead one to expect of chance. "
-            "Read the order below as weak evidence.",
+            f"The highest scores are no higher than the others lead one to expect of chance. {WEAK}",
         )
     who = (
         f"One of {num_images:,} images stands"
