@@ -715,7 +715,7 @@ def test_two_runs_into_one_folder_at_the_same_moment_give_both_answers(folder, t
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path):
-    words = [sys.executable, "-m", "unlearn", "attribute", "--model", "x", "--images", "y"]
+    words = [sys.executable, "-m", "unlearn", "attribute", "--model", "x", "--images", "data"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: no picture: name one, or have it made: --prompt")

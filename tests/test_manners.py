@@ -52,6 +52,28 @@ def test_version_and_mistakes_are_one_line(words, status, said):
     assert said in line and taken < 5  # 0.2 s where nothing else runs
 
 
+@pytest.mark.parametrize(
+    "picture, images, model, said",
+    [
+        ("gone.png", "data", "m", "image gone.png: no such file"),
+        ("data", "data", "m", "data: expected a picture, found a folder"),
+        ("README.md", "gone", "m", "gone: expected a folder of pictures, found no such folder"),
+        ("README.md", "README.md", "m", "expected a folder of pictures, found a file; unpack it"),
+        ("README.md", "data", "./gone", "--model ./gone: no such file or folder"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_slow_is_imported(picture, images, model, said):
+    words = ["attribute", picture, "--images", images, "--model", model]
+    code = (
+        f"import sys\nsys.argv = ['unlearn', *{words!r}]\nfrom unlearn.__main__ import main\n"
+        "try: main()\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and said in line
+    assert done.stdout == "False\n"
+
+
 def test_without_a_command_and_with_help_all_commands_are_listed():
     plain, helped = call(), call("--help")
     assert plain.stdout == helped.stdout and plain.returncode == helped.returncode == 0

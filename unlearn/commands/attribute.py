@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution.names import FRONT_SCORINGS
+from ..datasets.presence import check_images, check_model, check_pictures
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
 from .parsing import make_parser
@@ -32,7 +33,7 @@ HIGHEST_TABLE = 1000
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
-    """The command line."""
+    """The command line. Raises UserError where what it names is not there."""
     parser = make_parser(__doc__, "python -m unlearn attribute")
     parser.add("data", "pictures", nargs="*", metavar="PICTURE", help="what is asked about")
     parser.add("data", "--prompt", help="of all pictures (default what each file says)")
@@ -119,6 +120,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not 1 <= args.top_k <= HIGHEST_TABLE:
         parser.error(f"--top_k {args.top_k}: expected 1 to {HIGHEST_TABLE}")
+    # Here: it is told before libraries are imported that take seconds.
+    check_pictures(args.pictures)
+    check_images(args.images)
+    check_model(args.model)
     return args
 
 

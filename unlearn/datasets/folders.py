@@ -24,6 +24,7 @@ from .conventions import (
 )
 from .entries import NAMES_SHOWN, Entry, Found, group_name
 from .hub import is_dataset, read_dataset
+from .presence import check_images
 
 OVERLOOKED = "a picture by its first bytes, not by its suffix; rename it"
 FOLDER = "folder"  # as captions: the folders' names; as groups: a group for each folder
@@ -60,9 +61,7 @@ def read_folder(
             raise UserError(f"{folder}: a data set, and no folder is given for its pictures")
         return read_dataset(folder, pictures, caption, captions, groups)
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "a file; unpack it" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: expected a folder of pictures, found {what}")
+    check_images(folder)
     tree = list_tree(folder)
     sources = [] if captions == FOLDER else read_sources(tree, captions)
     taken = merge_sources(tree, sources)

@@ -11,6 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+from ..datasets.presence import FILES_OF_MODELS, check_model
 from ..datasets.settings import read_settings
 from ..errors import UserError
 from ..models.customization import CUSTOMIZED_WEIGHTS
@@ -32,8 +33,6 @@ from ..storage.hashes import digest
 from ..storage.reading import list_visible, read_json, read_tensors, read_text
 from .customized import drop_parts, is_customized, merge_customization
 
-CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-UNSUPPORTED = (".gguf", ".onnx", ".zip", ".tar", ".7z")
 LORA = "pytorch_lora_weights.safetensors"
 SETTINGS = "dataset.json"  # of a data root
 
@@ -53,11 +52,9 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
     base: the model that a UNet's folder or a single file takes its other parts from; the folder of a
     data root is the model that its dataset.json says. Raises UserError, with the way on, where it is
     none that can be used."""
-    if not str(name):
-        raise UserError("--model: names nothing; give a folder, a file or a name on the hub")
+    check_model(name)
     path = Path(name)
     if not path.exists():
-        check_hub_name(str(name))
         return Source(str(name))
     path = Path(os.path.abspath(path))
     if path.is_file() and path.name not in CUSTOMIZED_WEIGHTS:
@@ -115,13 +112,6 @@ def find_base(folder: Path, base: str | Path | None, place: Path) -> Source:
     )
 
 
-def check_hub_name(name: str) -> None:
-    """Raises UserError where a name that is not there can be none on the hub."""
-    looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if looks_local or Path(name).suffix in (*CHECKPOINTS, *UNSUPPORTED):
-        raise UserError(f"--model {name}: no such file or folder")
-
-
 def find_snapshot(folder: Path) -> Path:
     """The snapshot of a folder of the hub's cache (models--OWNER--NAME): its main one, else the
     newest; any other folder itself. Raises UserError where it has none."""
@@ -158,7 +148,7 @@ def explain_folder(folder: Path) -> str:
     """What a folder without a pipeline probably is, and the way on."""
     if (folder / LORA).is_file():
         return explain_lora(folder)
-    files = [path for path in list_visible(folder) if path.suffix in CHECKPOINTS]
+    files = [path for path in list_visible(folder) if path.suffix in FILES_OF_MODELS]
     if len(files) == 1:
         return f"no pipeline in diffusers' format, but one file; give that: --model {files[0]}"
     there = ", ".join(path.name for path in list_visible(folder)[:8]) or "nothing"
@@ -301,10 +291,10 @@ def convert_command(
 def convert_file(path: Path, base: str | Path | None, place: Path) -> Path:
     """The pipeline's folder that a single checkpoint file is converted to, once. Raises UserError,
     with the way on, where the file is no such checkpoint or cannot be converted."""
-    if path.suffix.lower() not in CHECKPOINTS:
+    if path.suffix.lower() not in FILES_OF_MODELS:
         raise UserError(
             f"--model {path}: expected a diffusers folder or a checkpoint "
-            f"({', '.join(CHECKPOINTS)}); quantized and exported models cannot be used"
+            f"({', '.join(FILES_OF_MODELS)}); quantized and exported models cannot be used"
         )
     check_pointer(path, f"--model {path}")
     if path.suffix == ".safetensors":

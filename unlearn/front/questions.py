@@ -10,6 +10,7 @@ from pathlib import Path
 from ..datasets.boxes import Box
 from ..datasets.metadata import read_generation
 from ..datasets.pictures import read_picture
+from ..datasets.presence import check_pictures
 from ..datasets.roots import file_name
 from ..datasets.tasks import Task, load_tasks, read_list
 from ..errors import UserError
@@ -72,11 +73,7 @@ def ask(
     prompt, or does not hold the box."""
     path = Path(picture)
     check_name("picture", path)
-    if path.is_dir():
-        raise UserError(
-            f"{path}: expected a picture, found a folder; name the pictures in it, such as "
-            f"{path}/*.png"
-        )
+    check_pictures([path])
     image, _ = read_picture(path)
     if box:
         check_inside(box, image.size, str(path))
