@@ -59,10 +59,14 @@ def test_version_and_mistakes_are_one_line(words, status, said):
         ("data", "data", "m", "data: expected a picture, found a folder"),
         ("README.md", "gone", "m", "gone: expected a folder of pictures, found no such folder"),
         ("README.md", "README.md", "m", "expected a folder of pictures, found a file; unpack it"),
+        ("README.md", "EMPTY", "m", ": no pictures, the folder is empty; give the folder of all"),
         ("README.md", "data", "./gone", "--model ./gone: no such file or folder"),
     ],
 )
-def test_what_is_not_there_is_told_before_anything_slow_is_imported(picture, images, model, said):
+def test_what_is_not_there_is_told_before_anything_slow_is_imported(
+    picture, images, model, said, tmp_path
+):
+    images = images.replace("EMPTY", str(tmp_path))
     words = ["attribute", picture, "--images", images, "--model", model]
     code = (
         f"import sys\nsys.argv = ['unlearn', *{words!r}]\nfrom unlearn.__main__ import main\n"

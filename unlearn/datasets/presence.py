@@ -2,6 +2,7 @@
 so this module imports none."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -25,10 +26,19 @@ def check_pictures(pictures: Iterable[str | Path]) -> None:
 
 
 def check_images(folder: str | Path) -> None:
-    """Raises UserError where training images are in no folder."""
-    if not str(folder).startswith(DATASET) and not Path(folder).is_dir():
-        what = "a file; unpack it" if Path(folder).exists() else "no such folder"
+    """Raises UserError where training images are in no folder, or in an empty one."""
+    if str(folder).startswith(DATASET):
+        return
+    path = Path(folder)
+    if not path.is_dir():
+        what = "a file; unpack it" if path.exists() else "no such folder"
         raise UserError(f"{folder}: expected a folder of pictures, found {what}")
+    with suppress(OSError):  # told by name when it is read
+        if not any(path.iterdir()):
+            raise UserError(
+                f"{folder}: no pictures, the folder is empty; give the folder of all images that "
+                f"the model was trained on"
+            )
 
 
 def check_model(name: str | Path) -> None:

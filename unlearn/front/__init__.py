@@ -233,6 +233,7 @@ def attribute(
     folders say that training saw it; box: of removal, (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
+    on_step: is told each step and the time that is left, by default the log; print shows them.
     Raises UserError where something is missing or does not fit.
     """
     check_scoring(scoring, use_repeats, box)
