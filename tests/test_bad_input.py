@@ -723,6 +723,7 @@ def test_results_that_would_stand_elsewhere_or_in_one_another_are_refused(
         ({"captions": "a" * 300 + ".txt"}, "names of at most 200 bytes"),
         ({"resolution": 20_000}, "at most 4,096"),
         ({"num_train": -(10**400)}, "num_train -1000"),
+        ({"images": "."}, "put the pictures into a folder of it"),
     ],
 )
 def test_settings_that_would_write_elsewhere_or_ask_for_absurdly_much_are_refused(

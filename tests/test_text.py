@@ -966,3 +966,12 @@ def test_both_scripts_end_well_on_a_terminal_that_cannot_show_a_caption(
         and "\x1b" not in shown
         and r"\x1b[2J" in shown
     )
+
+
+def test_captions_of_millions_of_images_are_read_and_what_is_no_text_is_not(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_bytes(b"a red apple\n" * (11 << 20))
+    assert path.stat().st_size > 128 << 20 and read_text(path).count("\n") == 11 << 20
+    os.truncate(path, 1025 << 20)
+    with pytest.raises(UserError, match="expected a text file of at most 1024 MB, found 1025 MB"):
+        read_text(path)

@@ -19,10 +19,9 @@ from safetensors import safe_open
 
 from ..errors import UserError
 
-MOST_TEXT, MOST_JSON = (
-    128 << 20,
-    16 << 20,
-)  # bytes; the captions of COCO have 92 MB. A JSON file takes 27 times as many in memory
+# bytes: of text that is read line by line; of JSON that holds captions, of which COCO's have 92 MB,
+# and of other JSON, which takes 27 times as many in memory
+MOST_LINES, MOST_TEXT, MOST_JSON = 1 << 30, 128 << 20, 16 << 20
 MOST_ARRAYS = 4 << 30  # bytes that a compressed file of arrays may unfold to
 OTHER_TEXTS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -113,7 +112,7 @@ def decode_text(content: bytes) -> str:
     )
 
 
-def read_text(path: str | Path, item: str = "file", most: int = MOST_TEXT) -> str:
+def read_text(path: str | Path, item: str = "file", most: int = MOST_LINES) -> str:
     """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a
     device), not UTF-8 or has more than `most` bytes."""
     try:
