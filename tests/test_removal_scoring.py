@@ -230,7 +230,7 @@ def test_exemplars_of_a_customized_model_are_ranked_under_that_model(flags, tmp_
     assert "Recall@10" in shown and "nan" not in shown and "What unlearning did" not in shown
 
 
-def test_a_box_changes_the_scores_and_stands_in_the_record_and_the_command(copy):
+def test_a_box_changes_the_scores_and_is_said_wherever_they_are_read(copy, capsys):
     results, flags = copy
     path = find(results)
     before = read_influence(path, "")["influence"]
@@ -242,3 +242,6 @@ def test_a_box_changes_the_scores_and_stands_in_the_record_and_the_command(copy)
     assert record["identity"]["settings"]["box"] == [0, 0, 30, 60]
     assert "--box 0 0 30 60" in record["circumstances"]["command"]
     assert not np.allclose(read_influence(path, "")["influence"], before)
+    assert "in the box 0 0 30 60" in capsys.readouterr().out
+    report.main([str(results)])
+    assert "In the box 0 0 30 60: " in (path.parent / "report.html").read_text()

@@ -223,4 +223,4 @@ def save_removal(
     origin = describe_origin(task, output)
     results.save(folder, query, ranking, known, study.identity(query), origin, output.top_k)
     if output.is_shown:
-        results.print_removal(folder, query, ranking, output.top_k)
+        results.print_removal(folder, query, ranking, output.top_k, study.box)

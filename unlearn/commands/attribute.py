@@ -27,7 +27,7 @@ from ..attribution.names import FRONT_SCORINGS
 from ..datasets.presence import check_images, check_model, check_pictures
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
-from .parsing import make_parser
+from .parsing import add_box, make_parser
 
 HIGHEST_TABLE = 1000
 
@@ -97,15 +97,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "(default); exact: how much worse it explains an image once it has unlearned the picture, "
         "as published",
     )
-    parser.add(
-        "scoring",
-        "--box",
-        type=int,
-        nargs=4,
-        metavar=("X0", "Y0", "X1", "Y1"),
-        help="of removal: only what the pictures show in this box counts; pixels from the top left "
-        "corner",
-    )
+    add_box(parser)
     parser.add(
         "scoring",
         "--use_repeats",

@@ -18,6 +18,7 @@ from ..models.pipelines import Model
 from ..runtime.printing import show
 from ..storage.records import is_complete, read_record
 from .flags import Parser
+from .parsing import add_box
 
 OWN = ("removal_timesteps", "probes", "sketch_size", "ridge", "use_repeats", "box")
 DEFAULTS = {
@@ -63,15 +64,7 @@ def add_removal_flags(parser: Parser) -> None:
         type=float,
         help=f"of removal: lambda, as a multiple of a feature's mean square (default {RIDGE:g})",
     )
-    parser.add(
-        "scoring",
-        "--box",
-        type=int,
-        nargs=4,
-        metavar=("X0", "Y0", "X1", "Y1"),
-        help="of removal: only what the query shows in this box counts; pixels of its picture, from "
-        "the top left corner",
-    )
+    add_box(parser)
     parser.add(
         "scoring",
         "--use_repeats",

@@ -22,6 +22,19 @@ def check_box(box: Sequence[int]) -> Box:
     return box[0], box[1], box[2], box[3]
 
 
+def name_box(box: Sequence[int]) -> str:
+    """A box as messages and pages name it, with the numbers that `--box` takes."""
+    return f"box {' '.join(map(str, box))}"
+
+
+def check_inside(box: Box, size: tuple[int, int], name: str | Path) -> None:
+    """Raises UserError where a box reaches out of a picture of a size (width, height)."""
+    if box[2] > size[0] or box[3] > size[1]:
+        raise UserError(
+            f"--{name_box(box)}: reaches out of {name}, which has {size[0]} x {size[1]} pixels"
+        )
+
+
 def find_cells(box: Box, path: str | Path, resolution: int, cells: tuple[int, int]) -> np.ndarray:
     """The cells, bool [h, w], of a picture's latent whose middle lies in a box of it.
 
@@ -29,9 +42,7 @@ def find_cells(box: Box, path: str | Path, resolution: int, cells: tuple[int, in
     Raises UserError where the box reaches out of the picture or holds the middle of no cell.
     """
     width, height = load_image(path).size
-    given = f"--box {' '.join(map(str, box))}"
-    if box[2] > width or box[3] > height:
-        raise UserError(f"{given}: reaches out of {path}, which has {width} x {height} pixels")
+    check_inside(box, (width, height), path)
     (wide, high), (left, top) = crop_square((width, height), resolution)
     across = (left + (np.arange(cells[1]) + 0.5) * resolution / cells[1]) * width / wide
     down = (top + (np.arange(cells[0]) + 0.5) * resolution / cells[0]) * height / high
@@ -39,7 +50,7 @@ def find_cells(box: Box, path: str | Path, resolution: int, cells: tuple[int, in
     if not found.any():
         side = -(-resolution * width // (cells[1] * wide))
         raise UserError(
-            f"{given}: holds no cell of the latent of {path}, or only what the square in its middle "
+            f"--{name_box(box)}: holds no cell of the latent of {path}, or only what the square in its middle "
             f"leaves out; give a larger one, of {side} pixels a side or more"
         )
     return found

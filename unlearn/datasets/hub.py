@@ -11,8 +11,8 @@ from ..storage.artifacts import write_bytes
 from .annotations import CAPTION_KEYS
 from .captions import BEGINNINGS, IMAGE_SUFFIXES
 from .entries import Entry, Found, group_name
+from .presence import HUB
 
-PREFIX = "hf:"
 SAVED = (
     ("dataset_dict.json",),
     ("state.json", "dataset_info.json"),
@@ -24,7 +24,7 @@ SUFFIXES |= {b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
 
 def is_dataset(source: str | Path) -> bool:
     """Whether a source of training images is a Hugging Face data set."""
-    return str(source).startswith(PREFIX) or any(
+    return str(source).startswith(HUB) or any(
         all((Path(source) / name).is_file() for name in names) for names in SAVED
     )
 
@@ -51,8 +51,8 @@ def load_split(source: str) -> tuple[Any, str]:
     loaded, or it is not clear which split is meant."""
     datasets = import_datasets()
     try:
-        if source.startswith(PREFIX):
-            loaded = datasets.load_dataset(source.removeprefix(PREFIX))
+        if source.startswith(HUB):
+            loaded = datasets.load_dataset(source.removeprefix(HUB))
         else:
             loaded = datasets.load_from_disk(source)
     except Exception as error:  # the library raises many kinds, its own and others'

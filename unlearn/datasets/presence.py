@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-DATASET = "hf:"  # before the name of a data set on the hub
+HUB = "hf:"  # before the name of a data set on the hub
 FILES_OF_MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FILES_OF_OTHERS = (".gguf", ".onnx", ".zip", ".tar", ".7z")
 
@@ -27,7 +27,7 @@ def check_pictures(pictures: Iterable[str | Path]) -> None:
 
 def check_images(folder: str | Path) -> None:
     """Raises UserError where training images are in no folder, or in an empty one."""
-    if str(folder).startswith(DATASET):
+    if str(folder).startswith(HUB):
         return
     path = Path(folder)
     if not path.is_dir():

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..datasets.boxes import Box, check_box
 from ..datasets.tasks import BASE, Task
 from ..storage.records import MEANINGS, names_of
 
@@ -31,6 +32,15 @@ def scoring_of(record: dict) -> str | None:
     """The way of scoring that a record tells, None where it tells none."""
     settings = record["identity"].get("settings")
     return text_of(settings, "scoring") if isinstance(settings, dict) else None
+
+
+def box_of(record: dict) -> Box | None:
+    """The box of the query's picture that alone counts, None where all of it does."""
+    settings = record["identity"].get("settings")
+    found = settings.get("box") if isinstance(settings, dict) else None
+    if isinstance(found, list) and len(found) == 4 and all(type(each) is int for each in found):
+        return check_box(found)
+    return None
 
 
 def describe_query(record: dict, task: Task | None, query: str) -> dict:

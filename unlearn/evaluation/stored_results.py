@@ -21,7 +21,7 @@ from ..report.standing_out import StandingOut
 from ..storage.reading import read_npz, read_text
 from ..storage.records import is_complete, names_of, read_record
 from .rankings import read_influence, warnings_of
-from .stored_records import describe_query, list_settings, scoring_of, text_of, texts_of
+from .stored_records import box_of, describe_query, list_settings, scoring_of, text_of, texts_of
 
 REMEDY = "make it anew: the same command with --overwrite"
 SIMILARITIES = {  # methods that never look at the model, the one to compare with first
@@ -254,7 +254,7 @@ def read_report(
     comparison, ranks = compare_ranks(result_dir, query, arrays["ids"].tolist())
     rows = make_rows(arrays, index, intervals, read_labels(folder / "influence.csv"), root, ranks)
     rows = name_originals(rows, root.folder)
-    notes = list_missing(root_name, root, known, picture, comparison) + texts_of(found, "remarks")
+    notes = list_missing(root_name, root, known, picture, comparison)
     if {*OF_INDEX} <= index.keys():
         audit = {name: index[name].item() for name in OF_INDEX if name != "rescored"}
         notes.insert(0, describe_recall(**audit))
@@ -272,6 +272,8 @@ def read_report(
         groups=share_groups(rows),
         command=text_of(found, "command"),
         known=read_known(path, arrays["influence"]),
+        box=box_of(record),
+        remarks=texts_of(found, "remarks"),
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..datasets.boxes import name_box
 from ..datasets.tasks import Task, find_result
 from ..evaluation.stored_results import read_report
 from ..report.contents import Report
-from ..report.page import describe_report, name_box, write_report
+from ..report.page import describe_report, write_report
 from ..report.ranking import Ranking, print_table
 from ..report.standing_out import FEWEST, WEAK, StandingOut, find_standing_out
 from ..runtime.printing import show
@@ -151,9 +152,7 @@ def read_attribution(
     remarks: of the images, for the page's top."""
     folder = find_result(results / "influence", task)
     name = folder.relative_to(results / "influence").as_posix()
-    report = read_report(results, name, str(root), task)
-    notes = [note for note in report.notes if note not in remarks]
-    report = replace(report, box=question.box, notes=notes, remarks=remarks)
+    report = replace(read_report(results, name, str(root), task), remarks=remarks)
     write_report(folder, report)
     rows = sorted(report.rows, key=lambda row: row.id)
     ranks = {row.id: rank for rank, row in enumerate(report.rows)}

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..datasets.boxes import Box
+from ..datasets.boxes import Box, check_inside
 from ..datasets.metadata import read_generation
 from ..datasets.pictures import read_picture
 from ..datasets.presence import check_pictures
@@ -51,15 +51,6 @@ def check_given(prompt: str | None, seed: int | None) -> None:
             raise UserError('--prompt: expected some words, found none; give it: --prompt "..."')
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
-
-
-def check_inside(box: Box, size: tuple[int, int], name: str) -> None:
-    """Raises UserError where a box reaches out of a picture of a size (width, height)."""
-    if box[2] > size[0] or box[3] > size[1]:
-        raise UserError(
-            f"--box {' '.join(map(str, box))}: reaches out of {name}, which has {size[0]} x "
-            f"{size[1]} pixels"
-        )
 
 
 def ask(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
 from ..attribution.removal_studies import RemovalStudy
-from ..datasets.boxes import check_box
+from ..datasets.boxes import Box, check_box
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
 from ..datasets.tasks import BASE, Task
@@ -18,9 +18,9 @@ from ..running import Output, attribute_by_removal
 from . import costs
 
 
-def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) -> None:
-    """Raises UserError where there is no such way of scoring, or repeats or a box mean nothing to
-    it."""
+def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) -> Box | None:
+    """The box that is given, None where none is. Raises UserError where there is no such way of
+    scoring, or repeats or a box mean nothing to it."""
     if scoring not in FRONT_SCORINGS:
         raise UserError(f"--scoring {scoring}: expected {' or '.join(FRONT_SCORINGS)}")
     for flag, value in ("--use_repeats", use_repeats), ("--box", box):
@@ -28,8 +28,7 @@ def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) ->
             raise UserError(
                 f"{flag}: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
             )
-    if box:
-        check_box(box)
+    return check_box(box) if box else None
 
 
 def open_removal(
@@ -38,7 +37,7 @@ def open_removal(
     root: Path,
     results: Path,
     use_repeats: bool,
-    box: Sequence[int] | None,
+    box: Box | None,
 ) -> RemovalStudy:
     """What ranks the images by removal, with features at a place of this run's own."""
     repeats: tuple[int, ...] = ()
@@ -56,7 +55,7 @@ def open_removal(
         place,
         settings,
         repeats=repeats,
-        box=check_box(box) if box else None,
+        box=box,
         overwrite=True,
     )
 

@@ -7,7 +7,7 @@ but the one in it, and every connection.
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ..datasets.boxes import name_box
 from ..runtime.printing import printable, shorten
 from ..storage.artifacts import write_bytes
 from ..version import __version__
@@ -157,11 +158,6 @@ def describe_report(report: Report) -> tuple[StandingOut, str, str]:
     if report.box:
         headline = f"In the {name_box(report.box)}: {headline[0].lower()}{headline[1:]}"
     return found, headline, explanation
-
-
-def name_box(box: Sequence[int]) -> str:
-    """A box of a picture, as `--box` takes it."""
-    return f"box {' '.join(map(str, box))}"
 
 
 def write_report(folder: Path, report: Report) -> Path:

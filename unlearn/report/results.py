@@ -9,6 +9,7 @@ import numpy as np
 
 from ..attribution.influence import find_warnings
 from ..attribution.studies import Study
+from ..datasets.boxes import Box, name_box
 from ..datasets.settings import AUTO
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -157,8 +158,11 @@ def print_result(
         )
 
 
-def print_removal(folder: Path, query: TrainingSet, ranking: Ranking, top_k: int) -> None:
-    """Prints a query's table by removal, and what its scores are."""
-    ranking.show(top_k, f'{query.ids[0]}: "{query.captions[0]}"')
+def print_removal(
+    folder: Path, query: TrainingSet, ranking: Ranking, top_k: int, box: Box | None
+) -> None:
+    """Prints a query's table by removal, and what its scores are. box: what of its picture counts."""
+    where = f", in the {name_box(box)}" if box else ""
+    ranking.show(top_k, f'{query.ids[0]}{where}: "{query.captions[0]}"')
     print(f"\nScored by removal: {REMOVAL_MEANING}.")
     print(f"Picture: {printable(folder / 'visualization.jpg')}")
