@@ -94,13 +94,13 @@ def test_a_copy_of_a_training_image_is_named(tmp_path):
         (
             {"without a caption": ["a.png", "b.png", "<c>.png", "d.png"], "it is gone": ["e.webp"]},
             [
-                "5 of 7 images were left out, and cannot be found: a.png, b.png, <c>.png, ... "
+                "5 of 7 images were left out and cannot appear in the ranking: a.png, b.png, <c>.png, ... "
                 "(without a caption); e.webp (it is gone)."
             ],
         ),
         (
             {"a caption": ["row 4"]},
-            ["1 of 3 images was left out, and cannot be found: row 4 (a caption)."],
+            ["1 of 3 images was left out and cannot appear in the ranking: row 4 (a caption)."],
         ),
     ],
 )

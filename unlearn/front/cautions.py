@@ -154,7 +154,7 @@ def describe_left_out(left: dict[str, list[str]], num_ranked: int) -> list[str]:
     ]
     was = "was" if count == 1 else "were"
     return [
-        f"{count} of {num_ranked + count} images {was} left out, and cannot be found: "
+        f"{count} of {num_ranked + count} images {was} left out and cannot appear in the ranking: "
         f"{'; '.join(parts)}."
     ]
 
