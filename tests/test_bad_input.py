@@ -1107,7 +1107,7 @@ TEXT_ENCODER, UNET = "text_encoder/model.safetensors", "unet/diffusion_pytorch_m
 PIPELINE_FAULTS = {
     "no model_index.json": (
         lambda folder: (folder / "model_index.json").unlink(),
-        "a folder without model_index.json",
+        "a folder with model_index.json",
     ),
     "no tokenizer": (
         lambda folder: shutil.rmtree(folder / "tokenizer"),

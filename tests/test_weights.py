@@ -84,3 +84,9 @@ def test_a_folder_of_the_hubs_cache_is_told_with_the_command_that_finds_its_snap
     assert f"python -m unlearn convert {cache}" in refusal(cache)
     convert.main([str(cache), "--out", str(tmp_path / "out")])
     assert capsys.readouterr().out == f"Pipeline: {cache}/snapshots/abc\n"
+
+
+def test_a_checkpoint_file_is_told_with_the_command_that_makes_a_folder_of_it(tmp_path):
+    path = tmp_path / "my model.safetensors"
+    path.write_bytes(b"weights")
+    assert refusal(path).endswith(f"is made by: python -m unlearn convert {shlex.quote(str(path))}")

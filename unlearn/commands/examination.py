@@ -224,9 +224,10 @@ def examine_disk(
 
 
 def pipeline_folder(name: str | Path) -> Path | None:
-    """Where the files of a pipeline stand on this machine, a folder or the hub's cache; None where
-    they do not. Raises ValueError where it is neither a folder nor a name on the hub."""
-    if Path(name).is_dir():
+    """Where the files of a pipeline stand on this machine, what is there under this name or the hub's
+    cache; None where they do not. Raises ValueError where it is neither there nor a name on the
+    hub."""
+    if Path(name).exists():
         return Path(name)
     cached = try_to_load_from_cache(str(name), "model_index.json")
     return Path(cached).parent if isinstance(cached, str) else None
@@ -250,9 +251,9 @@ def examine_pipeline(name: str, unet: str) -> Finding:
             f"pipeline {name}: not in the hub's cache; it is downloaded at first use",
             f"where nodes have no network: hf download {name}",
         )
-    where = f"pipeline {name}" + ("" if Path(name).is_dir() else ", in the hub's cache")
+    where = f"pipeline {name}" + ("" if Path(name).exists() else ", in the hub's cache")
     # Of the cache only some of the files may be there: they are looked at when the model is loaded.
-    if not Path(name).is_dir() and not has_all_parts(folder):
+    if not Path(name).exists() and not has_all_parts(folder):
         return Finding(OK, where)
     return (
         (unet and try_out(check_unet_folder, unet)[1])

@@ -23,8 +23,8 @@ def read_index(folder: str | Path) -> Any:
     path = Path(folder) / "model_index.json"
     if not path.exists():
         raise UserError(
-            f"--sd_version {folder}: a folder without {path.name} is no pipeline in diffusers' "
-            f"format; of a checkpoint file or a folder of the hub's cache one is made by: "
+            f"--sd_version {folder}: expected a pipeline in diffusers' format, a folder with "
+            f"{path.name}; of a checkpoint file or a folder of the hub's cache one is made by: "
             f"{convert_command(folder)}"
         )
     return read_json(path, "--sd_version")
