@@ -9,8 +9,10 @@ import torch
 
 from unlearn.attribution import removal
 from unlearn.commands.flags import resolve
+from unlearn.datasets import queries
 from unlearn.datasets.training_sets import open_training_set
 from unlearn.models.pipelines import load_model
+from unlearn.storage.hashes import hash_file
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -26,6 +28,25 @@ def one_thread():
 def few_draws():
     """`attribute` by removal of two draws and one probe: what is tested does not depend on it."""
     removal.USUAL = removal.RemovalSettings(timesteps=(350, 350), probes=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def latents_encoded_once():
+    """Pictures of queries and exemplars are encoded once by each VAE in a process of the tests: at
+    512 pixels that would be a quarter of every run of a script on the miniature."""
+    encode, known = queries.encode_images, {}
+
+    def encode_once(model, paths, resolution, mirrored=False, batch_size=20):
+        pictures = [hash_file(path) for path in paths if Path(path).is_file()]
+        how = model.weights_hash, str(model.pipeline.vae.config), model.device
+        key = (*how, *pictures, len(paths), resolution, mirrored, batch_size)
+        if key not in known:
+            known[key] = encode(model, paths, resolution, mirrored, batch_size)
+        return known[key].clone()
+
+    queries.encode_images = encode_once
+    yield
+    queries.encode_images = encode
 
 
 def resolved(args):

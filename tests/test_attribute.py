@@ -315,6 +315,7 @@ def test_a_box_outside_the_picture_is_refused_before_a_model_is_loaded(
     assert f"which has {width} x {height} pixels" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_five_conventions_of_forty_mixed_pictures_give_the_same_top_ten(tmp_path, ask):
     pairs = mixed_pictures(tmp_path / "pictures")
     tops = []

@@ -387,7 +387,7 @@ def test_a_killed_retraining_leaves_the_bits_of_an_uninterrupted_one(world, plac
         "--stack",
         "2",
         "--train_epochs",
-        "10",
+        "4",
     ]
     command.insert(3, "retrain")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -408,7 +408,7 @@ def test_a_killed_retraining_leaves_the_bits_of_an_uninterrupted_one(world, plac
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert not checkpoints()
     other = [*place[:-1], str(tmp_path / "whole")]
-    retrain.main(["subsets", *other, "--count", "2", "--stack", "2", "--train_epochs", "10"])
+    retrain.main(["subsets", *other, "--count", "2", "--stack", "2", "--train_epochs", "4"])
     for name in "half-000", "half-001":
         whole, resumed = (
             read_tensors(tmp_path / f"{folder}/retrain/{name}/model.safetensors")
