@@ -37,7 +37,9 @@ from unlearn.datasets import encoding
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.datasets.encoders import encode_images, encode_texts, load_image, transform_image
 from unlearn.front.models import find_model
+from unlearn.front.needs import count_passes
 from unlearn.models import pipelines
+from unlearn.models.architectures import build, read_architecture
 from unlearn.models.customization import check_customization
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
@@ -109,6 +111,21 @@ def test_the_loss_is_that_of_diffusers_training_example(world):
     torch.testing.assert_close(pixels, latents, rtol=1e-5, atol=1e-5)  # one by one, and together
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-7)
     assert found.std() > 1e-3 * found.mean(), "the samples must differ for this to say anything"
+
+
+@every_pipeline
+def test_a_model_without_weights_has_the_weights_and_operations_of_the_model(world):
+    """Both counted: every parameter's shape, and a forward and backward pass to keys and values."""
+    counted = build(read_architecture(world.folder))
+    shapes, found = [], []
+    for model in (counted, world.model):
+        parts = [getattr(model.pipeline, part) for part in ("vae", *model.encoders)]
+        parts = [model.denoiser, *parts]
+        shapes.append([[value.shape for value in part.parameters()] for part in parts])
+        found.append(count_passes(model, select_parameters(model.denoiser, KV), RESOLUTION))
+    assert shapes[0] == shapes[1] and found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2], rel=0.05)
+    assert found[0][1] > 0.5 * found[0][0] > 0
 
 
 def scheduler_indices(model):

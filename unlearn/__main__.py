@@ -19,6 +19,7 @@ COMMANDS = {  # and what they do; a command is imported when it is called
     "fisher": "Estimate the diagonal Fisher of a data root's model.",
     "generate": "Make pictures from prompts, with tasks that rank their training images.",
     "index": "Build an index of gradients, from which all images are ranked at once.",
+    "needs": "Tell what GPU, memory and time a model takes, from its configuration.",
     "report": "Make a page of results to look at and to send on.",
     "retrain": "Train models without some images: the gold standard.",
     "tasks": "Write the task file of the AbC benchmark or of MSCOCO.",

@@ -12,7 +12,7 @@ sketches.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 
@@ -183,11 +183,19 @@ class FeatureMaker:
             noisy = self.model.diffuse(latent[None], self.normals[number][None], timesteps)
             prediction = self.model.predict(noisy, timesteps, conditioning)[0].float()
         for direction in signs:
-            gradients = torch.autograd.grad(
-                prediction,
-                list(self.parameters.values()),
-                direction,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            yield self.sketch.project(dict(zip(self.parameters, gradients)))
+            yield self.sketch.project(differentiate(prediction, self.parameters, direction))
+
+
+def differentiate(
+    prediction: torch.Tensor, parameters: Mapping[str, torch.Tensor], direction: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """J^T v, {name: tensor}: how a prediction changes in a direction v with each parameter. The
+    prediction can be differentiated again."""
+    gradients = torch.autograd.grad(
+        prediction,
+        list(parameters.values()),
+        direction,
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    return dict(zip(parameters, gradients))

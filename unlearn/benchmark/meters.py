@@ -5,14 +5,16 @@ import ctypes
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.counting import count_flops
+
+__all__ = ["anonymous_bytes", "count_flops", "hand_back_memory", "measure_ceiling", "metered"]
 
 SECONDS_BETWEEN_SAMPLES = 0.01  # of the process's memory
 CEILING_SECONDS = 2.0
@@ -81,15 +83,6 @@ def metered(device: torch.device) -> Iterator[dict[str, Any]]:
         if peak is not None:
             watcher.join()
     costs["host_bytes"] = peak
-
-
-def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of one call of `work`, its
-    backward passes too. Attention is taken apart into its products for that: not every fused kernel
-    of it is known to the counter."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    return counter.get_total_flops()
 
 
 def measure_ceiling(

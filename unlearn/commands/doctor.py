@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try_out,
     )
     from .flags import check_names
+    from .forecast import examine_needs
     from .inputs import check_training_files
     from .inventory import examine_results
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"data root"} if readable and data[0].status == OK else (),
         ),
         "data root": data,
+        "needs": examine_needs(args, settings) if settings else [],
         "tasks": tasks,
         "results": examine_results(
             args, groups, settings, try_out(check_training_files, args)[0] if readable else None

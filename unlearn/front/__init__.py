@@ -20,7 +20,9 @@ from ..datasets.entries import Found
 from ..datasets.folders import read_folder
 from ..datasets.settings import PUBLISHED
 from ..errors import UserError
+from ..models.architectures import architecture_of
 from ..models.customization import check_texts, check_words
+from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
 from ..models.pipelines import Model, load_model
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
@@ -31,6 +33,7 @@ from .answers import Attribution
 from .jobs import DATASET, Job, Making, answer
 from .loras import choose_side, compare_loras, fill_caption, open_loras
 from .models import Source, find_model, list_loras
+from .needs import find_needs
 from .planning import count_work, list_done
 from .questions import (
     Question,
@@ -166,7 +169,7 @@ def attribute(
         side = 0 if side == loaded.own_resolution else side
         plan, num_bytes = plan_run(found, loaded, out, questions, making, scoring, side)
         if dry_run:
-            costs.show_plan(plan, num_bytes)
+            costs.show_plan(plan, num_bytes, tell_needs(loaded, side, scoring))
             return []
     check_space(out, num_bytes)
     job = Job(
@@ -208,6 +211,12 @@ def load_source(
     except UserError as error:
         raise UserError(str(error).replace("--sd_version", "--model")) from None
     return source, loaded
+
+
+def tell_needs(model: Model, side: int, scoring: str) -> str:
+    """What a run of a model takes, in words. side: pixels of a picture's, 0 for the model's own."""
+    lora = has_matrices(model.denoiser)
+    return find_needs(architecture_of(model), side, scoring, lora).describe()
 
 
 def check_prompts(model: Model, questions: list[Question]) -> None:

@@ -185,14 +185,15 @@ def describe_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def show_plan(steps: list[Step], num_bytes: int) -> None:
-    """Prints what a run would do."""
+def show_plan(steps: list[Step], num_bytes: int, needs: str) -> None:
+    """Prints what a run would do. needs: what it takes besides, in words."""
     show("")
     for number, step in enumerate(steps, 1):
         cost = f"about {describe_seconds(step.seconds)}" if step.seconds else ""
         show(f"step {number} of {len(steps)}  {step.name:<56} {step.work:<38} {cost}".rstrip())
     total = sum(step.seconds for step in steps)
     show("", f"In all about {describe_seconds(total)}, and {num_bytes / 1e6:,.0f} MB on the disk.")
+    show(f"Counted, not measured: {needs}.")
 
 
 class Clock:

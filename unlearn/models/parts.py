@@ -83,13 +83,7 @@ def read_parts(folder: str | Path, unet: str = "") -> Parts:
 
     def configured(part: str) -> dict:
         config = read_config(places.get(part, root / part) / "config.json")
-        defaults = {
-            name: value.default
-            for name, value in inspect.signature(
-                getattr(diffusers, family.classes[part][0])
-            ).parameters.items()
-        }
-        return {**defaults, **config}
+        return with_defaults(family.classes[part][0], config)
 
     def describe(encoder: str) -> dict:
         config = build(
@@ -120,6 +114,12 @@ def read_parts(folder: str | Path, unet: str = "") -> Parts:
         },
         scheduler,
     )
+
+
+def with_defaults(kind: str, config: dict) -> dict:
+    """A configuration of a class of diffusers, with the defaults of what it does not say."""
+    signature = inspect.signature(getattr(diffusers, kind))
+    return {**{name: each.default for name, each in signature.parameters.items()}, **config}
 
 
 def read_tokens(folder: Path) -> Tokens:

@@ -1,0 +1,125 @@
+"""What a run needs, counted by configurations alone: the published models' sizes, tensors alive at
+once, and what doctor, the front door and `python -m unlearn needs` tell of it."""
+
+import pytest
+import torch
+from conftest import PARITY
+
+from unlearn import UserError
+from unlearn.attribution.removal import RemovalSettings
+from unlearn.commands import forecast, needs
+from unlearn.datasets.settings import PUBLISHED as DEFAULTS
+from unlearn.front.needs import find_needs
+from unlearn.models.architectures import (
+    architecture_of,
+    build,
+    published_architecture,
+    read_architecture,
+)
+from unlearn.models.counting import counting
+from unlearn.models.pipelines import select_parameters
+from unlearn.models.published import PUBLISHED
+
+TINY = PARITY / "fixture/sd-tiny"
+# Millions of parameters as their makers or diffusers' documentation state them: the denoiser, and
+# keys and values of the text.
+SIZES = {
+    "Stable Diffusion 1.5": (859.5, 19.2),
+    "Stable Diffusion 2.1": (865.9, 25.6),
+    "Stable Diffusion XL": (2567.5, 340.8),
+    "Stable Diffusion 3 medium": (2028.3, 113.2),
+    "Stable Diffusion 3.5 medium": (2243.2, 113.2),
+    "Stable Diffusion 3.5 large": (8056.6, 449.5),
+    "FLUX.1-dev": (11901.4, 358.6),
+    "FLUX.1-schnell": (11891.2, 358.6),
+    "PixArt-alpha": (611.3, 74.3),
+    "PixArt-sigma": (610.9, 74.3),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_sizes(name):
+    model = build(published_architecture(name))
+    selected = select_parameters(model.denoiser, "cross-attn-kv").values()
+    counted = (
+        sum(value.numel() for value in values) / 1e6
+        for values in (model.denoiser.parameters(), selected)
+    )
+    assert tuple(counted) == pytest.approx(SIZES[name], abs=0.06)
+    assert all(value.is_meta for value in model.denoiser.parameters())
+
+
+def count(work, held):
+    """What a piece of work has alive at once, and its operations."""
+    with counting(held) as counts:
+        kept = work()  # until the end, as who asks for it does
+    del kept
+    return counts.peak, counts.flops
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_peak_is_what_is_alive_at_once(device):
+    """Three products, each of 100 x 100 numbers, of which two at a time are needed; with gradients
+    the results of both exp are kept, and the weights never count."""
+    first, weight = torch.ones(100, 100, device=device), torch.ones(100, 100, device=device)
+    chain = lambda: ((first @ weight).exp() @ weight).exp() @ weight
+    assert count(chain, [first, weight]) == (2 * 40_000, 3 * 2 * 100**3)
+    assert count(lambda: weight.T[:50].sum(), [first, weight]) == (4, 0)
+    weight.requires_grad_(True)
+    assert count(chain, [first, weight])[0] == 3 * 40_000
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_is_counted_without_a_matrix_of_all_pairs(device):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    texts = torch.ones(1, 2, 1000, 8, device=device)
+    peak, flops = count(lambda: attend(texts, texts, texts), [texts])
+    assert peak < 4 * 1000 * 1000 and flops == 2 * 2 * 2 * 1000 * 1000 * 8
+
+
+def test_operations_of_features_are_those_of_their_passes():
+    architecture = read_architecture(TINY)
+    found = find_needs(architecture)
+    passes = 1 + 4, 4 * 2
+    expected = found.encoding + passes[0] * found.forward + passes[1] * found.backward
+    assert found.features() == expected
+    assert found.features(RemovalSettings(timesteps=(350,), probes=1)) == (
+        found.encoding + 2 * found.forward + found.backward
+    )
+    assert found.seconds(1000, "H100") == pytest.approx(1000 * expected / (0.4 * 67e12))
+    cells = needs.describe("mine", architecture, 0, 1000, False)
+    assert cells[:1] + cells[4:5] == [f"mine, {found.resolution} px", "12 GB"]
+    assert len(cells) == len(needs.HEADER)
+
+
+def test_a_model_needs_more_than_a_lora_and_a_larger_picture_more_than_a_small_one(model):
+    own, lora = (find_needs(read_architecture(TINY), lora=lora) for lora in (False, True))
+    large = find_needs(read_architecture(TINY), 4 * own.resolution)
+    assert own.selected == sum(value.numel() for value in model.denoiser.parameters())
+    assert lora.selected < own.selected and lora.device["scoring"] < own.device["scoring"]
+    assert lora.backward < own.backward and large.forward > 15 * own.forward
+    assert large.device["scoring"] > own.device["scoring"] and own.smallest_gpu == 12
+    assert find_needs(architecture_of(model)) == own
+
+
+def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
+    monkeypatch.setattr(needs, "describe", lambda name, *more: [name, str(more[1:])])
+    needs.main(["stable diffusion 1.5", str(TINY), "--images", "10"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"| {name} | ({resolution}, 10, {lora}) |"
+        for name, resolution in (("stable diffusion 1.5", 512), (TINY, 0))
+        for lora in (False, True)
+    ]
+    with pytest.raises(
+        UserError, match="nothing-such: neither a pipeline's folder nor a published"
+    ):
+        needs.main(["nothing-such"])
+
+
+def test_doctor_tells_what_each_way_of_scoring_needs(monkeypatch):
+    args = needs.Namespace(sd_version=str(TINY), lora=None, device="cpu")
+    findings = forecast.examine_needs(args, DEFAULTS)
+    assert [finding.status for finding in findings] == ["ok", "ok"]
+    assert all("on a GPU (a GPU of 12 GB does it)" in finding.text for finding in findings)
+    monkeypatch.setattr(forecast, "memory_limit", lambda: 1000)
+    assert {finding.status for finding in forecast.examine_needs(args, DEFAULTS)} == {"note"}

@@ -1,0 +1,49 @@
+"""What the doctor says of what runs will need, by a model's configuration alone."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..attribution.names import FRONT_SCORINGS
+from ..front.needs import Needs, describe_bytes, find_needs
+from ..models.architectures import read_architecture
+from ..runtime.programs import choose_device
+from .examination import NOTE, OK, Finding, memory_limit, pipeline_folder, try_out
+
+WORDS = {"removal": "--scoring removal", "exact": "unlearning (keys and values)"}
+
+
+def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
+    """What a run takes by each way of scoring, and whether this machine has it; nothing of a model
+    whose configurations are not there, or cannot be used, which others tell."""
+    pipeline = args.sd_version or settings["pipeline"]
+    folder = pipeline_folder(pipeline)
+    if folder is None or not Path(folder).is_dir():
+        return []
+    architecture, problem = try_out(read_architecture, folder, settings["unet"])
+    if problem:
+        return []
+    lora = bool(args.lora or settings["lora"])
+    findings = []
+    for scoring in FRONT_SCORINGS:
+        how = architecture, settings["resolution"], scoring, lora
+        needs, problem = try_out(find_needs, *how)
+        if problem:
+            return []
+        findings.append(tell_needs(needs, WORDS[scoring], args.device))
+    return findings
+
+
+def tell_needs(needs: Needs, scoring: str, device: str | None) -> Finding:
+    """What a way of scoring takes, and whether this machine has it."""
+    found, problem = try_out(choose_device, device)
+    text = f"{scoring}: {needs.describe()}; {needs.image_bytes / 1e6:.2f} MB on the disk an image"
+    if problem is None and found.type == "cuda":
+        there, needed = torch.cuda.mem_get_info(found)[1], needs.device_bytes
+    else:
+        there, needed = min(psutil.virtual_memory().available, memory_limit()), needs.cpu_bytes
+    if needed > there:
+        return Finding(NOTE, text, f"{describe_bytes(there)} are there: take a larger machine")
+    return Finding(OK, text)

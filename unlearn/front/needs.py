@@ -1,0 +1,218 @@
+"""What a run needs on device, in memory and on disk, and how much it computes: counted on a model
+without weights, before anything is loaded.
+
+The passes are those of the code that runs: of removal, for each caption one pass for its loss, and
+at each timestep one forward pass and a backward pass a probe, of one noisy sample; of unlearning, the
+passes of `costs.Counts` with gradients of keys and values.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..attribution.names import REMOVAL
+from ..attribution.removal import USUAL, RemovalSettings, differentiate, own_settings
+from ..attribution.removal_index import image_type
+from ..errors import UserError
+from ..models.architectures import Architecture, add_lora, build, zero_texts, zeros
+from ..models.counting import counting
+from ..models.families.interface import KV
+from ..models.lora import SELECTION
+from ..models.pipelines import Model, select_parameters, tracked
+from ..runtime.programs import is_out_of_memory
+from ..storage.hashes import digest
+
+LIBRARIES = 1_200_000_000  # bytes of memory that Python and the libraries take by themselves
+CONTEXT = 1_000_000_000  # bytes of a GPU that CUDA takes by itself
+UNUSED = 0.05  # of a GPU, that an allocator cannot use
+GPUS = (12, 16, 24, 40, 80)  # GB of those that people have
+# Operations a second that makers state for matrix products: float32 without TensorFloat-32, and
+# bfloat16 without sparsity. UTILISATION: the part of them that a pass is taken to reach.
+SPEEDS = {
+    "A100": {"fp32": 19.5e12, "bf16": 312e12},
+    "H100": {"fp32": 67e12, "bf16": 989e12},
+}
+UTILISATION = 0.4
+SKETCH_BYTES = 4  # a weight, of where it goes in the sketch
+# A weight, of unlearning: its original, its Fisher, a pass's gradient, and float64 sums of a pass and
+# of a step.
+UNLEARNING_BYTES = 4 + 4 + 4 + 8 + 8
+COUNTED: dict[str, "Needs"] = {}  # in this process: it takes seconds
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run of one model at a resolution needs."""
+
+    resolution: int
+    parameters: dict[str, int]  # of each part
+    selected: int  # weights whose derivatives are taken
+    forward: int  # operations of a pass of one noisy sample
+    backward: int  # of a backward pass to the selected weights
+    encoding: int  # of a picture and its caption: latents of two views, embeddings
+    device: dict[str, int]  # bytes, at most, by what is done
+    host: int  # bytes of memory while the model is loaded onto a GPU
+    image_bytes: int  # of an image on the disk
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device at most."""
+        return max(self.device.values())
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Bytes of memory that a run on a CPU takes at most."""
+        return self.device_bytes + LIBRARIES
+
+    def features(self, settings: RemovalSettings = USUAL) -> int:
+        """Operations of the features of one image, with its encoding."""
+        noises = len(settings.timesteps)
+        passes = self.forward + noises * (self.forward + settings.probes * self.backward)
+        return self.encoding + passes
+
+    def seconds(self, num_images: int, gpu: str, precision: str = "fp32") -> float:
+        """Predicted seconds of the features of so many images on one of SPEEDS' GPUs."""
+        return num_images * self.features() / (SPEEDS[gpu][precision] * UTILISATION)
+
+    @property
+    def smallest_gpu(self) -> int | None:
+        """GB of the smallest GPU that does it, None where none of GPUS does."""
+        needed = (self.device_bytes + CONTEXT) / (1 - UNUSED)
+        return next((size for size in GPUS if size * 1e9 >= needed), None)
+
+    def describe(self) -> str:
+        """In words, what a run takes on a device and in memory."""
+        gpu = f"a GPU of {size} GB" if (size := self.smallest_gpu) else f"no GPU of {GPUS[-1]} GB"
+        return (
+            f"about {describe_bytes(self.device_bytes)} on a GPU ({gpu} does it) and "
+            f"{describe_bytes(self.host)} of memory, or {describe_bytes(self.cpu_bytes)} of memory "
+            f"on a CPU"
+        )
+
+
+def find_needs(
+    architecture: Architecture,
+    resolution: int = 0,
+    scoring: str = REMOVAL,
+    lora: bool = False,
+) -> Needs:
+    """The Needs of a pipeline. resolution: pixels of a picture's side, 0 for the model's own; lora:
+    whether a LoRA's matrices are looked at instead of the model's weights (of removal) or those of
+    keys and values. Raises UserError where the configurations make no model that can be counted."""
+    parts = architecture.parts
+    configs = parts.family.name, parts.classes, parts.denoiser, parts.vae, architecture.encoders
+    key = digest(repr((configs, parts.tokens, resolution, scoring, lora)))
+    try:
+        if key not in COUNTED:
+            model = build(architecture)
+            COUNTED[key] = count_needs(model, architecture, resolution, scoring, lora)
+        return COUNTED[key]
+    except UserError:
+        raise
+    except Exception as error:  # of a configuration of others anything
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"what it needs cannot be counted ({reason:.200})") from None
+
+
+def count_needs(
+    model: Model, architecture: Architecture, resolution: int, scoring: str, lora: bool
+) -> Needs:
+    """`find_needs` of a Model on `meta`."""
+    resolution = model.resolution({"resolution": resolution})
+    parameters = {part: count_parameters(module) for part, module in list_parts(model).items()}
+    weights = {part: count_bytes(module) for part, module in list_parts(model).items()}
+    if lora:
+        add_lora(model)
+    is_removal = scoring == REMOVAL
+    settings = own_settings(model)
+    selection = settings.weight_selection if is_removal else SELECTION if lora else KV
+    selected = select_parameters(model.denoiser, selection)
+    number = sum(value.numel() for value in selected.values())
+    forward, backward, peak = count_passes(model, selected, resolution)
+    extra = SKETCH_BYTES if is_removal else UNLEARNING_BYTES
+    picture, encoding = count_picture(model, resolution)
+    others = sum(weights.values()) - weights[model.family.denoiser]
+    return Needs(
+        resolution,
+        parameters,
+        number,
+        forward,
+        backward,
+        2 * encoding + count_caption(model, architecture, parameters),
+        {
+            "encoding": sum(weights.values()) + picture,
+            "scoring": others + count_bytes(model.denoiser) + extra * number + peak,
+        },
+        sum(weights.values()) + LIBRARIES,
+        count_image(model, resolution, settings if is_removal else None),
+    )
+
+
+def describe_bytes(number: float) -> str:
+    """A size as people say it."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def list_parts(model: Model) -> dict[str, torch.nn.Module]:
+    """The parts of a model that have weights."""
+    names = (model.family.denoiser, "vae", *model.encoders)
+    return {name: getattr(model.pipeline, name) for name in names}
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(value.numel() for value in module.parameters())
+
+
+def count_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
+
+
+def count_passes(
+    model: Model, selected: Mapping[str, torch.nn.Parameter], resolution: int
+) -> tuple[int, int, int]:
+    """Of one noisy sample: operations of a forward pass, of a backward pass to the selected weights,
+    and bytes at most that forward and backward passes have alive beside the weights."""
+    noisy, timesteps = zeros(model, resolution)
+    texts, held = zero_texts(model), [*model.denoiser.parameters(), *model.denoiser.buffers()]
+    with tracked(dict(selected)), torch.enable_grad(), counting(held) as counts:
+        prediction = model.predict(noisy, timesteps, texts).float()
+        forward = counts.flops
+        differentiate(prediction, selected, torch.zeros_like(prediction))
+    return forward, counts.flops - forward, counts.peak
+
+
+@torch.no_grad()
+def count_picture(model: Model, resolution: int) -> tuple[int, int]:
+    """Of one picture that the VAE encodes: bytes at most beside its weights, and operations."""
+    pixels = torch.zeros(1, 3, resolution, resolution, device=model.device)
+    vae = model.pipeline.vae
+    with counting([*vae.parameters(), *vae.buffers()]) as counts:
+        vae.encode(pixels)
+    return counts.peak, counts.flops
+
+
+def count_caption(model: Model, architecture: Architecture, parameters: Mapping[str, int]) -> int:
+    """Operations of the text encoders for one caption: two a weight and token."""
+    total = 0
+    for encoder in model.encoders:
+        table = getattr(model.pipeline, encoder).get_input_embeddings().weight.numel()
+        tokens = architecture.parts.tokens[model.family.encoders[encoder]].limit or 0
+        total += 2 * (parameters[encoder] - table) * tokens
+    return total
+
+
+def count_image(model: Model, resolution: int, settings: RemovalSettings | None) -> int:
+    """Bytes of an image with one caption on the disk: latents of two views, conditioning and, of
+    removal, features."""
+    texts = sum(map(math.prod, model.conditioning_shapes.values()))
+    encoded = 4 * (2 * math.prod(model.latent_shape(resolution)) + texts)
+    if settings is None:
+        return encoded
+    kind = image_type(len(settings.timesteps), settings.probes, settings.sketch_size)
+    return encoded + kind.itemsize

@@ -1,0 +1,191 @@
+"""The published models that most people start from, by the configurations of their parts: what is
+not the default of diffusers' and transformers' classes. No weights are needed to count what they cost.
+
+Source: config.json of each part as published under the hub's names below.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+STABLE_UNET = {  # Stable Diffusion 1 and 2
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+}
+XL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+THREE = {  # Stable Diffusion 3 and 3.5
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
+PIXART = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "sample_size": 128,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+VAE_16 = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_H = {  # OpenCLIP's, without its last layer
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+}
+CLIP_G = {  # OpenCLIP's
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+POOLED = "CLIPTextModelWithProjection"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A pipeline by its parts, {name: (class, configuration)}."""
+
+    hub: str
+    pipeline: str
+    parts: dict[str, tuple[str, dict[str, Any]]]
+    limits: dict[str, int]  # tokens that each tokenizer reads of a prompt
+    resolution: int  # pixels of a side
+
+
+def stable(hub: str, unet: dict, text: dict, resolution: int) -> Published:
+    """One of Stable Diffusion 1 and 2."""
+    parts = {
+        "unet": ("UNet2DConditionModel", {**STABLE_UNET, **unet}),
+        "vae": ("AutoencoderKL", VAE),
+        "text_encoder": ("CLIPTextModel", text),
+    }
+    return Published(hub, "StableDiffusionPipeline", parts, {"tokenizer": 77}, resolution)
+
+
+def three(hub: str, transformer: dict) -> Published:
+    """One of Stable Diffusion 3 and 3.5."""
+    parts = {
+        "transformer": ("SD3Transformer2DModel", {**THREE, **transformer}),
+        "vae": ("AutoencoderKL", VAE_16),
+        "text_encoder": (POOLED, CLIP_L),
+        "text_encoder_2": (POOLED, CLIP_G),
+        "text_encoder_3": ("T5EncoderModel", T5_XXL),
+    }
+    limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 512}
+    return Published(hub, "StableDiffusion3Pipeline", parts, limits, 1024)
+
+
+def flux(hub: str, guidance: bool) -> Published:
+    """One of FLUX.1."""
+    parts = {
+        "transformer": ("FluxTransformer2DModel", {**FLUX, "guidance_embeds": guidance}),
+        "vae": ("AutoencoderKL", VAE_16),
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+        "text_encoder_2": ("T5EncoderModel", T5_XXL),
+    }
+    return Published(hub, "FluxPipeline", parts, {"tokenizer": 77, "tokenizer_2": 512}, 1024)
+
+
+def pixart(hub: str, pipeline: str, is_told_sizes: bool) -> Published:
+    """One of PixArt."""
+    transformer = {**PIXART, "use_additional_conditions": is_told_sizes}
+    parts = {
+        "transformer": ("PixArtTransformer2DModel", transformer),
+        "vae": ("AutoencoderKL", VAE),
+        "text_encoder": ("T5EncoderModel", T5_XXL),
+    }
+    return Published(hub, pipeline, parts, {"tokenizer": 512}, 1024)
+
+
+XL = Published(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "StableDiffusionXLPipeline",
+    {
+        "unet": ("UNet2DConditionModel", XL_UNET),
+        "vae": ("AutoencoderKL", VAE),
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+        "text_encoder_2": (POOLED, CLIP_G),
+    },
+    {"tokenizer": 77, "tokenizer_2": 77},
+    1024,
+)
+MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+MEDIUM_35 = {
+    **MEDIUM,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+LARGE_35 = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+TWO = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+PUBLISHED = {
+    "Stable Diffusion 1.5": stable(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        CLIP_L,
+        512,
+    ),
+    "Stable Diffusion 2.1": stable("stabilityai/stable-diffusion-2-1", TWO, CLIP_H, 768),
+    "Stable Diffusion XL": XL,
+    "Stable Diffusion 3 medium": three(
+        "stabilityai/stable-diffusion-3-medium-diffusers", {**MEDIUM, "pos_embed_max_size": 192}
+    ),
+    "Stable Diffusion 3.5 medium": three("stabilityai/stable-diffusion-3.5-medium", MEDIUM_35),
+    "Stable Diffusion 3.5 large": three("stabilityai/stable-diffusion-3.5-large", LARGE_35),
+    "FLUX.1-dev": flux("black-forest-labs/FLUX.1-dev", True),
+    "FLUX.1-schnell": flux("black-forest-labs/FLUX.1-schnell", False),
+    "PixArt-alpha": pixart("PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", True),
+    "PixArt-sigma": pixart("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline", False),
+}
