@@ -17,6 +17,10 @@ Step by step:
     after = unlearn.compute_losses(model, images, delta=delta)
     ranking = unlearn.rank(images, after - before)
 
+Or by how far the model's predictions of the images move, without losses before:
+
+    ranking = unlearn.rank(images, unlearn.compute_output_changes(model, images, delta))
+
 Or by removal, without a Fisher and a step; features that are kept serve every query:
 
     scores = unlearn.removal_scores(model, images, query, cache="features")
@@ -41,6 +45,8 @@ from .attribution.deltas import Delta
 from .attribution.draws import ImageNoise
 from .attribution.fishers import KV, open_fisher, own_selection
 from .attribution.losses import changed_losses, loss_sums
+from .attribution.names import OUTPUT
+from .attribution.outputs import changed_outputs
 from .attribution.removal import RemovalSettings, own_settings
 from .attribution.removal_scores import RIDGE
 from .attribution.removal_studies import RemovalStudy
@@ -67,6 +73,7 @@ __all__ = [
     "RemovalSettings",
     "TrainingSet",
     "compute_losses",
+    "compute_output_changes",
     "customized",
     "encode_query",
     "load_fisher",
@@ -172,26 +179,67 @@ def compute_losses(
     precision (fp32 or tf32): the same for losses that are compared; batch_size: noisy samples in a
     pass, memory only. Source: [AbU] section 4.
     """
-    time_samples = time_samples or images.settings.get("time_samples", PUBLISHED["time_samples"])
-    grid = noise.timestep_grid(time_samples, model.num_train_timesteps, "time_samples")
-    settings = LossSettings(grid, ImageNoise(noise_seed), precision)
-    identity = settings.identity(model, images)
-    sweep = Sweep(images, grid, batch_size, settings.noise)
+    sweep, identity = plan_sweep(model, images, time_samples, noise_seed, precision, batch_size)
     changed = {"weight_change": delta.content} if delta else {}
     with TemporaryDirectory() as folder, in_precision(precision):
         name = f"losses-{delta.content[:8]}.npy" if delta else "losses.npy"
         file = [Path(cache or folder) / name], [{**identity, **changed}]
         if delta is None:
             [losses] = cache_columns(sweep, model, *file, sum_alone)
-        elif own_selection(model) == KV and set(delta.tensors) == set(
-            select_parameters(model.denoiser, KV)
-        ):
+        elif is_of_text(model, delta):
             with changed_losses(model, [delta.tensors]) as measure_of:
                 [losses] = cache_columns(sweep, model, *file, measure_of([0]))
         else:
             with changed_weights(model.denoiser, delta.tensors):
                 [losses] = cache_columns(sweep, model, *file, sum_alone)
     return losses.astype(np.float64)
+
+
+def compute_output_changes(
+    model: Model,
+    images: TrainingSet,
+    delta: Delta,
+    cache: str | Path | None = None,
+    time_samples: int | None = None,
+    noise_seed: int = 0,
+    precision: str = "fp32",
+    batch_size: int = PASS_SIZE,
+) -> np.ndarray:
+    """How far unlearning a query moves the model's predictions of every view of every image, mean of
+    || eps_theta' - eps_theta ||^2, float64 [2n]: n as is, then n mirrored. What `--scoring output`
+    ranks by; losses before are not needed. Arguments as of `compute_losses`."""
+    sweep, identity = plan_sweep(model, images, time_samples, noise_seed, precision, batch_size)
+    identity |= {"scoring": OUTPUT, "weight_change": delta.content}
+    with (
+        TemporaryDirectory() as folder,
+        in_precision(precision),
+        changed_outputs(model, [delta.tensors], is_of_text(model, delta)) as measure_of,
+    ):
+        path = Path(cache or folder) / f"output-{delta.content[:8]}.npy"
+        [changes] = cache_columns(sweep, model, [path], [identity], measure_of([0]))
+    return changes.astype(np.float64)
+
+
+def plan_sweep(
+    model: Model,
+    images: TrainingSet,
+    time_samples: int | None,
+    noise_seed: int,
+    precision: str,
+    batch_size: int,
+) -> tuple[Sweep, dict]:
+    """The sweep over all views of some images, and the identity of what it measures."""
+    time_samples = time_samples or images.settings.get("time_samples", PUBLISHED["time_samples"])
+    grid = noise.timestep_grid(time_samples, model.num_train_timesteps, "time_samples")
+    settings = LossSettings(grid, ImageNoise(noise_seed), precision)
+    return Sweep(images, grid, batch_size, settings.noise), settings.identity(model, images)
+
+
+def is_of_text(model: Model, delta: Delta) -> bool:
+    """Whether a weight change is of K and V, and they are what the model's layers use."""
+    return own_selection(model) == KV and set(delta.tensors) == set(
+        select_parameters(model.denoiser, KV)
+    )
 
 
 def sum_alone(*samples: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 
 from .attribution.deltas import Delta
 from .attribution.intervals import find_intervals
+from .attribution.names import OUTPUT
 from .attribution.newton import relative_change
 from .attribution.removal_studies import RemovalStudy
 from .attribution.scoring import (
@@ -80,7 +81,7 @@ def group_size(study: Study) -> int:
     """How many queries of a model go together: each process unlearns some, all score each."""
     if shares_sweep(study):
         return MANY
-    return max(process_share()[1], TOGETHER if study.scoring.scoring == "exact" else 1)
+    return max(process_share()[1], TOGETHER if study.scoring.scoring in ("exact", OUTPUT) else 1)
 
 
 def describe_origin(task: Task, output: Output) -> dict:
@@ -102,13 +103,14 @@ def measure_query(study: Study, query: TrainingSet, delta: Delta, changes: dict)
     before, after = own_losses(study, query, delta)
     alpha, rate = read_step(delta.file, study.unlearning)
     weights, change = acting(study.model.denoiser, study.parameters, delta.tensors)
+    is_of_losses = study.scoring.scoring != OUTPUT
     return {
         "query_loss_before": before,
         "query_loss_after": after,
         "relative_weight_change": relative_change(change, weights),
         "alpha": alpha,
         "alpha_over_N": rate,
-        "median_change": results.median_change(changes["laion"]),
+        **({"median_change": results.median_change(changes["laion"])} if is_of_losses else {}),
     }
 
 

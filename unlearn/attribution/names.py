@@ -1,4 +1,9 @@
 """Names of ways of scoring, for those who ask before anything heavy is imported."""
 
-REMOVAL = "removal"
-FRONT_SCORINGS = (REMOVAL, "exact")  # of `attribute`, the default first; exact: as published
+REMOVAL, OUTPUT = "removal", "output"
+NAMED = (REMOVAL, OUTPUT)  # those that evaluations call by their names; all others are `ours`
+FRONT_SCORINGS = (
+    REMOVAL,
+    "exact",
+    OUTPUT,
+)  # of `attribute`, the default first; exact: as published

@@ -1,6 +1,8 @@
-"""How much every candidate's loss rises when a query is unlearned: three ways, from exact to fast.
+"""How much every candidate's loss rises when a query is unlearned: three ways, from exact to fast; and
+how far the model's predictions of it move.
 
-exact: the difference of two losses, [AbU] Eq. 6. midpoint: the derivative along the weight change,
+exact: the difference of two losses, [AbU] Eq. 6. output: the mean squared change of the prediction,
+which is that difference without its first order. midpoint: the derivative along the weight change,
 at its midpoint: one forward and backward pass a query, no rounding of a difference. gradient: first
 and second order at the original weights: one forward pass and a few backward ones for all queries
 of a model together.
@@ -8,7 +10,10 @@ of a model together.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +25,15 @@ from .caches import cache_columns, cache_losses
 from .deltas import Delta
 from .derivatives import PROBES, gradient_dots, second_order_dots
 from .draws import ImageNoise, rows_of
+from .fishers import KV
 from .influence import best_view, loss_changes
 from .losses import changed_losses, score_rows
+from .names import OUTPUT
+from .outputs import changed_outputs
 from .settings import AUTOCAST
 from .shortlist import choose_images, estimate_recall
 from .studies import Study
+from .sweeps import Sweep
 
 # Queries whose weight changes are in memory at once, where one sweep or one pass over an index
 # serves them all.
@@ -33,6 +42,34 @@ MANY = 64
 # results soon.
 TOGETHER = 5
 RECALL_OF = 100
+
+
+def run_changed(
+    study: Study,
+    sweep: Sweep,
+    deltas: Sequence[Delta],
+    files: Sequence[tuple[Path, dict]],
+    changed: Callable[..., AbstractContextManager],
+) -> np.ndarray:
+    """The column [2n] of the first of some weight changes, with its file; those of the others are
+    begun in the same passes. changed: as `losses.changed_losses`."""
+    path, own = files[0]
+    with changed(study.model, [delta.tensors for delta in deltas]) as measure_of:
+
+        def measure_with(numbers):
+            return measure_of([0, *(1 + number for number in numbers)])
+
+        [column] = cache_columns(
+            sweep,
+            study.model,
+            [path],
+            [own],
+            measure_of([0]),
+            study.overwrite,
+            files[1:],
+            measure_with,
+        )
+    return column
 
 
 def score_exact(
@@ -45,28 +82,29 @@ def score_exact(
         (delta.file.parent / f"{name}_loss.npy", {**identity, "weight_change": delta.content})
         for delta in (*deltas, *later)
     ]
-    path, own = files[0]
-    if study.unlearning.weight_selection == "cross-attn-kv":
-        changes = [delta.tensors for delta in (*deltas, *later)]
-        with changed_losses(model, changes) as measure_of:
-
-            def measure_with(numbers):
-                return measure_of([0, *(1 + number for number in numbers)])
-
-            [after] = cache_columns(
-                sweep,
-                model,
-                [path],
-                [own],
-                measure_of([0]),
-                study.overwrite,
-                files[1:],
-                measure_with,
-            )
+    if study.unlearning.weight_selection == KV:
+        after = run_changed(study, sweep, [*deltas, *later], files, changed_losses)
     else:
         with changed_weights(model.denoiser, deltas[0].tensors):
-            after = cache_losses(sweep, model, path, own, study.overwrite)
+            after = cache_losses(sweep, model, *files[0], study.overwrite)
     return [loss_changes(study.before[name], after)]
+
+
+def score_output(
+    study: Study, deltas: Sequence[Delta], images: TrainingSet, name: str, later: Sequence[Delta]
+) -> list[np.ndarray]:
+    """The mean over pixels, captions and grid of || eps_unlearned - eps_theta0 ||^2 of one query,
+    both of the image's own noise: [[2n]] float32. It needs no losses before unlearning."""
+    of_text = study.unlearning.weight_selection == KV
+    identity = {**study.losses.identity(study.model, images), "scoring": OUTPUT}
+    # Of other weights than K and V each change takes a copy of the model.
+    several = [*deltas, *later] if of_text else list(deltas)
+    files = [
+        (delta.file.parent / f"{name}_change.npy", {**identity, "weight_change": delta.content})
+        for delta in several
+    ]
+    changed = partial(changed_outputs, of_text=of_text)
+    return [run_changed(study, study.sweep(images), several, files, changed)]
 
 
 def score_midpoint(
@@ -111,7 +149,12 @@ def score_derivatives(
     )
 
 
-SCORINGS = {"exact": score_exact, "midpoint": score_midpoint, "gradient": score_gradients}
+SCORINGS = {
+    "exact": score_exact,
+    OUTPUT: score_output,
+    "midpoint": score_midpoint,
+    "gradient": score_gradients,
+}
 
 
 def score_queries(
@@ -121,7 +164,7 @@ def score_queries(
     ...].
 
     deltas: their weight changes on disk, one of them, or with gradient scoring up to MANY. later:
-    those of a few queries that come next, of exact scoring alone: it prepares them in the same
+    those of a few queries that come next, of exact and output scoring alone: it prepares them in the same
     passes. Everything is kept beside the weight changes: killed and run again it goes on.
     """
     score = SCORINGS[study.scoring.scoring]

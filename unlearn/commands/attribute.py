@@ -12,7 +12,8 @@ images that it was trained on, with captions by any convention: captions.txt, me
 .csv, .txt files beside the pictures, COCO's annotations, folders such as 10_name, or one --caption
 for all. The prompt is read from the picture's file where the program that made it wrote it there.
 Without a picture the model makes it from --prompt and --seed. Everything is made at first use and
-kept below DIR: latents and each image's features (with --scoring exact curvature and losses). Killed and run again, the same command goes on; a
+kept below DIR: latents and each image's features (with --scoring exact
+or output curvature and losses). Killed and run again, the same command goes on; a
 further picture costs its own part only. Ends in a table, a CSV file, a picture and report.html, a
 page to look at and to send on.
 """
@@ -95,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         default=FRONT_SCORINGS[0],
         help="removal: how much less certain the model would be of the picture without an image "
         "(default); exact: how much worse it explains an image once it has unlearned the picture, "
-        "as published",
+        "as published; output: how far its predictions of an image then move",
     )
     add_box(parser)
     parser.add(

@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..attribution.influence import is_indifferent, rank_images
-from ..attribution.names import REMOVAL
+from ..attribution.names import NAMED
 from ..baselines.similarity import (
     Encode,
     encode_blocks,
@@ -255,8 +255,8 @@ def sources_of(args: Namespace) -> Sources:
 
 def score_command(args: Namespace, method: str | None, task_json: str | Path) -> str:
     """What scores the queries of a task file by a method, by all baselines where it is None."""
-    if method in (OURS, REMOVAL):
-        scoring = {"scoring": REMOVAL} if method == REMOVAL else {}
+    if method == OURS or method in NAMED:
+        scoring = {} if method == OURS else {"scoring": method}
         return influence_command(args, task_json=task_json, **scoring)
     methods = None if method is None else [method]
     return write_command("baselines", args, methods=methods, task_json=task_json)

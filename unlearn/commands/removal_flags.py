@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..attribution.names import REMOVAL
+from ..attribution.names import NAMED, REMOVAL
 from ..attribution.removal import RemovalSettings
 from ..attribution.removal_scores import RIDGE
 from ..attribution.removal_studies import RemovalStudy
@@ -95,14 +95,14 @@ def check_removal_flags(args: Namespace) -> None:
 def check_kept_results(
     args: Namespace, folder: Path, groups: Mapping[str | None, Sequence[Task]]
 ) -> None:
-    """Raises UserError, before a model is loaded, where a result of the other way, by removal or by
-    unlearning, stands in a query's place and may not be replaced."""
+    """Raises UserError, before a model is loaded, where a result of another way of scoring stands in
+    a query's place and may not be replaced: by removal, by output or by changes of losses."""
     for task in [] if args.overwrite else [task for tasks in groups.values() for task in tasks]:
         path = find_result(folder, task) / "influence.npz"
         if not is_complete(path):
             continue
         found = scoring_of(read_record(path, "give --overwrite to replace it")) or "exact"
-        if (found == REMOVAL) != (args.scoring == REMOVAL):
+        if found != args.scoring and {found, args.scoring} & {*NAMED}:
             raise UserError(
                 f"{path}: was made by --scoring {found}, not {args.scoring}; give --overwrite to "
                 f"replace it, or another --result_dir"

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import noise
-from ..attribution.names import REMOVAL
+from ..attribution.names import NAMED
 from ..baselines.similarity import Encode, feature_encoder
 from ..datasets.queries import encode_query
 from ..datasets.repeats import read_repeats
@@ -121,8 +121,8 @@ def measure_settings(args: Namespace, tasks: Sequence[Task]) -> MeasureSettings:
 
 def ranking_command(args: Namespace, folder: Path, method: str) -> str:
     """What ranks the queries of `retrain`'s task files into `folder`."""
-    if method in (OURS, REMOVAL):
-        scoring = {"scoring": REMOVAL} if method == REMOVAL else {}
+    if method == OURS or method in NAMED:
+        scoring = {} if method == OURS else {"scoring": method}
         return influence_command(
             args, task_json=args.task_json[0], result_dir=folder.parent, top_k=None, **scoring
         )  # retrain's top_k is another

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from dataclasses import fields
 
-from ..attribution.names import REMOVAL
+from ..attribution.names import OUTPUT, REMOVAL
 from ..attribution.scoring import SCORINGS
 from ..attribution.settings import AUDIT, AUTOCAST, SHORTLIST, UnlearnSettings
 from ..datasets.settings import AUTO_CHANGE
@@ -83,9 +83,10 @@ def add_scoring_flags(parser: Parser) -> None:
         "--scoring",
         choices=[*SCORINGS, REMOVAL],
         default="exact",
-        help="exact: difference of two losses (default); midpoint: derivative half way along the "
-        "weight change; gradient: first and second order, all queries of a model at once; removal: "
-        "how much less certain the query's prediction would be without an image",
+        help="exact: difference of two losses (default); output: how far the model's predictions of an "
+        "image move, without losses; midpoint: derivative half way along the weight change; gradient: "
+        "first and second order, all queries of a model at once; removal: how much less certain the "
+        "query's prediction would be without an image",
     )
     parser.add(
         "scoring",
@@ -144,21 +145,28 @@ def check_scoring(args: Namespace) -> None:
             "--index: ranks all images by their gradients already; score its shortlist with "
             "--scoring exact or midpoint, without --compat"
         )
-    if args.scoring == "exact" and args.precision == "bf16":
+    differences = {"exact": "two losses", OUTPUT: "two predictions"}
+    if args.scoring in differences and args.precision == "bf16":
         raise UserError(
-            "--precision bf16: the difference of two losses is lost in its rounding; give "
-            "--scoring midpoint or gradient"
+            f"--precision bf16: the difference of {differences[args.scoring]} is lost in its "
+            f"rounding; give --scoring midpoint or gradient"
+        )
+    if args.index and args.scoring == OUTPUT:
+        raise UserError(
+            f"--index: estimates changes of losses, beside which those of predictions cannot stand; "
+            f"give --scoring exact or midpoint, found {args.scoring}"
         )
     if args.scoring != "exact" and args.compat:
         raise UserError(
             f"--compat {args.compat}: the published program knows --scoring exact only, found "
             f"{args.scoring}"
         )
-    if (args.scoring != "exact" or args.index) and args.weight_selection != "cross-attn-kv":
+    is_derivative = args.scoring not in differences
+    if (is_derivative or args.index) and args.weight_selection != "cross-attn-kv":
         raise UserError(
             f"{'--index' if args.index else f'--scoring {args.scoring}'}: takes the derivative "
             f"through keys and values; give --weight_selection cross-attn-kv, found "
-            f"{args.weight_selection}, or --scoring exact"
+            f"{args.weight_selection}, or --scoring exact or {OUTPUT}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..attribution.influence import rank_images
-from ..attribution.names import REMOVAL
+from ..attribution.names import NAMED
 from ..datasets.tasks import find_named_result
 from ..errors import UserError
 from ..storage.reading import check_text, list_visible, read_json
@@ -91,11 +91,11 @@ def find_methods(
 
 
 def name_scoring(folder: Path) -> str:
-    """What evaluations call the method of RESULT_DIR/influence: removal where the first result is
-    by removal, else ours."""
+    """What evaluations call the method of RESULT_DIR/influence: by its way of scoring, where the
+    first result's is one of NAMED, else ours."""
     path = next((path for path in sorted(folder.rglob("influence.npz")) if is_complete(path)), None)
-    is_removal = path and scoring_of(read_record(path, "make it again")) == REMOVAL
-    return REMOVAL if is_removal else OURS
+    found = scoring_of(read_record(path, "make it again")) if path else None
+    return found if found in NAMED else OURS
 
 
 def read_query(path: Path, remedy: str) -> tuple[np.ndarray, list[str], dict, list[str]]:
@@ -164,7 +164,7 @@ def read_influences(method: str, folder: Path, remedies: Mapping[str, str]) -> M
 
 def remedy_of(method: str, command: str) -> str:
     """What to do for a method's influence files, which a command makes."""
-    if method in (OURS, REMOVAL):
+    if method in (OURS, *NAMED):
         return f"make it: {command}"
     return f"make it: {command}, or name the finished ones with --methods"
 
@@ -178,7 +178,7 @@ def read_result_dir(
     """Methods' scores from the influence files below RESULT_DIR; see `evidence.read_methods`."""
     baselines = Path(result_dir) / "baselines"
     folders = {path.name: path for path in list_visible(baselines) if path.is_dir()}
-    for name in (OURS, REMOVAL):
+    for name in (OURS, *NAMED):
         if name in folders:
             raise UserError(f"{folders[name]}: a baseline cannot be called {name}")
     own = Path(result_dir) / "influence"

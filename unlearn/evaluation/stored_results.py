@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attribution.names import REMOVAL
+from ..attribution.names import OUTPUT, REMOVAL
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, find_named_result
@@ -50,11 +50,13 @@ METHOD = (
     "A score tells how much worse the model explains a training image once it has unlearned the "
     "query: the higher, the more the image had to do with the picture."
 )
-METHODS = {  # by the record's way of scoring, where it is none of unlearning's
+METHODS = {  # by the record's way of scoring, where it is none of changes of losses
     REMOVAL: "A score tells how much less certain the model would be of this picture if the image had "
     "not been among its training images: the higher, the more of what it knows of the picture comes "
     "from that image alone. An image whose near twin is there too has a low one, for the twin would "
     "fill its place. Scores compare images of one picture; their unit says nothing by itself.",
+    OUTPUT: "A score tells how far the model's predictions of a training image move once it has "
+    "unlearned the query: the higher, the more the image had to do with the picture.",
 }
 
 

@@ -137,8 +137,8 @@ def attribute(
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
-    without an image, or exact, how much worse it explains an image once it has unlearned the
-    picture, as published; use_repeats: of removal, an image counts as often as kohya's names of
+    without an image; exact, how much worse it explains an image once it has unlearned the
+    picture, as published; or output, how far its predictions of an image then move; use_repeats: of removal, an image counts as often as kohya's names of
     folders say that training saw it; box: of removal, (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
@@ -245,7 +245,7 @@ def plan_run(
     resolution = model.resolution({"resolution": side})
     sampling = making.steps * (1 if making.guidance == 1 else 2) if making else None
     removal = own_settings(model) if scoring == REMOVAL else None
-    counts = count_work(found, model, out, questions, sampling, removal)
+    counts = count_work(found, model, out, questions, sampling, removal, scoring)
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
     steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
     row_bytes = row_type(removal.sketch_size).itemsize if removal else 0

@@ -144,7 +144,7 @@ def answer(
         study = open_removal(model, images, root, results, job.use_repeats, job.box)
         remove_each(study, different, output, clock)
     else:
-        unlearn_each(model, images, root, results, different, output, clock)
+        unlearn_each(model, images, root, results, different, output, clock, job.scoring)
     with clock.step(costs.COMPARING):
         compare_similarity(model, images, tasks, queries, root, results)
         answers = [

@@ -27,12 +27,13 @@ def count_work(
     questions: list[Question],
     sampling: int | None,
     removal: RemovalSettings | None,
+    scoring: str,
 ) -> costs.Counts:
     """What a run has to do. sampling: the passes of the picture that is to be made, None where none
-    is; removal: None where pictures are unlearned."""
+    is; removal: None where pictures are unlearned; scoring: the way."""
     num_images = len(found.entries)
     fewest = min(len(entry.captions) for entry in found.entries)
-    answered = sum(is_answered(out, model, question, removal) for question in questions)
+    answered = sum(is_answered(out, model, question, scoring) for question in questions)
     return costs.Counts(
         num_images,
         num_images * fewest,
@@ -52,18 +53,17 @@ def read_part(path: Path, part: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def is_answered(
-    out: Path, model: Model, question: Question, removal: RemovalSettings | None
-) -> bool:
-    """Whether a question has a result of a model in OUT, by removal or by unlearning."""
+def is_answered(out: Path, model: Model, question: Question, scoring: str) -> bool:
+    """Whether a question has a result of a model in OUT, by a way of scoring."""
     entry = find_known(out / "tasks.json", question)
     name = entry["synth_image_path"].removeprefix("synth/") if entry else ""
     folder = out / "results/influence" / name
     result = read_part(folder / "influence.npz", "identity") if name else {}
     settings = result.get("settings")
-    is_removal = isinstance(settings, dict) and settings.get("scoring") == REMOVAL
-    if removal or is_removal:
-        return bool(removal) and is_removal and result.get("weights") == model.weights_hash
+    if not isinstance(settings, dict) or settings.get("scoring") != scoring:
+        return False
+    if scoring == REMOVAL:
+        return result.get("weights") == model.weights_hash
     change = read_part(folder / "weight_change.safetensors", "identity") if name else {}
     return change.get("weights") == model.weights_hash and is_complete(folder / "influence.npz")
 

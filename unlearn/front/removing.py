@@ -22,7 +22,7 @@ def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) ->
     """The box that is given, None where none is. Raises UserError where there is no such way of
     scoring, or repeats or a box mean nothing to it."""
     if scoring not in FRONT_SCORINGS:
-        raise UserError(f"--scoring {scoring}: expected {' or '.join(FRONT_SCORINGS)}")
+        raise UserError(f"--scoring {scoring}: expected one of {', '.join(FRONT_SCORINGS)}")
     for flag, value in ("--use_repeats", use_repeats), ("--box", box):
         if value and scoring != REMOVAL:
             raise UserError(

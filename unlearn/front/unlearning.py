@@ -8,7 +8,8 @@ from ..attribution.curvature import DiagonalFisher
 from ..attribution.draws import ImageNoise
 from ..attribution.estimation import FisherSettings, choose_num_samples, estimate_fisher
 from ..attribution.fishers import open_fisher, own_selection
-from ..attribution.settings import LossSettings, UnlearnSettings
+from ..attribution.names import OUTPUT
+from ..attribution.settings import LossSettings, ScoreSettings, UnlearnSettings
 from ..attribution.studies import Study
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task
@@ -32,13 +33,17 @@ def make_fisher(model: Model, images: TrainingSet, root: Path, damping: float) -
 
 
 def make_losses(study: Study, model: Model, images: TrainingSet, results: Path) -> None:
-    """Gives a study the losses before unlearning, made at first use."""
+    """Gives a study the losses before unlearning, made at first use. Of output scoring they tell a
+    picture of another model, and are no part of the scores."""
     path, identity = results / "orig_loss/base/laion_loss.npy", study.losses.identity(model, images)
     study.before["laion"] = cache_losses(study.sweep(images), model, path, identity, True)
-    study.before_hashes["laion"] = hash_file(path)
+    if study.scoring.scoring != OUTPUT:
+        study.before_hashes["laion"] = hash_file(path)
 
 
-def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: Path) -> Study:
+def open_study(
+    model: Model, images: TrainingSet, fisher: DiagonalFisher, root: Path, scoring: str
+) -> Study:
     """What ranks the images, without the losses before unlearning."""
     settings = read_settings(root)
     grid = noise.timestep_grid(settings["time_samples"], model.num_train_timesteps)
@@ -51,6 +56,7 @@ def open_study(model: Model, images: TrainingSet, fisher: DiagonalFisher, root: 
         fisher,
         unlearning,
         LossSettings(grid, ImageNoise()),
+        ScoreSettings(scoring),
         batch_size=settings["batch_size"],
         overwrite=True,
     )
@@ -64,11 +70,12 @@ def unlearn_each(
     tasks: list[Task],
     output: Output,
     clock: costs.Clock,
+    scoring: str,
 ) -> None:
     """Ranks the images for each picture by unlearning it."""
     with clock.step(costs.CURVATURE):
         fisher = make_fisher(model, images, root, read_settings(root)["damping"])
-    study = open_study(model, images, fisher, root)
+    study = open_study(model, images, fisher, root, scoring)
     with clock.step(costs.LOSSES):
         make_losses(study, model, images, results)
     size = group_size(study)

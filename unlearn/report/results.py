@@ -136,11 +136,15 @@ def print_result(
     settings = study.unlearning
     is_chosen = settings.unlearn_lr == AUTO
     ranking.show(top_k, f'{query.ids[0]}: "{query.captions[0]}"')
+    median = (
+        f", the median training image's by {shown['median_change']:+.1e}"
+        if "median_change" in shown
+        else ""
+    )
     print(
         f"\n{settings.weight_selection} moved by {shown['relative_weight_change']:.2%}. The "
         f"query's own loss went from {shown['query_loss_before']:.4f} to "
-        f"{shown['query_loss_after']:.4f}, the median training image's by "
-        f"{shown['median_change']:+.1e}."
+        f"{shown['query_loss_after']:.4f}{median}."
     )
     if is_chosen:
         print(
