@@ -184,7 +184,8 @@ def test_several_pictures_share_all_but_their_own_part_and_have_an_index(
     counts, second = count_sweeps(monkeypatch), other_query(tmp_path / "b.png")
     answers = ask(folder, tmp_path / "out", QUERY, second, scoring=scoring)
     # Before unlearning, and after: both in one sweep.
-    assert counts["laion_loss"] == (16 * 2 if scoring == "exact" else 0)
+    assert counts["laion_loss"] == {"exact": 16 * 2, "output": 16, "removal": 0}[scoring]
+    assert counts["laion_change"] == (16 if scoring == "output" else 0)
     assert [answer.folder.name for answer in answers] == ["00000.png", "b.png"]
     assert not np.array_equal(answers[0].scores, answers[1].scores)
     index = (tmp_path / "out/results/report.html").read_text()
@@ -350,7 +351,11 @@ def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
 ):
     out = tmp_path / "out"
     ask(folder, out, prompt="a black cat", scoring=scoring)  # of which nothing is to be warned
-    files = FILES if scoring == "exact" else ("removal/base/laion/features.txt",)
+    files = {
+        "exact": (*FILES, "influence/00000.png/laion_loss.npy"),
+        "output": (*FILES, "influence/00000.png/laion_change.npy"),
+        "removal": ("removal/base/laion/features.txt",),
+    }[scoring]
     before = contents(out)
     flags = ["--dataroot", str(out / "root"), "--task_json", str(out / "tasks.json")]
     flags += ["--result_dir", str(out / "results"), "--device", "cpu"]
@@ -369,7 +374,6 @@ def test_what_it_leaves_is_an_ordinary_root_on_which_the_scripts_find_all_done(
 FILES = (
     "orig_loss/base/laion_loss.npy",
     "influence/00000.png/weight_change.safetensors",
-    "influence/00000.png/laion_loss.npy",
 )
 
 
