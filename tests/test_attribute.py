@@ -1043,3 +1043,19 @@ def test_a_lora_that_cannot_be_used_is_refused_before_anything_is_written(
     save_file({"x.lokr_w1": torch.ones(2)}, broken)
     text = refusal(folder, tmp_path / "out", lora=broken)
     assert "LoKr" in text and not (tmp_path / "out").exists()
+
+
+def test_a_folder_s_groups_are_each_removed_as_a_whole(tmp_path, ask):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, count in ("cats", 3), ("others", 4):
+        make_folder(folder / name, count)
+    [answer] = ask(folder, tmp_path / "out", groups="folder")
+    scores = {group.name: group.together.score for group in answer.report.groups}
+    assert scores.keys() == {"cats", "others"}
+    stored = dict(np.load(answer.folder / "influence.npz"))
+    for number, name in enumerate(stored["group_names"]):
+        images = [row for row in answer.report.rows if row.group == name]
+        assert (stored["group_of"] == number).sum() == len(images)
+        assert scores[name] > max(row.score for row in images)
+    assert "without all of its images together" in (answer.folder / "report.html").read_text()

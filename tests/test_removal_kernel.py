@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import unlearn
 from unlearn import UserError, noise
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.attribution.removal_groups import group_rises
 from unlearn.attribution.removal_index import RemovalIndex, pack, unpack
 from unlearn.attribution.removal_scores import (
     removal_rises,
@@ -350,3 +352,76 @@ def test_a_scores_unit_makes_scores_of_scaled_features_comparable():
     np.testing.assert_allclose(scores[0] / units[0], scaled[0] / scaled_units[0])
     expected = np.square(query).sum() / np.square(features).sum(axis=-1).mean()
     assert units[0, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [7, 50])  # of rows of the groups: fewer, and more
+def test_a_groups_score_is_the_rise_when_all_its_rows_are_dropped(size):
+    features, queries = RANDOM.normal(size=(10, 1, 2, size)), RANDOM.normal(size=(3, 1, 2, size))
+    groups = {"one": [4], "some": [0, 3, 9], "most": [0, 1, 2, 3, 4, 5, 7, 8, 9]}
+    found = []
+
+    def tell(timestep, rows, inverse):
+        take = lambda own: iter([features[own][:2, timestep], features[own][2:, timestep]])
+        found.append(group_rises(groups, take, rows, inverse))
+
+    scores, _ = score_draws(blocks_of(features), queries, 0.3, tell=tell)
+    damping = 0.3 * np.square(features).sum(axis=-1).mean()
+    for number, query in enumerate(queries[:, 0]):
+        before = leverage(features.reshape(-1, size), query, damping)
+        for group, images in enumerate(groups.values()):
+            rows = np.delete(features, images, axis=0).reshape(-1, size)
+            rise = leverage(rows, query, damping) - before
+            assert found[0][number, group] == pytest.approx(rise, rel=1e-9)
+    np.testing.assert_allclose(found[0][:, 0], scores[0, :, 4], rtol=1e-9)
+
+
+def test_twins_matter_together_where_neither_does_alone():
+    alone = RANDOM.normal(size=(8, 1, 2, 20))
+    twins, found = np.concatenate([alone, alone[:1]]), []
+
+    def tell(timestep, rows, inverse):
+        take = lambda own: iter([twins[own][:, timestep]])
+        found.append(group_rises({"twins": [0, 8]}, take, rows, inverse))
+
+    scores, _ = score_draws(blocks_of(twins), alone[:1], 1e-3, tell=tell)
+    assert found[0][0, 0] > 20 * scores[0, 0, [0, 8]].sum()
+
+
+def test_groups_of_several_sets_are_read_from_the_shards_that_hold_them(
+    model, training_set, tmp_path
+):
+    """Sets, shards, repeats and timesteps: the same as with features in memory, rows dropped."""
+    sets = {"exemplar": training_set.take([50, 51]), "laion": training_set.first(35)}
+    repeats = tuple(1 + number % 3 for number in range(37))
+    study = RemovalStudy(model, sets, tmp_path, SETTINGS, repeats=repeats)
+    study.build()
+    query, groups = training_set.take([55]), {"b": [36, 1, 4], "a": [0, 2, 33, 34, 35]}
+    scores, units, together = study.score_all([query], groups)
+    assert scores.shape == (2, 1, 37) and together.shape == (2, 1, 2)
+    features = np.concatenate(list(study.blocks())).astype(np.float64)
+    features *= np.sqrt(repeats)[:, None, None, None]
+    asked = study.maker.make(query, [0])[0].astype(np.float64)
+    for timestep in range(2):
+        damping = 0.1 * np.square(features[:, timestep]).sum(axis=-1).mean()
+        before = leverage(features[:, timestep].reshape(-1, 64), asked[timestep], damping)
+        for number, images in enumerate(groups.values()):
+            rows = np.delete(features[:, timestep], images, axis=0).reshape(-1, 64)
+            rise = leverage(rows, asked[timestep], damping) - before
+            assert together[timestep, 0, number] == pytest.approx(rise, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([], "group x: expected one image or more, each once"),
+        ([1, 1], "group x: expected one image or more, each once"),
+        ([2, 6], "group x: image 6: expected 0 to 5"),
+        ([-1], "group x: image -1: expected 0 to 5"),
+        ([5, 4, 3, 2, 1, 0], "group x: holds all 6 images: without them nothing would be left"),
+    ],
+)
+def test_a_group_that_cannot_be_removed_is_refused(rows, said, model, training_set, tmp_path):
+    with pytest.raises(UserError, match=said):
+        unlearn.removal_group_scores(
+            model, training_set.first(6), training_set.take([9]), {"x": rows}, settings=SETTINGS
+        )

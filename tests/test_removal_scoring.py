@@ -220,6 +220,13 @@ def test_exemplars_of_a_customized_model_are_ranked_under_that_model(flags, tmp_
     path = find(tmp_path / "results")
     arrays = read_influence(path, "")
     assert 0 < arrays["is_exemplar"].sum() < len(arrays["ids"])
+    groups = dict(np.load(path))
+    assert groups["group_names"].tolist() == ["exemplars"]
+    np.testing.assert_array_equal(groups["group_of"] == 0, arrays["is_exemplar"])
+    assert groups["group_scores"][0] > arrays["influence"][arrays["is_exemplar"]].max()
+    report.main([str(tmp_path / "results")])
+    page = (path.parent / "report.html").read_text()
+    assert "without all of its images together" in page and "not measured</b>" in page
     assert {folder.name for folder in (tmp_path / "results/removal/tiny/blob").iterdir()} == {
         "exemplar",
         "laion",

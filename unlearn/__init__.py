@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         load_model,
         open_training_set,
         rank,
+        removal_group_scores,
         removal_scores,
         unlearn,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "load_model",
     "open_training_set",
     "rank",
+    "removal_group_scores",
     "removal_scores",
     "unlearn",
 ]

@@ -25,12 +25,13 @@ Or by removal, without a Fisher and a step; features that are kept serve every q
 
     scores = unlearn.removal_scores(model, images, query, cache="features")
     ranking = unlearn.rank(images, scores)
+    together = unlearn.removal_group_scores(model, images, query, {"a": [0, 7]}, cache="features")
 
 Functions raise UserError and never end the program. What is not given is the data root's, else what
 suits one's own data; see the table of settings in unlearn/README.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +49,7 @@ from .attribution.losses import changed_losses, loss_sums
 from .attribution.names import OUTPUT
 from .attribution.outputs import changed_outputs
 from .attribution.removal import RemovalSettings, own_settings
+from .attribution.removal_groups import check_groups
 from .attribution.removal_scores import RIDGE
 from .attribution.removal_studies import RemovalStudy
 from .attribution.settings import LossSettings, UnlearnSettings
@@ -80,6 +82,7 @@ __all__ = [
     "load_model",
     "open_training_set",
     "rank",
+    "removal_group_scores",
     "removal_scores",
     "unlearn",
 ]
@@ -313,3 +316,27 @@ def removal_scores(
         study = RemovalStudy(model, {"laion": images}, place, settings, ridge, repeats)
         study.build()
         return study.score_draws([query])[0][:, 0]
+
+
+def removal_group_scores(
+    model: Model,
+    images: TrainingSet,
+    query: TrainingSet,
+    groups: Mapping[str, Sequence[int]],
+    cache: str | Path | None = None,
+    settings: RemovalSettings | None = None,
+    ridge: float = RIDGE,
+    repeats: tuple[int, ...] = (),
+) -> dict[str, np.ndarray]:
+    """How much less certain the model's prediction of a query would be without all images of a group
+    at once, at each timestep: {name: float64 [timesteps]}. That is more than the sum of the images'
+    own scores where they stand in for each other. groups: {name: rows of the training set}; other
+    arguments as of `removal_scores`. Raises UserError where a group holds all images, or one that is
+    not there."""
+    with TemporaryDirectory() as folder, in_precision("fp32"):
+        place, settings = Path(cache or folder), settings or own_settings(model)
+        study = RemovalStudy(model, {"laion": images}, place, settings, ridge, repeats)
+        check_groups(groups, study.num_images)
+        study.build()
+        together = study.score_all([query], groups)[2][:, 0]
+    return dict(zip(groups, together.T))

@@ -11,6 +11,7 @@ from .attribution.deltas import Delta
 from .attribution.intervals import find_intervals
 from .attribution.names import OUTPUT
 from .attribution.newton import relative_change
+from .attribution.removal_groups import Groups
 from .attribution.removal_studies import RemovalStudy
 from .attribution.scoring import (
     MANY,
@@ -27,6 +28,7 @@ from .datasets.training_sets import TrainingSet
 from .models.lora import acting
 from .report import results
 from .report.attributable import describe_attributable
+from .report.grouping import find_groups
 from .report.ranking import Ranking
 from .runtime.programs import process_share
 from .storage.records import keep_complete
@@ -159,11 +161,33 @@ def attribute_by_removal(study: RemovalStudy, tasks: list[Task], output: Output)
         study.find_cells(query)
         is_scored(study, task, query, output.folder, study.overwrite)
     study.build()
+    groups = find_groups(
+        Ranking.of_scores(study.image_sets, np.zeros(study.num_images)), output.dataroot
+    )
     for some in share_queries(study, pairs, output):
-        draws, units = study.score_draws([query for _, query in some])
+        draws, units, together = study.score_all([query for _, query in some], groups)
         for number, (task, query) in enumerate(some):
             unit = float(units[:, number].sum())
-            save_removal(study, task, query, draws[:, number], unit, output)
+            known = describe_groups(groups, together[:, number], study.num_images)
+            save_removal(study, task, query, draws[:, number], unit, known, output)
+
+
+def describe_groups(groups: Groups, draws: np.ndarray, num_images: int) -> dict:
+    """What an influence file holds of groups that were removed as a whole, {} without any. draws:
+    their scores [draws, groups]."""
+    if not groups:
+        return {}
+    owners, intervals = np.full(num_images, -1, np.int32), find_intervals(draws)
+    for number, rows in enumerate(groups.values()):
+        owners[list(rows)] = number
+    unknown = np.full(len(groups), np.nan)
+    return {
+        "group_names": np.array(list(groups), str),
+        "group_of": owners,
+        "group_scores": draws.sum(axis=0),
+        "group_low": intervals.low if intervals else unknown,
+        "group_high": intervals.high if intervals else unknown,
+    }
 
 
 def is_scored(
@@ -209,10 +233,11 @@ def save_removal(
     query: TrainingSet,
     draws: np.ndarray,
     unit: float,
+    groups: dict,
     output: Output,
 ) -> None:
     """Writes and prints one query's ranking by removal. draws: scores [draws, N]; unit: of their
-    sums, see `removal_scores.score_draws`."""
+    sums, see `removal_scores.score_draws`; groups: what the file holds of groups."""
     folder = find_result(output.folder, task)
     folder.mkdir(parents=True, exist_ok=True)
     name_query(query)
@@ -220,7 +245,7 @@ def save_removal(
     cautions = output.cautions.get(task.synth_image_path, [])
     warnings = [*cautions, *results.find_strange(own, study.losses)]
     scores, losses = draws.sum(axis=0), np.concatenate(list(study.losses.values()))
-    known = describe_attributable(scores, unit, losses, own)
+    known = {**describe_attributable(scores, unit, losses, own), **groups}
     ranking = Ranking.of_scores(study.image_sets, scores, warnings, find_intervals(draws))
     origin = describe_origin(task, output)
     results.save(folder, query, ranking, known, study.identity(query), origin, output.top_k)

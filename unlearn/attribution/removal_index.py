@@ -160,19 +160,33 @@ class RemovalIndex:
         check_record(self.folder / LOSSES, identity, REMEDY)
         self.losses = read_array(self.folder / LOSSES, "losses", mmap=False)  # [N] float32
 
+    def read(self, number: int) -> np.ndarray:
+        """The rows of a shard as stored, [images] of `image_type`. Raises UserError where it is not
+        of this index's shape, and as `read_chunk`."""
+        path = self.paths[number]
+        try:
+            packed = read_array_chunk(path)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: no such file; remove the folder, and they are made again"
+            ) from None
+        length = min(CHUNK_IMAGES, self.num_images - number * CHUNK_IMAGES)
+        if (packed.dtype, packed.shape) != (self.dtype, (length,)):
+            raise UserError(
+                f"{path}: is not the shard that was built; remove the folder, and they are made again"
+            )
+        return packed["rows"]
+
     def blocks(self) -> Iterator[np.ndarray]:
-        """The features shard by shard, [images, timesteps, rows, size] float32. Raises UserError
-        where one is not of this index's shape, and as `read_chunk`."""
-        for number, path in enumerate(self.paths):
-            try:
-                packed = read_array_chunk(path)
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path}: no such file; remove the folder, and they are made again"
-                ) from None
-            length = min(CHUNK_IMAGES, self.num_images - number * CHUNK_IMAGES)
-            if (packed.dtype, packed.shape) != (self.dtype, (length,)):
-                raise UserError(
-                    f"{path}: is not the shard that was built; remove the folder, and they are made again"
-                )
-            yield unpack(packed["rows"])
+        """The features shard by shard, [images, timesteps, rows, size] float32. Raises UserError as
+        `read`."""
+        for number in range(len(self.paths)):
+            yield unpack(self.read(number))
+
+    def take(self, rows: np.ndarray, timestep: int) -> Iterator[np.ndarray]:
+        """The features of some images at one timestep, [images, rows, size] float32, by the shards
+        that hold them. rows: sorted. Raises UserError as `read`."""
+        shards = rows // CHUNK_IMAGES
+        for number in np.unique(shards).tolist():
+            own = rows[shards == number] - number * CHUNK_IMAGES
+            yield unpack(self.read(number)[own, timestep])

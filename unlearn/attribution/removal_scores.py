@@ -9,13 +9,14 @@ import torch
 
 from ..errors import UserError
 
+Inverse = Callable[[np.ndarray], np.ndarray]  # X [n, size] -> X (Phi^T Phi + lambda I)^-1
 RIDGE = 0.1  # lambda, as a multiple of the mean squared norm of a row
 LEAST_OWN = 1e-9  # of I - Phi_i M Phi_i^T: what rounding leaves of a smaller eigenvalue is noise
 
 
 def ridge_inverse(
     blocks: Callable[[], Iterator[np.ndarray]], size: int, ridge: float
-) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+) -> tuple[Inverse, float]:
     """X -> X (Phi^T Phi + lambda I)^-1 for rows X [n, size] float64, and the mean squared norm of
     the rows of Phi; lambda is `ridge` times that.
 
@@ -66,9 +67,7 @@ def refuse_ridge(ridge: float) -> NoReturn:
     )
 
 
-def removal_rises(
-    block: np.ndarray, queries: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def removal_rises(block: np.ndarray, queries: np.ndarray, inverse: Inverse) -> np.ndarray:
     """The rise of phi_q^T M phi_q when an image's rows are removed, exactly: phi_q^T M Phi_i^T (I -
     Phi_i M Phi_i^T)^-1 Phi_i M phi_q, summed over the query's rows: [queries, images] float64.
 
@@ -99,6 +98,7 @@ def score_draws(
     queries: np.ndarray,
     ridge: float = RIDGE,
     repeats: np.ndarray | None = None,
+    tell: Callable[[int, np.ndarray, Inverse], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores [timesteps, queries, N] float64 of every training image at each timestep, and their
     units [timesteps, queries]: the squared norm of the query's rows over the mean one of the
@@ -106,34 +106,50 @@ def score_draws(
 
     blocks() yields the features of the training set [images, timesteps, rows, size], in its order;
     queries: theirs, [queries, timesteps, rows, size]; repeats: how often training saw each image,
-    [N], where that is known and not alike: an image seen four times counts as four. `blocks` is
-    gone through twice a timestep.
+    [N], where that is known and not alike: an image seen four times counts as four; tell: is given
+    each timestep's number, queries' rows and `ridge_inverse`. `blocks` is gone through twice a
+    timestep.
     """
 
     def at(timestep: int) -> Iterator[np.ndarray]:
         start = 0
         for block in blocks():
-            own = np.asarray(block[:, timestep], np.float64)
-            if repeats is not None:
-                own = own * np.sqrt(repeats[start : start + len(own)])[:, None, None]
-            start += len(own)
-            yield own
+            own = slice(start, start + len(block))
+            yield weigh(block[:, timestep], None if repeats is None else repeats[own])
+            start += len(block)
 
     scores = [
-        score_timestep(partial(at, timestep), np.asarray(queries[:, timestep], np.float64), ridge)
+        score_timestep(
+            partial(at, timestep),
+            np.asarray(queries[:, timestep], np.float64),
+            ridge,
+            partial(tell, timestep) if tell else None,
+        )
         for timestep in range(queries.shape[1])
     ]
     return np.stack([found for found, _ in scores]), np.stack([units for _, units in scores])
 
 
+def weigh(features: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:
+    """Features [images, rows, size] in float64, each image's rows as if there as often as training
+    saw it."""
+    features = np.asarray(features, np.float64)
+    return features if repeats is None else features * np.sqrt(repeats)[:, None, None]
+
+
 def score_timestep(
-    blocks: Callable[[], Iterator[np.ndarray]], queries: np.ndarray, ridge: float
+    blocks: Callable[[], Iterator[np.ndarray]],
+    queries: np.ndarray,
+    ridge: float,
+    tell: Callable[[np.ndarray, Inverse], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores [queries, N] and units [queries], float64, at one timestep: blocks() yields [images,
-    rows, size], queries are [queries, rows, size], all float64."""
+    rows, size], queries are [queries, rows, size], all float64. tell: see `score_draws`."""
     inverse, mean_square = ridge_inverse(blocks, queries.shape[-1], ridge)
     try:
         rises = [removal_rises(block, queries, inverse) for block in blocks()]
+        if tell:
+            tell(queries, inverse)
     except np.linalg.LinAlgError:
         refuse_ridge(ridge)
     units = np.square(queries).sum(axis=(1, 2)) / mean_square

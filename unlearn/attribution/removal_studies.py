@@ -3,7 +3,7 @@ No Fisher and no step are needed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from ..models.pipelines import Model
 from ..storage.hashes import digest
 from .names import REMOVAL
 from .removal import FeatureMaker, RemovalSettings
+from .removal_groups import Groups, check_groups, group_rises
 from .removal_index import RemovalIndex, build_features
-from .removal_scores import RIDGE, score_draws
+from .removal_scores import RIDGE, Inverse, score_draws, weigh
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,20 @@ class RemovalStudy:
         for index in self.indices:
             yield from index.blocks()
 
+    def take(self, timestep: int, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """The features of some candidates at a timestep, [images, rows, size] float64, in blocks.
+        rows: sorted."""
+        wanted, start = np.asarray(rows), 0
+        repeats = np.array(self.repeats) if self.repeats else None
+        for index in self.indices:
+            own = wanted[(start <= wanted) & (wanted < start + index.num_images)] - start
+            done = 0
+            for block in index.take(own, timestep):
+                some = start + own[done : done + len(block)]
+                done += len(block)
+                yield weigh(block, None if repeats is None else repeats[some])
+            start += index.num_images
+
     def find_cells(self, query: TrainingSet) -> np.ndarray | None:
         """The cells [h, w] of a query's latent that count, None where all do. Raises UserError where
         the box does not fit its picture."""
@@ -113,11 +128,25 @@ class RemovalStudy:
     def score_draws(self, queries: Sequence[TrainingSet]) -> tuple[np.ndarray, np.ndarray]:
         """Scores [timesteps, queries, N] float64 of every candidate, whose features must be there,
         at each timestep, and their units [timesteps, queries]; the score is their sum."""
+        return self.score_all(queries, {})[:2]
+
+    def score_all(
+        self, queries: Sequence[TrainingSet], groups: Groups
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`score_draws`, and scores [timesteps, queries, groups] float64 of some groups of
+        candidates, each removed as a whole. Raises UserError where a group is none."""
+        check_groups(groups, self.num_images)
         features = np.stack(
             [self.maker.make(query, [0], self.find_cells(query))[0] for query in queries]
         )
         repeats = np.array(self.repeats) if self.repeats else None
-        return score_draws(self.blocks, features, self.ridge, repeats)
+        found = []
+
+        def tell(timestep: int, rows: np.ndarray, inverse: Inverse) -> None:
+            found.append(group_rises(groups, partial(self.take, timestep), rows, inverse))
+
+        scores, units = score_draws(self.blocks, features, self.ridge, repeats, tell)
+        return scores, units, np.stack(found)
 
     def score(self, queries: Sequence[TrainingSet]) -> np.ndarray:
         """Scores [queries, N] float64 of every candidate: the sum of `score_draws`."""

@@ -2,19 +2,19 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..attribution.names import OUTPUT, REMOVAL
-from ..datasets.originals import read_originals
-from ..datasets.settings import read_settings
 from ..datasets.tasks import Task, find_named_result
 from ..datasets.training_sets import label_rows
 from ..errors import UserError
 from ..report.attributable import read_attributable
-from ..report.contents import Report, Row, share_groups
+from ..report.contents import GroupScore, Report, Row, share_groups
+from ..report.grouping import find_originals, group_images
 from ..report.ranking import name_images, restore
 from ..report.results import describe_recall
 from ..report.standing_out import StandingOut
@@ -30,8 +30,6 @@ SIMILARITIES = {  # methods that never look at the model, the one to compare wit
     "pixel": "similarity of pixels",
     "text": "similarity of text",
 }
-MOST_GROUPS = 30
-TOP = "the folder itself"  # a group beside those of the folders in it
 OF_INDEX = {
     "rescored": ("b", 1),
     "recall": ("f", 0),
@@ -46,6 +44,13 @@ OF_INTERVALS = {
     "rank_last": ("iu", 1),
 }
 OF_BOUND = {"bound": ("f", 0), "num_attributable": ("iu", 0)}
+OF_GROUPS = {
+    "group_names": ("U", 1),
+    "group_of": ("iu", 1),
+    "group_scores": ("f", 1),
+    "group_low": ("f", 1),
+    "group_high": ("f", 1),
+}
 METHOD = (
     "A score tells how much worse the model explains a training image once it has unlearned the "
     "query: the higher, the more the image had to do with the picture."
@@ -133,21 +138,6 @@ def find_picture(stored: str, id: str, root: DataRoot) -> Path | None:
     return root.label(id)[1]
 
 
-def group_images(names: list[str], is_exemplar: np.ndarray) -> list[str | None]:
-    """The group of each image: exemplars, or the folder that it stands in; None of all where there
-    is one folder alone, or so many that they say nothing."""
-    folders = [name.rpartition("/")[0] for name in names]
-    several = {folder for folder, mask in zip(folders, is_exemplar) if not mask}
-    rest = "training images"
-    if 1 < len(several) <= MOST_GROUPS:
-        return [
-            "exemplars" if mask else folder or TOP for folder, mask in zip(folders, is_exemplar)
-        ]
-    if is_exemplar.any() and not is_exemplar.all():
-        return ["exemplars" if mask else rest for mask in is_exemplar]
-    return [None] * len(names)
-
-
 def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | None, dict]:
     """The first similarity that has ranked this query, in words, and its rank of each id."""
     name = Path(query).with_suffix("").as_posix()
@@ -222,17 +212,30 @@ def make_rows(
 def name_originals(rows: list[Row], dataroot: Path | None) -> list[Row]:
     """The rows of a data root that was made of a folder, with the names and groups that its
     pictures have there."""
-    originals = read_originals(dataroot) if dataroot else {}
-    if dataroot is None or not originals:
-        return rows
-    images = Path(dataroot) / read_settings(dataroot)["images"]
-    named = []
-    for row in rows:
-        file = os.path.relpath(row.path, images) if row.path else ""
-        found = originals.get(file)
-        group = found.group if found and found.group else row.group
-        named.append(replace(row, name=found.name, group=group) if found else row)
-    return named
+    return [
+        replace(row, name=found.name, group=found.group or row.group) if found else row
+        for row, found in zip(rows, find_originals([row.path for row in rows], dataroot))
+    ]
+
+
+def read_groups(path: Path, ids: Sequence[str], rows: list[Row]) -> dict[str, GroupScore]:
+    """The scores of groups that were removed as a whole, by name, of an influence file; {} where it
+    has none, or its images are grouped otherwise by now. ids: of its images."""
+    found = read_npz(path, OF_GROUPS, REMEDY)
+    if {*OF_GROUPS} != found.keys():
+        return {}
+    names, owners = found["group_names"].tolist(), found["group_of"]
+    if owners.shape != (len(ids),) or any(
+        found[field].shape != (len(names),) for field in OF_GROUPS if field != "group_of"
+    ):
+        raise UserError(f"{path}: its groups are not those of {len(ids)} images; {REMEDY}")
+    grouped = {
+        id: names[owner] if 0 <= owner < len(names) else None for id, owner in zip(ids, owners)
+    }
+    if any((row.group if row.group in names else None) != grouped[row.id] for row in rows):
+        return {}
+    numbers = zip(*(found[field].tolist() for field in ("group_scores", "group_low", "group_high")))
+    return {name: GroupScore(*each) for name, each in zip(names, numbers)}
 
 
 def read_report(
@@ -271,7 +274,7 @@ def read_report(
         cautions=[*warnings_of(arrays), *texts_of(found, "notes")],
         notes=notes,
         comparison=comparison,
-        groups=share_groups(rows),
+        groups=share_groups(rows, read_groups(path, arrays["ids"].tolist(), rows)),
         command=text_of(found, "command"),
         known=read_known(path, arrays["influence"]),
         box=box_of(record),

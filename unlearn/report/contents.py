@@ -1,5 +1,6 @@
 """What the page of a result shows, wherever that comes from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class GroupScore:
+    """Of a group that was removed as a whole: its score and an interval, NaN where none is known."""
+
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Group:
     """Training images that belong together."""
 
@@ -36,6 +46,8 @@ class Group:
     share_of_images: float  # 0 to 1
     share: float  # of the sum of all positive scores; 0 to 1
     num_first: int  # among the first NUM_MARKED images
+    alone: float = 0.0  # sum of its images' scores, each removed alone
+    together: GroupScore | None = None  # removed as a whole; None: not measured
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,10 @@ class Entry:
     is_warned: bool  # whether a mark beside the headline says that the result may mean little
 
 
-def share_groups(rows: list[Row]) -> list[Group]:
-    """The groups of these rows, that with the largest share first; [] where there are fewer than
-    two."""
+def share_groups(rows: list[Row], together: Mapping[str, GroupScore] | None = None) -> list[Group]:
+    """The groups of these rows, that with the largest share first, or where groups were removed as a
+    whole, that with the highest score; [] where there are fewer than two. together: those scores."""
+    known = together or {}
     names = list(dict.fromkeys(row.group for row in rows if row.group is not None))
     total = sum(max(0.0, row.score) for row in rows)
     groups = []
@@ -88,6 +101,9 @@ def share_groups(rows: list[Row]) -> list[Group]:
                 len(members) / len(rows),
                 positive / total if total else 0.0,
                 sum(row.group == name for row in rows[:NUM_MARKED]),
+                sum(row.score for row in members),
+                known.get(name),
             )
         )
-    return sorted(groups, key=lambda group: -group.share)
+    groups.sort(key=lambda group: -group.share)
+    return sorted(groups, key=lambda group: -group.together.score if group.together else 0.0)

@@ -189,6 +189,7 @@ def write_report(folder: Path, report: Report) -> Path:
         headline=headline,
         explanation=explanation,
         which=name_first(rows, found.count),
+        highest_group=max((g.together.score for g in report.groups if g.together), default=0.0),
         compared=compare_first(report),
         plot=plot_scores(scores, NUM_MARKED, found.bound) if len(rows) else None,
         num_marked=min(NUM_MARKED, len(rows)),
