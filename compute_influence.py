@@ -35,6 +35,7 @@ from unlearn.attribution.studies import Study
 from unlearn.commands.advice import index_command, influence_command, loss_command
 from unlearn.commands.flags import add_flags, make_parser, print_plan, resolve
 from unlearn.commands.inputs import (
+    check_boxes,
     check_result_dir,
     check_training_files,
     find_fisher,
@@ -55,6 +56,7 @@ from unlearn.commands.unlearning_flags import (
     check_scoring,
     unlearn_settings,
 )
+from unlearn.datasets.boxes import check_box
 from unlearn.datasets.queries import encode_exemplars
 from unlearn.datasets.settings import AUTO
 from unlearn.datasets.tasks import (
@@ -97,6 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add_removal_flags(parser)
     args = parser.parse_args(argv)
     check_removal_flags(args)
+    args.box = check_box(args.box) if args.box else None
     resolve(args, {"loss_batch_size": "batch_size", "loss_time_samples": "time_samples"})
     args.weight_selection = choose_selection(
         args.weight_selection, args.lora, "all" if args.scoring == REMOVAL else KV
@@ -217,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = group_by_model(part_of([t for group in groups.values() for t in group], args.shard))
     check_result_dir(args.result_dir)
     check_training_files(args)
+    check_boxes(args.box, [task for tasks in groups.values() for task in tasks], args.dataroot)
     args.fisher_path = None if args.scoring == REMOVAL else find_fisher(args)
     if not args.dry_run:
         check_outputs(args, groups)

@@ -267,8 +267,6 @@ def test_repeats_of_kohyas_folders_count_where_that_is_asked_for(folder, tmp_pat
 def test_a_way_of_scoring_that_is_none_is_refused(folder, tmp_path, refusal):
     said = refusal(folder, tmp_path / "out", scoring="best")
     assert "--scoring best: expected one of removal, exact, output" in said
-    said = refusal(folder, tmp_path / "out", scoring="exact", box=(0, 0, 9, 9))
-    assert "--box: means nothing to --scoring exact, only to removal" in said
     assert "expected x0 y0 x1 y1" in refusal(folder, tmp_path / "out", box=(9, 0, 0, 9))
 
 

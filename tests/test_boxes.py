@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
+from conftest import PARITY
 from PIL import Image
 
+import unlearn
 from unlearn import UserError
+from unlearn.attribution.curvature import DiagonalFisher
+from unlearn.attribution.derivatives import text_gradients
+from unlearn.attribution.losses import sample_losses
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.datasets.boxes import check_box, find_cells
+from unlearn.models.pipelines import select_parameters
+from unlearn.storage.reading import read_json
 
 SETTINGS = RemovalSettings(timesteps=(600,), probes=1, sketch_size=64)
 
@@ -58,3 +66,45 @@ def test_features_of_a_box_and_of_the_rest_add_up_to_those_of_the_whole(model, t
     np.testing.assert_array_equal(everything, whole)
     np.testing.assert_allclose(inside + outside, whole, rtol=1e-3, atol=1e-5 * np.abs(whole).max())
     assert np.abs(inside - whole).max() > 0.01 * np.abs(whole).max()
+
+
+def test_the_loss_of_a_box_is_the_mean_over_its_pixels_and_so_is_its_gradient(model, training_set):
+    latent, text = training_set.image_tensors(0, 3, model.device)
+    normals = torch.randn(2, *latent.shape, generator=torch.Generator().manual_seed(0))
+    samples = latent.expand_as(normals), normals, torch.tensor([100, 700]), text
+    left = torch.zeros(latent.shape[-2:], dtype=torch.bool)
+    left[:3, :2] = True
+    share = float(left.double().mean())
+    inside, outside, whole = (sample_losses(model, *samples, cells=c) for c in (left, ~left, None))
+    torch.testing.assert_close(share * inside + (1 - share) * outside, whole)
+    inside, outside, whole = (
+        dict(text_gradients(model, *samples, cells=c)) for c in (left, ~left, None)
+    )
+    for name, expected in whole.items():
+        both = share * inside[name] + (1 - share) * outside[name]
+        torch.testing.assert_close(
+            both, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+        )
+        assert (inside[name] - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("selection", ["cross-attn-kv", "cross-attn"])
+def test_only_a_box_of_the_query_is_unlearned(selection, model, training_set, tmp_path):
+    picture = PARITY / "fixture/abc/synth/tiny/gpt/blob/samples/00000.png"
+    query, size = unlearn.encode_query(model, picture, "a blob"), Image.open(picture).size
+    parameters = select_parameters(model.denoiser, selection)
+    fisher = DiagonalFisher({name: torch.ones_like(value) for name, value in parameters.items()})
+    whole, all_of_it, part = (
+        unlearn.unlearn(
+            model, query, fisher, draws=4, box=box, path=tmp_path / f"{name}.safetensors"
+        )
+        for name, box in (("whole", None), ("all", (0, 0, *size)), ("part", (0, 0, 200, 300)))
+    )
+    for name, change in whole.tensors.items():
+        torch.testing.assert_close(all_of_it.tensors[name], change, rtol=1e-3, atol=1e-6)
+    distance = sum((part.tensors[n] - c).norm() ** 2 for n, c in whole.tensors.items()) ** 0.5
+    assert distance > 0.05 * sum(c.norm() ** 2 for c in whole.tensors.values()) ** 0.5
+    records = [read_json(tmp_path / f"{name}.json")["identity"] for name in ("whole", "part")]
+    assert "box" not in records[0] and records[1]["box"] == [0, 0, 200, 300]
+    with pytest.raises(UserError, match="--box 0 0 5000 9: reaches out of"):
+        unlearn.unlearn(model, query, fisher, draws=4, box=(0, 0, 5000, 9))

@@ -178,18 +178,37 @@ def test_killed_it_goes_on_to_the_same_bits(copy, world, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("scoring", ["exact", "midpoint"])
-def test_other_scores_do_not_replace_its_own(scoring, copy):
+def test_a_box_of_the_published_way_is_recorded_said_and_never_mixed(copy, capsys):
     results, flags = copy
+    path = find(results)["other.png"]
+    before = read_influence(path, "")["influence"]
+    boxed = [*flags, "--scoring", "output", "--box", "0", "0", "30", "60"]
     with pytest.raises(
-        UserError, match=f"was made by --scoring output, not {scoring}; give --over"
+        UserError, match=r"box is None, expected \[0, 0, 30, 60\] \(box of the query's"
     ):
-        compute_influence.main([*flags, "--scoring", scoring])
+        compute_influence.main(boxed)
+    compute_influence.main([*boxed, "--overwrite"])
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["identity"]["settings"]["box"] == [0, 0, 30, 60]
+    assert "--box 0 0 30 60" in record["circumstances"]["command"]
+    assert not np.allclose(read_influence(path, "")["influence"], before)
+    shown = capsys.readouterr().out
+    assert (
+        'other.png, in the box 0 0 30 60: "' in shown and "own loss in the box 0 0 30 60" in shown
+    )
+    report.main([str(results)])
+    assert "In the box 0 0 30 60: " in (path.parent / "report.html").read_text()
+
+
+def test_other_scores_do_not_replace_its_own(copy):
+    results, flags = copy
+    for scoring in "exact", "midpoint":
+        with pytest.raises(UserError, match=f"was made by --scoring output, not {scoring}; give"):
+            compute_influence.main([*flags, "--scoring", scoring])
     for path in find(results).values():
         path.unlink()
-    if scoring == "midpoint":
-        with pytest.raises(UserError, match="laion_change.npy: made with other settings: scoring"):
-            compute_influence.main([*flags, "--scoring", scoring])
+    with pytest.raises(UserError, match="laion_change.npy: made with other settings: scoring"):
+        compute_influence.main([*flags, "--scoring", "midpoint"])
 
 
 @pytest.mark.parametrize(

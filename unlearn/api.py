@@ -55,6 +55,7 @@ from .attribution.removal_studies import RemovalStudy
 from .attribution.settings import LossSettings, UnlearnSettings
 from .attribution.sweeps import Sweep
 from .attribution.unlearning import unlearn_query
+from .datasets.boxes import check_box
 from .datasets.preparation import prepare_training_set
 from .datasets.queries import encode_picture
 from .datasets.settings import AUTO, OWN_ROOT, PUBLISHED, read_settings
@@ -271,19 +272,29 @@ def unlearn(
     precision: str = "fp32",
     path: str | Path | None = None,
     batch_size: int = PASS_SIZE,
+    box: Sequence[int] | None = None,
 ) -> Delta:
     """Unlearns a query: the weight change of `steps` Newton steps, each along F^-1 grad L over `draws`
     draws of noise and timestep. The model itself stays as it is.
 
     lr: alpha, with num_train, N: images that the model was trained on; or auto: one step that moves
     the selected weights by 4 %, whatever N. path: a .safetensors file to keep it in, with its
-    record. Raises UserError where it diverges. Source: [AbU] Eq. 5.
+    record; box: (x0, y0, x1, y1), pixels of the picture: only its loss there is unlearned. Raises UserError where it diverges. Source: [AbU] Eq. 5.
     """
     if lr != AUTO and num_train is None:
         raise UserError(f"lr {lr}: needs num_train, the number of images the model was trained on")
     selection = selection_of(model, fisher)
     settings = UnlearnSettings(
-        selection, fisher.damping, num_train, lr, steps, draws, 1, seed, precision
+        selection,
+        fisher.damping,
+        num_train,
+        lr,
+        steps,
+        draws,
+        1,
+        seed,
+        precision,
+        box=check_box(box) if box else None,
     )
     parameters = select_parameters(model.denoiser, selection)
     file = None if path is None else Path(path)

@@ -16,12 +16,13 @@ from .attribution.removal_studies import RemovalStudy
 from .attribution.scoring import (
     MANY,
     TOGETHER,
+    explain_query,
     own_losses,
     score_queries,
     score_shortlists,
 )
 from .attribution.studies import Study
-from .attribution.unlearning import REMEDY, name_query, read_step, unlearn_queries
+from .attribution.unlearning import REMEDY, find_cells, name_query, read_step, unlearn_queries
 from .datasets.queries import encode_query
 from .datasets.tasks import Task, find_result
 from .datasets.training_sets import TrainingSet
@@ -55,6 +56,8 @@ def attribute_queries(study: Study, tasks: list[Task], output: Output) -> None:
     folder = output.folder
     names = [find_result(folder, task).relative_to(folder).as_posix() for task in tasks]
     queries = [encode_query(study.model, task, output.dataroot, output.unscaled) for task in tasks]
+    for query in queries:
+        find_cells(study.model, query, study.unlearning)
     deltas = unlearn_queries(study, queries, names, folder)
     # Scoring only ever loads the changes: a second process or a restart never scores under slightly
     # different ones.
@@ -138,7 +141,9 @@ def save_query(
     def save():
         shown = {**measure_query(study, query, delta, changes), **found}
         cautions = output.cautions.get(task.synth_image_path, [])
-        ranking = results.rank_query(study, changes, shown, folder, cautions)
+        whole = study.unlearning.box is None or not study.before
+        own = shown["query_loss_before"] if whole else explain_query(study, query)
+        ranking = results.rank_query(study, changes, shown, own, folder, cautions)
         origin = describe_origin(task, output)
         results.save(folder, query, ranking, shown, identity, origin, top_k)
         if output.is_shown:

@@ -27,6 +27,7 @@ def text_gradients(
     timesteps: torch.Tensor,
     conditioning: Conditioning,
     autocast: torch.dtype | None = None,
+    cells: torch.Tensor | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradient of the summed loss of each text's samples with respect to the weights of K and V:
     yields (parameter name, [texts, out, in] float32), layer by layer; nothing else of that size is
@@ -40,7 +41,7 @@ def text_gradients(
     with torch.enable_grad(), model.family.text.watching(model.denoiser, conditioning) as watched:
         with torch.autocast(latents.device.type, autocast, enabled=autocast is not None):
             losses = sample_losses(
-                model, latents, noise, timesteps, conditioning, watched.keys_values
+                model, latents, noise, timesteps, conditioning, watched.keys_values, cells
             )
         gradients = torch.autograd.grad(losses.sum(), list(watched.outputs.values()))
     for name, gradient in zip(watched.outputs, gradients):

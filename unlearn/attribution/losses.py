@@ -21,17 +21,24 @@ def sample_losses(
     timesteps: torch.Tensor,
     conditioning: Conditioning,
     keys_values: KeysValues | None = None,
+    cells: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """|| prediction - target ||^2 of each sample, mean over pixels, times training's weight: [batch] float64, on the model's
     device.
 
     latents, noise: [batch, C, h, w]; timesteps: [batch] int64; conditioning: {name: [texts, ...]},
-    each of batch / texts successive samples; keys_values: its texts', where they are known. Source: [AbU] section 4.
+    each of batch / texts successive samples; keys_values: its texts', where they are known; cells:
+    bool [h, w], where only these pixels count. Source: [AbU] section 4.
     """
     error = model.predict(
         model.diffuse(latents, noise, timesteps), timesteps, conditioning, keys_values
     ) - model.target(latents, noise, timesteps)
-    losses = error.double().square().mean(dim=tuple(range(1, error.ndim)))
+    squares = error.double().square()
+    losses = (
+        squares.mean(dim=tuple(range(1, error.ndim)))
+        if cells is None
+        else (squares[..., cells].mean(dim=(1, 2)))
+    )
     weight = model.family.weight(model.levels, timesteps)
     return losses if weight is None else weight * losses
 
@@ -43,11 +50,12 @@ def loss_sums(
     timesteps: torch.Tensor,
     conditioning: Conditioning,
     keys_values: KeysValues | None = None,
+    cells: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the losses of each text's samples: [texts] float64. Inputs as in `sample_losses`."""
     with torch.no_grad():
         return (
-            sample_losses(model, latents, noise, timesteps, conditioning, keys_values)
+            sample_losses(model, latents, noise, timesteps, conditioning, keys_values, cells)
             .reshape(count_texts(conditioning), -1)
             .sum(dim=1)
         )

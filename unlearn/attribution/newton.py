@@ -36,7 +36,8 @@ class QueryGradient:
 
     latent: [C, h, w] and conditioning: {name: [1, ...]}, on the model's device. Of weights other
     than K and V, `parameters` must ask for gradients. autocast: dtype of the denoiser's products
-    (of K and V alone), float32 where None.
+    (of K and V alone), float32 where None. cells: bool [h, w], where the loss of these pixels alone
+    counts.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class QueryGradient:
         draws: QueryDraws | PublishedDraws,
         pass_size: int,
         autocast: torch.dtype | None = None,
+        cells: torch.Tensor | None = None,
     ) -> None:
         self.model = model
         self.parameters = parameters
@@ -55,6 +57,7 @@ class QueryGradient:
         self.conditioning = conditioning
         self.draws = draws
         self.autocast = autocast
+        self.cells = cells
         self.num_drawn = (
             min(pass_size, CPU_PASS_DRAWS)
             if model.device.type == "cpu" and not draws.in_order
@@ -79,14 +82,12 @@ class QueryGradient:
         )
         if self.of_text:
             return {
-                name: gradients[0] for name, gradients in text_gradients(*samples, self.autocast)
+                name: gradients[0]
+                for name, gradients in text_gradients(*samples, self.autocast, self.cells)
             }
-        return dict(
-            zip(
-                self.parameters,
-                torch.autograd.grad(sample_losses(*samples).sum(), list(self.parameters.values())),
-            )
-        )
+        loss = sample_losses(*samples, cells=self.cells).sum()
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
+        return dict(zip(self.parameters, gradients))
 
     def sum_pass(self, normals: torch.Tensor, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
         """`differentiate`, summed in float64; where the device's memory is full, in ever smaller

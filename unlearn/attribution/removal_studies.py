@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..datasets.boxes import Box, find_cells
+from ..datasets.boxes import Box, query_cells
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
@@ -116,14 +116,7 @@ class RemovalStudy:
     def find_cells(self, query: TrainingSet) -> np.ndarray | None:
         """The cells [h, w] of a query's latent that count, None where all do. Raises UserError where
         the box does not fit its picture."""
-        if self.box is None:
-            return None
-        height, width = query.latents.shape[-2:]
-        path = query.paths[0]
-        if path is None:
-            raise UserError(f"{query.ids[0]}: --box needs its picture, which is not there")
-        resolution = height * self.model.pipeline.vae_scale_factor
-        return find_cells(self.box, path, resolution, (height, width))
+        return query_cells(self.box, query, self.model.pipeline.vae_scale_factor)
 
     def score_draws(self, queries: Sequence[TrainingSet]) -> tuple[np.ndarray, np.ndarray]:
         """Scores [timesteps, queries, N] float64 of every candidate, whose features must be there,

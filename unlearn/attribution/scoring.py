@@ -8,7 +8,7 @@ and second order at the original weights: one forward pass and a few backward on
 of a model together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,13 +27,14 @@ from .derivatives import PROBES, gradient_dots, second_order_dots
 from .draws import ImageNoise, rows_of
 from .fishers import KV
 from .influence import best_view, loss_changes
-from .losses import changed_losses, score_rows
+from .losses import changed_losses, loss_sums, score_rows
 from .names import OUTPUT
 from .outputs import changed_outputs
 from .settings import AUTOCAST
 from .shortlist import choose_images, estimate_recall
 from .studies import Study
 from .sweeps import Sweep
+from .unlearning import find_cells
 
 # Queries whose weight changes are in memory at once, where one sweep or one pass over an index
 # serves them all.
@@ -245,13 +246,27 @@ def score_shortlists(
 
 
 def own_losses(study: Study, query: TrainingSet, delta: Delta) -> list[float]:
-    """The query's own loss before and after unlearning: how far it was unlearned."""
-    model, grid, rows, shown = study.model, study.losses.timesteps, np.arange(1), []
-    noise = study.losses.noise if study.losses.noise.compat is None else ImageNoise()
+    """The query's own loss before and after unlearning: how far it was unlearned. Where only a box
+    of it was, of the box alone."""
+    cells = find_cells(study.model, query, study.unlearning)
+    return measure_own(study, query, [{}, delta.tensors], partial(loss_sums, cells=cells))
+
+
+def explain_query(study: Study, query: TrainingSet) -> float:
+    """The loss of the whole query before unlearning: comparable with the training images'."""
+    return measure_own(study, query, [{}], loss_sums)[0]
+
+
+def measure_own(
+    study: Study, query: TrainingSet, changes: Sequence[Mapping], measure: Callable
+) -> list[float]:
+    """A measure of the query's losses under each of some weight changes."""
+    model, grid, rows = study.model, study.losses.timesteps, np.arange(1)
+    noise, shown = study.losses.noise if study.losses.noise.compat is None else ImageNoise(), []
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         normals = noise.draw(query, rows, grid, model.device, pool)
-        for weights in {}, delta.tensors:
+        for weights in changes:
             with changed_weights(model.denoiser, weights):
-                losses = score_rows(model, query, rows, grid, normals, study.batch_size)
+                losses = score_rows(model, query, rows, grid, normals, study.batch_size, measure)
                 shown.append(float(losses[0]))
     return shown

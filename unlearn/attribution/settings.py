@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..datasets.boxes import Box
 from ..datasets.settings import AUTO, AUTO_CHANGE, OWN_ROOT, PUBLISHED
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -43,7 +44,7 @@ class LossSettings:
 @dataclass(frozen=True)
 class UnlearnSettings:
     """How a query is unlearned. Source: [AbU] Eq. 5 and section 4; defaults as of one's own data.
-    The fields are those of the record and, but for the last, the flags of compute_influence.py."""
+    The fields are those of the record and the flags of compute_influence.py."""
 
     weight_selection: str = "cross-attn-kv"
     damping: float = OWN_ROOT["damping"]  # of the Fisher, a multiple of its mean
@@ -55,6 +56,7 @@ class UnlearnSettings:
     seed: int = 0
     precision: str = "fp32"
     compat: str | None = None  # abu: the published program's draws
+    box: Box | None = None  # what of the queries' pictures is unlearned; None: all
 
     def __post_init__(self) -> None:
         if self.unlearn_lr == AUTO and self.unlearn_steps != 1:
@@ -85,7 +87,9 @@ class UnlearnSettings:
         """What queries that may be compared have in common."""
         chosen = {"target_change": AUTO_CHANGE} if self.unlearn_lr == AUTO else {}
         draws = {} if self.compat else {"draws": DRAWS[None].scheme}
-        return {**asdict(self), **chosen, **draws}
+        fields = {name: value for name, value in asdict(self).items() if name != "box"}
+        box = {"box": list(self.box)} if self.box else {}  # records from before know none
+        return {**fields, **chosen, **draws, **box}
 
 
 @dataclass(frozen=True)

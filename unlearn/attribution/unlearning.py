@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..datasets.boxes import query_cells
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
@@ -33,6 +34,13 @@ def change_identity(
         **settings.identity,
         **DRAWS[settings.compat].identity(model.device),
     }
+
+
+def find_cells(model: Model, query: TrainingSet, settings: UnlearnSettings) -> torch.Tensor | None:
+    """The cells [h, w] of a query's latent whose loss is unlearned, on the model's device, None where
+    all are. Raises UserError where the box does not fit its picture."""
+    cells = query_cells(settings.box, query, model.pipeline.vae_scale_factor)
+    return None if cells is None else torch.from_numpy(cells).to(model.device)
 
 
 def name_query(query: TrainingSet) -> None:
@@ -64,7 +72,14 @@ def unlearn_query(
             )
     latent, conditioning = query.query_tensors(model.device)
     gradient = QueryGradient(
-        model, parameters, latent, conditioning, draws, pass_size, AUTOCAST[settings.precision]
+        model,
+        parameters,
+        latent,
+        conditioning,
+        draws,
+        pass_size,
+        AUTOCAST[settings.precision],
+        find_cells(model, query, settings),
     )
     total = settings.unlearn_steps * settings.draws_a_step
     with progress(total, f"unlearning {query.ids[0]}", "draws") as bar:

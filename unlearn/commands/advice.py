@@ -42,6 +42,7 @@ FLAGS = {
         "seed",
         "top_k",
         *OWN,
+        "box",
     ),
     "fisher": ("dataroot", *IMAGES, "precision", "weight_selection"),
     "index": (*TASKS, *LOSSES, "fisher_path", "damping"),

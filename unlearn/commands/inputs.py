@@ -3,6 +3,7 @@ Fisher found and loaded."""
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ..attribution import fishers
 from ..attribution.curvature import DiagonalFisher
 from ..attribution.draws import BatchNoise, ImageNoise
 from ..datasets import preparation
+from ..datasets.boxes import Box, check_inside
+from ..datasets.pictures import load_image
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -75,6 +78,13 @@ def warn_of_fisher(
     """Has a run's Fisher bear what there is to warn of it: `fishers.compare_images`."""
     make = partial(fisher_command, args, weight_selection=selection)
     fisher.warnings = fishers.compare_images(find_fisher(args), training_set, args.dataroot, make)
+
+
+def check_boxes(box: Box | None, tasks: Sequence[Task], dataroot: str) -> None:
+    """Raises UserError where a box reaches out of a query's picture."""
+    for path in [Path(dataroot) / task.synth_image_path for task in tasks]:
+        if box and path.is_file():  # of latents alone it is told when they are read
+            check_inside(box, load_image(path).size, path)
 
 
 def check_pictures(tasks: list[Task], dataroot: str | Path) -> None:

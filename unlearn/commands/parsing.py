@@ -130,13 +130,13 @@ def add_flags(parser: Parser, *names: str) -> None:
 
 
 def add_box(parser: Parser) -> None:
-    """Adds --box, which both programs that rank by removal take."""
+    """Adds --box, which both programs that rank images take."""
     parser.add(
         "scoring",
         "--box",
         type=int,
         nargs=4,
         metavar=("X0", "Y0", "X1", "Y1"),
-        help="of removal: only what the pictures that are asked about show in this box counts; "
+        help="only what the pictures that are asked about show in this box counts; "
         "pixels from the top left corner",
     )

@@ -8,7 +8,6 @@ from ..attribution.names import NAMED, REMOVAL
 from ..attribution.removal import RemovalSettings
 from ..attribution.removal_scores import RIDGE
 from ..attribution.removal_studies import RemovalStudy
-from ..datasets.boxes import check_box
 from ..datasets.repeats import read_repeats
 from ..datasets.tasks import Task, find_result
 from ..datasets.training_sets import TrainingSet
@@ -18,16 +17,14 @@ from ..models.pipelines import Model
 from ..runtime.printing import show
 from ..storage.records import is_complete, read_record
 from .flags import Parser
-from .parsing import add_box
 
-OWN = ("removal_timesteps", "probes", "sketch_size", "ridge", "use_repeats", "box")
+OWN = ("removal_timesteps", "probes", "sketch_size", "ridge", "use_repeats")
 DEFAULTS = {
     "removal_timesteps": list(RemovalSettings().timesteps),
     "probes": RemovalSettings().probes,
     "sketch_size": RemovalSettings().sketch_size,
     "ridge": RIDGE,
     "use_repeats": False,
-    "box": None,
 }
 OF_UNLEARNING = (
     *("fisher_path", "damping", "num_train", "unlearn_lr", "unlearn_steps", "unlearn_batch_size"),
@@ -64,7 +61,6 @@ def add_removal_flags(parser: Parser) -> None:
         type=float,
         help=f"of removal: lambda, as a multiple of a feature's mean square (default {RIDGE:g})",
     )
-    add_box(parser)
     parser.add(
         "scoring",
         "--use_repeats",
@@ -85,8 +81,6 @@ def check_removal_flags(args: Namespace) -> None:
             )
     if is_removal and args.precision not in (None, "fp32"):
         raise UserError(f"--precision {args.precision}: --scoring {REMOVAL} knows fp32 alone")
-    if args.box:
-        check_box(args.box)
     for flag in OWN if is_removal else ():
         if getattr(args, flag) is None:
             setattr(args, flag, DEFAULTS[flag])
@@ -131,7 +125,7 @@ def open_removal(
         settings,
         args.ridge,
         repeats,
-        check_box(args.box) if args.box else None,
+        args.box,
         args.overwrite,
     )
 

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..models.pipelines import SELECTIONS
 from .advice import index_command
 from .flags import Parser, step_size
+from .parsing import add_box
 
 
 def add_unlearning_flags(parser: Parser) -> None:
@@ -88,6 +89,7 @@ def add_scoring_flags(parser: Parser) -> None:
         "first and second order, all queries of a model at once; removal: how much less certain the "
         "query's prediction would be without an image",
     )
+    add_box(parser)
     parser.add(
         "scoring",
         "--loss_time_samples",

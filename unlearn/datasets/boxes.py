@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import UserError
 from .encoders import crop_square
 from .pictures import load_image
+from .training_sets import TrainingSet
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1: pixels of the picture, from its top left corner
 
@@ -33,6 +34,18 @@ def check_inside(box: Box, size: tuple[int, int], name: str | Path) -> None:
         raise UserError(
             f"--{name_box(box)}: reaches out of {name}, which has {size[0]} x {size[1]} pixels"
         )
+
+
+def query_cells(box: Box | None, query: TrainingSet, factor: int) -> np.ndarray | None:
+    """The cells [h, w] of a query's latent that count, None where all do. query: of one image;
+    factor: pixels of a cell. Raises UserError where the box does not fit its picture."""
+    if box is None:
+        return None
+    height, width = query.latents.shape[-2:]
+    path = query.paths[0]
+    if path is None:
+        raise UserError(f"{query.ids[0]}: --box needs its picture, which is not there")
+    return find_cells(box, path, height * factor, (height, width))
 
 
 def find_cells(box: Box, path: str | Path, resolution: int, cells: tuple[int, int]) -> np.ndarray:

@@ -139,7 +139,7 @@ def attribute(
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
     without an image; exact, how much worse it explains an image once it has unlearned the
     picture, as published; or output, how far its predictions of an image then move; use_repeats: of removal, an image counts as often as kohya's names of
-    folders say that training saw it; box: of removal, (x0, y0, x1, y1): only what the pictures show
+    folders say that training saw it; box: (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
     on_step: is told each step and the time that is left, by default the log; print shows them.

@@ -9,7 +9,7 @@ from ..attribution.names import REMOVAL
 from ..baselines.interface import Run
 from ..baselines.methods import METHODS
 from ..baselines.saving import score_tasks
-from ..datasets.boxes import Box, check_inside
+from ..datasets.boxes import Box, check_inside, query_cells
 from ..datasets.entries import Found
 from ..datasets.preparation import prepare_training_set
 from ..datasets.queries import encode_query
@@ -124,6 +124,8 @@ def answer(
         encode = f"python -m unlearn encode --dataroot {shlex.quote(str(root))}"
         images = prepare_training_set(model, root, command=encode)
         queries = [encode_query(model, task, str(root)) for task in tasks]
+    for query in queries:
+        query_cells(job.box, query, model.pipeline.vae_scale_factor)
     cautions, of_folder = find_cautions(job.found, images, tasks, questions, queries, root)
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
@@ -144,7 +146,7 @@ def answer(
         study = open_removal(model, images, root, results, job.use_repeats, job.box)
         remove_each(study, different, output, clock)
     else:
-        unlearn_each(model, images, root, results, different, output, clock, job.scoring)
+        unlearn_each(model, images, root, results, different, output, clock, job.scoring, job.box)
     with clock.step(costs.COMPARING):
         compare_similarity(model, images, tasks, queries, root, results)
         answers = [

@@ -20,14 +20,13 @@ from . import costs
 
 def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) -> Box | None:
     """The box that is given, None where none is. Raises UserError where there is no such way of
-    scoring, or repeats or a box mean nothing to it."""
+    scoring, or repeats mean nothing to it."""
     if scoring not in FRONT_SCORINGS:
         raise UserError(f"--scoring {scoring}: expected one of {', '.join(FRONT_SCORINGS)}")
-    for flag, value in ("--use_repeats", use_repeats), ("--box", box):
-        if value and scoring != REMOVAL:
-            raise UserError(
-                f"{flag}: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
-            )
+    if use_repeats and scoring != REMOVAL:
+        raise UserError(
+            f"--use_repeats: means nothing to --scoring {scoring}, only to {REMOVAL}; leave it out"
+        )
     return check_box(box) if box else None
 
 

@@ -11,6 +11,7 @@ from ..attribution.fishers import open_fisher, own_selection
 from ..attribution.names import OUTPUT
 from ..attribution.settings import LossSettings, ScoreSettings, UnlearnSettings
 from ..attribution.studies import Study
+from ..datasets.boxes import Box
 from ..datasets.settings import read_settings
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
@@ -42,13 +43,18 @@ def make_losses(study: Study, model: Model, images: TrainingSet, results: Path) 
 
 
 def open_study(
-    model: Model, images: TrainingSet, fisher: DiagonalFisher, root: Path, scoring: str
+    model: Model,
+    images: TrainingSet,
+    fisher: DiagonalFisher,
+    root: Path,
+    scoring: str,
+    box: Box | None,
 ) -> Study:
     """What ranks the images, without the losses before unlearning."""
     settings = read_settings(root)
     grid = noise.timestep_grid(settings["time_samples"], model.num_train_timesteps)
     unlearning = UnlearnSettings(
-        own_selection(model), damping=settings["damping"], num_train=len(images)
+        own_selection(model), damping=settings["damping"], num_train=len(images), box=box
     )
     return Study(
         model,
@@ -71,11 +77,12 @@ def unlearn_each(
     output: Output,
     clock: costs.Clock,
     scoring: str,
+    box: Box | None,
 ) -> None:
     """Ranks the images for each picture by unlearning it."""
     with clock.step(costs.CURVATURE):
         fisher = make_fisher(model, images, root, read_settings(root)["damping"])
-    study = open_study(model, images, fisher, root, scoring)
+    study = open_study(model, images, fisher, root, scoring, box)
     with clock.step(costs.LOSSES):
         make_losses(study, model, images, results)
     size = group_size(study)

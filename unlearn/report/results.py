@@ -69,10 +69,10 @@ def find_strange(own: float, before: dict[str, np.ndarray]) -> list[str]:
 
 
 def rank_query(
-    study: Study, changes: dict, shown: dict, folder: Path, cautions: Iterable[str] = ()
+    study: Study, changes: dict, shown: dict, own: float, folder: Path, cautions: Iterable[str] = ()
 ) -> Ranking:
     """The ranking of a query, with `cautions` and what there is to warn of its step and its Fisher.
-    Raises UserError where a number is not finite."""
+    own: the loss of the whole query before unlearning. Raises UserError where a number is not finite."""
     if not np.isfinite([shown[name] for name in OF_QUERY]).all():
         raise UserError(
             f"{folder}: a loss of the query itself is NaN or infinite; the weights have diverged "
@@ -81,7 +81,7 @@ def rank_query(
     warnings = find_warnings(
         shown["relative_weight_change"], shown["query_loss_before"], shown["query_loss_after"]
     )
-    warnings += find_strange(shown["query_loss_before"], study.before)
+    warnings += find_strange(own, study.before)
     try:
         return rank(study.image_sets, changes, [*cautions, *warnings, *study.fisher.warnings])
     except UserError as error:
@@ -122,6 +122,11 @@ def save(
     write_record(path, identity, found={**steps, "warnings": ranking.warnings, **found})
 
 
+def name_place(box: Box | None) -> str:
+    """What of a query's picture counts, as it follows its name; "" where all does."""
+    return f" in the {name_box(box)}" if box else ""
+
+
 def print_result(
     folder: Path,
     study: Study,
@@ -135,7 +140,8 @@ def print_result(
     chosen, for where it was given and is too small or too large."""
     settings = study.unlearning
     is_chosen = settings.unlearn_lr == AUTO
-    ranking.show(top_k, f'{query.ids[0]}: "{query.captions[0]}"')
+    place = name_place(settings.box)
+    ranking.show(top_k, f'{query.ids[0]}{place and f",{place}"}: "{query.captions[0]}"')
     median = (
         f", the median training image's by {shown['median_change']:+.1e}"
         if "median_change" in shown
@@ -143,7 +149,7 @@ def print_result(
     )
     print(
         f"\n{settings.weight_selection} moved by {shown['relative_weight_change']:.2%}. The "
-        f"query's own loss went from {shown['query_loss_before']:.4f} to "
+        f"query's own loss{place} went from {shown['query_loss_before']:.4f} to "
         f"{shown['query_loss_after']:.4f}{median}."
     )
     if is_chosen:
@@ -166,7 +172,7 @@ def print_removal(
     folder: Path, query: TrainingSet, ranking: Ranking, top_k: int, box: Box | None
 ) -> None:
     """Prints a query's table by removal, and what its scores are. box: what of its picture counts."""
-    where = f", in the {name_box(box)}" if box else ""
-    ranking.show(top_k, f'{query.ids[0]}{where}: "{query.captions[0]}"')
+    place = name_place(box)
+    ranking.show(top_k, f'{query.ids[0]}{place and f",{place}"}: "{query.captions[0]}"')
     print(f"\nScored by removal: {REMOVAL_MEANING}.")
     print(f"Picture: {printable(folder / 'visualization.jpg')}")
