@@ -111,16 +111,9 @@ def score_draws(
     timestep.
     """
 
-    def at(timestep: int) -> Iterator[np.ndarray]:
-        start = 0
-        for block in blocks():
-            own = slice(start, start + len(block))
-            yield weigh(block[:, timestep], None if repeats is None else repeats[own])
-            start += len(block)
-
     scores = [
         score_timestep(
-            partial(at, timestep),
+            partial(at_timestep, blocks, timestep, repeats),
             np.asarray(queries[:, timestep], np.float64),
             ridge,
             partial(tell, timestep) if tell else None,
@@ -128,6 +121,18 @@ def score_draws(
         for timestep in range(queries.shape[1])
     ]
     return np.stack([found for found, _ in scores]), np.stack([units for _, units in scores])
+
+
+def at_timestep(
+    blocks: Callable[[], Iterator[np.ndarray]], timestep: int, repeats: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    """The features at one timestep, block by block, [images, rows, size] float64, each image as
+    often as training saw it."""
+    start = 0
+    for block in blocks():
+        own = slice(start, start + len(block))
+        yield weigh(block[:, timestep], None if repeats is None else repeats[own])
+        start += len(block)
 
 
 def weigh(features: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:
