@@ -139,4 +139,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for answer in answers:
         answer.show(args.top_k)
     if len(answers) > 1:
+        if together := answers[0].together:
+            together.show()
         show("", f"All: {answers[0].index}")

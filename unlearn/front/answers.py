@@ -15,6 +15,7 @@ from ..report.contents import Report
 from ..report.page import describe_report, write_report
 from ..report.ranking import Ranking, print_table
 from ..report.standing_out import FEWEST, WEAK, StandingOut, find_standing_out
+from ..report.together import Together
 from ..runtime.printing import show
 from .questions import Question
 
@@ -33,6 +34,7 @@ class Attribution:
     report: Report = field(repr=False)
     folder: Path  # of influence.npz, .csv, the picture and report.html
     index: Path | None = None  # the page of all pictures of one call, where there are several
+    together: Together | None = field(default=None, repr=False)  # what these say of the images
 
     @property
     def scores(self) -> np.ndarray:

@@ -19,7 +19,8 @@ from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model
 from ..report.page import index_entry, write_index
-from ..running import Output
+from ..report.together import Together, describe_same
+from ..running import Output, attribute_by_removal
 from ..runtime.programs import say
 from . import costs
 from .answers import Attribution, read_attribution
@@ -30,7 +31,8 @@ from .questions import (
     Question,
     write_tasks,
 )
-from .removing import open_removal, remove_each
+from .removing import open_removal
+from .together import find_groups, sum_up
 from .unlearning import unlearn_each
 
 DATASET = "own"  # with an image's place it keys its noise
@@ -130,7 +132,15 @@ def answer(
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
             say(f"{question.picture}: {caution}")
-    remarks = [*of_folder, *job.lora_notes]
+    remarks, groups = [*of_folder, *job.lora_notes], []
+    if job.scoring == REMOVAL:
+        study = open_removal(model, images, root, results, job.use_repeats, job.box)
+        with clock.step(costs.FEATURES):
+            study.build()
+            groups = find_groups(study)
+        names = [entry.name for entry in job.found.entries]
+        names = names if len(names) == len(images) else images.ids
+        remarks += describe_same([[names[row] for row in group] for group in groups])
     output = Output(
         results / "influence",
         str(root),
@@ -143,8 +153,8 @@ def answer(
     )
     different = list(dict.fromkeys(tasks))
     if job.scoring == REMOVAL:
-        study = open_removal(model, images, root, results, job.use_repeats, job.box)
-        remove_each(study, different, output, clock)
+        with clock.step(costs.REMOVING):
+            attribute_by_removal(study, different, output)
     else:
         unlearn_each(model, images, root, results, different, output, clock, job.scoring, job.box)
     with clock.step(costs.COMPARING):
@@ -152,7 +162,8 @@ def answer(
         answers = [
             read_attribution(*pair, root, results, remarks) for pair in zip(questions, tasks)
         ]
-    return add_index(answers, results)
+        together = sum_up(answers, groups, results) if job.scoring == REMOVAL else None
+    return add_index(answers, results, together)
 
 
 def make_question(job: Job, making: Making, clock: costs.Clock) -> Question:
@@ -166,13 +177,16 @@ def make_question(job: Job, making: Making, clock: costs.Clock) -> Question:
     return replace(made, box=job.box)
 
 
-def add_index(answers: list[Attribution], results: Path) -> list[Attribution]:
-    """The answers with the page that leads to each, where there are several."""
+def add_index(
+    answers: list[Attribution], results: Path, together: Together | None
+) -> list[Attribution]:
+    """The answers with the page that leads to each, where there are several, and what they say
+    together."""
     if len(answers) < 2:
         return answers
     entries = [index_entry(link_to(each, results), each.report) for each in answers]
-    index = write_index(results, entries)
-    return [replace(each, index=index) for each in answers]
+    index = write_index(results, entries, together)
+    return [replace(each, index=index, together=together) for each in answers]
 
 
 def link_to(answer: Attribution, results: Path) -> str:

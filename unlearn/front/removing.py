@@ -10,12 +10,10 @@ from ..attribution.removal_studies import RemovalStudy
 from ..datasets.boxes import Box, check_box
 from ..datasets.originals import read_originals
 from ..datasets.settings import read_settings
-from ..datasets.tasks import BASE, Task
+from ..datasets.tasks import BASE
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
-from ..running import Output, attribute_by_removal
-from . import costs
 
 
 def check_scoring(scoring: str, use_repeats: bool, box: Sequence[int] | None) -> Box | None:
@@ -57,11 +55,3 @@ def open_removal(
         box=box,
         overwrite=True,
     )
-
-
-def remove_each(study: RemovalStudy, tasks: list[Task], output: Output, clock: costs.Clock) -> None:
-    """Ranks the images for each picture by removal."""
-    with clock.step(costs.FEATURES):
-        study.build()
-    with clock.step(costs.REMOVING):
-        attribute_by_removal(study, tasks, output)

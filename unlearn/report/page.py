@@ -24,6 +24,7 @@ from .contents import NUM_MARKED, Entry, Report, Row
 from .plot import plot_scores
 from .standing_out import StandingOut, describe_standing_out, find_standing_out
 from .thumbnails import make_thumbnail
+from .together import SAME_MEANS, UNUSED_MEANS, Together
 
 NUM_FIRST, NUM_CARDS, NUM_LOWEST = 12, 60, 12  # cards shown at once, and all; negative ones
 MOST_NAMED = 3  # images that the first sentence names
@@ -218,8 +219,9 @@ def index_entry(link: str, report: Report) -> Entry:
     )
 
 
-def write_index(folder: Path, entries: list[Entry]) -> Path:
-    """Writes FOLDER/report.html, the index of several reports, and returns its path."""
+def write_index(folder: Path, entries: list[Entry], together: Together | None = None) -> Path:
+    """Writes FOLDER/report.html, the index of several reports, and returns its path. together: what
+    these say of the images."""
     path = Path(folder) / "report.html"
     shown = [
         {
@@ -229,5 +231,30 @@ def write_index(folder: Path, entries: list[Entry]) -> Path:
         }
         for entry in entries
     ]
-    write_page(path, "index.html", entries=shown)
+    unused = [show_image(together, row) for row in together.least[:NUM_CARDS]] if together else []
+    groups = []
+    if together:
+        groups = [
+            [show_image(together, row) for row in group[:NUM_FIRST]]
+            for group in together.groups[:NUM_CARDS]
+        ]
+    write_page(
+        path,
+        "index.html",
+        entries=shown,
+        together=together,
+        unused=unused,
+        groups=groups,
+        unused_means=UNUSED_MEANS,
+        same_means=SAME_MEANS,
+    )
     return path
+
+
+def show_image(together: Together, row: int) -> dict:
+    """What the index shows of an image."""
+    return {
+        "name": together.names[row],
+        "caption": together.captions[row],
+        "picture": make_thumbnail(together.paths[row], ICON),
+    }
