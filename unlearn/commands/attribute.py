@@ -4,6 +4,8 @@
     python -m unlearn attribute a.png b.png --model MODEL --images FOLDER --out DIR
     python -m unlearn attribute --prompt "red apple" --seed 7 --model MODEL --images FOLDER
     python -m unlearn attribute picture.png --model BASE --lora lora.safetensors --images FOLDER
+    python -m unlearn attribute picture.png --model MODEL --images FOLDER --caption "a photo of sks dog" \\
+        --class_images FOLDER --class_prompt "a photo of a dog"
 
 MODEL is what made the picture: a diffusers folder, a name on the hub, a checkpoint file, a data
 root, whose dataset.json says its model, or with --base the folder of a UNet that a training run left
@@ -56,7 +58,18 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add(
         "data", "--images", required=True, metavar="FOLDER", help="the training images, or hf:NAME"
     )
-    parser.add("data", "--caption", help="of the images that have none, so of all where none has")
+    parser.add(
+        "data",
+        "--caption",
+        help="of the images that have none, so of all where none has (DreamBooth's instance prompt)",
+    )
+    parser.add(
+        "data",
+        "--class_images",
+        metavar="FOLDER",
+        help="of prior preservation: training images too, ranked with the others",
+    )
+    parser.add("data", "--class_prompt", help="the caption of the class images that have none")
     parser.add(
         "data",
         "--captions",
@@ -116,6 +129,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     # Here: it is told before libraries are imported that take seconds.
     check_pictures(args.pictures)
     check_images(args.images)
+    if args.class_images is not None:
+        check_images(args.class_images)
     check_model(args.model)
     return args
 

@@ -19,6 +19,7 @@ class Entry:
     captions: list[str]
     group: str | None = None
     repeats: int = 1  # how often an epoch shows it, by kohya's names of folders
+    is_class: bool = False  # of prior preservation, see `class_images`
 
 
 @dataclass(frozen=True)

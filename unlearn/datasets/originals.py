@@ -25,6 +25,7 @@ class Original:
     captions: list[str]
     group: str | None = None
     repeats: int = 1  # how often an epoch showed it
+    path: str | None = None  # of the user's file, absolute, where it is not below that folder
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_plan(root: Path) -> tuple[Plan, set[str]] | None:
         texts = [plan.folder, *stale]
         for picture in pictures:
             texts += [picture.file, picture.name, picture.content, *picture.captions]
-            texts += [] if picture.group is None else [picture.group]
+            texts += [text for text in (picture.group, picture.path) if text is not None]
         is_right = all(isinstance(text, str) for text in texts) and isinstance(plan.settings, dict)
     except (KeyError, TypeError):
         is_right = False

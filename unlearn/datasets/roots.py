@@ -103,7 +103,13 @@ def make_plan(found: Found, settings: dict) -> Plan:
     contents = list(map_files(hash_file, [entry.path for entry in found.entries], "hashing images"))
     pictures = [
         Original(
-            file_name(entry.name), entry.name, content, entry.captions, entry.group, entry.repeats
+            file_name(entry.name),
+            entry.name,
+            content,
+            entry.captions,
+            entry.group,
+            entry.repeats,
+            os.path.realpath(entry.path) if entry.is_class else None,
         )
         for entry, content in zip(found.entries, contents)
     ]
@@ -180,9 +186,14 @@ def is_current(out: Path, plan: Plan) -> bool:
     )
 
 
+def find_source(plan: Plan, picture: Original) -> Path:
+    """The user's file of a picture."""
+    return Path(picture.path) if picture.path else Path(plan.folder) / picture.name
+
+
 def is_placed(out: Path, plan: Plan, picture: Original) -> bool:
     """Whether a picture stands in the root, as a link to the user's file or with its bytes."""
-    source, target = Path(plan.folder) / picture.name, out / IMAGES / picture.file
+    source, target = find_source(plan, picture), out / IMAGES / picture.file
     try:
         return os.path.samefile(source, target) or hash_file(target) == picture.content
     except OSError:
@@ -226,7 +237,7 @@ def build_root(out: Path, plan: Plan) -> None:
 def place(out: Path, plan: Plan, picture: Original) -> None:
     """Puts a picture into the root: a hard link, which takes no room and outlives the user's
     folder; a copy where the file system gives none."""
-    source = os.path.realpath(Path(plan.folder) / picture.name)
+    source = os.path.realpath(find_source(plan, picture))
     target = out / IMAGES / picture.file
     if is_placed(out, plan, picture):
         return

@@ -16,6 +16,7 @@ from ..attribution.fishers import own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
 from ..attribution.removal_index import row_type
+from ..datasets.class_images import add_class_images, check_apart, read_class_images
 from ..datasets.entries import Found
 from ..datasets.folders import read_folder
 from ..datasets.settings import PUBLISHED
@@ -123,6 +124,8 @@ def attribute(
     scoring: str = FRONT_SCORINGS[0],
     use_repeats: bool = False,
     box: Sequence[int] | None = None,
+    class_images: str | Path | None = None,
+    class_prompt: str | None = None,
     command: str = "",
     lora: str | Path | Sequence[str | Path] = (),
     on_step: Callable[[str], None] = say,
@@ -133,7 +136,8 @@ def attribute(
     say which picture the model is to make; model: what made them, a diffusers folder, a name on the
     hub, a checkpoint file, a data root, whose dataset.json says its model, or the folder of a UNet or
     of a customized model, whose other parts are those of `base`; images: the folder that it was trained on, with captions by any convention (see
-    `datasets.folders.read_folder` for caption, captions and groups); prompt, seed: of all
+    `datasets.folders.read_folder` for caption, captions and groups), and beside it the class images
+    of prior preservation in `class_images`, with `class_prompt` for caption; prompt, seed: of all
     pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
@@ -156,9 +160,7 @@ def attribute(
     questions = [ask(picture, prompt, seed, inside) for picture in several]
     with TemporaryDirectory() as scratch:  # a dry run leaves nothing
         place = Path(scratch) if dry_run else out
-        found = read_folder(images, caption, captions, groups, place / "pictures")
-        for line in found.describe():
-            say(line)
+        found = read_images(images, caption, captions, groups, class_images, class_prompt, place)
         check_images(found)
         check_writable(out, SELF)
         set_precision("fp32")
@@ -186,6 +188,33 @@ def attribute(
         compare_loras(loras, found, side),
     )
     return answer(job, questions, making, costs.Clock(plan, on_step))
+
+
+def read_images(
+    images: str | Path,
+    caption: str | None,
+    captions: str | None,
+    groups: str | None,
+    class_images: str | Path | None,
+    class_prompt: str | None,
+    place: Path,
+) -> Found:
+    """The training images, and with them the class images where there are any; what was found is
+    said. place: where pictures of data sets are written. Raises UserError as `read_folder`."""
+    if class_images is None:
+        if class_prompt is not None:
+            raise UserError("--class_prompt: means nothing without --class_images FOLDER")
+    else:
+        check_apart(images, class_images)
+    found = read_folder(images, caption, captions, groups, place / "pictures")
+    for line in found.describe():
+        say(line)
+    if class_images is None:
+        return found
+    classes = read_class_images(class_images, class_prompt, place / "class_pictures")
+    for line in classes.describe():
+        say(line)
+    return add_class_images(found, classes, groups is None)
 
 
 def describe_root(source: Source, side: int) -> dict:

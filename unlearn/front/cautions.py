@@ -169,7 +169,8 @@ def find_cautions(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """({path of a picture: cautions}, remarks that hold for all pictures). root: of the images."""
     names = [entry.name for entry in found.entries] if len(found.entries) == len(images) else []
-    captions = [caption for entry in found.entries for caption in entry.captions]
+    instances = [entry for entry in found.entries if not entry.is_class]
+    captions = [caption for entry in instances for caption in entry.captions]
     of_folder, remarks = check_crops(found)
     cautions = {}
     for task, question, query in zip(tasks, questions, queries):

@@ -44,8 +44,8 @@ def choose_side(model: Model, loras: Sequence[LoraFile]) -> int:
 
 def compare_loras(loras: Sequence[LoraFile], found: Found, side: int) -> list[str]:
     """What the header of the first LoRA says otherwise than the folder; said here too."""
-    captions = [entry.captions for entry in found.entries]
-    repeats = [entry.repeats for entry in found.entries]
+    entries = [entry for entry in found.entries if not entry.is_class]  # the header's own list
+    captions, repeats = zip(*((entry.captions, entry.repeats) for entry in entries))
     notes = [
         note
         for each in loras[:1]
