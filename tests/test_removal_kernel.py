@@ -10,6 +10,7 @@ import torch
 
 import unlearn
 from unlearn import UserError, noise
+from unlearn.attribution import removal_studies
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.attribution.removal_groups import group_rises
 from unlearn.attribution.removal_index import RemovalIndex, pack, unpack
@@ -197,6 +198,35 @@ def test_an_index_serves_queries_as_features_in_memory_do(model, training_set, t
     expected = score_removal(blocks_of(features), asked)
     np.testing.assert_allclose(scores, expected, rtol=0.05, atol=1e-3 * expected.max())
     assert scores[0].argmax() == 3  # a training image is what fixes its own prediction
+
+
+def test_what_serves_every_query_is_made_once_and_again_where_it_is_damaged(
+    model, training_set, tmp_path, monkeypatch
+):
+    images, query = training_set.first(12), [training_set.take([50])]
+    study = study_of(model, images, tmp_path)
+    study.build()
+    expected = study.score(query)
+    [first, _] = sorted((tmp_path / "solved").glob("*.safetensors"))
+    whole = first.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(removal_studies, "solve", lambda *given: pytest.fail("was made again"))
+        assert np.array_equal(study_of(model, images, tmp_path).score(query), expected)
+    first.write_bytes(whole[:-8] + bytes(8))
+    assert np.array_equal(study_of(model, images, tmp_path).score(query), expected)
+    assert first.read_bytes() == whole
+    other = study_of(model, images, tmp_path, ridge=3.0)
+    assert not np.allclose(other.score(query), expected)
+
+
+@pytest.mark.parametrize("count", [12, 40])  # fewer rows than numbers, and more
+def test_a_querys_bits_do_not_depend_on_the_queries_beside_it(model, training_set, tmp_path, count):
+    study = study_of(model, training_set.first(count), tmp_path)
+    study.build()
+    queries = [training_set.take([row]) for row in (45, 50, 55)]
+    together = study.score(queries)
+    for number, query in enumerate(queries):
+        assert np.array_equal(study.score([query])[0], together[number])
 
 
 def test_repeats_of_other_images_are_refused(model, training_set, tmp_path):

@@ -230,6 +230,7 @@ def test_exemplars_of_a_customized_model_are_ranked_under_that_model(flags, tmp_
     assert {folder.name for folder in (tmp_path / "results/removal/tiny/blob").iterdir()} == {
         "exemplar",
         "laion",
+        "solved",
     }
     capsys.readouterr()
     evaluate.main([*argv, "--output", str(tmp_path / "evaluated")])

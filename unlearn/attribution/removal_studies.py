@@ -12,12 +12,13 @@ from ..datasets.boxes import Box, query_cells
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.pipelines import Model
-from ..storage.hashes import digest
+from ..storage.hashes import digest, hash_file
 from .names import REMOVAL
-from .removal import FeatureMaker, RemovalSettings
+from .removal import FeatureMaker, RemovalSettings, feature_identity
 from .removal_groups import Groups, check_groups, group_rises
-from .removal_index import RemovalIndex, build_features
-from .removal_scores import RIDGE, Inverse, score_draws, weigh
+from .removal_index import LISTING, RemovalIndex, build_features
+from .removal_scores import RIDGE, Blocks, Inverse, Solution, score_draws, solve, weigh
+from .removal_solutions import keep_solution
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,23 @@ class RemovalStudy:
                 yield weigh(block, None if repeats is None else repeats[some])
             start += index.num_images
 
+    @cached_property
+    def solution_identity(self) -> dict:
+        """Identity of what is known of the features, whatever the query."""
+        features = [
+            [feature_identity(self.model, images, self.settings), hash_file(index.folder / LISTING)]
+            for images, index in zip(self.image_sets.values(), self.indices)
+        ]
+        repeats = {"repeats": digest(list(self.repeats))} if self.repeats else {}
+        return {"image_features": digest(features), "ridge": self.ridge, **repeats}
+
+    def solve(self, timestep: int, blocks: Blocks) -> Solution:
+        """The Solution of a timestep, by its number, that stands beside the features."""
+        make = lambda: solve(blocks, self.settings.sketch_size, self.ridge)
+        return keep_solution(
+            self.folder / "solved", timestep, self.solution_identity, self.model.device, make
+        )
+
     def find_cells(self, query: TrainingSet) -> np.ndarray | None:
         """The cells [h, w] of a query's latent that count, None where all do. Raises UserError where
         the box does not fit its picture."""
@@ -138,7 +156,7 @@ class RemovalStudy:
         def tell(timestep: int, rows: np.ndarray, inverse: Inverse) -> None:
             found.append(group_rises(groups, partial(self.take, timestep), rows, inverse))
 
-        scores, units = score_draws(self.blocks, features, self.ridge, repeats, tell)
+        scores, units = score_draws(self.blocks, features, self.ridge, repeats, tell, self.solve)
         return scores, units, np.stack(found)
 
     def score(self, queries: Sequence[TrainingSet]) -> np.ndarray:

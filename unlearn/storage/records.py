@@ -71,6 +71,8 @@ MEANINGS = {
     "scores": ("scores", None),
     "method": ("method", None),
     "features": ("model of the features", None),
+    "image_features": ("features of the training images", None),
+    "timestep_number": ("which of the timesteps", None),
     "readings": ("how pictures that are not plain are read", "data root"),
     "cosines": ("how features are centred", None),
     "function": ("function whose gradients are taken", None),
