@@ -87,20 +87,20 @@ class FusedAttention(TorchFunctionMode):
     """Attention that never has a matrix of all pairs of positions, on `meta` too, which by itself
     would take another one than devices do."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+    def __torch_function__(self, func, types, given=(), named=None):
+        named = dict(named or {})
         if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return func(*given, **named)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given: dict[str, Any] = {**dict(zip(names, args)), **kwargs}
+        named = {**dict(zip(names, given)), **named}
         return FUSED(
-            given["query"],
-            given["key"],
-            given["value"],
-            given.get("dropout_p", 0.0),
-            given.get("is_causal", False),
-            attn_mask=given.get("attn_mask"),
-            scale=given.get("scale"),
+            named["query"],
+            named["key"],
+            named["value"],
+            named.get("dropout_p", 0.0),
+            named.get("is_causal", False),
+            attn_mask=named.get("attn_mask"),
+            scale=named.get("scale"),
         )[0]
 
 
@@ -114,8 +114,8 @@ class LiveBytes(TorchDispatchMode):
         self.held = [tensor.untyped_storage() for tensor in held]  # else their numbers could return
         self.known = {storage._cdata for storage in self.held}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, given=(), named=None):
+        outputs = func(*given, **(named or {}))
         for output in tree_leaves(outputs):
             if isinstance(output, torch.Tensor):
                 self.add(output.untyped_storage())
