@@ -99,6 +99,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add(
         "model",
+        "--textual_inversion",
+        nargs="+",
+        default=[],
+        metavar="FILE[:WORD]",
+        help="embeddings of new words (.safetensors); WORD: by which prompt and captions call it",
+    )
+    parser.add(
+        "model",
         "--base",
         help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
     )
@@ -145,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_names(args)
     NAMES.clear()
-    name_input("model", " with ".join([args.model, *args.lora]))
+    name_input("model", " with ".join([args.model, *args.lora, *args.textual_inversion]))
     name_input("data root", str(Path(args.out) / "root"))
     words = sys.argv[1:] if argv is None else argv
     answers = attribute(

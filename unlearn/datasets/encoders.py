@@ -144,13 +144,29 @@ def encode_sizes(
     return model.encode_sizes(sizes, resolution)
 
 
+def expand_words(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
+    """Prompts in which each new word of several vectors (textual inversion) is followed by the
+    tokens of the others, word_1, word_2, ..., as diffusers reads it."""
+    added = tokenizer.added_tokens_encoder
+    several = [token for token in added if f"{token}_1" in added]
+    expanded = list(prompts)
+    for row, prompt in enumerate(expanded) if several else ():
+        for token in set(several).intersection(tokenizer.tokenize(prompt)):
+            number = 1
+            while f"{token}_{number}" in added:
+                number += 1
+            words = [token, *(f"{token}_{each}" for each in range(1, number))]
+            expanded[row] = expanded[row].replace(token, " ".join(words))
+    return expanded
+
+
 def count_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[int]:
     """How many tokens each prompt has before it is cut, those of its beginning and end among
     them."""
     return [
         len(tokens)
         for tokens in tokenizer(
-            list(prompts), padding=False, truncation=False, verbose=False
+            expand_words(tokenizer, prompts), padding=False, truncation=False, verbose=False
         ).input_ids
     ]
 

@@ -16,13 +16,12 @@ from ..attribution.fishers import own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
 from ..attribution.removal_index import row_type
-from ..datasets.class_images import add_class_images, check_apart, read_class_images
 from ..datasets.entries import Found
-from ..datasets.folders import read_folder
 from ..datasets.settings import PUBLISHED
 from ..errors import UserError
 from ..models.architectures import architecture_of
 from ..models.customization import check_texts, check_words
+from ..models.embeddings import Embedding, read_embedding
 from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
 from ..models.pipelines import Model, load_model
@@ -31,6 +30,8 @@ from ..runtime.programs import choose_device, say, set_precision
 from ..storage.artifacts import check_writable
 from . import costs
 from .answers import Attribution
+from .embeddings import merge_embeddings, tell_words
+from .images import check_images, read_images
 from .jobs import DATASET, Job, Making, answer
 from .loras import choose_side, compare_loras, fill_caption, open_loras
 from .models import Source, find_model, list_loras
@@ -45,16 +46,6 @@ from .removing import check_scoring
 from .unlearning import SELF
 
 __all__ = ["Attribution", "Question", "attribute"]
-FEWEST_IMAGES = 2
-
-
-def check_images(found: Found) -> None:
-    """Raises UserError where there is nothing to rank."""
-    if len(found.entries) < FEWEST_IMAGES:
-        raise UserError(
-            f"{found.folder}: only {len(found.entries)} training image, which leaves nothing to "
-            f"rank; give the folder of all images that the model was trained on"
-        )
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -128,6 +119,7 @@ def attribute(
     class_prompt: str | None = None,
     command: str = "",
     lora: str | Path | Sequence[str | Path] = (),
+    textual_inversion: str | Path | Sequence[str | Path] = (),
     on_step: Callable[[str], None] = say,
 ) -> list[Attribution]:
     """Which of a model's training images made some pictures: an Attribution of each.
@@ -145,7 +137,8 @@ def attribute(
     picture, as published; or output, how far its predictions of an image then move; use_repeats: of removal, an image counts as often as kohya's names of
     folders say that training saw it; box: (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
-    folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at.
+    folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at;
+    textual_inversion: embeddings of new words, FILE_OR_FOLDER[:WORD].
     on_step: is told each step and the time that is left, by default the log; print shows them.
     Raises UserError where something is missing or does not fit.
     """
@@ -155,6 +148,12 @@ def attribute(
     making = check_making(several, prompt, seed, steps, guidance)
     given = [lora] if isinstance(lora, (str, Path)) else list(lora)
     loras = open_loras(given or list_loras(model))
+    words = (
+        [textual_inversion]
+        if isinstance(textual_inversion, (str, Path))
+        else list(textual_inversion)
+    )
+    embeddings = [read_embedding(str(each)) for each in words]
     if caption is None:
         caption = fill_caption(loras)
     questions = [ask(picture, prompt, seed, inside) for picture in several]
@@ -165,7 +164,7 @@ def attribute(
         check_writable(out, SELF)
         set_precision("fp32")
         on_step("loading the model")
-        source, loaded = load_source(model, base, place / "model", device, loras)
+        source, loaded = load_source(model, base, place / "model", device, loras, embeddings)
         check_prompts(loaded, questions)
         side = choose_side(loaded, loras) or source.side
         side = 0 if side == loaded.own_resolution else side
@@ -185,36 +184,9 @@ def attribute(
         inside,
         top_k,
         command,
-        compare_loras(loras, found, side),
+        [*compare_loras(loras, found, side), *tell_words(embeddings, found, questions)],
     )
     return answer(job, questions, making, costs.Clock(plan, on_step))
-
-
-def read_images(
-    images: str | Path,
-    caption: str | None,
-    captions: str | None,
-    groups: str | None,
-    class_images: str | Path | None,
-    class_prompt: str | None,
-    place: Path,
-) -> Found:
-    """The training images, and with them the class images where there are any; what was found is
-    said. place: where pictures of data sets are written. Raises UserError as `read_folder`."""
-    if class_images is None:
-        if class_prompt is not None:
-            raise UserError("--class_prompt: means nothing without --class_images FOLDER")
-    else:
-        check_apart(images, class_images)
-    found = read_folder(images, caption, captions, groups, place / "pictures")
-    for line in found.describe():
-        say(line)
-    if class_images is None:
-        return found
-    classes = read_class_images(class_images, class_prompt, place / "class_pictures")
-    for line in classes.describe():
-        say(line)
-    return add_class_images(found, classes, groups is None)
 
 
 def describe_root(source: Source, side: int) -> dict:
@@ -231,10 +203,14 @@ def load_source(
     place: Path,
     device: str | None,
     loras: Sequence[LoraFile] = (),
+    embeddings: Sequence[Embedding] = (),
 ) -> tuple[Source, Model]:
-    """A model found and loaded. Raises UserError, naming --model, where that cannot be done."""
+    """A model found, given new words, and loaded. Raises UserError, naming --model, where that cannot be done."""
     lora = tuple(str(each.named) for each in loras)
     source = replace(find_model(model, base, place), lora=lora)
+    if embeddings:
+        merged = merge_embeddings(list(embeddings), source.pipeline, source.unet, place)
+        source = replace(source, pipeline=str(merged), unet="")
     try:
         loaded = load_model(source.pipeline, choose_device(device), source.unet or None, lora=lora)
     except UserError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...datasets.encoders import expand_words
 from ...errors import UserError
 from .interface import Parts, Refuse
 
@@ -14,7 +15,7 @@ def read_tokens(
     Raises UserError where the text encoder has no embedding of one."""
     reader = getattr(pipeline, tokenizer)
     read = reader(
-        list(prompts),
+        expand_words(reader, prompts),
         padding="max_length",
         truncation=True,
         max_length=limit,
@@ -34,9 +35,8 @@ def read_tokens(
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[list[int]]:
     """The tokens that are read of prompts."""
-    return tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=limit
-    ).input_ids
+    words = expand_words(tokenizer, prompts)
+    return tokenizer(words, padding="max_length", truncation=True, max_length=limit).input_ids
 
 
 def label(encoder: str) -> str:

@@ -1,0 +1,128 @@
+"""New words (textual inversion): read as diffusers reads them, and nothing else."""
+
+import shlex
+import shutil
+
+import pytest
+import torch
+from conftest import PARITY
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from test_attribute import PROMPT, QUERY, make_folder
+
+import unlearn
+from unlearn import UserError
+from unlearn.datasets.conditioning import TEXT
+from unlearn.datasets.encoders import count_tokens
+from unlearn.front import load_source
+from unlearn.front.embeddings import tell_words
+from unlearn.models.embeddings import Embedding, check_embedding, list_tokens, read_embedding
+
+TINY = str(PARITY / "fixture/sd-tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None)
+
+
+@pytest.fixture(scope="module")
+def features(pipeline):
+    return pipeline.text_encoder.config.hidden_size
+
+
+def make_vectors(count, features, seed=0):
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+
+
+def test_prompts_with_new_words_are_read_as_diffusers_reads_them(tmp_path, pipeline, features):
+    one, three = make_vectors(1, features), make_vectors(3, features, 1)
+    save_file({"<one>": one[0]}, tmp_path / "a.safetensors")
+    save_file({"emb_params": three}, tmp_path / "b.safetensors")
+    shutil.move(tmp_path / "b.safetensors", tmp_path / "<three>.bin")  # its content decides
+    given = [str(tmp_path / "a.safetensors"), str(tmp_path / "<three>.bin")]
+    words = [read_embedding(name) for name in given]
+    assert [(each.token, len(each.vectors)) for each in words] == [("<one>", 1), ("<three>", 3)]
+    source, model = load_source(TINY, None, tmp_path / "model", "cpu", (), words)
+    prompts = ["a <one> on a table", "<three>, a photo of <three> and <one>", "a blob"]
+    pipeline.load_textual_inversion({"<one>": one})
+    pipeline.load_textual_inversion({"<three>": three})
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    torch.testing.assert_close(model.encode_prompts(prompts)[TEXT], expected)
+    plain = unlearn.load_model(TINY, "cpu").encode_prompts(prompts)[TEXT]
+    torch.testing.assert_close(model.encode_prompts(prompts)[TEXT][2], plain[2])
+    assert (model.encode_prompts(prompts)[TEXT][:2] - plain[:2]).abs().max() > 0.01
+    assert count_tokens(model.reader[0], ["<three>"]) == [5]
+    again, _ = load_source(TINY, None, tmp_path / "model", "cpu", (), words)
+    assert again == source
+    with pytest.raises(UserError, match="knows <one> already; give the word another name"):
+        list_tokens(model.pipeline, words[:1])
+
+
+def test_a_word_is_the_one_given_else_the_files_key_or_name(tmp_path, features):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_file({"<cat>": make_vectors(1, features)}, folder / "learned_embeds.safetensors")
+    save_file({"<cat>": make_vectors(1, features)}, folder / "learned_embeds-500.safetensors")
+    assert read_embedding(str(folder)).token == "<cat>"
+    assert read_embedding(f"{folder}:<dog>").token == "<dog>"
+    assert list(Embedding(folder, "<x>", make_vectors(2, features)).tokens) == ["<x>", "<x>_1"]
+
+
+def test_what_is_no_new_word_is_refused_in_one_line(tmp_path, features):
+    path = tmp_path / "e.safetensors"
+
+    def said(tensors, name=str(path)):
+        save_file(tensors, path)
+        with pytest.raises(UserError) as error:
+            read_embedding(name)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "such as Stable Diffusion XL" in said(
+        {"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 8)}
+    )
+    assert "expected one word's embedding, found" in said(
+        {"<a>": torch.ones(4), "<b>": torch.ones(4)}
+    )
+    assert "found the shape [2, 2, 2]" in said({"<a>": torch.ones(2, 2, 2)})
+    assert "found the shape [99, 2]" in said({"<a>": torch.ones(99, 2)})
+    assert "NaN or infinite" in said({"<a>": torch.tensor([1.0, float("nan")])})
+    assert "expected one word after the colon" in said({"<a>": torch.ones(4)}, f"{path}:two words")
+    assert "no such file" in said({"<a>": torch.ones(4)}, str(tmp_path / "none.safetensors"))
+    assert "expected one word, found a b" in said({"a b": torch.ones(4)})
+    torch.save({"<a>": torch.ones(4)}, tmp_path / "e.bin")
+    refused = said({"<a>": torch.ones(4)}, str(tmp_path / "e.bin"))
+    assert "expected safetensors; convert it, where you trust it: python -c" in refused
+
+
+def test_the_command_that_converts_a_pickle_runs_and_gives_the_word(tmp_path, features):
+    path, vectors = tmp_path / "word's.pt", make_vectors(2, features)
+    torch.save({"string_to_param": {"*": vectors}, "name": "x"}, path)
+    with pytest.raises(UserError) as error:
+        read_embedding(str(path))
+    python, flag, code = shlex.split(str(error.value).split("where you trust it: ")[1])
+    assert (python, flag) == ("python", "-c")
+    exec(code, {})
+    found = read_embedding(str(path.with_suffix(".safetensors")))
+    assert found.token == "word's"
+    torch.testing.assert_close(found.vectors, vectors)
+
+
+def test_a_word_of_another_base_and_a_model_without_such_words_are_refused(tmp_path, features):
+    pipeline = unlearn.load_model(TINY, "cpu").pipeline
+    with pytest.raises(UserError, match=f"text encoder has {features}: it was trained for another"):
+        check_embedding(pipeline, Embedding(tmp_path, "<x>", torch.ones(1, features + 1)))
+    with pytest.raises(UserError, match="object takes none so far; supported are"):
+        check_embedding(object(), Embedding(tmp_path, "<x>", torch.ones(1, features)))
+    word = Embedding(tmp_path, "<x>", torch.ones(1, features))
+    with pytest.raises(UserError, match="is in another file too"):
+        list_tokens(pipeline, [word, word])
+
+
+def test_a_file_that_is_none_is_refused_before_a_model_is_loaded(tmp_path):
+    folder = make_folder(tmp_path / "mine", 2)
+    with pytest.raises(UserError, match="no such file"):
+        unlearn.attribute(QUERY, "nowhere", folder, PROMPT, textual_inversion="none.safetensors")
+    assert tell_words([], None, []) == []
