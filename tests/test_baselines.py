@@ -18,7 +18,7 @@ from test_bad_input import encode_images
 from unlearn import UserError, noise
 from unlearn.attribution.curvature import DiagonalFisher
 from unlearn.attribution.draws import QueryDraws
-from unlearn.baselines import gradients
+from unlearn.baselines import gradients, patches
 from unlearn.baselines.gradient_methods import BLOCKS, Sketch, flatten
 from unlearn.baselines.gradients import (
     EXPECTED,
@@ -73,6 +73,8 @@ def make_method(name, **given):
         "unlearn_batch_size": 2,
         "unlearn_grad_accum_steps": 2,
         "damping": 0.1,
+        "patch_size": 2,
+        "patch_timestep": 300,
     }
     return baselines.make_method(METHODS[name], SimpleNamespace(**{**flags, **given}))
 
@@ -117,8 +119,9 @@ def exact(model):
     return exact
 
 
-def exact_gradient(exact, function, latent, embedding, normals, timesteps):
-    """Gradient of K and V, [weights] float64: the mean over samples, one by one, written out."""
+def exact_gradient(exact, function, latent, embedding, normals, timesteps, is_normalised=False):
+    """Gradient of K and V, [weights] float64: the mean over samples, one by one, written out, each
+    of length 1 where they are normalised."""
     parameters, total = select_parameters(exact.denoiser, KV), 0
     latent, embedding, normals = (
         torch.tensor(np.array(array), dtype=torch.float64) for array in (latent, embedding, normals)
@@ -130,16 +133,17 @@ def exact_gradient(exact, function, latent, embedding, normals, timesteps):
             output = exact.denoiser(
                 noisy[None], torch.tensor([timestep]), encoder_hidden_states=embedding[None]
             ).sample[0]
-            value = (
-                output.square().sum() if function == "norm" else (output - normal).square().mean()
-            )
-            total = total + flatten(
-                dict(enumerate(torch.autograd.grad(value, list(parameters.values()))))
-            )
+            value = {
+                "norm": output.square().sum(),
+                "mean": output.mean(),
+                "loss": (output - normal).square().mean(),
+            }[function]
+            own = flatten(dict(enumerate(torch.autograd.grad(value, list(parameters.values())))))
+            total = total + (own / own.norm() if is_normalised else own)
     return total / len(timesteps)
 
 
-def exact_rows(exact, function, images):
+def exact_rows(exact, function, images, is_normalised=False):
     """Gradients of every view of every image under its own noise, [N, 2, weights] float64."""
     rows = []
     for image in range(len(images)):
@@ -156,6 +160,7 @@ def exact_rows(exact, function, images):
                     images.embeddings[image, 0],
                     normals,
                     GRID,
+                    is_normalised,
                 )
             )
     return torch.stack(rows).reshape(len(images), 2, -1)
@@ -346,8 +351,43 @@ def test_influence_equals_its_formula_in_float64(model, exact, make_run):
     )
 
 
-@pytest.mark.parametrize("method, function", [("trak", "loss"), ("dtrak", "norm")])
-def test_trak_scores_equal_their_formula_in_float64(method, function, model, exact, make_run):
+def exact_errors(exact, images):
+    """Roots of the losses of every view, relative to all at their timestep, averaged: [N, 2]."""
+    roots = []
+    for image in range(len(images)):
+        for view in range(2):
+            slots = [(view, 0, timestep, 0) for timestep in GRID]
+            normals = noise.image_noise(
+                0, images.name, images.ids[image], slots, images.latents.shape[2:]
+            )
+            latent, embedding, normals = (
+                torch.tensor(np.array(array), dtype=torch.float64)
+                for array in (images.latents[view, image], images.embeddings[image, 0], normals)
+            )
+            for normal, timestep in zip(normals, GRID):
+                alpha_bar = exact.alpha_bars[timestep]
+                noisy = alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * normal
+                with torch.no_grad():
+                    output = exact.denoiser(
+                        noisy[None], torch.tensor([timestep]), encoder_hidden_states=embedding[None]
+                    ).sample[0]
+                roots.append(float((output - normal).square().mean().sqrt()))
+    roots = np.reshape(roots, (len(images), 2, len(GRID)))
+    return (roots / roots.mean(axis=(0, 1))).mean(axis=2)
+
+
+@pytest.mark.parametrize(
+    "method, function, is_normalised",
+    [
+        ("trak", "loss", False),
+        ("dtrak", "norm", False),
+        ("dtrak-normalised", "norm", True),
+        ("das", "mean", True),
+    ],
+)
+def test_trak_scores_equal_their_formula_in_float64(
+    method, function, is_normalised, model, exact, make_run
+):
     run, parameters = make_run(images=(1, 4)), select_parameters(model.denoiser, KV)
     sketch = Sketch(parameters, 64, 0, "cpu", BLOCKS)
     shapes = {name: value.shape for name, value in parameters.items()}
@@ -355,19 +395,58 @@ def test_trak_scores_equal_their_formula_in_float64(method, function, model, exa
     split = lambda row: {
         name: part.reshape(shapes[name]) for name, part in zip(parameters, row.split(sizes))
     }
-    rows = exact_rows(exact, function, run.training_set)
+    rows = exact_rows(exact, function, run.training_set, is_normalised)
     features = torch.stack([sketch.project(split(row)) for row in rows.flatten(0, 1)]).numpy()
     kernel = features.T @ features
     scores = (
         features[[2, 8]]
         @ np.linalg.inv(kernel + 0.1 * np.mean(np.diag(kernel)) * np.eye(64))
         @ features.T
-    )
+    ).reshape(2, 6, 2)
+    if method == "das":
+        scores = (scores * exact_errors(exact, run.training_set)) ** 2
     for views in "max", "mean":
         found = make_method(method, views=views).scores(run)
         np.testing.assert_allclose(
-            found, getattr(scores.reshape(2, 6, 2), views)(axis=2), atol=1e-3
+            found, getattr(scores, views)(axis=2), atol=1e-3 * max(1, np.abs(scores).max())
         )
+
+
+def test_patches_are_shared_out_by_the_best_denoiser_of_the_training_images(
+    model, make_run, monkeypatch
+):
+    """Written out patch by patch: x_t of the query, softmax over every patch of every view."""
+    run, shape = make_run(images=(1,)), make_run().training_set.latents.shape[2:]
+    images, [query] = run.training_set, run.queries
+    alpha_bar = float(model.alpha_bars[300])
+    normals = noise.image_noise(0, query.name, query.ids[0], [(0, 0, 300, 0)], shape)[0]
+    noisy = alpha_bar**0.5 * query.latents[0, 0] + (1 - alpha_bar) ** 0.5 * normals
+    places = [(y, x) for y in range(shape[1] - 1) for x in range(shape[2] - 1)]
+    cut = lambda latent: np.array([latent[:, y : y + 2, x : x + 2] for y, x in places], np.float64)
+    all_patches = np.array([[cut(latent) for latent in view] for view in images.latents])
+    expected = np.zeros(len(images))
+    for patch in cut(noisy):
+        distances = np.square(patch - alpha_bar**0.5 * all_patches).sum(axis=(3, 4, 5))
+        weights = np.exp(-(distances - distances.min()) / (2 * (1 - alpha_bar)))
+        expected += weights.sum(axis=(0, 2)) / weights.sum()
+    for most in patches.MOST_DISTANCES, 1:
+        monkeypatch.setattr(patches, "MOST_DISTANCES", most)
+        [found] = make_method("nda").scores(run)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.sum() == pytest.approx(len(places))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"patch_size": 0}, "--patch_size 0: expected 1 to"),
+        ({"patch_size": 999}, "--patch_size 999: expected 1 to"),
+        ({"patch_timestep": 1000}, "--patch_timestep 1000: expected 0 to 999"),
+    ],
+)
+def test_patches_that_cannot_be_are_refused(given, said, make_run):
+    with pytest.raises(UserError, match=said):
+        make_method("nda", **given).scores(make_run())
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +474,7 @@ def emoji():
     return model, images, DiagonalFisher(read_tensors(root / "sd_fisher.safetensors"), 0.1)
 
 
-@pytest.mark.parametrize("method", ["influence", "trak", "dtrak"])
+@pytest.mark.parametrize("method", ["influence", "trak", "dtrak", "dtrak-normalised", "das", "nda"])
 def test_a_training_image_that_is_the_query_comes_first(method, emoji, make_run):
     model, images, fisher = emoji
     run = replace(make_run((0, 2, 3), fisher, images), model=model, grid=[100, 300, 500, 700])

@@ -25,6 +25,7 @@ from .gradients import (
     expected_latents,
     kernel_scores,
     mean_gradient,
+    normalised_gradient,
     reduce_images,
     view_samples,
 )
@@ -54,6 +55,7 @@ def sweep(
     function: str,
     parameters: dict[str, torch.nn.Parameter],
     reduce: Reduce,
+    is_normalised: bool = False,
 ) -> Callable[[Sequence[int], Executor], np.ndarray]:
     """`compute` of gradients.cache_reduced over the training set."""
     return lambda images, pool: reduce_images(
@@ -67,6 +69,7 @@ def sweep(
         run.batch_size,
         reduce,
         pool,
+        is_normalised,
     )
 
 
@@ -176,6 +179,7 @@ class Trak(Method):
 
     needs_base_model = True
     function = "loss"  # whose gradients are taken, a key of `gradients.FUNCTIONS`
+    is_normalised = False  # whether each sample's gradient is brought to length 1
     cache_folder = "trak"  # of the training set's features, which JourneyTrak shares
 
     def own_identity(self, run: Run) -> dict:
@@ -189,17 +193,22 @@ class Trak(Method):
         with ThreadPoolExecutor(1) as pool:
             normals = chunk_noise(query, np.arange(1), run.grid, self.noise_seed, pool)
         samples = view_samples(query, 0, 0, run.grid, normals[0], run.model.device)
+        if self.is_normalised:
+            return normalised_gradient(run.model, parameters, self.function, samples)
         return mean_gradient(run.model, parameters, self.function, samples, run.batch_size)
 
     def feature_identity(self, run: Run) -> dict:
         """Identity of the training set's features."""
+        averaged = {"gradients": "each of length 1"} if self.is_normalised else {}
         return {
             **sweep_identity(run, self, self.function, self.weight_selection),
+            **averaged,
             "projection_size": self.projection_size,
             "seed": self.seed,
         }
 
-    def scores(self, run: Run) -> list[np.ndarray]:
+    def products(self, run: Run) -> np.ndarray:
+        """The kernel of every query with every view of every image, [queries, N, views] float64."""
         parameters = select_parameters(run.model.denoiser, self.weight_selection)
         with tracked(parameters):
             sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device, BLOCKS)
@@ -207,16 +216,24 @@ class Trak(Method):
                 run.folder / self.cache_folder / "features.npy",
                 self.feature_identity(run),
                 run.training_set,
-                sweep(run, self.noise_seed, self.function, parameters, sketch.project),
+                sweep(
+                    run,
+                    self.noise_seed,
+                    self.function,
+                    parameters,
+                    sketch.project,
+                    self.is_normalised,
+                ),
                 run.overwrite,
             )
             queries = [
                 sketch.project(self.gradient_of(run, parameters, number)).cpu().numpy()
                 for number in range(len(run.queries))
             ]
-        return list(
-            VIEWS[self.views](kernel_scores(features, np.stack(queries), self.trak_lambda), axis=2)
-        )
+        return kernel_scores(features, np.stack(queries), self.trak_lambda)
+
+    def scores(self, run: Run) -> list[np.ndarray]:
+        return list(VIEWS[self.views](self.products(run), axis=2))
 
 
 @dataclass(frozen=True)

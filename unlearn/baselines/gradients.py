@@ -48,9 +48,22 @@ def output_norms(
     return prediction.double().square().sum(dim=tuple(range(1, prediction.ndim)))
 
 
+def output_means(
+    model: Model,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    conditioning: Conditioning,
+) -> torch.Tensor:
+    """The prediction's mean over pixels of each sample: [batch] float64. Source: [DAS]."""
+    prediction = model.predict(model.diffuse(latents, noise, timesteps), timesteps, conditioning)
+    return prediction.double().mean(dim=tuple(range(1, prediction.ndim)))
+
+
 FUNCTIONS = {
     "loss": sample_losses,
     "norm": output_norms,
+    "mean": output_means,
 }  # whose gradients are taken, of samples as in losses.sample_losses
 
 
@@ -78,6 +91,26 @@ def mean_gradient(
         )
         sums = [sum + gradient for sum, gradient in zip(sums, gradients)] or list(gradients)
     return dict(zip(parameters, sums))
+
+
+def normalised_gradient(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    function: str,
+    samples: Sequence[Any],
+) -> dict[str, torch.Tensor]:
+    """Mean over samples of the gradient of a function of each, brought to length 1 over all weights,
+    {name: tensor}; one sample goes through the model at once. Zero gradients stay zero. Arguments
+    as of `mean_gradient`."""
+    count, sums = len(samples[0]), {}
+    for number in range(count):
+        own = map_tensors(itemgetter(slice(number, number + 1)), samples)
+        gradient = mean_gradient(model, parameters, function, own, 1)
+        length = torch.stack([part.double().norm() for part in gradient.values()]).norm()
+        scale = 1 / (count * float(length)) if length > 0 else 0.0
+        for name, part in gradient.items():
+            sums[name] = sums[name] + scale * part if number else scale * part
+    return sums
 
 
 def view_samples(
@@ -111,9 +144,11 @@ def reduce_images(
     batch_size: int,
     reduce: Reduce,
     pool: Executor,
+    is_normalised: bool = False,
 ) -> np.ndarray:
     """`reduce` of each image's mean gradient over captions and grid, under the image's own noise,
-    as in losses.score_rows: [images, views, size] float32. reduce: from {name: tensor} to [size].
+    as in losses.score_rows: [images, views, size] float32. reduce: from {name: tensor} to [size];
+    is_normalised: whether `normalised_gradient` takes the mean.
 
     One backward pass an image and view, whose samples fill the batch: on a CPU as fast as
     per-sample gradients of many images at once (vmap, or outer products by layer), and only one
@@ -122,24 +157,19 @@ def reduce_images(
     num_views = training_set.latents.shape[0]
     rows = rows_of(images, len(training_set), num_views)
     normals = chunk_noise(training_set, rows, grid, noise_seed, pool)
-    reduced = [
-        reduce(
-            mean_gradient(
-                model,
-                parameters,
-                function,
-                view_samples(
-                    training_set,
-                    *divmod(int(row), len(training_set)),
-                    grid,
-                    normals[position],
-                    model.device,
-                ),
-                batch_size,
-            )
+    reduced = []
+    for row, own in zip(rows, normals):
+        place = divmod(int(row), len(training_set))
+        given = (
+            model,
+            parameters,
+            function,
+            view_samples(training_set, *place, grid, own, model.device),
         )
-        for position, row in enumerate(rows)
-    ]
+        gradient = (
+            normalised_gradient(*given) if is_normalised else mean_gradient(*given, batch_size)
+        )
+        reduced.append(reduce(gradient))
     return (
         torch.stack(reduced)
         .float()

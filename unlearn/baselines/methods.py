@@ -2,6 +2,8 @@
 baselines`."""
 
 from .gradient_methods import DTrak, Influence, JourneyTrak, Trak
+from .normalised_methods import Das, DTrakNormalised
+from .patches import Nda
 from .similarity_methods import Pixel, Random, Similarity, Text, Vae, Words
 
 METHODS = {
@@ -15,4 +17,7 @@ METHODS = {
     "trak": Trak,
     "journeytrak": JourneyTrak,
     "dtrak": DTrak,
+    "dtrak-normalised": DTrakNormalised,
+    "das": Das,
+    "nda": Nda,
 }

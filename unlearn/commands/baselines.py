@@ -137,6 +137,15 @@ def add_gradient_flags(parser: Parser) -> None:
         help=f"journeytrak: steps of the sampling trajectory (default {NUM_INFERENCE_STEPS})",
     )
     parser.add_argument(
+        "--patch_size",
+        type=int,
+        default=5,
+        help="nda: cells of a patch's side, of the latents (default 5)",
+    )
+    parser.add_argument(
+        "--patch_timestep", type=int, default=500, help="nda: timestep of the noise (default 500)"
+    )
+    parser.add_argument(
         "--fisher_path", help="influence: diagonal Fisher (default sd_fisher.* of the data root)"
     )
     parser.add_argument(
