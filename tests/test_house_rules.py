@@ -279,6 +279,7 @@ def test_the_core_imports_no_extra():
     }
     extras["unlearn.datasets.hub"] = {"datasets"}  # imported only if it is there
     extras["unlearn.models.architectures"] = {"peft"}  # where what a LoRA needs is counted
+    extras["unlearn.models.lora"] = {"peft"}  # likewise
     for name in TREES:
         assert roots(name) <= core | extras.get(name, set()) | {"unlearn"} | set(
             sys.stdlib_module_names

@@ -247,6 +247,13 @@ def put(key, tensor=None):
     )
 
 
+def put_pair(down_key, up_key):
+    """A change that adds a pair under two names."""
+    return lambda tensors, down, up: tensors.update(
+        {down_key: tensors[down].clone(), up_key: tensors[up].clone()}
+    )
+
+
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 FAULTS = {
     "DoRA": (put(f"{LAYER}.dora_scale"), "DoRA"),
@@ -258,8 +265,23 @@ FAULTS = {
     "differences": (put(f"{LAYER}.diff"), "whole differences"),
     "embedding": (put("bundle_emb.word.string_to_param.*"), "embedding of a new token"),
     "bias": (put("unet.x.lora_B.bias"), "LoRA with biases"),
-    "SDXL": (put("lora_te2_text_model_x.lora_down.weight"), "LoRA of Stable Diffusion XL"),
-    "transformer": (put("transformer.blocks.0.lora_A.weight"), "a model with a transformer"),
+    "SDXL": (
+        put_pair("lora_te2_text_model_x.lora_down.weight", "lora_te2_text_model_x.lora_up.weight"),
+        "LoRA of Stable Diffusion XL .lora_te2_.*the model is of Stable Diffusion 1 and 2",
+    ),
+    "transformer": (
+        put_pair("transformer.blocks.0.lora_A.weight", "transformer.blocks.0.lora_B.weight"),
+        "a model with a transformer",
+    ),
+    "one matrix under two names": (
+        lambda tensors, down, up: tensors.update(
+            {
+                "unet.x.lora_A.weight": torch.ones(2, 2),
+                "unet.x.lora_A.default.weight": torch.ones(2),
+            }
+        ),
+        "names the down of its layer twice",
+    ),
     "PEFT's own folder": (put("base_model.model.x.lora_A.weight"), "as PEFT saves it"),
     "another name": (put("model.diffusion_model.x"), "not how a LoRA names"),
     "another layer": (
@@ -306,13 +328,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_no_plain_lora_of_this_model_is_refused_by_name(model, tmp_path, fault):
-    from unlearn.models.lora import place
+    from unlearn.models.lora_layers import place
 
     change, words = FAULTS[fault]
     path = tmp_path / "broken.safetensors"
     save_file(broken(model, change), path)
     with pytest.raises(UserError, match=words) as caught:
-        place(read_lora(parse_name(str(path))), model.pipeline)
+        place(read_lora(parse_name(str(path))), model.pipeline, model.family)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 

@@ -48,17 +48,18 @@ class GradientTaps:
         output.register_hook(partial(gradients.__setitem__, len(self.inputs[name])))
         self.inputs[name].append(inputs[0].detach())
 
-    def taken(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def taken(self, name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's input [batch, positions, in] and the gradient of its output [batch, positions,
         out]; of a convolution, what its kernel sees at each position."""
-        ordered = [gradient for _, gradient in sorted(self.output_gradients[name].items())]
-        inputs, gradients = torch.cat(self.inputs[name]), torch.cat(ordered)
+        calls = sorted(self.output_gradients[name])  # others gave what the loss does not look at
+        inputs = torch.cat([self.inputs[name][call] for call in calls])
+        gradients = torch.cat([self.output_gradients[name][call] for call in calls])
         layer: Any = self.layers[name]
         if isinstance(self.layers[name], torch.nn.Conv2d):
             patches = unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
             return patches.transpose(1, 2), gradients.flatten(2).transpose(1, 2)
         inputs, gradients = (
-            part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients)
+            part.reshape(batch, -1, part.shape[-1]) for part in (inputs, gradients)
         )
         return inputs, gradients
 
@@ -93,7 +94,7 @@ def per_sample_gradients(
             losses.sum().backward(inputs=list(parameters.values()))
         for name in parameters:
             layer, _, kind = name.rpartition(".")
-            inputs, gradients = taps.taken(layer)
+            inputs, gradients = taps.taken(layer, len(samples[0]))
             if kind == "weight":
                 own = torch.einsum("bto,bti->boi", gradients, inputs)
                 yield name, own.reshape(len(own), *parameters[name].shape)

@@ -34,7 +34,7 @@ from ..evaluation.retrained import query_digests
 from ..evaluation.scores import OURS
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import check_steps
-from ..models.pipelines import Model, check_trainable, load_model
+from ..models.pipelines import Model, load_model
 from ..retraining.lora import with_fresh_lora
 from ..retraining.measures import (
     MeasureSettings,
@@ -92,7 +92,6 @@ def open_model(args: Namespace) -> Model:
     """The model that is trained: the untrained one, or the base model with a fresh LoRA."""
     rank = args.train_lora_rank
     model = load_model(args.sd_version, args.device, args.unet, trained=bool(rank))
-    check_trainable("retrain", model.family)
     if not rank:
         return model
     alpha = float(args.train_lora_alpha or rank)

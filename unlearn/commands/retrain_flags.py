@@ -1,6 +1,6 @@
 """Flags of training again: which models, by what recipe, and how queries are measured under them."""
 
-from ..retraining.lora import TARGETS
+from ..models.families.interface import UNET_TARGETS
 from ..retraining.measures import LOSS_TIMESTEPS
 from ..retraining.recipes import SCHEDULES
 from .flags import Parser
@@ -62,7 +62,9 @@ def add_recipe_flags(parser: Parser) -> None:
         "--train_lora_alpha", type=float, help="its alpha, a factor alpha / rank (default the rank)"
     )
     parser.add_argument(
-        "--train_lora_targets", choices=TARGETS, help="layers that it changes (default attention)"
+        "--train_lora_targets",
+        choices=UNET_TARGETS,
+        help="layers that it changes (default attention)",
     )
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16"), default="no", help="of training (default no)"

@@ -23,7 +23,7 @@ from ..runtime.programs import log
 from ..storage.hashes import digest, hash_tensors
 from ..storage.reading import list_visible, read_tensors, resolve_inside
 from ..storage.records import NAMES, named_input
-from .pipelines import Model, check_trainable, replaced_weights
+from .pipelines import Model, replaced_weights
 from .unets import check_shapes
 
 CUSTOMIZED_WEIGHTS = (  # as the papers' authors name it, and as diffusers does
@@ -290,7 +290,11 @@ def check_customization(
     if model_dir is None:
         check_prompts(model, None, {}, tasks)
         return {}, {}
-    check_trainable(f"{model_dir}", model.family)
+    if not model.family.can_be_customized:
+        raise UserError(
+            f"{model_dir}: customized models (custom diffusion) are those of Stable Diffusion 1 and 2; "
+            f"this model is of {model.family.name}"
+        )
     weights, tokens = read_customization(model_dir)
     if model.lora:
         raise UserError(

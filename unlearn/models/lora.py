@@ -1,9 +1,8 @@
-"""LoRA on a pipeline: its layers found, its matrices added beside the UNet's weights or fused into
-them.
+"""LoRA on a pipeline: its matrices added beside the denoiser's weights or fused into them.
 
-Beside the weights, through diffusers and PEFT, the matrices themselves can be unlearned
-(`--weight_selection lora`): they are what the images trained. Fused, the model is a plain one. What
-a LoRA changes of the text encoder is always fused, for nothing is ever unlearned there.
+Beside the weights, through PEFT, the matrices themselves can be unlearned (`--weight_selection lora`):
+they are what the images trained. Fused, the model is a plain one. What a LoRA changes of a text encoder
+is always fused, for nothing is ever unlearned there.
 """
 
 import re
@@ -13,16 +12,15 @@ from typing import Any
 
 import torch
 from diffusers.utils import is_peft_available
-from diffusers.utils import logging as diffusers_logging
 
 from ..errors import UserError
-from ..storage.hashes import hash_tensors
-from .lora_files import LoraFile, Pair, read_lora, tell_base
+from .families import Family
+from .lora_files import LoraFile, Pair, read_lora
+from .lora_layers import hash_lora, place
 from .lora_names import parse_name
 
 SELECTION = "lora"
-MATRICES = r"\.lora_[AB]\."  # in the names of a UNet's parameters
-Placed = dict[str, dict[str, Pair]]  # by part of the pipeline, then by layer
+MATRICES = r"\.lora_[AB]\."  # in the names of a denoiser's parameters
 
 
 def choose_selection(given: str | None, lora: Sequence[object], default: str) -> str:
@@ -46,8 +44,8 @@ def check_selection(denoiser: torch.nn.Module, selection: str) -> None:
     stands: beside the weights, or fused into them."""
     if selection == SELECTION and not has_matrices(denoiser):
         raise UserError(
-            f"--weight_selection {selection}: the model has no LoRA on its UNet whose matrices could "
-            f"be unlearned; give one by --lora or, where it changes the text encoder alone, give "
+            f"--weight_selection {selection}: the model has no LoRA beside its weights whose matrices "
+            f"could be unlearned; give one by --lora or, where it changes the text encoder alone, give "
             f"--weight_selection cross-attn-kv"
         )
     if selection != SELECTION and has_matrices(denoiser):
@@ -57,63 +55,24 @@ def check_selection(denoiser: torch.nn.Module, selection: str) -> None:
         )
 
 
-def list_layers(module: torch.nn.Module) -> dict[str, tuple[str, Any]]:
-    """The layers that a LoRA may change, by every name that a file may give them: with underscores
-    for dots, as kohya does, and of a text encoder with `text_model.` before it or without: {name:
-    (its name in the module, layer)}."""
-    layers = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            bare = name.removeprefix("text_model.")
-            for known in (name, bare, f"text_model.{bare}"):
-                layers[known] = layers[known.replace(".", "_")] = (name, layer)
-    return layers
-
-
-def place(lora: LoraFile, pipeline: Any) -> Placed:
-    """The pairs of a LoRA by the layers of a pipeline. Raises UserError where one matches no layer,
-    or is of another shape."""
-    placed: Placed = {part: {} for part in ("unet", "text_encoder")}
-    known = {part: list_layers(getattr(pipeline, part)) for part in placed}
-    for (part, layer), pair in lora.pairs.items():
-        if layer not in known[part]:
-            raise UserError(
-                f"--lora {lora.named.path}: {layer:.100} is no layer of this model's {part}: it is "
-                f"a LoRA of another model{tell_base(lora.header)}"
-            )
-        name, module = known[part][layer]
-        if name in placed[part]:
-            raise UserError(f"--lora {lora.named.path}: names {name} of the {part} twice")
-        check_shape(lora, part, name, module.weight, pair)
-        placed[part][name] = pair
-    return placed
-
-
-def check_shape(lora: LoraFile, part: str, layer: str, weight: torch.Tensor, pair: Pair) -> None:
-    """Raises UserError where a pair does not fit a layer's weight."""
-    expected = [weight.shape[0], *weight.shape[1:]]
-    found = [pair.up.shape[0], *pair.down.shape[1:]]
-    if found != expected or pair.up[0, 0].numel() != 1:
+def select_matrices(denoiser: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The matrices that stand beside the weights of a denoiser, by name in its order, without those of
+    layers whose B is zero: nothing trained them. So are some of every LoRA of Stable Diffusion 3, in
+    whose last block nothing reads the text's queries. Raises UserError where none is left."""
+    found = {
+        name: value for name, value in denoiser.named_parameters() if re.search(MATRICES, name)
+    }
+    selected = {
+        name: value
+        for name, value in found.items()
+        if bool(found[name.replace(".lora_A.", ".lora_B.")].any())
+    }
+    if not selected:
         raise UserError(
-            f"--lora {lora.named.path}: {layer} of the {part}: its change is {found}, this model's "
-            f"weight {expected}: it was trained on another base model{tell_base(lora.header)}"
+            f"--weight_selection {SELECTION}: the B of every layer of the LoRA is zero: it changes "
+            f"nothing of {type(denoiser).__name__}"
         )
-
-
-def hash_lora(placed: Placed) -> str:
-    """Hash of what a LoRA does: the same in whichever form its file is written."""
-    return hash_tensors(
-        {
-            f"{part}.{layer}.{kind}": tensor
-            for part, pairs in placed.items()
-            for layer, pair in pairs.items()
-            for kind, tensor in (
-                ("down", pair.down),
-                ("up", pair.up),
-                ("scale", torch.tensor(pair.scale, dtype=torch.float64)),
-            )
-        }
-    )
+    return selected
 
 
 @torch.no_grad()
@@ -130,30 +89,52 @@ def adapter_name(number: int) -> str:
     return f"lora{number}"
 
 
-def add_beside(pipeline: Any, loras: Sequence[tuple[Placed, float]]) -> None:
-    """Adds LoRAs' matrices beside the weights of a pipeline's UNet, by diffusers. Raises UserError
-    where it did not take a layer."""
-    for number, (placed, weight) in enumerate(loras):
-        tensors = {}
-        for layer, pair in placed["unet"].items():
-            tensors[f"unet.{layer}.lora_A.weight"] = pair.down
-            tensors[f"unet.{layer}.lora_B.weight"] = pair.up
-        if not tensors:
-            continue
-        diffusers_logging.set_verbosity_error()  # it warns that the text encoder has none
-        with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second LoRA
-            pipeline.load_lora_weights(tensors, adapter_name=adapter_name(number))
-        set_scales(pipeline.unet, placed["unet"], adapter_name(number), weight)
-    tuned: list[Any] = [module for module in pipeline.unet.modules() if hasattr(module, "lora_A")]
+def add_beside(
+    denoiser: torch.nn.Module, loras: Sequence[tuple[Mapping[str, Pair], float]]
+) -> None:
+    """Adds LoRAs' matrices, each {layer: pair} and its weight, beside the weights of a denoiser, by
+    PEFT. Raises UserError where it did not take a layer."""
+    for number, (pairs, weight) in enumerate(loras):
+        if pairs:
+            inject(denoiser, pairs, adapter_name(number))
+            set_scales(denoiser, pairs, adapter_name(number), weight)
+    tuned: list[Any] = [module for module in denoiser.modules() if hasattr(module, "lora_A")]
     for module in tuned:
         module.set_adapter(list(module.lora_A))
-    pipeline.unet.eval().requires_grad_(False)
+    denoiser.eval().requires_grad_(False)
+
+
+def inject(denoiser: torch.nn.Module, pairs: Mapping[str, Pair], adapter: str) -> None:
+    """Gives layers of a denoiser matrices of a LoRA, which do not act until `set_scales`."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    tensors = {}
+    for layer, pair in pairs.items():
+        tensors[f"{layer}.lora_A.weight"] = pair.down.clone()  # several layers may have one A
+        tensors[f"{layer}.lora_B.weight"] = pair.up.clone()
+    # Anchored, because PEFT takes a pattern for the end of a name.
+    ranks = {f"^{re.escape(layer)}": len(pair.down) for layer, pair in pairs.items()}
+    config = LoraConfig(r=max(ranks.values()), rank_pattern=ranks, target_modules=list(pairs))
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second LoRA
+        # Empty until they are given theirs: nothing random is drawn.
+        inject_adapter_in_model(
+            config, denoiser, adapter, low_cpu_mem_usage=True, state_dict=tensors
+        )
+        set_peft_model_state_dict(denoiser, tensors, adapter, low_cpu_mem_usage=True)
 
 
 def set_scales(
     denoiser: torch.nn.Module, pairs: Mapping[str, Pair], adapter: str, weight: float
 ) -> None:
-    """Sets the scale of each layer of a LoRA, and checks that each is what its file says."""
+    """Sets the scale of each layer of a LoRA. Raises UserError where a layer has other matrices than
+    its file says, or another than its layers has any."""
+    tuned = {
+        name
+        for name, module in denoiser.named_modules()
+        if adapter in getattr(module, "lora_A", ())
+    }
+    if odd := sorted(tuned ^ pairs.keys()):
+        raise UserError(f"--lora: {odd[0]} was not taken over by PEFT as it is")
     for layer, pair in pairs.items():
         module: Any = denoiser.get_submodule(layer)
         held = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
@@ -161,7 +142,7 @@ def set_scales(
             adapter in matrices and torch.equal(matrices[adapter].weight.cpu(), tensor)
             for matrices, tensor in zip(held, (pair.down, pair.up))
         ):
-            raise UserError(f"--lora: {layer} was not taken over by diffusers and PEFT as it is")
+            raise UserError(f"--lora: {layer} was not taken over by PEFT as it is")
         module.scaling[adapter] = weight * pair.scale
 
 
@@ -220,18 +201,19 @@ def read_files(names: Sequence[str], is_fused: bool) -> list[LoraFile]:
 
 
 def apply(
-    pipeline: Any, loras: Sequence[LoraFile], is_fused: bool
+    pipeline: Any, family: Family, loras: Sequence[LoraFile], is_fused: bool
 ) -> tuple[tuple[str, float], ...]:
-    """Puts LoRAs on a pipeline, in place: fused into its weights, or the UNet's beside them.
+    """Puts LoRAs on a pipeline, in place: fused into its weights, or the denoiser's beside them.
     Returns what tells each apart: (hash of its content, its weight). Raises UserError where one does
     not fit."""
-    if not loras:
-        return ()
-    placed = [(place(lora, pipeline), lora.named.weight) for lora in loras]
+    placed = [(place(lora, pipeline, family), lora.named.weight) for lora in loras]
     for parts, weight in placed:
-        fuse(pipeline.text_encoder, parts["text_encoder"], weight)
-        if is_fused:
-            fuse(pipeline.unet, parts["unet"], weight)
-    if not is_fused:
-        add_beside(pipeline, placed)
+        for part, pairs in parts.items():
+            if is_fused or part != family.denoiser:
+                fuse(getattr(pipeline, part), pairs, weight)
+    if placed and not is_fused:
+        add_beside(
+            getattr(pipeline, family.denoiser),
+            [(parts[family.denoiser], weight) for parts, weight in placed],
+        )
     return tuple((hash_lora(parts), weight) for parts, weight in placed)

@@ -1,17 +1,17 @@
 """LoRA files as people have them: read without trust, and brought to one form.
 
-A LoRA adds scale * B A to some weights, A [rank, in] and B [out, rank]. Three ways to name the two in
-a file are known: kohya's (lora_unet_..._to_k.lora_down.weight, with an alpha of each layer), PEFT's
-(unet....to_k.lora_A.weight, with the alphas in the file's header, as diffusers writes it) and that of
-older diffusers (unet....processor.to_k_lora.down.weight). What else a file may hold (DoRA, LoHa, LoKr,
-whole differences) is refused by name: nothing of a file is left out in silence, as it is by loaders
-that guess from some names how the others are meant.
+A LoRA adds scale * B A to some weights, A [rank, in] and B [out, rank]. The ways to name the two in a
+file that are known (`lora_keys`): kohya's (lora_unet_..._to_k.lora_down.weight, with an alpha of each
+layer), PEFT's (unet....to_k.lora_A.weight, with the alphas in the file's header, as diffusers writes
+it, or in the adapter_config.json beside it, as PEFT does), that of older diffusers
+(unet....processor.to_k_lora.down.weight), and XLabs' of FLUX. What else a file may hold (DoRA, LoHa,
+LoKr, whole differences) is refused by name: nothing of a file is left out in silence, as it is by
+loaders that guess from some names how the others are meant.
 """
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,46 +20,13 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..storage.reading import make_object, read_tensors
+from ..storage.reading import make_object, read_json, read_tensors
+from .lora_keys import ADAPTER, ALPHA, DOWN, UP, find_other_kind, read_key
 from .lora_names import Named
 
 MOST_HEADER = 16 << 20  # bytes of text in a file's header
 PEFT_HEADER = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
-KOHYA = re.compile(r"lora_(unet|te|te1)_(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)")
-PEFT = re.compile(r"(unet|text_encoder)\.([\w.]+?)\.lora_([AB])(?:\.\w+)?\.weight")
-OLDER = re.compile(
-    r"(unet|text_encoder)\.([\w.]+?)(?:\.processor)?"
-    r"(?:\.(to_q|to_k|to_v|to_out)_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight"
-)
-DOWN, UP, ALPHA = "down", "up", "alpha"
-PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder"}  # of a pipeline, by kohya
-OLDER_LAYERS = {
-    "unet": {"to_out": "to_out.0"},
-    "text_encoder": {
-        "to_q": "q_proj",
-        "to_k": "k_proj",
-        "to_v": "v_proj",
-        "to_out": "out_proj",
-    },
-}
-# what a name tells of a file that is no plain LoRA
-OTHER_KINDS = {
-    r"dora_scale|lora_magnitude_vector": "DoRA (weights scaled by magnitudes)",
-    r"\.hada_": "LoHa (Hadamard products)",
-    r"\.lokr_": "LoKr (Kronecker products)",
-    r"\.oft_|oft_blocks": "OFT (orthogonal rotations)",
-    r"\.lora_mid\.|\.lora_t[12]\b": "LoRA of convolutions in Tucker form",
-    r"\.on_input|\.ia3_": "(IA)^3 (scaled activations)",
-    r"\.diff(_b)?$|\.w_norm|\.b_norm": "whole differences of weights beside LoRA",
-    r"^bundle_emb|emb_params": "an embedding of a new token beside LoRA",
-    r"\.bias$": "LoRA with biases",
-}
-OTHER_FAMILIES = {
-    r"^lora_te2_|^text_encoder_2\.|^lora_unet_(label_emb|add_embedding)": "Stable Diffusion XL",
-    r"^(lora_)?transformer[._]|^diffusion_model\.|^lora_unet_(double|single|joint)_blocks|^lora_te3_": (
-        "a model with a transformer, such as Stable Diffusion 3, FLUX or PixArt"
-    ),
-}
+PEFT_FILE = "adapter_config.json"  # where PEFT itself keeps them
 RESAVE = "save it by diffusers' own pipeline.save_lora_weights"
 
 
@@ -77,7 +44,8 @@ class LoraFile:
     """A LoRA as it stands in its file."""
 
     named: Named
-    pairs: dict[tuple[str, str], Pair]  # by part of the pipeline and name of the layer there
+    pairs: dict[tuple[str, str], Pair]  # by part and layer as the file calls them, see `Key`
+    keys: tuple[str, ...] = field(repr=False)  # names of its tensors
     header: dict[str, str] = field(repr=False)  # what its trainer wrote
 
 
@@ -104,51 +72,22 @@ def read_object(text: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check_kind(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> None:
-    """Raises UserError, by name, where a file's tensors are those of something else than a LoRA of
-    a Stable Diffusion 1 or 2."""
-    for key in keys:
-        for pattern, kind in OTHER_KINDS.items():
-            if re.search(pattern, key):
-                raise UserError(
-                    f"--lora {path}: {kind} ({key:.100}), which cannot be used: diffusers would "
-                    f"leave it out; merge it into its base model by the program that trained it, "
-                    f"and give that as the model"
-                )
-        for pattern, family in OTHER_FAMILIES.items():
-            if re.search(pattern, key):
-                raise UserError(
-                    f"--lora {path}: a LoRA of {family} ({key:.100}); supported are those of "
-                    f"Stable Diffusion 1 and 2{tell_base(header)}"
-                )
-        if key.startswith("base_model.model."):
-            raise UserError(
-                f"--lora {path}: an adapter as PEFT saves it ({key:.100}), which does not say the "
-                f"part of the pipeline that it changes; {RESAVE}"
-            )
+def check_kind(path: Path, keys: tuple[str, ...]) -> None:
+    """Raises UserError, by name, where a file's tensors are those of something else than a plain
+    LoRA."""
+    if found := find_other_kind(keys):
+        key, kind = found
+        raise UserError(
+            f"--lora {path}: {kind} ({key:.100}), which cannot be used: diffusers would leave it out "
+            f"or change it; merge it into its base model by the program that trained it, and give "
+            f"that as the model"
+        )
 
 
 def tell_base(header: Mapping[str, str]) -> str:
     """What a header says of the base model, for a message."""
     said = header.get("modelspec.architecture") or header.get("ss_base_model_version")
     return f" (its header says {said!a:.60})" if said else ""
-
-
-def name_layer(key: str) -> tuple[str, str, str] | None:
-    """What a tensor of a LoRA file is: (part of the pipeline, layer, one of down, up and alpha), by
-    its name; None where the name is of no known form. Of kohya's files the layer's dots are
-    underscores."""
-    if match := KOHYA.fullmatch(key):
-        kind = match[3].removeprefix("lora_").removesuffix(".weight")
-        return PARTS[match[1]], match[2], kind
-    if match := PEFT.fullmatch(key):
-        return match[1], match[2], DOWN if match[3] == "A" else UP
-    if match := OLDER.fullmatch(key):
-        part, layer, projection, kind = match.groups()
-        if not projection:
-            return part, layer, kind
-        return part, f"{layer}.{OLDER_LAYERS[part].get(projection, projection)}", kind
-    return None
 
 
 def read_alphas(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -159,12 +98,31 @@ def read_alphas(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = value
     for settings in parts.values():
-        for flag in ("use_dora", "use_rslora", "use_qalora", "lora_bias"):
-            if settings.get(flag):
-                raise UserError(
-                    f"--lora {path}: its header says {flag}: no plain LoRA, which cannot be used"
-                )
+        check_settings(path, settings, "its header")
     return parts
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], whose: str) -> None:
+    """Raises UserError where PEFT's settings are those of no plain LoRA."""
+    for flag in ("use_dora", "use_rslora", "use_qalora", "lora_bias"):
+        if settings.get(flag):
+            raise UserError(
+                f"--lora {path}: {whose} says {flag}: no plain LoRA, which cannot be used"
+            )
+
+
+def read_adapter_settings(path: Path, key: str) -> dict[str, Any]:
+    """PEFT's settings beside an adapter that it saved itself. Raises UserError where there are none,
+    or they are those of no plain LoRA. key: one of its tensors."""
+    beside = path.with_name(PEFT_FILE)
+    settings = read_json(beside, "--lora") if beside.is_file() else None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"--lora {path}: an adapter as PEFT saves it ({key:.100}), without the {PEFT_FILE} "
+            f"beside it that says its alpha; give the folder that holds both, or {RESAVE}"
+        )
+    check_settings(path, settings, PEFT_FILE)
+    return settings
 
 
 def alpha_of(settings: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -220,26 +178,30 @@ def make_pair(
 
 def read_lora(named: Named) -> LoraFile:
     """A LoRA's file. Raises UserError, in one line that says what it is, where it is damaged or no
-    plain LoRA of Stable Diffusion 1 or 2."""
+    plain LoRA."""
     path = named.path
     header = read_header(path)
     tensors = read_tensors(path, "--lora")
     if not tensors:
         raise UserError(f"--lora {path}: holds no tensors")
-    check_kind(path, tensors, header)
+    check_kind(path, tuple(tensors))
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        if (place := name_layer(key)) is None:
+    settings = read_alphas(path, header)
+    for name, tensor in tensors.items():
+        if (key := read_key(name)) is None:
             raise UserError(
-                f"--lora {path}: {key:.100}: is not how a LoRA names its tensors (kohya's, PEFT's or "
+                f"--lora {path}: {name:.100}: is not how a LoRA names its tensors (kohya's, PEFT's or "
                 f"diffusers' way); if it is a whole model, give it as the model"
             )
-        check_numbers(path, key, tensor)
-        part, layer, kind = place
-        found.setdefault((part, layer), {})[kind] = tensor
-    settings = read_alphas(path, header)
+        check_numbers(path, name, tensor)
+        if key.part == ADAPTER and ADAPTER not in settings:
+            settings[ADAPTER] = read_adapter_settings(path, name)
+        kinds = found.setdefault((key.part, key.layer), {})
+        if key.kind in kinds:
+            raise UserError(f"--lora {path}: {name:.100}: names the {key.kind} of its layer twice")
+        kinds[key.kind] = tensor
     pairs = {
         (part, layer): make_pair(path, layer, kinds, settings.get(part, {}))
         for (part, layer), kinds in found.items()
     }
-    return LoraFile(named, pairs, header)
+    return LoraFile(named, pairs, tuple(tensors), header)

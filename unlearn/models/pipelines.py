@@ -21,6 +21,7 @@ from . import lora as loras
 from .checks import check_classes, check_fit, check_passes, check_pipeline
 from .families import Family, find_denoiser_family
 from .families.interface import UNET_SELECTIONS
+from .lora_layers import check_family
 from .model import Model
 from .parts import class_names, family_of, parts_of, read_index
 from .unets import check_unet_folder, load_unet
@@ -48,8 +49,8 @@ def load_model(
 ) -> Model:
     """Loads a pipeline (folder or hub name) of a known family, float32, safetensors only; with the
     UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`), and
-    with LoRA files (FILE_OR_FOLDER[:WEIGHT]), whose matrices stand beside the UNet's weights, or are
-    fused into them. Raises UserError where it cannot be loaded or is of a family or prediction type
+    with LoRA files (FILE_OR_FOLDER[:WEIGHT]), whose matrices stand beside the denoiser's weights, or
+    are fused into them. Raises UserError where it cannot be loaded or is of a family or prediction type
     that is not known."""
     quieten()
     unet, lora_files = unet or "", loras.read_files(lora, fuse_lora)
@@ -57,6 +58,8 @@ def load_model(
         check_unet_folder(unet)
     if Path(name).exists():
         check_pipeline(name, unet)
+        for each in lora_files:  # before weights are read
+            check_family(each, family_of(name, read_index(name)))
     replacing = load_unet(unet, trained) if unet else {}
     pipeline, family = load_pipeline(name, unet, replacing)
     check_fit(name, parts_of(pipeline, family), unet)
@@ -75,10 +78,8 @@ def load_model(
             for key, value in named_weights(part).items()
         }
     )
-    applied = ()
-    if lora_files:
-        check_trainable(f"--lora {lora_files[0].named.path}", family)
-        applied = loras.apply(pipeline, lora_files, fuse_lora)
+    applied = loras.apply(pipeline, family, lora_files, fuse_lora)
+    if applied:
         weights_hash = digest(weights_hash, applied)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -136,17 +137,6 @@ def find_unused(name: str | Path, index: dict, family: Family) -> list[str]:
     return [part for part in ("safety_checker", *absent) if part in index]
 
 
-def check_trainable(item: str, family: Family) -> None:
-    """Raises UserError where what trains or changes a model cannot be used with its family so
-    far."""
-    if not family.is_trainable:
-        raise UserError(
-            f"{item}: is for models of Stable Diffusion 1 and 2 so far; this one is of {family.name}. "
-            f"What was trained elsewhere can be merged into the model, by its trainer or by diffusers "
-            f"(fuse_lora), and the merged model given"
-        )
-
-
 def check_missing(name: str | Path, pipeline: Any, family: Family) -> None:
     """Raises UserError where the file of a part lacks weights: diffusers leaves them without
     values, and transformers makes them up, another model at every start."""
@@ -181,8 +171,9 @@ def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, to
     """The parameters of a selection, by name in the model's order. Raises UserError where none
     matches, or a LoRA stands beside the weights."""
     loras.check_selection(denoiser, selection)
-    own = find_denoiser_family(denoiser).selections
-    pattern = loras.MATRICES if selection == loras.SELECTION else own[selection]
+    if selection == loras.SELECTION:
+        return loras.select_matrices(denoiser)
+    pattern = find_denoiser_family(denoiser).selections[selection]
     selected = {
         name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)
     }

@@ -1,34 +1,32 @@
 """LoRA trained on a base model: fresh matrices to start from, and the file that diffusers writes."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from ..errors import UserError
+from ..models.families import find_denoiser_family
 from ..models.lora import adapter_name, add_beside, check_peft
-from ..models.lora_files import Pair, read_lora
+from ..models.lora_files import PEFT_HEADER, Pair, read_lora
 from ..models.lora_names import Named
-from ..models.pipelines import Model, check_trainable
+from ..models.pipelines import Model
 from ..storage.artifacts import write_bytes
 from ..storage.hashes import digest
 
-TARGETS = {  # layers that get matrices, by name
-    "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",  # as diffusers' training scripts choose
-    "linear": r"\.attn[12]\.to_(q|k|v|out\.0)$|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$",  # kohya's
-}
 ADAPTER = adapter_name(0)
 
 
 def list_targets(denoiser: torch.nn.Module, targets: str) -> dict[str, torch.Size]:
     """The layers of a denoiser that get matrices, {name: shape of the weight}."""
-    found = {}
+    found, pattern = {}, find_denoiser_family(denoiser).lora_targets[targets]
     for name, module in denoiser.named_modules():
-        if re.search(TARGETS[targets], name):
+        if re.search(pattern, name):
             layer: Any = module
             found[name] = layer.weight.shape
     return found
@@ -47,7 +45,6 @@ def with_fresh_lora(model: Model, rank: int, alpha: float, targets: str) -> Mode
     """A model with matrices beside its weights that change nothing yet, in place. Raises UserError
     where PEFT is missing, or no layer is a target's."""
     check_peft()
-    check_trainable("retrain lora", model.family)
     shapes = list_targets(model.denoiser, targets)
     if not shapes:
         raise UserError(f"train_lora_targets {targets}: matches no layer of this model")
@@ -55,7 +52,7 @@ def with_fresh_lora(model: Model, rank: int, alpha: float, targets: str) -> Mode
         layer: replace(draw_matrices(layer, shape, rank, 0), scale=alpha / rank)
         for layer, shape in shapes.items()
     }
-    add_beside(model.pipeline, [({"unet": pairs, "text_encoder": {}}, 1.0)])
+    add_beside(model.denoiser, [(pairs, 1.0)])
     model.pipeline.to(model.device)
     return model
 
@@ -75,19 +72,20 @@ def first_matrices(
 def save_lora(
     model: Model, path: Path, weights: Mapping[str, torch.Tensor], rank: int, alpha: float
 ) -> str:
-    """Writes trained matrices as diffusers does, whole or not at all; returns the file's hash."""
-    tensors = {name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items()}
-    layers = sorted({name.partition(".lora_")[0] for name in tensors})
+    """Writes trained matrices as diffusers' own saver does, which not every pipeline has, whole or not
+    at all; returns the file's hash."""
+    part = model.family.denoiser
+    tensors = {
+        f"{part}.{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
+        for name, value in weights.items()
+    }
+    layers = sorted({name.removeprefix(f"{part}.").partition(".lora_")[0] for name in tensors})
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
+    said = json.dumps(
+        {f"{part}.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        model.pipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=tensors,
-            weight_name=path.name,
-            unet_lora_adapter_metadata=settings,
-        )
-        return write_bytes(path, (Path(folder) / path.name).read_bytes())
+    return write_bytes(path, save(tensors, {"format": "pt", PEFT_HEADER: said}))
 
 
 def read_matrices(path: Path) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ class Recipe:
     # Of a LoRA, which is trained on the model as it is; 0: all weights are trained.
     lora_rank: int = 0
     lora_alpha: float = 0.0
-    lora_targets: str = "attention"  # a key of `lora.TARGETS`
+    lora_targets: str = "attention"  # a key of the family's `lora_targets`
 
     def num_steps(self, num_images: int) -> int:
         """Steps of a whole training."""

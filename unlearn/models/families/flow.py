@@ -8,7 +8,7 @@ drawn timesteps are those that training sees. They count up with the noise, as e
 the scheduler's table begins with the most noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ...errors import UserError
 from ...storage.hashes import digest
-from .interface import Family, Parts, Refuse
+from .interface import Family, Original, Parts, Refuse
 
 SCHEDULE_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
 SELECTIONS = {  # of a transformer's parameters whose blocks join text and image, by name
@@ -25,6 +25,12 @@ SELECTIONS = {  # of a transformer's parameters whose blocks join text and image
     "cross-attn": r"^transformer_blocks\.\d+\.attn\.(add_|to_add_out|norm_added_)",
     "attn": r"\.attn2?\.",
     "all": r"",
+}
+ATTENTION = r"\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)$"
+TARGETS = {  # of LoRA that are trained: the attention's layers, or all of every block
+    "attention": ATTENTION,
+    "linear": rf"{ATTENTION}|\.ff(_context)?\.net\.(0\.proj|2)$|\.proj_(mlp|out)$"
+    r"|\.norm1?(_context)?\.linear$",
 }
 
 
@@ -42,6 +48,7 @@ def logit_normal(shares: torch.Tensor) -> torch.Tensor:
 class Flow(Family):
     """A family that matches flows; its levels are the sigmas."""
 
+    lora_targets = TARGETS
     density: Callable[[torch.Tensor], torch.Tensor] = staticmethod(uniform)
 
     def indices(self, num_train_timesteps: int) -> torch.Tensor:
@@ -121,6 +128,17 @@ class Flow(Family):
     def steps(self, num_steps: int) -> dict[str, Any]:
         """What the scheduler is told of the steps, as the family's pipeline does."""
         return {"num_inference_steps": num_steps}
+
+
+def name_block(
+    original: str, block: str, layers: Mapping[str, tuple[str, ...]]
+) -> dict[str, Original]:
+    """The layers of a block by their original names: {original name in the block: diffusers' names in
+    its block, whose weights are joined there}."""
+    return {
+        f"{original}.{name}": Original(tuple(f"{block}.{layer}" for layer in own))
+        for name, own in layers.items()
+    }
 
 
 def make_scheduler(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:

@@ -11,14 +11,52 @@ from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
 from ...errors import UserError
 from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_scaling, check_transformer
-from .flow import SELECTIONS, Flow
-from .interface import Parts, Refuse
+from .flow import SELECTIONS, Flow, name_block
+from .interface import Original, Parts, Refuse
 from .texts import check_clip, check_tokens, read_tokens, tokenize
 
 T5_TOKENS = 512
 # What the distilled model is told in training, where it takes a guidance: diffusers' example's
 # default. Other trainers tell it 1.
 GUIDANCE = 3.5
+# Layers by the names of the authors' code, which joins queries, keys and values, and of a single block
+# what reads the same input.
+DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+OUTSIDE = {  # of blocks
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# XLabs' LoRA name their own layers beside the attention's
+XLABS_DOUBLE = {
+    "processor.qkv_lora1": DOUBLE["img_attn.qkv"],
+    "processor.proj_lora1": DOUBLE["img_attn.proj"],
+    "processor.qkv_lora2": DOUBLE["txt_attn.qkv"],
+    "processor.proj_lora2": DOUBLE["txt_attn.proj"],
+}
+XLABS_SINGLE = {"processor.qkv_lora": SINGLE["linear1"][:3], "processor.proj_lora": ("proj_out",)}
 
 
 class Flux(Flow):
@@ -30,6 +68,29 @@ class Flux(Flow):
     selections = SELECTIONS
     text = StreamWeights()
     patch = 2
+    # kohya numbers T5 as in Stable Diffusion 3, OneTrainer by its place.
+    trainers_encoders = {
+        "te": "text_encoder",
+        "te1": "text_encoder",
+        "te2": "text_encoder_2",
+        "te3": "text_encoder_2",
+    }
+
+    def originals(self, denoiser: Any) -> dict[str, Original]:
+        swapped = Original(("norm_out.linear",), is_swapped=True)
+        names = {"final_layer.adaLN_modulation.1": swapped}
+        names |= {name: Original((layer,)) for name, layer in OUTSIDE.items()}
+        for kind, tables in (
+            ("", DOUBLE | XLABS_DOUBLE),
+            ("single_", SINGLE | XLABS_SINGLE),
+        ):
+            for number in range(len(getattr(denoiser, f"{kind}transformer_blocks"))):
+                names |= name_block(
+                    f"{kind or 'double_'}blocks.{number}",
+                    f"{kind}transformer_blocks.{number}",
+                    tables,
+                )
+        return names
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == "FluxPipeline"

@@ -17,6 +17,11 @@ UNET_SELECTIONS = {  # of a UNet's parameters, by name
     "attn": r"\.attn[12]\.",
     "all": r"",
 }
+UNET_TARGETS = {
+    "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",  # as diffusers' training scripts choose
+    # as kohya's does
+    "linear": r"\.attn[12]\.to_(q|k|v|out\.0)$|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$",
+}
 
 
 class Tokens(NamedTuple):
@@ -38,6 +43,13 @@ class Parts(NamedTuple):
     scheduler: Any
 
 
+class Original(NamedTuple):
+    """A layer of a denoiser as its authors' own code has it, whose names many LoRA files use."""
+
+    layers: tuple[str, ...]  # of diffusers' denoiser: their weights, one under the other, are its
+    is_swapped: bool = False  # its two halves stand the other way round
+
+
 class Family:
     """One family. It has no state: pipelines, configurations and tensors are handed to it."""
 
@@ -46,9 +58,7 @@ class Family:
     classes: Mapping[str, tuple[str, ...]]  # of parts, that can be used
     encoders: Mapping[str, str]  # text encoder -> its tokenizer
     optional: tuple[str, ...] = ()  # parts that a pipeline may lack
-    is_trainable: bool = (
-        False  # so far: by `retrain`; and its LoRA files and customized models used
-    )
+    can_be_customized: bool = False  # by custom diffusion's K, V and tokens
     selections: Mapping[str, str]  # weight selection -> regular expression of parameters' names
     text: TextWeights  # how the weights of the text's keys and values are reached
 
@@ -151,6 +161,23 @@ class Family:
     def own_latent_side(self, denoiser: Mapping[str, Any]) -> Any:
         """Side of the latents that it was trained on, by the denoiser's configuration."""
         return denoiser.get("sample_size")
+
+    # LoRA.
+
+    # text encoders by the words of kohya's and OneTrainer's files
+    trainers_encoders: Mapping[str, str] = {
+        "te": "text_encoder",
+        "te1": "text_encoder",
+        "te2": "text_encoder_2",
+        "te3": "text_encoder_3",
+    }
+    # layers that get matrices where a LoRA is trained, regular expressions of their names
+    lora_targets: Mapping[str, str] = UNET_TARGETS
+
+    def originals(self, denoiser: Any) -> dict[str, Original]:
+        """The layers of a denoiser as its authors' own code names and joins them, by that name; those
+        that this one lacks may be among them."""
+        return {}
 
     # Pictures and prompts.
 

@@ -13,8 +13,9 @@ from ..text_attention import SharedText
 from ..text_weights import KeysValues
 from .betas import Betas
 from .checks import check_channels, check_scaling
-from .interface import UNET_SELECTIONS, Parts, Refuse
+from .interface import UNET_SELECTIONS, Original, Parts, Refuse
 from .texts import check_clip, check_tokens, read_tokens, tokenize
+from .unet_names import name_layers
 
 MORE_INPUTS = (
     "addition_embed_type",
@@ -31,7 +32,7 @@ class StableDiffusion(Betas):
     denoiser = "unet"
     classes = {"unet": ("UNet2DConditionModel",), "vae": VAES}
     encoders = {"text_encoder": "tokenizer"}
-    is_trainable = True
+    can_be_customized = True
     selections = UNET_SELECTIONS
     text = SharedText()
 
@@ -58,6 +59,9 @@ class StableDiffusion(Betas):
     def prepare(self, denoiser: UNet2DConditionModel) -> None:
         super().prepare(denoiser)
         replace_feed_forward(denoiser)
+
+    def originals(self, denoiser: Any) -> dict[str, Original]:
+        return name_layers(denoiser)
 
     def before_text(self, denoiser: UNet2DConditionModel) -> list[Any]:
         block: Any = denoiser.down_blocks[0]  # of one of several classes

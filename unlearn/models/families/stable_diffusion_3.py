@@ -9,12 +9,38 @@ import torch
 from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
 from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_scaling, check_transformer
-from .flow import SELECTIONS, Flow, logit_normal
-from .interface import Parts, Refuse
+from .flow import SELECTIONS, Flow, logit_normal, name_block
+from .interface import Original, Parts, Refuse
 from .texts import check_clip, check_tokens, read_tokens, tokenize
 
 T5_TOKENS = 77  # as diffusers' training example takes them; its pipeline, 256
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+# Layers by the names of the authors' code, which joins queries, keys and values.
+X_BLOCK = {
+    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.proj": ("attn.to_out.0",),
+    "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attn2.proj": ("attn2.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+CONTEXT_BLOCK = {
+    "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.proj": ("attn.to_add_out",),
+    "mlp.fc1": ("ff_context.net.0.proj",),
+    "mlp.fc2": ("ff_context.net.2",),
+    "adaLN_modulation.1": ("norm1_context.linear",),
+}
+OUTSIDE = {  # of blocks
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+SWAPPED = "adaLN_modulation.1"  # of the last text block and the final layer: scale before shift
 
 
 class StableDiffusion3(Flow):
@@ -27,6 +53,18 @@ class StableDiffusion3(Flow):
     text = StreamWeights()
     density = staticmethod(logit_normal)
     patch = 2
+
+    def originals(self, denoiser: Any) -> dict[str, Original]:
+        names = {name: Original((layer,)) for name, layer in OUTSIDE.items()}
+        last = len(denoiser.transformer_blocks) - 1
+        for number in range(last + 1):
+            block = f"transformer_blocks.{number}"
+            names |= name_block(f"joint_blocks.{number}.x_block", block, X_BLOCK)
+            names |= name_block(f"joint_blocks.{number}.context_block", block, CONTEXT_BLOCK)
+        joined = f"transformer_blocks.{last}.norm1_context.linear"
+        names[f"joint_blocks.{last}.context_block.{SWAPPED}"] = Original((joined,), True)
+        names[f"final_layer.{SWAPPED}"] = Original(("norm_out.linear",), True)
+        return names
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == "StableDiffusion3Pipeline"
