@@ -3,11 +3,11 @@
 import inspect
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 
 from .. import noise
 from ..datasets.training_sets import TrainingSet
@@ -63,13 +63,13 @@ class Recipe:
         warmup = min(1, (step + 1) / WARMUP_STEPS)
         return self.rate * warmup * SCHEDULES[self.schedule](step, num_steps)
 
-    def first_weights(self, denoiser: UNet2DConditionModel) -> Weights:
+    def first_weights(self, denoiser: Any) -> Weights:
         """The weights that are trained, {name: tensor}, as training starts from them."""
         if self.lora_rank:
             return first_matrices(denoiser, self.lora_rank, self.lora_targets, self.seed)
         return initial_weights(denoiser, self.seed, self.start)
 
-    def hash_first_weights(self, denoiser: UNet2DConditionModel) -> str:
+    def hash_first_weights(self, denoiser: Any) -> str:
         """Hash of all weights as training starts, those included that it does not change."""
         if not self.lora_rank:
             return hash_initial_weights(denoiser, self.seed, self.start)
@@ -90,6 +90,7 @@ class Recipe:
             **recipe,
             "prediction_type": model.prediction_type,
             "noise_schedule": model.identity["schedule"],
+            **told_by_family(model),
             "unet": digest(own_configuration(model.denoiser)),
             "initial_weights": self.hash_first_weights(model.denoiser),
             "optimizer": f"AdamW {BETAS} {WEIGHT_DECAY}",
@@ -99,7 +100,13 @@ class Recipe:
         }
 
 
-def own_configuration(denoiser: UNet2DConditionModel) -> dict:
+def told_by_family(model: Model) -> dict:
+    """What else a family's losses depend on: density, weight and guidance of flows."""
+    told = model.family.identity(model.pipeline)
+    return {name: told[name] for name in told.keys() - {"prediction_type", "schedule"}}
+
+
+def own_configuration(denoiser: Any) -> dict:
     """What of a denoiser's configuration is not its class's default: a new version's new defaults
     are no other network."""
     defaults = inspect.signature(type(denoiser).__init__).parameters
@@ -110,7 +117,7 @@ def own_configuration(denoiser: UNet2DConditionModel) -> dict:
     }
 
 
-def initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") -> Weights:
+def initial_weights(denoiser: Any, seed: int, start: str = "") -> Weights:
     """Weights {name: tensor} that training starts from: those in the folder `start`, else those of
     an untrained denoiser of this configuration, drawn on the CPU. Raises UserError where the
     folder's do not fit."""
@@ -125,12 +132,12 @@ def initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # A pair only where it is asked for the settings that it does not take.
-        made = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(denoiser.config))
-    return made.state_dict()
+        made = cast(ModelMixin, type(denoiser).from_config(denoiser.config))
+    return {name: value.detach() for name, value in made.named_parameters()}
 
 
 @cache
-def hash_base(denoiser: UNet2DConditionModel) -> str:
+def hash_base(denoiser: Any) -> str:
     """Hash of the weights that a LoRA stands beside."""
     return hash_tensors(
         {name: value for name, value in denoiser.named_parameters() if ".lora_" not in name}
@@ -138,6 +145,6 @@ def hash_base(denoiser: UNet2DConditionModel) -> str:
 
 
 @cache  # every model of a seed starts with the same ones
-def hash_initial_weights(denoiser: UNet2DConditionModel, seed: int, start: str = "") -> str:
+def hash_initial_weights(denoiser: Any, seed: int, start: str = "") -> str:
     """Hash of `initial_weights`."""
     return hash_tensors(initial_weights(denoiser, seed, start))

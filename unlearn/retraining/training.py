@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..datasets.conditioning import map_tensors
 from ..datasets.training_sets import TrainingSet
@@ -67,16 +67,22 @@ def make_weights(model: Model, recipe: Recipe, num_models: int, device: torch.de
 
 
 @contextmanager
-def plain_attention(denoiser: UNet2DConditionModel, num_models: int) -> Iterator[None]:
+def plain_attention(denoiser: Any, num_models: int) -> Iterator[None]:
     """Attention as plain products where models are stacked: the fused kernels have no rule for that
     on the CPU."""
     processors = dict(denoiser.attn_processors)
-    if num_models > 1:
-        denoiser.set_attn_processor(AttnProcessor())
-    try:
+    is_usual = all(isinstance(each, AttnProcessor2_0) for each in processors.values())
+    if num_models == 1:
         yield
-    finally:
-        denoiser.set_attn_processor(processors)
+    elif not is_usual:  # of blocks that join text and image, which have processors of their own
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        denoiser.set_attn_processor(AttnProcessor())
+        try:
+            yield
+        finally:
+            denoiser.set_attn_processor(processors)
 
 
 def save_checkpoint(
