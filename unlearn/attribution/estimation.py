@@ -1,8 +1,9 @@
 """The diagonal Fisher estimated from samples: kept section by section, shared among processes."""
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,22 @@ from ..storage.records import (
     tell_name,
     write_record,
 )
-from ..storage.sharing import Share, build_once, parts_folder
+from ..storage.sharing import Share, build_once, do_once, parts_folder
 from .curvature import check_fisher, squared_gradient_sums
+from .ekfac import (
+    DIAGONAL,
+    EKFAC,
+    check_ekfac,
+    check_linear,
+    eigenvalue_sums,
+    factor_sums,
+    find_bases,
+)
 from .fishers import KV, own_fisher_path
 
 CHUNK_SAMPLES = 1000
+# of samples [latents, noise, timesteps, conditioning]: {name: float64 tensor}, summed over them
+Measure = Callable[[Sequence], Mapping[str, torch.Tensor]]
 # Samples by default: as published on AbC; elsewhere five an image, as published on MSCOCO, but at
 # least so many that the ranking no longer depends on them (data/emoji_small: Spearman with that of
 # 30,000 samples 0.991 from 1,000, 0.997 from 4,000).
@@ -50,11 +62,15 @@ class FisherSettings:
     weight_selection: str = KV
     seed: int = 0
     precision: str = "fp32"
+    curvature: str = DIAGONAL  # or ek-fac, see `ekfac`
 
     def identity(self, model: Model, training_set: TrainingSet) -> dict:
         """Identity of the Fisher of a model and its training images."""
         images = {"training_set": training_set.identity}
-        return {**model.identity, **images, **noise.identity(), **asdict(self)}
+        fields = asdict(self)
+        if self.curvature == DIAGONAL:  # as before there was another
+            del fields["curvature"]
+        return {**model.identity, **images, **noise.identity(), **fields}
 
 
 def choose_num_samples(dataroot: str | Path, num_images: int) -> int:
@@ -90,12 +106,14 @@ def estimate_fisher(
     batch_size: int = 50,
     overwrite: bool = False,
 ) -> None:
-    """Writes the diagonal Fisher of a model's selected weights, estimated from samples of its
+    """Writes the diagonal Fisher, or EK-FAC, of a model's selected weights, estimated from samples of its
     training images, to `path` (safetensors) with its record, or keeps what is there. Killed and
     called again it goes on; processes share it. batch_size: samples in one backward pass; memory
     only. Raises UserError where another Fisher is there and may not be overwritten. Source: [AbU]
     section 4.1."""
     parameters = select_parameters(model.denoiser, settings.weight_selection)
+    if settings.curvature == EKFAC:
+        check_linear(model, parameters)
     identity = settings.identity(model, training_set)
     remedy = "give --overwrite to replace it, or another --output"
 
@@ -105,19 +123,24 @@ def estimate_fisher(
     def fill(folder):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        return accumulate(model, parameters, training_set, settings, batch_size, folder)
+        if settings.curvature == EKFAC:
+            return estimate_ekfac(model, parameters, training_set, settings, batch_size, folder)
+        measure = partial(squared_gradient_sums, model, parameters)
+        return accumulate(model, measure, training_set, settings, batch_size, folder)
 
     def write(sums):
-        diagonal = {name: (value / settings.num_samples).float() for name, value in sums.items()}
-        check_fisher(path, diagonal, parameters, damping=1)
+        if settings.curvature == EKFAC:
+            tensors, told = sums, ""
+            check_ekfac(path, tensors, parameters, 1, "make it again")
+        else:
+            tensors = {name: (value / settings.num_samples).float() for name, value in sums.items()}
+            check_fisher(path, tensors, parameters, damping=1)
+            zeros = sum(int((value == 0).sum()) for value in tensors.values())
+            told = f", {zeros} zero entries: give --damping" if zeros else ""
         record_path(path).unlink(missing_ok=True)
-        content = write_tensors(path, diagonal)
+        content = write_tensors(path, tensors)
         write_record(path, identity, model.device, content, {"num_images": len(training_set)})
-        zeros = sum(int((value == 0).sum()) for value in diagonal.values())
-        log.info(
-            f"{path}: {len(diagonal)} parameters, {settings.num_samples} samples"
-            + (f", {zeros} zero entries: give --damping" if zeros else "")
-        )
+        log.info(f"{path}: {len(parameters)} parameters, {settings.num_samples} samples{told}")
 
     if not parts_folder(path, digest(identity)).is_dir():
         check_unrecorded(path, identity, overwrite, remedy)
@@ -129,6 +152,31 @@ def estimate_fisher(
         )
         check_writable(path.parent, remedy_of_folder)
     build_once(path, digest(identity), is_kept, fill, write)
+
+
+def estimate_ekfac(
+    model: Model,
+    parameters: dict[str, torch.nn.Parameter],
+    training_set: TrainingSet,
+    settings: FisherSettings,
+    batch_size: int,
+    folder: Path,
+) -> dict[str, torch.Tensor]:
+    """EK-FAC in two passes, of as many samples each: the layers' factors, and in their eigenbases,
+    which one process finds for all, the eigenvalues. {`ekfac.key`: float32 tensor}. Raises as
+    `accumulate`."""
+    path = folder / "bases.sums"
+
+    given = training_set, settings, batch_size, folder
+    if not path.exists():
+        measure = partial(factor_sums, model, parameters)
+        sums = accumulate(model, measure, *given, "factors-")
+        do_once(folder, "bases", path.exists, lambda: write_tensor_chunk(path, find_bases(sums)))
+    bases = {name: value.to(model.device) for name, value in read_tensor_chunk(path).items()}
+    measure = partial(eigenvalue_sums, model, parameters, bases)
+    sums = accumulate(model, measure, *given, "eigenvalues-", settings.num_samples)
+    means = {name: (value / settings.num_samples).float() for name, value in sums.items()}
+    return {name: value.cpu().contiguous() for name, value in {**bases, **means}.items()}
 
 
 def draw_samples(
@@ -178,27 +226,30 @@ def draw_samples(
 
 def sum_chunk(
     model: Model,
-    parameters: dict[str, torch.nn.Parameter],
+    measure: Measure,
     training_set: TrainingSet,
     numbers: np.ndarray,
     batch_size: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """Sum of squared gradients over the samples of a chunk, {name: float64 tensor}."""
-    sums = {
-        name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()
-    }
+    """Sum of a measure over the samples of a chunk, {name: float64 tensor}."""
+    sums = {}
     for batch in np.split(numbers, np.arange(batch_size, len(numbers), batch_size)):
         drawn = draw_samples(training_set, batch.tolist(), model.num_train_timesteps, seed)
         samples = map_tensors(lambda tensor: tensor.to(model.device), drawn)
-        for name, squares in squared_gradient_sums(model, parameters, samples).items():
-            sums[name] += squares
+        add_sums(sums, measure(samples))
     return sums
+
+
+def add_sums(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:
+    """Adds sums {name: tensor} to others, in place; a name that is new begins one."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def sum_section(
     model: Model,
-    parameters: dict[str, torch.nn.Parameter],
+    measure: Measure,
     training_set: TrainingSet,
     seed: int,
     batch_size: int,
@@ -210,18 +261,14 @@ def sum_section(
     the sums so far."""
     state = read_tensor_chunk(checkpoint) if checkpoint.exists() else {"chunk": torch.tensor(0)}
     start = int(state.pop("chunk"))
-    sums = {
-        name: state.get(name, torch.zeros_like(value, dtype=torch.float64)).to(model.device)
-        for name, value in parameters.items()
-    }
+    sums = {name: value.to(model.device) for name, value in state.items()}
     chunks = np.split(samples, np.arange(CHUNK_SAMPLES, len(samples), CHUNK_SAMPLES))
     update(sum(map(len, chunks[:start])))
     for number in range(start, len(chunks)):
         with finishing():
-            for name, value in sum_chunk(
-                model, parameters, training_set, chunks[number], batch_size, seed
-            ).items():
-                sums[name] += value
+            add_sums(
+                sums, sum_chunk(model, measure, training_set, chunks[number], batch_size, seed)
+            )
             write_tensor_chunk(checkpoint, {**sums, "chunk": torch.tensor(number + 1)})
         update(len(chunks[number]))
     return sums
@@ -229,18 +276,23 @@ def sum_section(
 
 def accumulate(
     model: Model,
-    parameters: dict[str, torch.nn.Parameter],
+    measure: Measure,
     training_set: TrainingSet,
     settings: FisherSettings,
     batch_size: int,
     folder: Path,
+    kind: str = "",
+    first: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Sums over all samples, {name: float64 tensor}, section by section: processes share them. In
-    `folder` the sums of each are kept. Raises FileNotFoundError where another process was done with
-    the folder and has removed it."""
+    """Sums of a measure over all samples, from number `first` on, {name: float64 tensor}, section by
+    section: processes share them. In `folder` the sums of each are kept, under names that begin with
+    `kind`. Raises FileNotFoundError where another process was done with the folder and has removed
+    it."""
     num_sections = min(SECTIONS, -(-settings.num_samples // CHUNK_SAMPLES))
-    sections = np.array_split(np.arange(settings.num_samples), num_sections)
-    paths = [folder / f"{number:02d}-of-{num_sections:02d}.sums" for number in range(num_sections)]
+    sections = np.array_split(np.arange(first, first + settings.num_samples), num_sections)
+    paths = [
+        folder / f"{kind}{number:02d}-of-{num_sections:02d}.sums" for number in range(num_sections)
+    ]
     done = sum(len(section) for section, path in zip(sections, paths) if path.exists())
     with (
         progress(settings.num_samples, "curvature (Fisher)", "samples", done) as bar,
@@ -254,7 +306,7 @@ def accumulate(
             checkpoint = folder / f"{paths[number].stem}-so-far.sums"
             sums = sum_section(
                 model,
-                parameters,
+                measure,
                 training_set,
                 settings.seed,
                 batch_size,
@@ -265,11 +317,7 @@ def accumulate(
             write_tensor_chunk(paths[number], sums)
             checkpoint.unlink(missing_ok=True)
             share.release(number)
-    total = {
-        name: torch.zeros_like(value, dtype=torch.float64, device="cpu")
-        for name, value in parameters.items()
-    }
+    total = {}
     for path in paths:
-        for name, value in read_tensor_chunk(path).items():
-            total[name] += value
+        add_sums(total, read_tensor_chunk(path))
     return total

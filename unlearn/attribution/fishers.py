@@ -17,6 +17,7 @@ from ..runtime.programs import log
 from ..storage.reading import read_tensors
 from ..storage.records import check_record, name_input, read_record, record_path
 from .curvature import DiagonalFisher, check_fisher
+from .ekfac import EKFAC, EkFac, check_ekfac
 
 KV = "cross-attn-kv"
 
@@ -66,9 +67,19 @@ def open_fisher(
     name_input("Fisher", f"{path} with damping {damping:g}")
     if path.suffix == ".safetensors" and record_path(path).exists():
         check_record(path, model.identity, remedy)
+    if is_ekfac(path, remedy):
+        tensors = read_tensors(path, "--fisher_path")
+        check_ekfac(path, tensors, parameters, damping, remedy)
+        return EkFac(tensors, damping)
     diagonal = read_tensors(path, "--fisher_path", set(parameters))
     check_fisher(path, diagonal, parameters, damping, remedy)
     return DiagonalFisher(diagonal, damping)
+
+
+def is_ekfac(path: Path, remedy: str) -> bool:
+    """Whether a file's record says that it holds EK-FAC."""
+    has_record = path.suffix == ".safetensors" and record_path(path).exists()
+    return has_record and read_record(path, remedy)["identity"].get("curvature") == EKFAC
 
 
 def find_remedy(

@@ -29,6 +29,7 @@ from .compression import Compression, fit, multiply, pack, row_type
 from .curvature import DiagonalFisher
 from .derivatives import text_gradients
 from .draws import rows_of
+from .ekfac import EkFac
 from .losses import score_rows
 from .sweeps import Sweep
 
@@ -36,9 +37,16 @@ SHARD = re.compile(r"([0-9a-f]{32})  (shards-[0-9a-f]{16}/\d{6}-of-\d{6}\.npy)")
 FIT_IMAGES = 256  # spread over the training set; to their gradients the bases are fitted
 
 
+def check_diagonal(fisher: DiagonalFisher) -> None:
+    """Raises UserError where a curvature is no diagonal, by which an index weighs its gradients."""
+    if isinstance(fisher, EkFac):
+        raise UserError("--index: weighs gradients by the diagonal Fisher, found EK-FAC; give that")
+
+
 def index_identity(custom: Model, sweep: Sweep, fisher: DiagonalFisher) -> dict:
     """Identity of an index: what must be the same where it is used. Its precision is recorded but
     never refused."""
+    check_diagonal(fisher)
     images = sweep.training_set
     return {
         **custom.identity,

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..attribution.fishers import KV
+from ..attribution.ekfac import EKFAC
+from ..attribution.fishers import KV, is_ekfac
 from ..attribution.names import REMOVAL
 from ..datasets.settings import OWN_DEFAULTS, read_settings
 from ..models.lora import choose_selection
@@ -117,6 +118,9 @@ def encode_command(args: Namespace, **more: Any) -> str:
 def fisher_command(args: Namespace, output: str | Path | None = None, **more: Any) -> str:
     """What makes the Fisher that a run asks for, and what must then be given where it would not be
     found by itself."""
+    given = getattr(args, "fisher_path", None)
+    if given and is_ekfac(Path(given), "make it anew"):
+        more = {"curvature": EKFAC, **more}
     output = (
         Path(output)
         if output
