@@ -2,6 +2,7 @@
 baselines`."""
 
 from .gradient_methods import DTrak, Influence, JourneyTrak, Trak
+from .mucs import Mucs
 from .normalised_methods import Das, DTrakNormalised
 from .patches import Nda
 from .similarity_methods import Pixel, Random, Similarity, Text, Vae, Words
@@ -20,4 +21,6 @@ METHODS = {
     "dtrak-normalised": DTrakNormalised,
     "das": Das,
     "nda": Nda,
+    "mucs": Mucs,
 }
+COSTLY = ("mucs",)  # which train for each query: they are scored where they are asked for

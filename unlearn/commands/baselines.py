@@ -19,7 +19,7 @@ from pathlib import Path
 from ..attribution.fishers import own_selection
 from ..baselines.gradient_methods import VIEWS
 from ..baselines.interface import Method, Run
-from ..baselines.methods import METHODS
+from ..baselines.methods import COSTLY, METHODS
 from ..baselines.saving import score_tasks
 from ..baselines.similarity import feature_encoder
 from ..baselines.similarity_methods import Features
@@ -63,9 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument(
         "--methods",
         nargs="*",
-        default=list(METHODS),
+        default=[name for name in METHODS if name not in COSTLY],
         metavar="METHOD",
-        help=f"some of {', '.join(METHODS)} (default all); what they are stands below",
+        help=f"some of {', '.join(METHODS)} (default all but {', '.join(COSTLY)}); what they are stands below",
     )
     parser.add_argument(
         "--features",
@@ -143,7 +143,28 @@ def add_gradient_flags(parser: Parser) -> None:
         help="nda: cells of a patch's side, of the latents (default 5)",
     )
     parser.add_argument(
-        "--patch_timestep", type=int, default=500, help="nda: timestep of the noise (default 500)"
+        "--patch_timestep", type=int, default=100, help="nda: timestep of the noise (default 100)"
+    )
+    parser.add_argument(
+        "--mucs_rate",
+        type=float,
+        default=2e-4,
+        help="mucs: learning rate, a tenth of training's (default 2e-4)",
+    )
+    parser.add_argument(
+        "--mucs_steps", type=int, default=200, help="mucs: steps at most (default 200)"
+    )
+    parser.add_argument(
+        "--mucs_batch",
+        type=int,
+        default=100,
+        help="mucs: training images, and noisy copies of the query, a step (default 100)",
+    )
+    parser.add_argument(
+        "--mucs_draws",
+        type=int,
+        default=100,
+        help="mucs: draws of noise that images are scored by (default 100)",
     )
     parser.add_argument(
         "--fisher_path", help="influence: diagonal Fisher (default sd_fisher.* of the data root)"
