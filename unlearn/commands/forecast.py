@@ -6,12 +6,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..attribution.names import FRONT_SCORINGS
 from ..front.needs import Needs, describe_bytes, find_needs
 from ..models.architectures import read_architecture
 from ..runtime.programs import choose_device
 from .examination import NOTE, OK, Finding, memory_limit, pipeline_folder, try_out
 
+# What is told of: output takes what exact takes.
 WORDS = {"removal": "--scoring removal", "exact": "unlearning (keys and values)"}
 
 
@@ -27,12 +27,12 @@ def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
         return []
     lora = bool(args.lora or settings["lora"])
     findings = []
-    for scoring in FRONT_SCORINGS:
+    for scoring, words in WORDS.items():
         how = architecture, settings["resolution"], scoring, lora
         needs, problem = try_out(find_needs, *how)
         if problem:
             return []
-        findings.append(tell_needs(needs, WORDS[scoring], args.device))
+        findings.append(tell_needs(needs, words, args.device))
     return findings
 
 
