@@ -836,7 +836,7 @@ def test_a_picture_is_asked_about_a_data_roots_model_with_its_lora_and_size(
             {"lora_unet.a": 1},
             "a LoRA file; give the model that it was trained on",
         ),
-        ("xl.safetensors", {"conditioner.embedders.0.a": 1}, "of Stable Diffusion XL"),
+        ("xl.safetensors", {"conditioner.embedders.0.a": 1}, "of Stable Diffusion XL's refiner"),
         ("vae.safetensors", {"encoder.a": 1}, "expected a Stable Diffusion checkpoint"),
         ("sd.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("sd.safetensors", b"damaged", "not a whole safetensors file"),

@@ -4,6 +4,7 @@ matrices are unlearned, and a file of another family is refused by name."""
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import unlearn
 from unlearn.attribution.curvature import per_sample_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import sample_losses
-from unlearn.commands import fisher
+from unlearn.commands import fisher, retrain
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
 from unlearn.models import pipelines
@@ -237,7 +238,8 @@ def test_kohyas_fused_layers_are_split(tiny, apart, tmp_path):
     there = set(all_layers(denoiser))
     originals = {key: own for key, own in originals.items() if there.issuperset(own.layers)}
     if not originals:
-        pytest.skip("its authors' code has the names of diffusers")
+        assert name == "pixart"  # whose authors' names no trainer writes
+        return
     separate = make_pairs(denoiser, [layer for own in originals.values() for layer in own.layers])
     written = {}
     for key, own in originals.items():
@@ -458,3 +460,41 @@ def test_both_scripts_unlearn_a_loras_matrices_and_score(world, tmp_path):
     assert change.keys() == select_parameters(world.model.denoiser, "lora").keys()
     record = json.loads((folder / "weight_change.json").read_text())["identity"]
     assert record["weight_selection"] == "lora" and record["lora"][0][1] == 0.8
+
+
+@pytest.mark.parametrize("world", ["sdxl"], indirect=True)
+def test_one_command_attributes_a_picture_to_the_images_of_a_lora(world, tmp_path):
+    """Its matrices are random: no order is expected."""
+    images = shutil.copytree(world.root / "laion_subset/images", tmp_path / "images")
+    [answer] = unlearn.attribute(
+        world.root / "synth/query.png",
+        model=world.folder,
+        lora=f"{world.file}:0.8",
+        images=images,
+        caption="a red square",
+        prompt="a red square",
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    assert len(answer.scores) == 4 and answer.scores.std() > 0
+    settings = json.loads((tmp_path / "out/root/dataset.json").read_text())
+    assert settings["lora"] == [f"{world.file}:0.8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["sdxl", "flux"], indirect=True)
+def test_a_lora_is_trained_without_each_image_and_its_queries_measured(world, tmp_path):
+    flags = ["--dataroot", str(world.root), "--device", "cpu", "--result_dir", str(tmp_path)]
+    flags += ["--train_lora_rank", "2", "--train_epochs", "2", "--train_batch_size", "2"]
+    flags += ["--train_lr", "1e-2", "--task_json", str(world.root / "tasks.json")]
+    flags += ["--no_pictures", "--loss_time_samples", "10"]
+    retrain.main(["full", *flags])
+    retrain.main(["each", *flags])
+    retrain.main(["subsets", "--count", "2", "--stack", "2", *flags])
+    losses = [
+        json.loads(path.read_text())["losses"] for path in (tmp_path / "retrained").glob("*.json")
+    ]
+    assert len(losses) == 1 + 4 + 2
+    assert len({value for each in losses for value in each.values()}) == len(losses)
+    trained = tmp_path / "retrain/full-seed0/model.safetensors"
+    load_model(world.folder, "cpu", lora=[str(trained)])

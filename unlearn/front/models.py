@@ -3,13 +3,8 @@ there, and only what cannot be linked (weights that are no safetensors, a single
 
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
-from transformers.utils import logging as transformers_logging
 
 from ..datasets.presence import FILES_OF_MODELS, check_model
 from ..datasets.settings import read_settings
@@ -31,7 +26,8 @@ from ..runtime.programs import say
 from ..storage.artifacts import own_part, write_json, write_tensors
 from ..storage.hashes import digest
 from ..storage.reading import list_visible, read_json, read_tensors, read_text
-from .customized import drop_parts, is_customized, merge_customization
+from .checkpoints import convert_file, explain_lora
+from .customized import is_customized, merge_customization
 
 LORA = "pytorch_lora_weights.safetensors"
 SETTINGS = "dataset.json"  # of a data root
@@ -58,7 +54,8 @@ def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source
         return Source(str(name))
     path = Path(os.path.abspath(path))
     if path.is_file() and path.name not in CUSTOMIZED_WEIGHTS:
-        return Source(str(convert_file(path, base, place)))
+        configuration = lambda: find_model(base, None, place / "base").pipeline if base else None
+        return Source(str(convert_file(path, base, configuration, place)))
     path = path.parent if path.is_file() else find_snapshot(path)
     if is_customized(path):
         source = find_base(path, base, place)
@@ -153,14 +150,6 @@ def explain_folder(folder: Path) -> str:
         return f"no pipeline in diffusers' format, but one file; give that: --model {files[0]}"
     there = ", ".join(path.name for path in list_visible(folder)[:8]) or "nothing"
     return f"no pipeline in diffusers' format (no {INDEX}); there: {there}"
-
-
-def explain_lora(path: Path) -> str:
-    """How a LoRA file is given."""
-    return (
-        "a LoRA file; give the model that it was trained on, and it beside that: "
-        f"--model BASE --lora {shlex.quote(str(path))}"
-    )
 
 
 def find_faults(folder: Path) -> dict[str, Path]:
@@ -264,108 +253,3 @@ def put_shards(source: Path, target: Path) -> None:
             raise UserError(f"--model {source}: names {name!r:.80}, which is not there")
         link(source.parent / name, target.with_name(name))
     link(source, target.with_name(f"{target.name}.index.json"))
-
-
-def list_tensors(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file. Raises UserError where it is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except Exception as error:  # a damaged file may raise anything
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise UserError(f"--model {path}: not a whole safetensors file ({reason:.100})") from None
-
-
-def convert_command(
-    path: Path, base: str | Path | None, pipeline: str = "StableDiffusionPipeline"
-) -> str:
-    """The command that makes a pipeline's folder of a single file, by diffusers alone."""
-    config = f", config={str(base)!r}" if base else ""
-    code = (
-        f"from diffusers import {pipeline} as P; "
-        f"P.from_single_file({str(path)!r}{config}).save_pretrained('converted')"
-    )
-    return f"python -c {shlex.quote(code)}, then --model converted"
-
-
-def convert_file(path: Path, base: str | Path | None, place: Path) -> Path:
-    """The pipeline's folder that a single checkpoint file is converted to, once. Raises UserError,
-    with the way on, where the file is no such checkpoint or cannot be converted."""
-    if path.suffix.lower() not in FILES_OF_MODELS:
-        raise UserError(
-            f"--model {path}: expected a diffusers folder or a checkpoint "
-            f"({', '.join(FILES_OF_MODELS)}); quantized and exported models cannot be used"
-        )
-    check_pointer(path, f"--model {path}")
-    if path.suffix == ".safetensors":
-        check_keys(path, list_tensors(path))
-    status = path.stat()
-    key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
-    target = place / f"{path.stem}-{key[:8]}"
-    if not (target / INDEX).is_file():
-        say(f"{path}: one file; it is made a diffusers folder once, {target}")
-        save_converted(path, base, place, target)
-    return target
-
-
-def check_keys(path: Path, names: list[str]) -> None:
-    """Raises UserError, with the way on, where the tensors of a file are not those of a whole Stable
-    Diffusion checkpoint."""
-    if any("lora" in name.lower() for name in names):
-        raise UserError(f"--model {path}: {explain_lora(path)}")
-    if any(name.startswith("conditioner.embedders.") for name in names):
-        raise UserError(
-            f"--model {path}: a checkpoint of Stable Diffusion XL, which is used as a diffusers "
-            f"folder: {convert_command(path, None, 'StableDiffusionXLPipeline')}"
-        )
-    if not any(name.startswith("model.diffusion_model.") for name in names):
-        first = names[0] if names else "nothing"
-        raise UserError(
-            f"--model {path}: expected a Stable Diffusion checkpoint (model.diffusion_model. ...), "
-            f"found {first:.80}; a part of a diffusers pipeline is given by the pipeline's folder"
-        )
-
-
-def save_converted(path: Path, base: str | Path | None, place: Path, target: Path) -> None:
-    """Writes a checkpoint file as a pipeline's folder, whole or not at all."""
-    # Here: it imports image processors, which costs seconds and says so.
-    transformers_logging.set_verbosity_error()
-    from diffusers import StableDiffusionPipeline
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    config = find_model(base, None, place / "base").pipeline if base else None
-    part = own_part(target)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=config,
-            local_files_only=bool(config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(part, safe_serialization=True)
-    except OSError as error:
-        if error.errno:  # a full disk, no permission
-            raise
-        refuse_conversion(path, base, error)
-    except Exception as error:  # what diffusers raises for such files has no common type
-        refuse_conversion(path, base, error)
-    drop_parts(part)
-    if not (target / INDEX).is_file():
-        os.replace(part, target)
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def refuse_conversion(path: Path, base: str | Path | None, error: Exception) -> None:
-    """Raises UserError: a file could not be converted here."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    way = (
-        "give a diffusers folder of its family, whose configuration and tokenizer it takes: "
-        "--base MODEL"
-        if base is None
-        else f"or, with a network: {convert_command(path, None)}"
-    )
-    raise UserError(f"--model {path}: cannot be converted ({reason:.160}); {way}") from None

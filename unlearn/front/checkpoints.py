@@ -1,0 +1,167 @@
+"""A checkpoint file of the original programs made the diffusers folder that every command loads."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
+
+from ..datasets.presence import FILES_OF_MODELS
+from ..errors import UserError
+from ..models.weights import INDEX, check_pointer
+from ..runtime.programs import say
+from ..storage.artifacts import own_part
+from ..storage.hashes import digest
+from ..storage.reading import read_json
+from .customized import drop_parts
+
+XL = "conditioner.embedders."  # before names of text encoders in checkpoints of Stable Diffusion XL
+PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+
+def explain_lora(path: Path) -> str:
+    """How a LoRA file is given."""
+    return (
+        "a LoRA file; give the model that it was trained on, and it beside that: "
+        f"--model BASE --lora {shlex.quote(str(path))}"
+    )
+
+
+def list_tensors(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file. Raises UserError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"--model {path}: not a whole safetensors file ({reason:.100})") from None
+
+
+def convert_command(path: Path, pipeline: str) -> str:
+    """The command that makes a pipeline's folder of a single file, by diffusers alone."""
+    code = (
+        f"from diffusers import {pipeline} as P; "
+        f"P.from_single_file({str(path)!r}).save_pretrained('converted')"
+    )
+    return f"python -c {shlex.quote(code)}, then --model converted"
+
+
+def convert_file(
+    path: Path, base: str | Path | None, find_base: Callable[[], str | None], place: Path
+) -> Path:
+    """The pipeline's folder that a single checkpoint file is converted to, once. base: the model
+    whose configuration and tokenizer it takes, which `find_base` makes a folder. Raises UserError,
+    with the way on, where the file is no such checkpoint or cannot be converted."""
+    if path.suffix.lower() not in FILES_OF_MODELS:
+        raise UserError(
+            f"--model {path}: expected a diffusers folder or a checkpoint "
+            f"({', '.join(FILES_OF_MODELS)}); quantized and exported models cannot be used"
+        )
+    check_pointer(path, f"--model {path}")
+    names = list_tensors(path) if path.suffix == ".safetensors" else None
+    if names is not None:
+        check_keys(path, names)
+    status = path.stat()
+    key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
+    target = place / f"{path.stem}-{key[:8]}"
+    if not (target / INDEX).is_file():
+        say(f"{path}: one file; it is made a diffusers folder once, {target}")
+        save_converted(path, names, find_base(), target)
+    return target
+
+
+def check_keys(path: Path, names: list[str]) -> None:
+    """Raises UserError, with the way on, where the tensors of a file are not those of a whole Stable
+    Diffusion checkpoint."""
+    if any("lora" in name.lower() for name in names):
+        raise UserError(f"--model {path}: {explain_lora(path)}")
+    if is_xl(names) and not any(name.startswith(f"{XL}0.transformer.") for name in names):
+        raise UserError(
+            f"--model {path}: a checkpoint of Stable Diffusion XL's refiner, which only changes "
+            f"pictures; give the base model, which makes them"
+        )
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        first = names[0] if names else "nothing"
+        raise UserError(
+            f"--model {path}: expected a Stable Diffusion checkpoint (model.diffusion_model. ...), "
+            f"found {first:.80}; a part of a diffusers pipeline is given by the pipeline's folder"
+        )
+
+
+def is_xl(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of a checkpoint of Stable Diffusion XL."""
+    return any(name.startswith(XL) for name in names)
+
+
+def choose_class(names: Sequence[str] | None, config: str | None) -> str:
+    """The class of the pipeline that a checkpoint makes: by its tensors or, where they are not known
+    before it is read, that of the model that it takes its configuration from."""
+    if names is not None:
+        return XL_PIPELINE if is_xl(names) else PIPELINE
+    path = Path(config or "") / INDEX
+    index = read_json(path, "--base") if path.is_file() else None
+    is_known = isinstance(index, dict) and index.get("_class_name") == XL_PIPELINE
+    return XL_PIPELINE if is_known else PIPELINE
+
+
+def obey_marks(pipeline: Any, path: Path, names: Sequence[str]) -> None:
+    """Sets the prediction type and schedule that a checkpoint has by empty tensors (v_pred, ztsnr),
+    as its trainers mark it, in place."""
+    told = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
+    told |= {"rescale_betas_zero_snr": True} if "ztsnr" in names else {}
+    if told:
+        say(f"{path}: by its marks (v_pred, ztsnr) the scheduler has {json.dumps(told)}")
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **told)
+
+
+def save_converted(
+    path: Path, names: Sequence[str] | None, config: str | None, target: Path
+) -> None:
+    """Writes a checkpoint file as a pipeline's folder, whole or not at all. names: of its tensors,
+    where they are known; config: the folder of a model of its kind."""
+    # Here: it imports image processors, which costs seconds and says so.
+    transformers_logging.set_verbosity_error()
+    import diffusers
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    kind = choose_class(names, config)
+    left_out = {"feature_extractor": None}
+    if kind == PIPELINE:
+        left_out |= {"safety_checker": None, "requires_safety_checker": False}
+    part = own_part(target)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(
+            str(path), config=config, local_files_only=bool(config), **left_out
+        )
+        obey_marks(pipeline, path, names or ())
+        pipeline.save_pretrained(part, safe_serialization=True)
+    except OSError as error:
+        if error.errno:  # a full disk, no permission
+            raise
+        refuse_conversion(path, config, kind, error)
+    except Exception as error:  # what diffusers raises for such files has no common type
+        refuse_conversion(path, config, kind, error)
+    drop_parts(part)
+    if not (target / INDEX).is_file():
+        os.replace(part, target)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_conversion(path: Path, config: str | None, kind: str, error: Exception) -> None:
+    """Raises UserError: a file could not be converted here."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    way = (
+        "give a diffusers folder of its family, whose configuration and tokenizer it takes: "
+        "--base MODEL"
+        if config is None
+        else f"or, with a network: {convert_command(path, kind)}"
+    )
+    raise UserError(f"--model {path}: cannot be converted ({reason:.160}); {way}") from None
