@@ -20,13 +20,14 @@ import unlearn
 from unlearn.attribution.curvature import per_sample_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import sample_losses
-from unlearn.commands import fisher, retrain
+from unlearn.commands import examination, fisher, retrain
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
 from unlearn.models import pipelines
 from unlearn.models.families import find_family
 from unlearn.models.lora import fuse
 from unlearn.models.lora_files import read_lora
+from unlearn.models.lora_headers import compare_header, parse_header
 from unlearn.models.lora_layers import hash_lora, place
 from unlearn.models.lora_names import parse_name
 from unlearn.models.pipelines import load_model, select_parameters, tracked
@@ -445,6 +446,26 @@ def test_a_lora_of_another_family_is_refused_before_weights_are_read(world, tmp_
     monkeypatch.setattr(pipelines.DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(UserError, match=f"the model is of {world.family.name}"):
         load_model(world.folder, "cpu", lora=[str(tmp_path / "x.safetensors")])
+
+
+def test_doctor_tells_a_lora_of_another_family_by_the_file_alone(world, tmp_path):
+    own, _ = examination.examine_lora(str(world.file), world.family)[:2]
+    assert own == examination.OK
+    tensors = dotted(
+        "unet" if world.name != "sdxl" else "transformer", {"x": (torch.ones(2, 2),) * 2}
+    )
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = examination.examine_lora(str(tmp_path / "x.safetensors"), world.family)
+    assert found.status == examination.PROBLEM and "the model is of" in found.text
+
+
+def test_the_header_s_guidance_and_clip_skip_are_compared_where_the_model_has_them(world):
+    header = parse_header({"ss_guidance_scale": "1.0", "ss_clip_skip": "2"})
+    notes = compare_header(header, [["x"]], model=world.model)
+    assert [note for note in notes if "clip skip" in note] == []
+    said = "trained with a guidance of 1 by its header, here the model is told 3.5"
+    assert [said in note for note in notes] == ([True] if world.name == "flux" else [])
+    assert compare_header(parse_header({"ss_guidance_scale": "3.5"}), [], model=world.model) == []
 
 
 def test_both_scripts_unlearn_a_loras_matrices_and_score(world, tmp_path):

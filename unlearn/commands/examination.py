@@ -32,7 +32,9 @@ from ..datasets.training_sets import array_paths, open_arrays
 from ..errors import UserError
 from ..models.checks import check_pipeline, part_name
 from ..models.customization import check_tokens
+from ..models.families import Family
 from ..models.lora import read_files
+from ..models.lora_layers import check_family
 from ..models.model import trained_resolution
 from ..models.parts import Parts, class_names, family_of, read_index, read_parts
 from ..models.unets import check_unet_folder
@@ -393,12 +395,16 @@ def examine_training_set(args: Namespace, parts: Parts | None, resolution: Any) 
     )
 
 
-def examine_lora(name: str) -> Finding:
-    """A LoRA by its file alone: whether it fits the model shows when that is loaded."""
+def examine_lora(name: str, family: Family | None) -> Finding:
+    """A LoRA by its file, and whether it is of the model's family where that is known: whether it
+    fits the model shows when that is loaded."""
     found, problem = try_out(lambda: read_files([name], is_fused=False))
     if problem:
         return problem
     [lora] = found
+    _, problem = try_out(check_family, lora, family) if family else (None, None)
+    if problem:
+        return problem
     parts = sorted({part for part, _ in lora.pairs})
     return Finding(OK, f"--lora {name}: changes {len(lora.pairs)} layers of {' and '.join(parts)}")
 
@@ -421,7 +427,8 @@ def examine_data(args: Namespace) -> tuple[list[Finding], bool]:
     resolution = settings["resolution"] or (
         parts and trained_resolution(parts.family, parts.denoiser, parts.vae)
     )
-    loras = [examine_lora(name) for name in args.lora or settings["lora"]]
+    family = parts.family if parts else None
+    loras = [examine_lora(name, family) for name in args.lora or settings["lora"]]
     return [
         examine_training_set(args, parts if resolution else None, resolution),
         found,

@@ -46,7 +46,7 @@ def tell_headers(args: Namespace, model: Model) -> None:
     for name in args.lora[:1]:  # what else changes the model was trained on other images
         header = parse_header(read_header(parse_name(name).path))
         few = [[caption] for caption in captions]
-        for note in compare_header(header, few, model.resolution(settings), repeats):
+        for note in compare_header(header, few, model.resolution(settings), repeats, model):
             log.warning(f"--lora {name}: {note}")
 
 

@@ -184,7 +184,7 @@ def attribute(
         inside,
         top_k,
         command,
-        [*compare_loras(loras, found, side), *tell_words(embeddings, found, questions)],
+        [*compare_loras(loras, found, side, loaded), *tell_words(embeddings, found, questions)],
     )
     return answer(job, questions, making, costs.Clock(plan, on_step))
 

@@ -42,14 +42,16 @@ def choose_side(model: Model, loras: Sequence[LoraFile]) -> int:
     return sides[0]
 
 
-def compare_loras(loras: Sequence[LoraFile], found: Found, side: int) -> list[str]:
-    """What the header of the first LoRA says otherwise than the folder; said here too."""
+def compare_loras(loras: Sequence[LoraFile], found: Found, side: int, model: Model) -> list[str]:
+    """What the header of the first LoRA says otherwise than the folder or the model; said here too."""
     entries = [entry for entry in found.entries if not entry.is_class]  # the header's own list
     captions, repeats = zip(*((entry.captions, entry.repeats) for entry in entries))
     notes = [
         note
         for each in loras[:1]
-        for note in compare_header(parse_header(each.header), captions, side or None, repeats)
+        for note in compare_header(
+            parse_header(each.header), captions, side or None, repeats, model
+        )
     ]
     for note in notes:
         say(f"{loras[0].named.path}: {note}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.printing import shorten
 from .lora_files import read_object
+from .model import Model
 
 COMMON = 0.9  # of the images: a tag that so many have may be what calls the subject
 MOST_SHOWN = 3
@@ -24,6 +25,7 @@ class Header:
     flips: bool | None = None
     buckets: bool | None = None  # pictures of several shapes, not cropped square
     clip_skip: int | None = None
+    guidance: float | None = None  # that FLUX was told
 
     @property
     def num_images(self) -> int:
@@ -76,6 +78,7 @@ def parse_header(fields: dict[str, str]) -> Header:
             if tag.strip() and is_count(count):
                 tags[tag.strip()] += count
     skip = re.fullmatch(r"\d", fields.get("ss_clip_skip", ""))
+    guidance = re.fullmatch(r"\d{1,4}(\.\d{1,9})?", fields.get("ss_guidance_scale", ""))
     return Header(
         read_pair(fields.get("ss_resolution")),
         folders,
@@ -83,6 +86,7 @@ def parse_header(fields: dict[str, str]) -> Header:
         read_flips(fields),
         read_bool(fields.get("ss_enable_bucket")),
         int(skip[0]) if skip else None,
+        float(guidance[0]) if guidance else None,
     )
 
 
@@ -107,10 +111,11 @@ def compare_header(
     captions: Sequence[Sequence[str]],
     resolution: int | None = None,
     repeats: Sequence[int] | None = None,
+    model: Model | None = None,
 ) -> list[str]:
     """Sentences on what a header says otherwise than the training images at hand: their captions,
     the pixels of a side that they are brought to, and how often an epoch shows each, where that is
-    known."""
+    known; or than the model that they are shown to."""
     notes = []
     if header.num_images and header.num_images != len(captions):
         notes.append(
@@ -128,7 +133,14 @@ def compare_header(
             "the LoRA was trained on pictures of several shapes by its header (buckets), here all "
             "are cropped to squares"
         )
-    if header.clip_skip and header.clip_skip > 1:
+    told = model.identity.get("guidance") if model else None
+    if header.guidance is not None and told is not None and header.guidance != told:
+        notes.append(
+            f"the LoRA was trained with a guidance of {header.guidance:g} by its header, here the "
+            f"model is told {told:g}"
+        )
+    follows = model is None or model.family.follows_clip_skip
+    if follows and header.clip_skip and header.clip_skip > 1:
         notes.append(
             f"the LoRA was trained with clip skip {header.clip_skip} by its header, here the text "
             f"encoder's last layer is read"

@@ -21,6 +21,7 @@ from . import lora as loras
 from .checks import check_classes, check_fit, check_passes, check_pipeline
 from .families import Family, find_denoiser_family
 from .families.interface import UNET_SELECTIONS
+from .lora_files import LoraFile
 from .lora_layers import check_family
 from .model import Model
 from .parts import class_names, family_of, parts_of, read_index
@@ -58,10 +59,8 @@ def load_model(
         check_unet_folder(unet)
     if Path(name).exists():
         check_pipeline(name, unet)
-        for each in lora_files:  # before weights are read
-            check_family(each, family_of(name, read_index(name)))
     replacing = load_unet(unet, trained) if unet else {}
-    pipeline, family = load_pipeline(name, unet, replacing)
+    pipeline, family = load_pipeline(name, unet, replacing, lora_files)
     check_fit(name, parts_of(pipeline, family), unet)
     parts = {
         part: getattr(pipeline, part)
@@ -97,10 +96,11 @@ def quieten() -> None:
 
 
 def load_pipeline(
-    name: str | Path, unet: str, replacing: Mapping[str, Any]
+    name: str | Path, unet: str, replacing: Mapping[str, Any], lora_files: Sequence[LoraFile]
 ) -> tuple[DiffusionPipeline, Family]:
     """A pipeline, float32, and its family. replacing: parts that take the place of its own. Raises
-    UserError where it cannot be loaded or lacks weights."""
+    UserError where it cannot be loaded or lacks weights or, before weights are read, where a LoRA is
+    of another family."""
     try:
         if Path(name).exists():
             index = read_index(name)
@@ -108,6 +108,8 @@ def load_pipeline(
             index = read_json(hf_hub_download(str(name), "model_index.json"), "--sd_version")
             check_classes(name, index, unet)
         family = family_of(name, index)
+        for lora in lora_files:
+            check_family(lora, family)
         left_out = {part: None for part in find_unused(name, index, family)}
         pipeline = DiffusionPipeline.from_pretrained(
             name, use_safetensors=True, **left_out, **replacing

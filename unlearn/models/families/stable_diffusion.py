@@ -33,6 +33,7 @@ class StableDiffusion(Betas):
     classes = {"unet": ("UNet2DConditionModel",), "vae": VAES}
     encoders = {"text_encoder": "tokenizer"}
     can_be_customized = True
+    follows_clip_skip = True
     selections = UNET_SELECTIONS
     text = SharedText()
 

@@ -22,6 +22,7 @@ NOT_USED = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_
 class StableDiffusionXL(StableDiffusion):
     name = "Stable Diffusion XL"
     can_be_customized = False
+    follows_clip_skip = False
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     # Not `sample`: diffusers' training script and its schedulers do not mean the same by it.
     predictions = ("epsilon", "v_prediction")
