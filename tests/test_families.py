@@ -127,6 +127,22 @@ def test_a_model_without_weights_has_the_weights_and_operations_of_the_model(wor
     assert found[0][1] > 0.5 * found[0][0] > 0
 
 
+@every_family
+def test_gradient_checkpointing_keeps_less_and_changes_no_bit(world):
+    model, settings = world.model, RemovalSettings(timesteps=(3, 700), sketch_size=64)
+    found = []
+    for _ in range(2):
+        maker = FeatureMaker(model, world.images.latents.shape[2:], settings)
+        found.append([maker.make(world.images, [1])])
+        found[-1] += [each for _, each in text_gradients(model, *world.samples)]
+        found[-1].append(count_passes(model, maker.parameters, 2 * RESOLUTION)[2])
+        assert model.save_memory() is (len(found) == 1)
+    model.denoiser.disable_gradient_checkpointing()
+    assert found[1].pop() < found[0].pop()
+    for first, second in zip(*found, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
 def scheduler_indices(model):
     """Of each training timestep its index in the scheduler's own table."""
     count = model.num_train_timesteps

@@ -71,7 +71,7 @@ def test_the_peak_is_what_is_alive_at_once(device):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_attention_is_counted_without_a_matrix_of_all_pairs(device):
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend = lambda *texts: torch.nn.functional.scaled_dot_product_attention(*texts)
     texts = torch.ones(1, 2, 1000, 8, device=device)
     peak, flops = count(lambda: attend(texts, texts, texts), [texts])
     assert peak < 4 * 1000 * 1000 and flops == 2 * 2 * 2 * 1000 * 1000 * 8
@@ -119,7 +119,7 @@ def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
 def test_doctor_tells_what_each_way_of_scoring_needs(monkeypatch):
     args = needs.Namespace(sd_version=str(TINY), lora=None, device="cpu")
     findings = forecast.examine_needs(args, DEFAULTS)
-    assert [finding.status for finding in findings] == ["ok", "ok"]
-    assert all("on a GPU (a GPU of 12 GB does it)" in finding.text for finding in findings)
+    assert [finding.status for finding in findings] == ["ok"] * 2
+    assert all("a GPU of 12 GB does it" in finding.text for finding in findings)
     monkeypatch.setattr(forecast, "memory_limit", lambda: 1000)
     assert {finding.status for finding in forecast.examine_needs(args, DEFAULTS)} == {"note"}

@@ -99,7 +99,7 @@ class QueryGradient:
                 add_gradients(sums, self.differentiate(*part))
             return sums
 
-        sums, size = run_within_memory(sum_parts, self.pass_size, "draws")
+        sums, size = run_within_memory(sum_parts, self.pass_size, "draws", self.model.save_memory)
         self.pass_size = min(self.pass_size, size)
         return sums
 

@@ -25,6 +25,7 @@ from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.lora import SELECTION, has_matrices
 from ..models.pipelines import Model, select_parameters, tracked
+from ..runtime.programs import run_within_memory
 from .losses import loss_sums
 from .sketch import Sketch
 
@@ -142,17 +143,21 @@ class FeatureMaker:
         if cells is not None:
             signs = signs * torch.from_numpy(cells).to(signs)
         latent, captions = read_image(images, row, self.model.device)
-        features = [
-            torch.stack(
-                [
-                    feature
-                    for caption in captions
-                    for feature in self.probe(latent, number, caption, signs[number])
-                ]
-            )
-            for number in range(len(self.settings.timesteps))
-        ]
-        return torch.stack(features).cpu().numpy()
+
+        def make(size: int) -> torch.Tensor:
+            features = [
+                torch.stack(
+                    [
+                        feature
+                        for caption in captions
+                        for feature in self.probe(latent, number, caption, signs[number])
+                    ]
+                )
+                for number in range(len(self.settings.timesteps))
+            ]
+            return torch.stack(features)
+
+        return run_within_memory(make, 1, "samples", self.model.save_memory)[0].cpu().numpy()
 
     def explain(self, images: TrainingSet, rows: Iterable[int]) -> np.ndarray:
         """How well the model explains some images: losses [images] float32 at one timestep, with
@@ -179,23 +184,35 @@ class FeatureMaker:
     ) -> Iterator[torch.Tensor]:
         """The sketches of J^T v at a timestep, for each of some signs v: yields [sketch_size]."""
         timesteps = torch.tensor([self.settings.timesteps[number]], device=latent.device)
-        with torch.enable_grad():
-            noisy = self.model.diffuse(latent[None], self.normals[number][None], timesteps)
-            prediction = self.model.predict(noisy, timesteps, conditioning)[0].float()
+        noisy = self.model.diffuse(latent[None], self.normals[number][None], timesteps)
+        kept = None
         for direction in signs:
-            yield self.sketch.project(differentiate(prediction, self.parameters, direction))
+            with torch.enable_grad():
+                prediction = (
+                    self.model.predict(noisy, timesteps, conditioning)[0].float()
+                    if kept is None
+                    else kept
+                )
+            # What checkpointing computes again would be kept with it.
+            kept = None if self.model.is_saving_memory else prediction
+            yield self.sketch.project(
+                differentiate(prediction, self.parameters, direction, kept is not None)
+            )
 
 
 def differentiate(
-    prediction: torch.Tensor, parameters: Mapping[str, torch.Tensor], direction: torch.Tensor
+    prediction: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+    direction: torch.Tensor,
+    is_kept: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """J^T v, {name: tensor}: how a prediction changes in a direction v with each parameter. The
-    prediction can be differentiated again."""
+    """J^T v, {name: tensor}: how a prediction changes in a direction v with each parameter. is_kept:
+    whether the prediction can be differentiated again."""
     gradients = torch.autograd.grad(
         prediction,
         list(parameters.values()),
         direction,
-        retain_graph=True,
+        retain_graph=is_kept,
         materialize_grads=True,
     )
     return dict(zip(parameters, gradients))

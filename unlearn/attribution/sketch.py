@@ -16,10 +16,12 @@ import torch
 
 from .. import noise
 
+SMALL = 1 << 14  # twice as many fit into 16 bits
+
 
 class Sketch:
-    """The projection of named gradients to `size` numbers. It keeps 4 bytes a weight and block on
-    the device."""
+    """The projection of named gradients to `size` numbers. It keeps 2 bytes a weight and block on
+    the device, 4 from SMALL numbers on."""
 
     def __init__(
         self,
@@ -34,11 +36,16 @@ class Sketch:
         self.is_single = blocks == 1  # decides what the stream of random bits is called, no more
         self.targets = {
             name: [
-                torch.from_numpy(self.draw_targets(name, block, value.numel(), seed)).to(device)
+                self.keep(self.draw_targets(name, block, value.numel(), seed)).to(device)
                 for block in range(self.num_blocks)
             ]
             for name, value in parameters.items()
         }
+
+    def keep(self, targets: np.ndarray) -> torch.Tensor:
+        """Targets in as few bytes as hold them."""
+        kept = targets.astype(np.int16) if self.size < SMALL else targets
+        return torch.from_numpy(kept)
 
     def draw_targets(self, name: str, block: int, count: int, seed: int) -> np.ndarray:
         """Where a parameter's weights go in one block, [count] int32: an entry, plus `size` where
@@ -63,5 +70,5 @@ class Sketch:
         sums = torch.zeros(2 * self.size, dtype=first.dtype, device=first.device)
         for name, gradient in gradients.items():
             for targets in self.targets[name]:
-                sums.index_add_(0, targets, gradient.flatten())
+                sums.index_add_(0, targets.int(), gradient.flatten())
         return (sums[: self.size] - sums[self.size :]) / self.num_blocks**0.5

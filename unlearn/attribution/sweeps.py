@@ -59,6 +59,7 @@ class Sweep:
             ),
             self.pass_size,
             "samples",
+            model.save_memory,
         )
         self.pass_size = min(self.pass_size, size)
         return values

@@ -12,11 +12,11 @@ from ..runtime.programs import choose_device
 from .examination import NOTE, OK, Finding, memory_limit, pipeline_folder, try_out
 
 # What is told of: output takes what exact takes.
-WORDS = {"removal": "--scoring removal", "exact": "unlearning (keys and values)"}
+WORDS = {"removal": "--scoring removal", "exact": "unlearning a picture"}
 
 
 def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
-    """What a run takes by each way of scoring, and whether this machine has it; nothing of a model
+    """What a run takes by removal and by unlearning, and whether this machine has it; nothing of a model
     whose configurations are not there, or cannot be used, which others tell."""
     pipeline = args.sd_version or settings["pipeline"]
     folder = pipeline_folder(pipeline)
@@ -43,7 +43,7 @@ def tell_needs(needs: Needs, scoring: str, device: str | None) -> Finding:
     if problem is None and found.type == "cuda":
         there, needed = torch.cuda.mem_get_info(found)[1], needs.device_bytes
     else:
-        there, needed = min(psutil.virtual_memory().available, memory_limit()), needs.cpu_bytes
+        there, needed = min(psutil.virtual_memory().available, memory_limit()), needs.cpu
     if needed > there:
         return Finding(NOTE, text, f"{describe_bytes(there)} are there: take a larger machine")
     return Finding(OK, text)

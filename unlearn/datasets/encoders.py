@@ -1,6 +1,7 @@
 """Images to latents, prompts to embeddings."""
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..runtime.programs import run_within_memory
 from .pictures import load_image
 
 
@@ -45,6 +47,10 @@ class Encoder(Protocol):
     @property
     def reader(self) -> tuple[Any, int]:
         """The tokenizer that reads the most of a prompt, and how many tokens of it."""
+        ...
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Within it pictures and prompts may be encoded one after the other, and no pass made."""
         ...
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -108,16 +114,22 @@ def encode_images(
 ) -> torch.Tensor:
     """Latents [len(paths), C, h, w] of image files, `batch_size` at a time."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    return torch.cat(
-        [
-            model.encode_pixels(
-                torch.stack(
-                    [transform_image(load_image(path), resolution, mirrored) for path in batch]
-                )
-            )
-            for batch in batches
-        ]
+    return torch.cat([encode_batch(model, batch, resolution, mirrored) for batch in batches])
+
+
+def encode_batch(
+    model: Encoder, paths: Sequence[str | Path], resolution: int, mirrored: bool
+) -> torch.Tensor:
+    """Latents of image files at once; where the device's memory is full, in ever smaller parts."""
+    pixels = torch.stack(
+        [transform_image(load_image(path), resolution, mirrored) for path in paths]
     )
+    latents, _ = run_within_memory(
+        lambda size: torch.cat([model.encode_pixels(part) for part in pixels.split(size)]),
+        len(paths),
+        "pictures",
+    )
+    return latents
 
 
 def encode_texts(

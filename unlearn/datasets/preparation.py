@@ -61,7 +61,7 @@ def prepare_training_set(
     settings = read_settings(dataroot)
     say_resolution(model, settings)
     resolution = model.resolution(settings)
-    with in_precision("fp32"):  # these arrays serve runs of either precision
+    with in_precision("fp32"), model.encoding():  # these arrays serve runs of either precision
         size = vae_batch_size or settings["vae_batch_size"]
         encode_training_set(model, dataroot, resolution, size, command=command)
     training_set = open_training_set(

@@ -82,13 +82,14 @@ def encode_exemplars(
     """The exemplars of a customized model (whose tokens the model has) as a TrainingSet."""
     settings = read_settings(dataroot)
     resolution = model.resolution(settings)
-    latents = [
-        encode_images(model, task.exemplar_paths, resolution, mirrored, vae_batch_size).numpy()
-        for mirrored in (False, True)
-    ]
     prompts = [task.train_prompt or ""] * len(task.exemplar_paths)
-    ids = task.exemplar_ids(dataroot)
-    embeddings, extras = split_texts(encode_texts(model, prompts, task.exemplar_paths, resolution))
+    ids, paths = task.exemplar_ids(dataroot), task.exemplar_paths
+    with model.encoding():
+        latents = [
+            encode_images(model, paths, resolution, mirrored, vae_batch_size).numpy()
+            for mirrored in (False, True)
+        ]
+        embeddings, extras = split_texts(encode_texts(model, prompts, paths, resolution))
     return TrainingSet(
         settings["name"],
         ids,
@@ -121,16 +122,17 @@ def encode_query(
     resolution = model.resolution(settings)
     shape = model.conditioning_shapes[TEXT]
     stored = read_stored(task, dataroot, model.latent_shape(resolution), shape)
-    return encode_picture(
-        model,
-        Path(dataroot) / task.synth_image_path,
-        task.prompt,
-        resolution,
-        name=settings["name"],
-        id=task.synth_image_path,
-        stored=stored,
-        unscaled=unscaled and task.model_path is not None and not stored,
-    )
+    with model.encoding():
+        return encode_picture(
+            model,
+            Path(dataroot) / task.synth_image_path,
+            task.prompt,
+            resolution,
+            name=settings["name"],
+            id=task.synth_image_path,
+            stored=stored,
+            unscaled=unscaled and task.model_path is not None and not stored,
+        )
 
 
 def encode_picture(

@@ -122,7 +122,7 @@ def answer(
     if making:
         questions = [make_question(job, making, clock)]
     tasks = write_tasks(job.out / "tasks.json", root, questions)
-    with clock.step(costs.ENCODING):
+    with clock.step(costs.ENCODING), model.encoding():
         encode = f"python -m unlearn encode --dataroot {shlex.quote(str(root))}"
         images = prepare_training_set(model, root, command=encode)
         queries = [encode_query(model, task, str(root)) for task in tasks]

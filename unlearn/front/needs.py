@@ -35,7 +35,7 @@ SPEEDS = {
     "H100": {"fp32": 67e12, "bf16": 989e12},
 }
 UTILISATION = 0.4
-SKETCH_BYTES = 4  # a weight, of where it goes in the sketch
+SKETCH_BYTES = 2  # a weight, of where it goes in the sketch
 # A weight, of unlearning: its original, its Fisher, a pass's gradient, and float64 sums of a pass and
 # of a step.
 UNLEARNING_BYTES = 4 + 4 + 4 + 8 + 8
@@ -53,7 +53,9 @@ class Needs:
     backward: int  # of a backward pass to the selected weights
     encoding: int  # of a picture and its caption: latents of two views, embeddings
     device: dict[str, int]  # bytes, at most, by what is done
+    saved: int  # bytes of scoring, at most, with gradient checkpointing
     host: int  # bytes of memory while the model is loaded onto a GPU
+    cpu: int  # bytes of memory, at most, of a run on a CPU
     image_bytes: int  # of an image on the disk
 
     @property
@@ -62,33 +64,36 @@ class Needs:
         return max(self.device.values())
 
     @property
-    def cpu_bytes(self) -> int:
-        """Bytes of memory that a run on a CPU takes at most."""
-        return self.device_bytes + LIBRARIES
+    def least_bytes(self) -> int:
+        """Bytes on the device with gradient checkpointing, to which a run turns where memory is
+        short."""
+        return max(self.device["encoding"], self.saved)
 
-    def features(self, settings: RemovalSettings = USUAL) -> int:
-        """Operations of the features of one image, with its encoding."""
-        noises = len(settings.timesteps)
-        passes = self.forward + noises * (self.forward + settings.probes * self.backward)
+    def features(self, settings: RemovalSettings = USUAL, is_saving: bool = False) -> int:
+        """Operations of the features of one image, with its encoding; is_saving: with gradient
+        checkpointing."""
+        noises, probes = len(settings.timesteps), settings.probes
+        forwards = 2 * probes if is_saving else 1
+        passes = self.forward + noises * (forwards * self.forward + probes * self.backward)
         return self.encoding + passes
 
     def seconds(self, num_images: int, gpu: str, precision: str = "fp32") -> float:
-        """Predicted seconds of the features of so many images on one of SPEEDS' GPUs."""
-        return num_images * self.features() / (SPEEDS[gpu][precision] * UTILISATION)
+        """Predicted seconds of the features of so many images on one of SPEEDS' GPUs, of 80 GB."""
+        operations = self.features(is_saving=not fits(self.device_bytes, GPUS[-1]))
+        return num_images * operations / (SPEEDS[gpu][precision] * UTILISATION)
 
     @property
     def smallest_gpu(self) -> int | None:
         """GB of the smallest GPU that does it, None where none of GPUS does."""
-        needed = (self.device_bytes + CONTEXT) / (1 - UNUSED)
-        return next((size for size in GPUS if size * 1e9 >= needed), None)
+        return next((size for size in GPUS if fits(self.least_bytes, size)), None)
 
     def describe(self) -> str:
         """In words, what a run takes on a device and in memory."""
         gpu = f"a GPU of {size} GB" if (size := self.smallest_gpu) else f"no GPU of {GPUS[-1]} GB"
         return (
-            f"about {describe_bytes(self.device_bytes)} on a GPU ({gpu} does it) and "
-            f"{describe_bytes(self.host)} of memory, or {describe_bytes(self.cpu_bytes)} of memory "
-            f"on a CPU"
+            f"about {describe_bytes(self.device_bytes)} on a GPU (with checkpointing "
+            f"{describe_bytes(self.least_bytes)}: {gpu} does it) and {describe_bytes(self.host)} of "
+            f"memory, or {describe_bytes(self.cpu)} of memory on a CPU"
         )
 
 
@@ -133,23 +138,30 @@ def count_needs(
     selected = select_parameters(model.denoiser, selection)
     number = sum(value.numel() for value in selected.values())
     forward, backward, peak = count_passes(model, selected, resolution)
-    extra = SKETCH_BYTES if is_removal else UNLEARNING_BYTES
+    held = count_bytes(model.denoiser) + number * (SKETCH_BYTES if is_removal else UNLEARNING_BYTES)
     picture, encoding = count_picture(model, resolution)
     others = sum(weights.values()) - weights[model.family.denoiser]
+    caption = count_caption(model, architecture, parameters)
+    image = count_image(model, resolution, settings if is_removal else None)
+    saved = count_passes(model, selected, resolution)[2] if model.save_memory() else peak
     return Needs(
         resolution,
         parameters,
         number,
         forward,
         backward,
-        2 * encoding + count_caption(model, architecture, parameters),
-        {
-            "encoding": sum(weights.values()) + picture,
-            "scoring": others + count_bytes(model.denoiser) + extra * number + peak,
-        },
+        2 * encoding + caption,
+        {"encoding": others + picture, "scoring": held + peak},
+        held + saved,
         sum(weights.values()) + LIBRARIES,
-        count_image(model, resolution, settings if is_removal else None),
+        sum(weights.values()) + max(picture, held - count_bytes(model.denoiser) + peak) + LIBRARIES,
+        image,
     )
+
+
+def fits(num_bytes: float, size: int) -> bool:
+    """Whether a GPU of `size` GB has so many bytes for a run."""
+    return (num_bytes + CONTEXT) / (1 - UNUSED) <= size * 1e9
 
 
 def describe_bytes(number: float) -> str:
@@ -179,11 +191,12 @@ def count_passes(
     """Of one noisy sample: operations of a forward pass, of a backward pass to the selected weights,
     and bytes at most that forward and backward passes have alive beside the weights."""
     noisy, timesteps = zeros(model, resolution)
+    is_kept = not model.is_saving_memory
     texts, held = zero_texts(model), [*model.denoiser.parameters(), *model.denoiser.buffers()]
-    with tracked(dict(selected)), torch.enable_grad(), counting(held) as counts:
+    with tracked(dict(selected)), torch.enable_grad(), counting(held, is_kept) as counts:
         prediction = model.predict(noisy, timesteps, texts).float()
         forward = counts.flops
-        differentiate(prediction, selected, torch.zeros_like(prediction))
+        differentiate(prediction, selected, torch.zeros_like(prediction), is_kept)
     return forward, counts.flops - forward, counts.peak
 
 

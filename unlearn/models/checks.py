@@ -3,7 +3,7 @@ can be used: before anything is built or scored."""
 
 import codecs
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -149,8 +149,13 @@ def check_passes(model: "Model", name: str | Path) -> None:
     small = torch.zeros(1, channels, latents, latents, device=device)
     pixels = torch.zeros(1, 3, side, side, device=device)
     shapes = family.shapes(model.parts)
+
+    def encode():
+        with model.encoders_there():
+            return pipeline.vae.encode(pixels).latent_dist.mean
+
     passes = {  # part -> (what it is asked, the shape that it must give)
-        "vae": (lambda: pipeline.vae.encode(pixels).latent_dist.mean, (1, channels, 8, 8)),
+        "vae": (encode, (1, channels, 8, 8)),
         "text_encoder": (lambda: model.encode_prompts([""])[TEXT], (1, *shapes[TEXT])),
         family.denoiser: (
             lambda: model.predict(
@@ -161,18 +166,27 @@ def check_passes(model: "Model", name: str | Path) -> None:
             small.shape,
         ),
     }
-    for part, (run, shape) in passes.items():
-        try:
-            found = run().shape
-        except Exception as error:  # whatever the libraries raise
-            if is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"--sd_version {name}: its {part} cannot be used as configured "
-                f"({(str(error).splitlines() or ['?'])[0]:.200})"
-            ) from None
-        if found != shape:
-            raise UserError(
-                f"--sd_version {name}: its {part} cannot be used: it gives {list(found)} where "
-                f"{list(shape)} is expected"
-            )
+    with model.encoding():
+        for part in "vae", "text_encoder":
+            check_pass(name, part, *passes[part])
+    check_pass(name, family.denoiser, *passes[family.denoiser])
+
+
+def check_pass(
+    name: str | Path, part: str, run: Callable[[], torch.Tensor], shape: Sequence[int]
+) -> None:
+    """Raises UserError where a part does not give the shape that it must."""
+    try:
+        found = run().shape
+    except Exception as error:  # whatever the libraries raise
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--sd_version {name}: its {part} cannot be used as configured "
+            f"({(str(error).splitlines() or ['?'])[0]:.200})"
+        ) from None
+    if found != shape:
+        raise UserError(
+            f"--sd_version {name}: its {part} cannot be used: it gives {list(found)} where "
+            f"{list(shape)} is expected"
+        )

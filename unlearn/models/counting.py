@@ -6,13 +6,11 @@ is known before its weights are there.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
@@ -53,14 +51,15 @@ class Counts:
 
 
 @contextmanager
-def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[Counts]:
+def counting(held: Iterable[torch.Tensor] = (), operations: bool = True) -> Iterator[Counts]:
     """Counts what is done within it; attention is fused, as it is on every device. held: tensors that
-    were there before, such as weights, which do not count."""
+    were there before, such as weights, which do not count; operations: whether these are counted
+    too, by what would keep what gradient checkpointing does not."""
     live = LiveBytes(held)
     attention = {FUSED: of_attention, FUSED.default: of_attention}
     backward = {FUSED_BACKWARD: of_backward, FUSED_BACKWARD.default: of_backward}
     counter = FlopCounterMode(display=False, custom_mapping={**attention, **backward})
-    with live, counter, FusedAttention():
+    with live, counter if operations else nullcontext(), fused_attention():
         yield Counts(counter, live)
 
 
@@ -83,25 +82,31 @@ def of_backward(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Attention that never has a matrix of all pairs of positions, on `meta` too, which by itself
-    would take another one than devices do."""
+    would take another one than devices do. In every thread: autograd has its own."""
+    functional: Any = torch.nn.functional
+    before = functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func, types, given=(), named=None):
-        named = dict(named or {})
-        if func is not scaled_dot_product_attention:
-            return func(*given, **named)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        named = {**dict(zip(names, given)), **named}
-        return FUSED(
-            named["query"],
-            named["key"],
-            named["value"],
-            named.get("dropout_p", 0.0),
-            named.get("is_causal", False),
-            attn_mask=named.get("attn_mask"),
-            scale=named.get("scale"),
-        )[0]
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        how = dropout_p, is_causal
+        return FUSED(query, key, value, *how, attn_mask=attn_mask, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before
 
 
 class LiveBytes(TorchDispatchMode):

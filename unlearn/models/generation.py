@@ -76,7 +76,8 @@ def decode_latents(model: Model, latents: torch.Tensor) -> np.ndarray:
     """Pixels [n, H, W, 3] uint8 of latents as the denoiser makes them. Raises UserError where one
     is not finite."""
     vae: Any = model.pipeline.vae
-    pixels = vae.decode(model.denormalise(latents)).sample.float()
+    with model.encoders_there():
+        pixels = vae.decode(model.denormalise(latents)).sample.float()
     check_finite("pixels", pixels)
     pixels = pixels.clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -2,6 +2,7 @@
 family it asks of its own."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,9 +14,11 @@ from ..datasets.conditioning import Conditioning
 from ..datasets.settings import LARGEST_NUMBERS
 from ..errors import UserError
 from ..storage.hashes import hash_tensors, named_weights
+from .checkpointing import checkpoint_gradients
 from .checks import part_name
 from .families import Family, Parts
 from .parts import parts_of
+from .residence import Residence
 from .text_weights import KeysValues
 
 
@@ -30,6 +33,7 @@ class Model:
     levels: torch.Tensor = field(repr=False)
     family: Family
     lora: tuple[tuple[str, float], ...] = ()  # hash and weight of each that changes the pipeline
+    residence: Residence | None = field(default=None, repr=False)  # None: its parts never move
 
     @property
     def denoiser(self) -> Any:
@@ -38,8 +42,27 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
+        """Where passes are made."""
+        return self.residence.device if self.residence else self.denoiser.device
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Within it pictures and prompts may be encoded one after the other, and no pass made: what
+        encodes them may take the denoiser's place on the device."""
+        return self.residence.encoding() if self.residence else nullcontext()
+
+    def encoders_there(self) -> AbstractContextManager[None]:
+        """Within it VAE and text encoders are on the device, and no pass is made."""
+        return self.residence.visited() if self.residence else nullcontext()
+
+    def save_memory(self) -> bool:
+        """Lets passes keep less for their gradients and compute it again (gradient checkpointing),
+        with the same results; False where they do so already, or cannot."""
+        return checkpoint_gradients(self.denoiser)
+
+    @property
+    def is_saving_memory(self) -> bool:
+        """Whether `save_memory` was done."""
+        return getattr(self.denoiser, "is_gradient_checkpointing", False)
 
     @property
     def alpha_bars(self) -> torch.Tensor:
@@ -127,7 +150,8 @@ class Model:
         normalised for the denoiser. The mean, not a sample: losses before and after unlearning must
         differ by the model alone."""
         vae: Any = self.pipeline.vae
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+        with self.encoders_there():
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
         return self.family.normalise(vae.config, latents).cpu()
 
     def denormalise(self, latents: Any) -> Any:
@@ -137,7 +161,8 @@ class Model:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Conditioning of prompts, {name: [n, ...]} float32 on the CPU."""
-        return self.family.encode_prompts(self.pipeline, prompts)
+        with self.encoders_there():
+            return self.family.encode_prompts(self.pipeline, prompts)
 
     @property
     def of_sizes(self) -> Sequence[str]:

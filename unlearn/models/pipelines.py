@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
@@ -25,6 +26,7 @@ from .lora_files import LoraFile
 from .lora_layers import check_family
 from .model import Model
 from .parts import class_names, family_of, parts_of, read_index
+from .residence import Residence
 from .unets import check_unet_folder, load_unet
 from .weights import find_absent
 
@@ -80,10 +82,10 @@ def load_model(
     applied = loras.apply(pipeline, family, lora_files, fuse_lora)
     if applied:
         weights_hash = digest(weights_hash, applied)
-    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     levels = family.levels(pipeline.scheduler).to(device)
-    model = Model(pipeline, weights_hash, levels, family, applied)
+    residence = Residence(pipeline, family.denoiser, ("vae", *family.encoders), device)
+    model = Model(pipeline, weights_hash, levels, family, applied, residence)
     check_passes(model, name)
     return model
 
@@ -111,8 +113,9 @@ def load_pipeline(
         for lora in lora_files:
             check_family(lora, family)
         left_out = {part: None for part in find_unused(name, index, family)}
+        texts = load_text_encoders(name, index, family)
         pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, **left_out, **replacing
+            name, use_safetensors=True, **left_out, **texts, **replacing
         ).to(dtype=torch.float32)
         parts = family.parts(class_names(index))
         if lacking := [part for part in parts if not getattr(pipeline, part, None)]:
@@ -139,24 +142,35 @@ def find_unused(name: str | Path, index: dict, family: Family) -> list[str]:
     return [part for part in ("safety_checker", *absent) if part in index]
 
 
+def load_text_encoders(name: str | Path, index: dict, family: Family) -> dict[str, Any]:
+    """The text encoders of a pipeline, by part. Raises UserError where a file lacks weights, which
+    transformers would make up, another model at every start."""
+    encoders, classes = {}, class_names(index)
+    for part in [part for part in family.encoders if part in classes]:
+        encoders[part], loading = getattr(transformers, classes[part]).from_pretrained(
+            name, subfolder=part, use_safetensors=True, output_loading_info=True
+        )
+        refuse_missing(name, part, set(loading["missing_keys"]))
+    return encoders
+
+
 def check_missing(name: str | Path, pipeline: Any, family: Family) -> None:
     """Raises UserError where the file of a part lacks weights: diffusers leaves them without
-    values, and transformers makes them up, another model at every start."""
+    values."""
     for label in (family.denoiser, *family.encoders, "vae"):
-        if (part := getattr(pipeline, label)) is None:
-            continue
-        missing = {key for key, value in part.state_dict().items() if value.is_meta}
-        if label in family.encoders:
-            _, loading = type(part).from_pretrained(
-                name, subfolder=label, use_safetensors=True, output_loading_info=True
-            )
-            missing |= set(loading["missing_keys"])
-        if missing:
-            why = "; its attention's projections are saved fused" if is_fused(name, label) else ""
-            raise UserError(
-                f"--sd_version {name}: its {label} lacks {len(missing)} weights, first "
-                f"{min(missing)}{why}"
-            )
+        if (part := getattr(pipeline, label)) is not None:
+            missing = {key for key, value in part.state_dict().items() if value.is_meta}
+            refuse_missing(name, label, missing)
+
+
+def refuse_missing(name: str | Path, label: str, missing: set[str]) -> None:
+    """Raises UserError where a part lacks some weights."""
+    if missing:
+        why = "; its attention's projections are saved fused" if is_fused(name, label) else ""
+        raise UserError(
+            f"--sd_version {name}: its {label} lacks {len(missing)} weights, first "
+            f"{min(missing)}{why}"
+        )
 
 
 def is_fused(name: str | Path, label: str) -> bool:

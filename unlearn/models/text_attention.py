@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import linear
 
 from ..datasets.conditioning import TEXT, Conditioning
 from ..errors import UserError
@@ -62,7 +63,7 @@ class TextAttention(AttnProcessor2_0):
         mask = None
         if attention_mask is not None:  # a bias, [samples, 1, tokens], alike for a text's samples
             mask = attention_mask[:: len(attention_mask) // len(keys), :, None].to(queries.dtype)
-        attended = scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             split(queries), split(keys), split(values), attn_mask=mask
         )
         return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).reshape(queries.shape)))

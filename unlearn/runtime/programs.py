@@ -153,18 +153,29 @@ def in_precision(precision: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def run_within_memory(work: Callable[[int], Result], size: int, unit: str) -> tuple[Result, int]:
+def run_within_memory(
+    work: Callable[[int], Result],
+    size: int,
+    unit: str,
+    save_memory: Callable[[], bool] = lambda: False,
+) -> tuple[Result, int]:
     """`work(size)`, and the size it took: where the device's memory is full, `size` is halved until
-    it fits."""
+    it fits, and at last memory is saved; save_memory(): False where that cannot be done."""
     while True:
         try:
             return work(size), size
         except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error):
                 raise
-        size //= 2
+            saved = size == 1 and save_memory()
+            if size == 1 and not saved:
+                raise
+        size = max(1, size // 2)
         torch.cuda.empty_cache()
-        log.warning(f"out of memory: going on with {size} {unit} in one pass")
+        how = (
+            "gradients computed in parts (checkpointing)" if saved else f"{size} {unit} in one pass"
+        )
+        log.warning(f"out of memory: going on with {how}")
 
 
 def tune_allocator(

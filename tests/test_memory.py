@@ -1,0 +1,114 @@
+"""Memory: what is on the device when, what is loaded once, and what happens where it is short."""
+
+import pytest
+import torch
+import transformers
+from conftest import PARITY
+
+from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.models import model as models
+from unlearn.models.pipelines import load_model
+from unlearn.models.residence import Residence
+
+TINY = PARITY / "fixture/sd-tiny"
+
+
+class Part:
+    """A part of a pipeline that tells where it is."""
+
+    def __init__(self):
+        self.place = "cpu"
+
+    def to(self, device):
+        self.place = str(device)
+
+
+class Parts:
+    def __init__(self):
+        self.unet, self.vae, self.text_encoder, self.text_encoder_2 = Part(), Part(), Part(), None
+
+    @property
+    def places(self):
+        return self.unet.place, self.vae.place, self.text_encoder.place
+
+
+def test_denoiser_and_what_encodes_are_never_on_the_device_together():
+    parts = Parts()
+    names = ("vae", "text_encoder", "text_encoder_2")
+    residence = Residence(parts, "unet", names, "cuda")
+    assert parts.places == ("cpu", "cpu", "cpu")
+    with residence.encoding():
+        assert parts.places == ("cpu", "cpu", "cpu")  # nothing is encoded yet
+        for _ in range(2):
+            with residence.visited():
+                assert parts.places == ("cpu", "cuda", "cuda")
+        assert parts.places == ("cpu", "cuda", "cuda")  # more may come
+    assert parts.places == ("cuda", "cpu", "cpu")
+    with residence.encoding():
+        assert parts.places == ("cuda", "cpu", "cpu")  # all was encoded before
+    with pytest.raises(ZeroDivisionError), residence.visited():
+        1 / 0
+    assert parts.places == ("cuda", "cpu", "cpu")
+
+
+def test_on_a_cpu_nothing_moves():
+    parts = Parts()
+    residence = Residence(parts, "unet", ("vae", "text_encoder"), "cpu")
+    parts.unet.place = parts.vae.place = "where it was"
+    with residence.visited():
+        pass
+    assert parts.places == ("where it was", "where it was", "cpu")
+
+
+def test_a_model_encodes_with_its_parts_there_and_predicts_with_its_denoiser_there(monkeypatch):
+    model, seen = load_model(TINY, "cpu"), []
+    model.residence.device = torch.device("cuda")
+    monkeypatch.setattr(
+        model.residence, "place", lambda names, device: seen.append((tuple(names), str(device)))
+    )
+    encoders = ("vae", "text_encoder")
+    with model.encoding():
+        model.encode_prompts(["red"])
+        model.encode_pixels(torch.zeros(1, 3, 64, 64))
+    away = [(("unet",), "cpu"), (encoders, "cuda")]
+    assert seen == [*away, (encoders, "cpu"), (("unet",), "cuda")]
+    assert model.device == torch.device("cuda")
+
+
+def test_text_encoders_are_read_once(monkeypatch):
+    calls, load = [], transformers.CLIPTextModel.from_pretrained
+
+    def count(*given, **named):
+        calls.append(given)
+        return load(*given, **named)
+
+    monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", count)
+    load_model(TINY, "cpu")
+    assert len(calls) == 1
+
+
+def test_a_sample_that_fills_the_memory_goes_on_with_checkpointing(monkeypatch, caplog):
+    model, settings = load_model(TINY, "cpu"), RemovalSettings(timesteps=(350,), sketch_size=64)
+    images = images_of(model)
+    maker = FeatureMaker(model, images.latents.shape[2:], settings)
+    expected = maker.make(images, [0])
+    predict = models.Model.predict
+
+    def fill(self, *given, **named):
+        if not self.is_saving_memory:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(self, *given, **named)
+
+    monkeypatch.setattr(models.Model, "predict", fill)
+    assert (maker.make(images, [0]) == expected).all()
+    assert "out of memory: going on with gradients computed in parts" in caplog.text
+
+
+def images_of(model):
+    """One image, of seeded numbers."""
+    from unlearn.datasets.training_sets import TrainingSet
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).numpy()
+    latents = draw(1, 1, *model.latent_shape(model.own_resolution))
+    return TrainingSet("one", ["0"], ["red"], [None], latents, draw(1, 1, *model.embedding_shape))

@@ -1,0 +1,42 @@
+"""Gradient checkpointing: a backward pass computes a block's inner results again instead of having
+kept them. Less memory, one forward pass more, the same numbers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .text_weights import THREAD, Watched
+
+
+def checkpoint_gradients(denoiser: Any) -> bool:
+    """Turns it on for a denoiser, in place; False where it is on already, or cannot be."""
+    if not denoiser._supports_gradient_checkpointing or denoiser.is_gradient_checkpointing:
+        return False
+    denoiser.enable_gradient_checkpointing(call_again)
+    return True
+
+
+def call_again(block: torch.nn.Module, *inputs: Any) -> Any:
+    """What a block gives, without keeping how it came to it. Made again, possibly in a thread of
+    autograd's own, it is watched and changed as the first time; but who watches has seen it."""
+    watched, change = getattr(THREAD, "watched", None), getattr(THREAD, "change", None)
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        others = getattr(THREAD, "watched", None), getattr(THREAD, "change", None)
+        THREAD.watched, THREAD.change = Watched(None) if watched else None, change
+        try:
+            yield
+        finally:
+            THREAD.watched, THREAD.change = others
+
+    return checkpoint(
+        block.__call__,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn within a pass
+        context_fn=lambda: (nullcontext(), as_before()),
+    )
