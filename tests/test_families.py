@@ -3,6 +3,7 @@ unlearns, scores, resumes and makes pictures. The table of unlearn/README.md nam
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from unlearn.attribution import draws, sweeps
 from unlearn.attribution.derivatives import second_order_dots, text_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import changed_losses, loss_sums, sample_losses
+from unlearn.attribution.newton import total_norm
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.commands import examination, fisher
 from unlearn.datasets import encoding
@@ -41,8 +43,10 @@ from unlearn.front.needs import count_passes
 from unlearn.models import pipelines
 from unlearn.models.architectures import build, read_architecture
 from unlearn.models.customization import check_customization
+from unlearn.models.families import flux
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
+from unlearn.models.precision import check_masters
 from unlearn.storage.reading import read_tensors
 
 KV = "cross-attn-kv"
@@ -141,6 +145,59 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(world):
     assert found[1].pop() < found[0].pop()
     for first, second in zip(*found, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def move_of(model, change, samples):
+    """How far predictions move under a weight change."""
+    latents, noise, timesteps, texts = samples
+    noisy = model.diffuse(latents, noise, timesteps)
+    with torch.no_grad():
+        before = model.predict(noisy, timesteps, texts)
+        with changed_weights(model.denoiser, change):
+            return model.predict(noisy, timesteps, texts) - before
+
+
+@every_family
+def test_weights_in_bfloat16_keep_what_is_unlearned_in_float32(world, monkeypatch):
+    """A weight change of one thousandth moves predictions as in float32, and losses by the same
+    derivative; rounded with the weights it would be lost. Features are those of float32, but for
+    rounding."""
+    half = load_model(world.folder, "cpu", weights="bf16")
+    # FLUX rounds timesteps and guidance, in training in half precision too: to such as these.
+    monkeypatch.setattr(flux, "GUIDANCE", 2.0)
+    nearest = torch.tensor([0.125, 0.25, 0.5])[(3 * world.model.levels).long().clamp(max=2)]
+    half, exact = (replace(model, levels=nearest) for model in (half, world.model))
+    kept = select_parameters(half.denoiser, KV)
+    of_layers = {f"{name.rpartition('.')[0]}.bias" for name in kept} | kept.keys()
+    for name, value in half.denoiser.named_parameters():
+        assert value.dtype == (torch.float32 if name in of_layers else torch.bfloat16)
+    assert (
+        half.identity["weights_precision"] == "bf16" and "weights_precision" not in exact.identity
+    )
+    gradients = [
+        {name: each.sum(dim=0) for name, each in text_gradients(model, *world.samples)}
+        for model in (exact, half)
+    ]
+    size = 1e-3 * total_norm(kept) / total_norm(gradients[0])
+    change = {name: size * gradient for name, gradient in gradients[0].items()}
+    slopes = [
+        float(sum((each[name] * change[name]).sum() for name in change)) for each in gradients
+    ]
+    assert slopes[1] == pytest.approx(slopes[0], rel=0.05)
+    exact_move, move = (move_of(model, change, world.samples) for model in (exact, half))
+    assert float((move * exact_move).sum() / exact_move.square().sum()) == pytest.approx(1, abs=0.4)
+    for value in kept.values():  # where they were rounded like the others
+        rounded = value.detach().bfloat16()
+        left = (rounded.float() * 1.001).bfloat16() - rounded
+        assert left.abs().sum() < 0.5e-3 * rounded.abs().sum()
+    settings = RemovalSettings(timesteps=(700,), sketch_size=64)
+    features = [
+        FeatureMaker(model, world.images.latents.shape[2:], settings).make(world.images, [1])
+        for model in (exact, half)
+    ]
+    np.testing.assert_allclose(features[1], features[0], atol=0.1 * np.abs(features[0]).max())
+    with pytest.raises(UserError, match="is in half precision"):
+        check_masters(select_parameters(half.denoiser, "all"), "all")
 
 
 def scheduler_indices(model):

@@ -96,14 +96,17 @@ def load_model(
     unet: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     fuse_lora: bool = False,
+    weights: str | None = None,
 ) -> Model:
-    """A pipeline of a known family in float32, for scoring and unlearning.
+    """A pipeline of a known family, for scoring and unlearning.
 
     name: a diffusers folder, a name on the hub, or a data root, whose dataset.json says its model;
     device: cuda, cuda:N or cpu, by default cuda if there is one; unet: the folder of another UNet,
     for a model trained from scratch; lora: FILE_OR_FOLDER[:WEIGHT], one or several, whose matrices
     are then what is unlearned (weight_selection "lora") or, with fuse_lora, become part of the
-    weights. Raises UserError where it cannot be loaded or is of a family that is not known.
+    weights; weights: fp32 or bf16, in which all but what is unlearned is then held, where float32
+    does not fit (default the data root's, else fp32). Raises UserError where it cannot be loaded or
+    is of a family that is not known.
     """
     several = [lora] if isinstance(lora, (str, Path)) else list(lora)
     set_precision("fp32")
@@ -111,9 +114,15 @@ def load_model(
         settings = read_settings(name)
         name, unet = settings["pipeline"], unet or settings["unet"]
         several = several or settings["lora"]
+        weights = weights or settings["weights"]
     names = [str(each) for each in several]
     return pipelines.load_model(
-        str(name), choose_device(device), unet, lora=names, fuse_lora=fuse_lora
+        str(name),
+        choose_device(device),
+        unet,
+        lora=names,
+        fuse_lora=fuse_lora,
+        weights=weights or "fp32",
     )
 
 

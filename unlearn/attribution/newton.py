@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models import lora
 from ..models.families.interface import KV
 from ..models.pipelines import Model, replaced_weights, select_parameters, tracked
+from ..models.precision import check_masters
 from ..runtime.programs import run_ahead, run_within_memory
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
 from ..storage.hashes import digest
@@ -51,6 +52,7 @@ class QueryGradient:
         autocast: torch.dtype | None = None,
         cells: torch.Tensor | None = None,
     ) -> None:
+        check_masters(parameters, "of the weights that are unlearned")
         self.model = model
         self.parameters = parameters
         self.latent = latent

@@ -64,11 +64,13 @@ class Sketch:
         ).astype(np.int32)
 
     def project(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The sketch of gradients {name: tensor}, [size] of their dtype. Linear; E <sketch a,
+        """The sketch of gradients {name: tensor}, [size] of their dtype, or float32. Linear; E <sketch a,
         sketch b> = <a, b>, with a variance of at most 2 |a|^2 |b|^2 / size."""
         first = next(iter(gradients.values()))
-        sums = torch.zeros(2 * self.size, dtype=first.dtype, device=first.device)
+        # Of gradients in half precision too, sums are float32.
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        sums = torch.zeros(2 * self.size, dtype=dtype, device=first.device)
         for name, gradient in gradients.items():
             for targets in self.targets[name]:
-                sums.index_add_(0, targets.int(), gradient.flatten())
+                sums.index_add_(0, targets.int(), gradient.flatten().to(dtype))
         return (sums[: self.size] - sums[self.size :]) / self.num_blocks**0.5

@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.device,
         args.unet,
         lora=args.lora,
+        weights=args.weights,
         fuse_lora=is_fused(args.weight_selection),
     )
     check_customization(model, None, of_base_model(tasks))

@@ -235,7 +235,14 @@ def measure_procedures(
 def open_world(args: Namespace, settings: dict) -> World:
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
-    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=True)
+    model = load_model(
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        weights=args.weights,
+        fuse_lora=True,
+    )
     fisher = load_fisher(model, args, SELECTION, DAMPING)
     training_set = prepare_training_set(model, args)
     warn_of_fisher(fisher, training_set, args, SELECTION)

@@ -62,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.overwrite:
         check_given(args.dataroot, encode_command(args))
     model = load_model(
-        args.sd_version, args.device, args.unet, trained=False, lora=args.lora, fuse_lora=True
+        args.sd_version,
+        args.device,
+        args.unet,
+        trained=False,
+        lora=args.lora,
+        weights=args.weights,
+        fuse_lora=True,
     )  # only the VAE and the text encoder are used
     say_resolution(model, settings)
     if args.dry_run:

@@ -86,7 +86,14 @@ def measure_baselines(
         method: feature_encoder(name, args.device, args.vae_batch_size)
         for method, name in zip(methods, args.features)
     }
-    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=True)
+    model = load_model(
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        weights=args.weights,
+        fuse_lora=True,
+    )
     training_set = prepare_training_set(model, args)
     check_candidates(
         rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}"

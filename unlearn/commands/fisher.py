@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.device,
         args.unet,
         lora=args.lora,
+        weights=args.weights,
         fuse_lora=is_fused(args.weight_selection),
     )
     path = args.output or choose_path(args, model)

@@ -10,6 +10,7 @@ from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
 from ..models.lora_names import parse_name
+from ..models.precision import check_weights_type
 from ..runtime.printing import show
 from ..runtime.programs import choose_device, set_precision
 from ..storage.reading import check_name
@@ -56,7 +57,8 @@ def resolve(
         )
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
     # Of the data root, whichever pipeline (a mirror, a local copy) the other parts come from.
-    args.unet = settings["unet"]
+    args.unet, args.weights = settings["unet"], settings["weights"]
+    check_weights_type(args.weights, f"{dataroot}/dataset.json: weights")
     args.lora = (getattr(args, "lora", None) or settings["lora"]) if with_lora else []
     check_names(args)
     for flag, value in vars(args).items():

@@ -169,7 +169,9 @@ def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
         tokenizer := open_tokenizer(args.sd_version)
     ):
         check_words(names, tokenizer)
-    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora)
+    model = load_model(
+        args.sd_version, args.device, args.unet, lora=args.lora, weights=args.weights
+    )
     check_words(names, model.reader[0])
     check_texts(model.reader[0], names)
     check_steps(model, args.num_inference_steps)

@@ -77,7 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))
     check_training_files(args)
     find_fisher(args)
-    model = load_model(args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=True)
+    model = load_model(
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        weights=args.weights,
+        fuse_lora=True,
+    )
     grid = timestep_grid(args.time_samples, model.num_train_timesteps)
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))

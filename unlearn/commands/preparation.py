@@ -61,7 +61,12 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
     for tasks in groups.values():
         check_tokens(tasks[0].model_dir(args.dataroot), tasks, args.sd_version)
     model = load_model(
-        args.sd_version, args.device, args.unet, lora=args.lora, fuse_lora=is_fused(weights)
+        args.sd_version,
+        args.device,
+        args.unet,
+        lora=args.lora,
+        weights=args.weights,
+        fuse_lora=is_fused(weights),
     )
     time_samples = getattr(args, grid_flag.removeprefix("--"))
     grid = noise.timestep_grid(time_samples, model.num_train_timesteps, grid_flag)

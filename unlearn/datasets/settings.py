@@ -26,6 +26,7 @@ PUBLISHED = {
     # A model trained from scratch: its UNet's folder ("" = the pipeline's own), the folder of the
     # trained UNet that it starts from ("" = random weights), and the recipe, [AbU] on MSCOCO.
     "unet": "",
+    "weights": "fp32",  # or bf16: how the model's weights are held but for those that are unlearned
     "lora": [],  # LoRA files that change the model, FILE_OR_FOLDER[:WEIGHT]
     "train_from": "",
     "train_epochs": 200,

@@ -18,6 +18,7 @@ from .checkpointing import checkpoint_gradients
 from .checks import part_name
 from .families import Family, Parts
 from .parts import parts_of
+from .precision import DTYPES, cast_inputs
 from .residence import Residence
 from .text_weights import KeysValues
 
@@ -33,6 +34,7 @@ class Model:
     levels: torch.Tensor = field(repr=False)
     family: Family
     lora: tuple[tuple[str, float], ...] = ()  # hash and weight of each that changes the pipeline
+    weights: str = "fp32"  # precision of those that are never changed: of `precision.DTYPES`
     residence: Residence | None = field(default=None, repr=False)  # None: its parts never move
 
     @property
@@ -85,6 +87,7 @@ class Model:
         prediction type, and what else a family's losses depend on."""
         return {
             **({"lora": [list(each) for each in self.lora]} if self.lora else {}),
+            **({"weights_precision": self.weights} if self.weights != "fp32" else {}),
             "weights": self.weights_hash,
             **self.family.identity(self.pipeline),
         }
@@ -236,7 +239,10 @@ class Model:
         if keys_values is None:
             keys_values = self.family.text.keys_values(self.denoiser, conditioning)
         inputs = self.family.inputs(self.denoiser, noisy, times, conditioning, keys_values)
-        return self.family.read(self.denoiser(**inputs).sample, noisy)
+        if self.weights == "fp32":
+            return self.family.read(self.denoiser(**inputs).sample, noisy)
+        inputs = cast_inputs(inputs, self.family.rounded, DTYPES[self.weights])
+        return self.family.read(self.denoiser(**inputs).sample.float(), noisy)
 
 
 def trained_resolution(

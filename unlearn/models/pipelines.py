@@ -26,6 +26,7 @@ from .lora_files import LoraFile
 from .lora_layers import check_family
 from .model import Model
 from .parts import class_names, family_of, parts_of, read_index
+from .precision import DTYPES, check_weights_type, halve
 from .residence import Residence
 from .unets import check_unet_folder, load_unet
 from .weights import find_absent
@@ -49,13 +50,16 @@ def load_model(
     trained: bool = True,
     lora: Sequence[str] = (),
     fuse_lora: bool = False,
+    weights: str = "fp32",
 ) -> Model:
     """Loads a pipeline (folder or hub name) of a known family, float32, safetensors only; with the
     UNet and schedule of the folder `unet` instead of its own where one is given (`load_unet`), and
     with LoRA files (FILE_OR_FOLDER[:WEIGHT]), whose matrices stand beside the denoiser's weights, or
-    are fused into them. Raises UserError where it cannot be loaded or is of a family or prediction type
-    that is not known."""
+    are fused into them. weights: fp32, or bf16, in which denoiser and text encoders are held but for
+    what may be unlearned (see `precision`). Raises UserError where it cannot be loaded or is of a
+    family or prediction type that is not known."""
     quieten()
+    check_weights_type(weights, "weights")
     unet, lora_files = unet or "", loras.read_files(lora, fuse_lora)
     if unet:
         check_unet_folder(unet)
@@ -84,8 +88,10 @@ def load_model(
         weights_hash = digest(weights_hash, applied)
     pipeline.set_progress_bar_config(disable=True)
     levels = family.levels(pipeline.scheduler).to(device)
+    if weights != "fp32":
+        halve(pipeline, family, DTYPES[weights])
     residence = Residence(pipeline, family.denoiser, ("vae", *family.encoders), device)
-    model = Model(pipeline, weights_hash, levels, family, applied, residence)
+    model = Model(pipeline, weights_hash, levels, family, applied, weights, residence)
     check_passes(model, name)
     return model
 

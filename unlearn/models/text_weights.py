@@ -74,7 +74,11 @@ class StreamLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         change = (getattr(THREAD, "change", None) or {}).get(self.weight_name)
         weight = self.weight if change is None else self.weight + change.to(self.weight)
-        output = linear(input, weight, self.bias)
+        if input.dtype == weight.dtype:
+            output = linear(input, weight, self.bias)
+        else:  # float32 weights of a denoiser in half precision
+            bias = None if self.bias is None else self.bias.to(weight)
+            output = linear(input.to(weight), weight, bias).to(input)
         if watched := getattr(THREAD, "watched", None):
             output = output if output.requires_grad else output.requires_grad_(True)
             watched.outputs[self.weight_name] = output

@@ -32,6 +32,7 @@ MEANINGS = {
     "format_version": ("version of these files", None),
     "weights": ("weights of the model", "model"),
     "lora": ("LoRA, or its weight", "model"),
+    "weights_precision": ("precision of the weights", "model"),
     "schedule": ("noise schedule of the model", "model"),
     "density": ("how often training takes each noise level", "model"),
     "loss_weight": ("weight of each noise level in training's loss", "model"),

@@ -149,6 +149,14 @@ class Family:
         """The prediction, [batch, C, h, w], of a pass's output."""
         return output
 
+    rounded: tuple[str, ...] = (
+        "sample",
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "text_embeds",
+    )  # arguments of a pass that have the precision of the denoiser's weights; times and sizes stay
+
     def latent_channels(self, parts: Parts) -> int:
         """Channels of a latent."""
         return parts.vae["latent_channels"]

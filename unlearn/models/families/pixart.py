@@ -23,7 +23,7 @@ class PixArt(Betas):
     encoders = {"text_encoder": "tokenizer"}
     # Weights alone: a bias adds the same to the keys, or values, of every text.
     selections = {**UNET_SELECTIONS, "cross-attn-kv": r"\.attn2\.to_[kv]\.weight$"}
-    text = SharedText(lambda denoiser, embeddings: denoiser.caption_projection(embeddings))
+    text = SharedText(lambda denoiser, embeddings: project_captions(denoiser, embeddings))
     predictions = ("epsilon",)
     of_sizes = tuple(SIZES)
     patch = 2
@@ -114,6 +114,12 @@ class PixArt(Betas):
             is_told = parts.denoiser.get("sample_size") == 128
         sizes = {name: (number,) for name, number in SIZES.items()} if is_told else {}
         return {TEXT: (tokens, width), "mask": (tokens,), **sizes}
+
+
+def project_captions(denoiser: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """Captions as the layers read them, of the embeddings' dtype."""
+    dtype = denoiser.caption_projection.linear_1.weight.dtype
+    return denoiser.caption_projection(embeddings.to(dtype)).to(embeddings.dtype)
 
 
 def lower(prompts: Sequence[str]) -> list[str]:
