@@ -62,10 +62,9 @@ def select_matrices(denoiser: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     found = {
         name: value for name, value in denoiser.named_parameters() if re.search(MATRICES, name)
     }
-    selected = {
-        name: value
-        for name, value in found.items()
-        if bool(found[name.replace(".lora_A.", ".lora_B.")].any())
+    ups = {name: found[name.replace(".lora_A.", ".lora_B.")] for name in found}
+    selected = {  # without numbers, on `meta`, all
+        name: value for name, value in found.items() if ups[name].is_meta or bool(ups[name].any())
     }
     if not selected:
         raise UserError(
