@@ -87,8 +87,11 @@ def test_operations_of_features_are_those_of_their_passes():
         found.encoding + 2 * found.forward + found.backward
     )
     assert found.seconds(1000, "H100") == pytest.approx(1000 * expected / (0.4 * 67e12))
-    cells = needs.describe("mine", architecture, 0, 1000, False)
-    assert cells[:1] + cells[4:5] == [f"mine, {found.resolution} px", "12 GB"]
+    cells = needs.describe("mine", architecture, 0, 1000, False, "fp32")
+    assert cells[:2] + cells[5:6] == [f"mine, {found.resolution} px", "fp32", "12 GB"]
+    half = find_needs(architecture, weights="bf16")
+    assert half.least_bytes < found.least_bytes and half.host == found.host
+    assert half.forward == found.forward and half.seconds(9, "H100") < found.seconds(9, "H100")
     assert len(cells) == len(needs.HEADER)
 
 
@@ -106,8 +109,9 @@ def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
     monkeypatch.setattr(needs, "describe", lambda name, *more: [name, str(more[1:])])
     needs.main(["stable diffusion 1.5", str(TINY), "--images", "10"])
     assert capsys.readouterr().out.splitlines()[2:] == [
-        f"| {name} | ({resolution}, 10, {lora}) |"
+        f"| {name} | ({resolution}, 10, {lora}, '{weights}') |"
         for name, resolution in (("stable diffusion 1.5", 512), (TINY, 0))
+        for weights in ("fp32", "bf16")
         for lora in (False, True)
     ]
     with pytest.raises(

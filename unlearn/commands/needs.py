@@ -4,8 +4,9 @@
     python -m unlearn needs "FLUX.1-dev" MODEL     # of some, by name or by a diffusers folder
     python -m unlearn needs MODEL --resolution 768 --images 5000
 
-For each model a line for its own weights and one for a LoRA: what a GPU has to hold at most, the
-smallest one that does, memory while the model is loaded, disk, and the seconds that removal takes
+For each model a line for its own weights and one for a LoRA, in each precision that weights may have
+(`"weights": "bf16"` in dataset.json): what a GPU has to hold at most, and with gradient checkpointing,
+to which a run turns where memory is short; the smallest one that does, memory while the model is loaded, disk, and the seconds that removal takes
 (`attribute`). All of it is counted, nothing measured: parameters, tensors that are alive at once, and
 operations, of which a GPU is taken to do 40 % of what its maker states.
 """
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 HEADER = (
     "model",
+    "weights",
     "weights looked at",
     "operations a pass",
-    "GPU memory",
+    "GPU memory, least",
     "smallest GPU",
     "memory",
     "disk",
@@ -63,30 +65,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..models.architectures import find_published, published_architecture, read_architecture
     from ..models.published import PUBLISHED
 
-    show(*map(line, (HEADER, ["---"] * 3 + ["---:"] * (len(HEADER) - 3))))
+    show(*map(line, (HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2))))
     for name in args.models or PUBLISHED:
         is_folder = Path(name).is_dir() and not find_published(name)
         architecture = read_architecture(name) if is_folder else published_architecture(name)
         published = find_published(name)
         own = published.resolution if published else 0
-        for lora in False, True:
-            show(line(describe(name, architecture, args.resolution or own, args.images, lora)))
+        resolution = args.resolution or own
+        for weights in "fp32", "bf16":
+            for lora in False, True:
+                how = resolution, args.images, lora, weights
+                show(line(describe(name, architecture, *how)))
 
 
 def describe(
-    name: str, architecture: "Architecture", resolution: int, num_images: int, lora: bool
+    name: str,
+    architecture: "Architecture",
+    resolution: int,
+    num_images: int,
+    lora: bool,
+    weights: str,
 ) -> list[str]:
     """The cells of a model's line."""
     from ..front.costs import describe_seconds
     from ..front.needs import describe_bytes, find_needs
 
-    needs = find_needs(architecture, resolution, lora=lora)
+    needs = find_needs(architecture, resolution, lora=lora, weights=weights)
     gpu = f"{needs.smallest_gpu} GB" if needs.smallest_gpu else "none"
     return [
-        f"{name}, {needs.resolution} px" if not lora else "with a LoRA",
+        f"{name}, {needs.resolution} px" if not lora and weights == "fp32" else "",
+        f"{weights}{', LoRA' if lora else ''}",
         f"{needs.selected / 1e6:,.1f} M",
         f"{needs.forward / 1e12:.3g} TFLOP",
-        describe_bytes(needs.device_bytes),
+        f"{describe_bytes(needs.device_bytes)}, {describe_bytes(needs.least_bytes)}",
         gpu,
         describe_bytes(needs.host),
         describe_bytes(num_images * needs.image_bytes),

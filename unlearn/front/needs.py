@@ -21,6 +21,7 @@ from ..models.counting import counting
 from ..models.families.interface import KV
 from ..models.lora import SELECTION
 from ..models.pipelines import Model, select_parameters, tracked
+from ..models.precision import DTYPES, halve
 from ..runtime.programs import is_out_of_memory
 from ..storage.hashes import digest
 
@@ -47,6 +48,7 @@ class Needs:
     """What a run of one model at a resolution needs."""
 
     resolution: int
+    weights: str  # their precision
     parameters: dict[str, int]  # of each part
     selected: int  # weights whose derivatives are taken
     forward: int  # operations of a pass of one noisy sample
@@ -77,10 +79,10 @@ class Needs:
         passes = self.forward + noises * (forwards * self.forward + probes * self.backward)
         return self.encoding + passes
 
-    def seconds(self, num_images: int, gpu: str, precision: str = "fp32") -> float:
+    def seconds(self, num_images: int, gpu: str) -> float:
         """Predicted seconds of the features of so many images on one of SPEEDS' GPUs, of 80 GB."""
         operations = self.features(is_saving=not fits(self.device_bytes, GPUS[-1]))
-        return num_images * operations / (SPEEDS[gpu][precision] * UTILISATION)
+        return num_images * operations / (SPEEDS[gpu][self.weights] * UTILISATION)
 
     @property
     def smallest_gpu(self) -> int | None:
@@ -102,16 +104,18 @@ def find_needs(
     resolution: int = 0,
     scoring: str = REMOVAL,
     lora: bool = False,
+    weights: str = "fp32",
 ) -> Needs:
     """The Needs of a pipeline. resolution: pixels of a picture's side, 0 for the model's own; lora:
     whether a LoRA's matrices are looked at instead of the model's weights (of removal) or those of
-    keys and values. Raises UserError where the configurations make no model that can be counted."""
+    keys and values; weights: their precision, of `precision.DTYPES`. Raises UserError where the configurations make no model that can be counted."""
     parts = architecture.parts
     configs = parts.family.name, parts.classes, parts.denoiser, parts.vae, architecture.encoders
-    key = digest(repr((configs, parts.tokens, resolution, scoring, lora)))
+    key = digest(repr((configs, parts.tokens, resolution, scoring, lora, weights)))
     try:
         if key not in COUNTED:
             model = build(architecture)
+            model.weights = weights
             COUNTED[key] = count_needs(model, architecture, resolution, scoring, lora)
         return COUNTED[key]
     except UserError:
@@ -128,10 +132,13 @@ def count_needs(
 ) -> Needs:
     """`find_needs` of a Model on `meta`."""
     resolution = model.resolution({"resolution": resolution})
-    parameters = {part: count_parameters(module) for part, module in list_parts(model).items()}
-    weights = {part: count_bytes(module) for part, module in list_parts(model).items()}
+    loaded = sum(count_bytes(module) for module in list_parts(model).values())
     if lora:
         add_lora(model)
+    if model.weights != "fp32":
+        halve(model.pipeline, model.family, DTYPES[model.weights])
+    parameters = {part: count_parameters(module) for part, module in list_parts(model).items()}
+    weights = {part: count_bytes(module) for part, module in list_parts(model).items()}
     is_removal = scoring == REMOVAL
     settings = own_settings(model)
     selection = settings.weight_selection if is_removal else SELECTION if lora else KV
@@ -146,6 +153,7 @@ def count_needs(
     saved = count_passes(model, selected, resolution)[2] if model.save_memory() else peak
     return Needs(
         resolution,
+        model.weights,
         parameters,
         number,
         forward,
@@ -153,7 +161,7 @@ def count_needs(
         2 * encoding + caption,
         {"encoding": others + picture, "scoring": held + peak},
         held + saved,
-        sum(weights.values()) + LIBRARIES,
+        loaded + LIBRARIES,
         sum(weights.values()) + max(picture, held - count_bytes(model.denoiser) + peak) + LIBRARIES,
         image,
     )
