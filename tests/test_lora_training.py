@@ -18,8 +18,10 @@ from unlearn.models.lora import has_matrices
 from unlearn.models.lora_files import read_lora
 from unlearn.models.lora_names import Named
 from unlearn.models.pipelines import load_model
+from unlearn.report.ranking import name_images
 from unlearn.retraining.lora import first_matrices, list_targets, read_matrices, with_fresh_lora
 from unlearn.retraining.plans import PlanSettings, make_plans
+from unlearn.retraining.sets import read_sets
 from unlearn.retraining.training import train
 from unlearn.storage.reading import read_tensors
 
@@ -138,6 +140,27 @@ def test_each_image_is_left_out_once(training_set):
     )
     with pytest.raises(UserError, match="fewer than the 1 training images"):
         make_plans(PlanSettings("each"), training_set.first(1))
+
+
+def test_sets_of_images_are_left_out_by_their_files_or_ids(training_set, tmp_path):
+    few = training_set.first(5)
+    files = name_images(few.ids, few.paths, np.zeros(5, bool))
+    path = tmp_path / "sets.json"
+    path.write_text(json.dumps({"a": [files[1], few.ids[3]], "b": [files[0]]}))
+    plans = make_plans(PlanSettings("sets", sets=read_sets(path)), few)
+    assert [plan.name for plan in plans] == ["set-a", "set-b"]
+    assert [np.flatnonzero(~plan.members).tolist() for plan in plans] == [[1, 3], [0]]
+    for sets, said in [
+        ({"a": ["none.png"]}, "set a: none.png: none of the 5 training images"),
+        ({"a": []}, "set a: images left out: 0: expected 1 to 4"),
+        ({"a": files}, "set a: images left out: 5: expected 1 to 4"),
+        ({"a b": files}, "a b: a set's name has letters"),
+        ({"a": "000.png"}, "found a without a list of names"),
+        ([files], "found another form"),
+    ]:
+        path.write_text(json.dumps(sets))
+        with pytest.raises(UserError, match=said):
+            make_plans(PlanSettings("sets", sets=read_sets(path)), few)
 
 
 def test_retrain_does_not_need_the_lora_that_it_is_to_train(tmp_path):

@@ -5,6 +5,7 @@ subsets.
     python -m unlearn retrain subsets --count 64 --dataroot data/emoji_small --task_json tasks/emoji_small.json
     python -m unlearn retrain without --top_k 6 12 --influence results/influence --num_queries 5 --task_json ... --dataroot ...
     python -m unlearn retrain without --top_k 3 --scores results/evidence/emoji_shared/scores --methods removal --task_json ...
+    python -m unlearn retrain sets --sets_json sets.json --dataroot data/emoji_small
     python -m unlearn retrain random --top_k 6 12 --count 2 --dataroot ... --task_json ...
 
 Writes RESULT_DIR/retrain/<model>/model.safetensors and, where task files are given, one small file
@@ -62,6 +63,7 @@ from ..retraining.plans import (
     read_scored,
 )
 from ..retraining.recipes import Recipe
+from ..retraining.sets import read_sets
 from ..runtime.programs import log, process_share
 from ..storage.records import keep_complete
 from .advice import influence_command, write_command
@@ -107,6 +109,7 @@ def plan_settings(args: Namespace) -> PlanSettings:
         args.count,
         args.fraction,
         tuple(args.top_k),
+        read_sets(args.sets_json) if args.kind == "sets" else (),
     )
 
 
@@ -160,8 +163,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument(
         "kind",
         choices=PLANS,
-        help="all images | random subsets | without one, each in turn | without K random ones | "
-        "without a query's top K",
+        help="all images | random subsets | without one, each in turn | without sets of your own | "
+        "without K random ones | without a query's top K",
     )
     parser.add_argument(
         "--task_json",
@@ -199,10 +202,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
 
 def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
     """Raises UserError where flags that the kind needs are missing, or tasks cannot be measured."""
-    needed = {"random": ["top_k"], "without": ["top_k", "task_json"]}.get(args.kind, [])
+    needed = {
+        "random": ["top_k"],
+        "sets": ["sets_json"],
+        "without": ["top_k", "task_json"],
+    }.get(args.kind, [])
     for flag in needed:
         if not getattr(args, flag):
             raise UserError(f"retrain {args.kind}: needs --{flag}")
+    if args.kind == "sets":
+        read_sets(args.sets_json)  # here: before anything is loaded
     if args.kind == "without" and not (args.influence or args.scores):
         raise UserError("retrain without: needs --influence, folders of results, or --scores")
     if args.methods and not args.scores:

@@ -30,6 +30,11 @@ def add_plan_flags(parser: Parser) -> None:
         "--top_k", type=int, nargs="+", default=[], help="random, without: images left out"
     )
     parser.add_argument(
+        "--sets_json",
+        metavar="FILE",
+        help='sets: {"name": ["image", ...]}, the images left out, named as in influence.csv',
+    )
+    parser.add_argument(
         "--influence",
         nargs="+",
         default=[],

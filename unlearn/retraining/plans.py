@@ -17,6 +17,7 @@ from ..runtime.programs import log
 from ..storage.reading import read_json
 from ..storage.records import names_of_file, record_path
 from .batches import random_members
+from .sets import Sets, find_rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class PlanSettings:
     count: int = 1  # of random models, of each K
     fraction: float = 0.5  # of the images that a random subset keeps
     top_k: tuple[int, ...] = ()  # images left out
+    sets: Sets = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,21 @@ def plan_each(
         )
         for row in range(len(training_set))
     ]
+
+
+def plan_sets(
+    settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
+) -> list[Plan]:
+    """Models without chosen images, one a set. Raises UserError where an image is not there, or
+    none is left."""
+    plans, seed = [], settings.seeds[0]
+    for name, images in settings.sets:
+        members = np.ones(len(training_set), bool)
+        members[find_rows(training_set, name, images)] = False
+        left_out = int((~members).sum())
+        check_count(f"set {name}: images left out:", left_out, len(members), "training images")
+        plans.append(Plan(f"set-{name}{seed_suffix(seed)}", "subset", seed, members, None))
+    return plans
 
 
 def plan_random(
@@ -251,6 +268,7 @@ PLANS = {
     "full": plan_full,
     "subsets": plan_subsets,
     "each": plan_each,
+    "sets": plan_sets,
     "random": plan_random,
     "without": plan_without,
 }
