@@ -194,7 +194,7 @@ def rank(
     return Ranking.of_scores(sets, scores, warnings)
 
 
-def name_images(ids: list[str], paths: list, is_exemplar: np.ndarray) -> list[str]:
+def name_images(ids: Sequence[str], paths: Sequence, is_exemplar: np.ndarray) -> list[str]:
     """What people know the images by: paths below the folder that all have in common; ids of
     exemplars, and where there are no paths."""
     known = [
