@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.emoji_builder import lora, lora_results
+from data.emoji_builder import lora, lora_answers, lora_results
 from unlearn.datasets.captions import read_lines
 from unlearn.datasets.folders import read_folder
 from unlearn.datasets.repeats import read_repeats
@@ -80,3 +80,34 @@ def test_measures_of_scores_that_know_everything_are_one_and_of_their_opposite_m
     assert best == pytest.approx({"leave-one-out": 1, "first": 1, "LDS": 1, "planted": 1})
     worst = lora_results.measure(-rises, rises, halves, losses, [int(np.argmax(rises))])
     assert worst == pytest.approx({"leave-one-out": -1, "first": 0, "LDS": -1, "planted": 0})
+
+
+def test_scores_that_know_which_images_spoil_tell_them_apart_and_others_do_not():
+    rises = np.random.default_rng(0).normal(size=40)
+    assert lora_answers.separate(rises, rises < 0) == 1
+    assert lora_answers.separate(-rises, rises < 0) == 0
+    assert lora_answers.separate(np.zeros(40), rises < 0) == 0.5
+    assert np.isnan(lora_answers.separate(rises, np.zeros(40, bool)))
+
+
+def test_the_committed_answers_are_those_of_the_committed_files(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    written = json.loads((REPOSITORY / lora_answers.EVIDENCE / "answers.json").read_text())
+    scores = json.loads((REPOSITORY / lora_answers.EVIDENCE / "scores.json").read_text())
+    assert written["tuning"]["folders"] + written["reported"]["folders"] == FOLDERS
+    folders = [lora_answers.open_folder(name, scores[name]) for name in SPLIT["tuning"]]
+    for question, judge in lora_answers.JUDGES.items():
+        assert json.loads(json.dumps(judge(folders))) == written["tuning"][question]
+
+
+def test_sets_that_are_left_out_were_chosen_by_scores_alone(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    scores = json.loads((REPOSITORY / lora_answers.EVIDENCE / "scores.json").read_text())
+    for name in FOLDERS:
+        folder = lora_answers.open_folder(name, scores[name])
+        quarter, highest = folder.usage.shape[1] // 4, folder.usage.max(axis=0)
+        for kind, sign in ("low", 1), ("high", -1):
+            chosen = np.argsort(sign * highest)[:quarter]
+            assert sorted(chosen.tolist()) == folder.rows[kind]
+        for rows in lora_answers.list_copies(name):
+            assert rows in folder.rows.values() and len(rows) == lora.COPIES
