@@ -77,3 +77,11 @@ def test_an_image_is_unused_where_no_picture_has_it_above_the_average():
     scores = np.array([[0.1, 5.0, 0.1, 2.0], [4.0, 0.1, 0.1, 0.1]])
     np.testing.assert_array_equal(find_unused(scores), [False, False, True, False])
     assert not find_unused(np.ones((2, 3))).any()  # all are used alike
+
+
+def test_of_images_that_do_the_same_what_they_do_together_decides():
+    scores = np.array([[0.1, 5.0, 0.1, 2.0], [4.0, 0.1, 0.1, 0.1]])
+    low, high = np.array([[0.1], [0.5]]), np.array([[0.1], [4.0]])
+    assert find_unused(scores, [[2, 3]], low)[[2, 3]].all()
+    for group_scores in high, None, np.full((2, 1), np.nan):
+        assert not find_unused(scores, [[2, 3]], group_scores)[[2, 3]].any()

@@ -23,6 +23,7 @@ def make_together(**changed):
         "scores": np.array([[0.1, 2.0, 0.3, 0.2], [1.5, 0.1, 0.1, 0.3]]),
         "unused": np.array([False, False, True, True]),
         "groups": [[0, 1]],
+        "group_scores": np.array([[2.5], [1.5]]),
         "is_doubtful": False,
     }
     return Together(**{**given, **changed})
@@ -49,7 +50,9 @@ def test_names_and_captions_on_the_index_are_text(tmp_path):
 
 
 def test_that_every_image_is_used_is_said_and_doubts_are_too(capsys):
-    make_together(unused=np.zeros(4, bool), groups=[], is_doubtful=True).show()
+    make_together(
+        unused=np.zeros(4, bool), groups=[], is_doubtful=True, group_scores=np.zeros((2, 0))
+    ).show()
     said = capsys.readouterr().out
     assert "Each of the 4 images is used by one of the 2 pictures." in said
     assert "may mean little" in said and "do the same" not in said
@@ -81,14 +84,19 @@ def asked(tmp_path_factory, tiny):
     return first, answers
 
 
-def test_of_several_pictures_copies_are_found_and_no_copy_is_called_unused(asked):
+def test_of_several_pictures_copies_are_found_and_count_by_what_they_do_together(asked):
     first, answers = asked
     together = answers[0].together
     assert together is answers[1].together
     groups = [{together.names[row] for row in group} for group in together.groups]
     assert {first.name, "copy.png"} in groups
     same = [row for group in together.groups for row in group]
-    assert not together.unused[same].any()
+    for number, rows in enumerate(together.groups):
+        joint = together.group_scores[:, number]
+        assert (joint > together.scores[:, rows].sum(axis=1)).all()  # copies hide each other
+        is_low = joint.max() < together.scores.mean()
+        assert (together.unused[rows] == is_low).all()
+        assert together.describe_group(number) in html.unescape(answers[0].index.read_text())
     highest = np.max([answer.scores for answer in answers], axis=1)
     assert np.isfinite(highest).all() and together.scores.shape == (2, 10)
     for answer, scores in zip(answers, together.scores):  # in the unit of each picture

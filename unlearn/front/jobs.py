@@ -132,7 +132,7 @@ def answer(
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
             say(f"{question.picture}: {caution}")
-    remarks, groups = [*of_folder, *job.lora_notes], []
+    remarks, groups, study = [*of_folder, *job.lora_notes], [], None
     if job.scoring == REMOVAL:
         study = open_removal(model, images, root, results, job.use_repeats, job.box)
         with clock.step(costs.FEATURES):
@@ -152,7 +152,7 @@ def answer(
         remarks=remarks,
     )
     different = list(dict.fromkeys(tasks))
-    if job.scoring == REMOVAL:
+    if study:
         with clock.step(costs.REMOVING):
             attribute_by_removal(study, different, output)
     else:
@@ -162,7 +162,7 @@ def answer(
         answers = [
             read_attribution(*pair, root, results, remarks) for pair in zip(questions, tasks)
         ]
-        together = sum_up(answers, groups, results) if job.scoring == REMOVAL else None
+        together = sum_up(answers, study, queries, groups, results) if study else None
     return add_index(answers, results, together)
 
 

@@ -36,6 +36,7 @@ class Together:
     scores: np.ndarray  # [pictures, n], 1 where an image stands out
     unused: np.ndarray  # [n] bool
     groups: list[list[int]]  # images that do the same
+    group_scores: np.ndarray  # [pictures, groups]: of all of a group together; NaN: not known
     is_doubtful: bool  # whether the result of a picture may mean little
 
     @property
@@ -63,6 +64,18 @@ class Together:
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
         return ", ".join(shorten(self.names[row]) for row in rows[:most]) + more
 
+    def describe_group(self, number: int) -> str:
+        """How much a group does together and each image of it, in a sentence."""
+        scores = self.group_scores[:, number]
+        if not np.isfinite(scores).all():
+            return f"{len(self.groups[number])} images."
+        each = self.highest[self.groups[number]].max()
+        return (
+            f"{len(self.groups[number])} images; together at most {scores.max():.2g} "
+            f"({shorten(self.pictures[int(scores.argmax())], 60)}), each alone at most {each:.2g}; "
+            f"beyond 1 an image stands out."
+        )
+
     def write_table(self, path: Path) -> Path:
         """Writes all images, the most used first. Returns the path."""
         group_of = {row: number for number, rows in enumerate(self.groups, 1) for row in rows}
@@ -88,7 +101,9 @@ class Together:
         listed = f" {self.name(self.least)}." if self.least else ""
         show("", self.describe_unused() + listed, *[f"({UNUSED_MEANS})"] * bool(listed))
         if self.groups:
-            show("", "These do the same:", *(f"  {self.name(rows, 10)}" for rows in self.groups))
+            show("", "These do the same:")
+            for number, rows in enumerate(self.groups):
+                show(f"  {self.name(rows, 10)}: {self.describe_group(number)}")
             show(f"({SAME_MEANS})")
         if self.is_doubtful:
             show("", "The result of a picture may mean little, and so may this.")
