@@ -98,8 +98,9 @@ class Together:
 
     def show(self) -> None:
         """Prints which images no picture uses, and which do the same."""
-        listed = f" {self.name(self.least)}." if self.least else ""
-        show("", self.describe_unused() + listed, *[f"({UNUSED_MEANS})"] * bool(listed))
+        show("", self.describe_unused())
+        if self.least:
+            show(f"  {self.name(self.least)}", f"({UNUSED_MEANS})")
         if self.groups:
             show("", "These do the same:")
             for number, rows in enumerate(self.groups):
