@@ -1,16 +1,32 @@
 """Memory: what is on the device when, what is loaded once, and what happens where it is short."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from conftest import PARITY
 
+from unlearn import front
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.front.models import Source
 from unlearn.models import model as models
 from unlearn.models.pipelines import load_model
 from unlearn.models.residence import Residence
 
 TINY = PARITY / "fixture/sd-tiny"
+
+
+@pytest.mark.parametrize(("size", "expected"), [(80e9, "fp32"), (1.054e9, "bf16"), (1e6, "fp32")])
+def test_weights_are_halved_where_float32_alone_does_not_fit(size, expected, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
+    needed = {"fp32": 20e6, "bf16": 1e6}
+    found = lambda *given, weights, **named: SimpleNamespace(least_bytes=needed[weights])
+    monkeypatch.setattr(front, "find_needs", found)
+    assert front.choose_weights(Source(str(TINY)), torch.device("cuda")) == expected
+    assert ("weights in bfloat16: in float32 20 MB" in caplog.text) is (expected == "bf16")
+    assert front.choose_weights(Source(str(TINY)), torch.device("cpu")) == "fp32"
 
 
 class Part:

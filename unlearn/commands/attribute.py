@@ -107,6 +107,13 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add(
         "model",
+        "--weights",
+        choices=("fp32", "bf16"),
+        help="bf16: all weights but those that are unlearned in half precision (default where fp32 "
+        "does not fit on the GPU)",
+    )
+    parser.add(
+        "model",
         "--base",
         help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
     )

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from ..attribution.fishers import own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
@@ -19,12 +21,13 @@ from ..attribution.removal_index import row_type
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
 from ..errors import UserError
-from ..models.architectures import architecture_of
+from ..models.architectures import architecture_of, read_architecture
 from ..models.customization import check_texts, check_words
 from ..models.embeddings import Embedding, read_embedding
 from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
 from ..models.pipelines import Model, load_model
+from ..models.precision import WEIGHTS
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.programs import choose_device, say, set_precision
 from ..storage.artifacts import check_writable
@@ -35,7 +38,7 @@ from .images import check_images, read_images
 from .jobs import DATASET, Job, Making, answer
 from .loras import choose_side, compare_loras, fill_caption, open_loras
 from .models import Source, find_model, list_loras
-from .needs import find_needs
+from .needs import describe_bytes, find_needs, fits
 from .planning import count_work, list_done
 from .questions import (
     Question,
@@ -119,6 +122,7 @@ def attribute(
     class_prompt: str | None = None,
     command: str = "",
     lora: str | Path | Sequence[str | Path] = (),
+    weights: str | None = None,
     textual_inversion: str | Path | Sequence[str | Path] = (),
     on_step: Callable[[str], None] = say,
 ) -> list[Attribution]:
@@ -138,7 +142,8 @@ def attribute(
     folders say that training saw it; box: (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at;
-    textual_inversion: embeddings of new words, FILE_OR_FOLDER[:WORD].
+    textual_inversion: embeddings of new words, FILE_OR_FOLDER[:WORD]. weights: fp32 or bf16, in which
+    all but what is unlearned is then held; by default bf16 where float32 does not fit on the GPU.
     on_step: is told each step and the time that is left, by default the log; print shows them.
     Raises UserError where something is missing or does not fit.
     """
@@ -164,7 +169,9 @@ def attribute(
         check_writable(out, SELF)
         set_precision("fp32")
         on_step("loading the model")
-        source, loaded = load_source(model, base, place / "model", device, loras, embeddings)
+        source, loaded = load_source(
+            model, base, place / "model", device, loras, embeddings, weights
+        )
         check_prompts(loaded, questions)
         side = choose_side(loaded, loras) or source.side
         side = 0 if side == loaded.own_resolution else side
@@ -194,6 +201,7 @@ def describe_root(source: Source, side: int) -> dict:
     settings = {"name": DATASET, "pipeline": source.pipeline}
     settings |= {"unet": source.unet} if source.unet else {}
     settings |= {"lora": list(source.lora)} if source.lora else {}
+    settings |= {"weights": source.weights} if source.weights not in ("", "fp32") else {}
     return settings | ({"resolution": side} if side else {})
 
 
@@ -204,24 +212,52 @@ def load_source(
     device: str | None,
     loras: Sequence[LoraFile] = (),
     embeddings: Sequence[Embedding] = (),
+    weights: str | None = None,
 ) -> tuple[Source, Model]:
-    """A model found, given new words, and loaded. Raises UserError, naming --model, where that cannot be done."""
+    """A model found, given new words, and loaded. Raises UserError, naming --model, where that cannot
+    be done."""
     lora = tuple(str(each.named) for each in loras)
     source = replace(find_model(model, base, place), lora=lora)
     if embeddings:
         merged = merge_embeddings(list(embeddings), source.pipeline, source.unet, place)
         source = replace(source, pipeline=str(merged), unet="")
+    place_of_passes = choose_device(device)
+    chosen = weights or source.weights or choose_weights(source, place_of_passes)
+    source = replace(source, weights=chosen)
     try:
-        loaded = load_model(source.pipeline, choose_device(device), source.unet or None, lora=lora)
+        loaded = load_model(
+            source.pipeline, place_of_passes, source.unet or None, lora=lora, weights=chosen
+        )
     except UserError as error:
         raise UserError(str(error).replace("--sd_version", "--model")) from None
     return source, loaded
 
 
+def choose_weights(source: Source, device: torch.device) -> str:
+    """The precision of a model's weights where nobody says: bf16 where float32 does not fit on a GPU
+    and bf16 does, which is said; else fp32."""
+    if device.type != "cuda" or not Path(source.pipeline).is_dir():
+        return "fp32"
+    architecture = read_architecture(source.pipeline, source.unet)
+    size = torch.cuda.mem_get_info(device)[1] / 1e9
+    lora = bool(source.lora)
+    needed = {
+        weights: find_needs(architecture, source.side, lora=lora, weights=weights).least_bytes
+        for weights in WEIGHTS
+    }
+    if fits(needed["fp32"], size) or not fits(needed["bf16"], size):
+        return "fp32"
+    say(
+        f"weights in bfloat16: in float32 {describe_bytes(needed['fp32'])} would be needed on the "
+        f"device, which has {size:.0f} GB; --weights fp32 tries that"
+    )
+    return "bf16"
+
+
 def tell_needs(model: Model, side: int, scoring: str) -> str:
     """What a run of a model takes, in words. side: pixels of a picture's, 0 for the model's own."""
     lora = has_matrices(model.denoiser)
-    return find_needs(architecture_of(model), side, scoring, lora).describe()
+    return find_needs(architecture_of(model), side, scoring, lora, model.weights).describe()
 
 
 def check_prompts(model: Model, questions: list[Question]) -> None:

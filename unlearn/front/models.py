@@ -41,6 +41,7 @@ class Source:
     unet: str = ""  # the folder of another UNet with its schedule
     lora: tuple[str, ...] = ()  # FILE[:WEIGHT] of LoRA files that change it
     side: int = 0  # pixels of its pictures' side, 0 for its own
+    weights: str = ""  # their precision, "" where nobody says
 
 
 def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source:
@@ -87,7 +88,8 @@ def open_root(root: Path, place: Path) -> Source:
     """The model of a data root, as its dataset.json says."""
     settings = read_settings(root)
     pipeline = find_model(settings["pipeline"], None, place).pipeline
-    return Source(pipeline, settings["unet"], tuple(settings["lora"]), settings["resolution"])
+    lora, side = tuple(settings["lora"]), settings["resolution"]
+    return Source(pipeline, settings["unet"], lora, side, settings["weights"])
 
 
 def list_loras(name: str | Path) -> list[str]:

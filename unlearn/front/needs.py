@@ -167,7 +167,7 @@ def count_needs(
     )
 
 
-def fits(num_bytes: float, size: int) -> bool:
+def fits(num_bytes: float, size: float) -> bool:
     """Whether a GPU of `size` GB has so many bytes for a run."""
     return (num_bytes + CONTEXT) / (1 - UNUSED) <= size * 1e9
 
