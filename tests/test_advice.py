@@ -394,6 +394,7 @@ def test_the_command_of_a_run_carries_every_flag_that_its_result_depends_on(root
         "audit",
         "unet",
         "lora",
+        "weights",
         "box",
         *removal_flags.OWN,
     }
