@@ -117,6 +117,18 @@ def test_images_left_out_leave_no_trace(model, images, left_out):
     assert same(train(model, images, members, RECIPE)[0], train(model, others, members, RECIPE)[0])
 
 
+def test_training_is_the_same_where_a_full_memory_has_made_passes_save_it(model, images):
+    """What is computed again must not be so with the weights that the model itself has."""
+    expected = train(model, images, members_without(24, 3), RECIPE)[0]
+    was_saving = not model.save_memory()
+    try:
+        assert same(train(model, images, members_without(24, 3), RECIPE)[0], expected)
+        assert model.is_saving_memory
+    finally:
+        if not was_saving:
+            model.denoiser.disable_gradient_checkpointing()
+
+
 REPEATED = replace(RECIPE, repeats=(4, *[1] * 23))
 
 

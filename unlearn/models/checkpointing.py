@@ -19,6 +19,20 @@ def checkpoint_gradients(denoiser: Any) -> bool:
     return True
 
 
+@contextmanager
+def keeping_everything(denoiser: Any) -> Iterator[None]:
+    """Within it a denoiser keeps all that gradients need, in place. Where its weights are lent for a
+    call, as in training, what is computed again later would be so with weights of its own."""
+    was_on = getattr(denoiser, "is_gradient_checkpointing", False)
+    if was_on:
+        denoiser.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if was_on:
+            denoiser.enable_gradient_checkpointing(call_again)
+
+
 def call_again(block: torch.nn.Module, *inputs: Any) -> Any:
     """What a block gives, without keeping how it came to it. Made again, possibly in a thread of
     autograd's own, it is watched and changed as the first time; but who watches has seen it."""

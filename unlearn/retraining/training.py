@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..datasets.conditioning import map_tensors
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models.checkpointing import keeping_everything
 from ..models.pipelines import Model
 from ..runtime.signals import finishing
 from ..storage.chunks import read_tensor_chunk, write_tensor_chunk
@@ -191,6 +192,7 @@ def train(
     with (
         ThreadPoolExecutor(1) as ahead,
         plain_attention(model.denoiser, len(members)),
+        keeping_everything(model.denoiser),
         finishing() as stopping,
     ):
         upcoming = None
