@@ -8,6 +8,7 @@ import torch
 
 from ..front.needs import Needs, describe_bytes, find_needs
 from ..models.architectures import read_architecture
+from ..models.precision import WEIGHTS
 from ..runtime.programs import choose_device
 from .examination import NOTE, OK, Finding, memory_limit, pipeline_folder, try_out
 
@@ -16,8 +17,8 @@ WORDS = {"removal": "--scoring removal", "exact": "unlearning a picture"}
 
 
 def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
-    """What a run takes by removal and by unlearning, and whether this machine has it; nothing of a model
-    whose configurations are not there, or cannot be used, which others tell."""
+    """What a run takes by removal and by unlearning, and whether this machine has it; nothing of a
+    model whose configurations are not there, or cannot be used, which others tell."""
     pipeline = args.sd_version or settings["pipeline"]
     folder = pipeline_folder(pipeline)
     if folder is None or not Path(folder).is_dir():
@@ -26,9 +27,11 @@ def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
     if problem:
         return []
     lora = bool(args.lora or settings["lora"])
+    if settings["weights"] not in WEIGHTS:
+        return []
     findings = []
     for scoring, words in WORDS.items():
-        how = architecture, settings["resolution"], scoring, lora
+        how = architecture, settings["resolution"], scoring, lora, settings["weights"]
         needs, problem = try_out(find_needs, *how)
         if problem:
             return []
