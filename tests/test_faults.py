@@ -22,7 +22,10 @@ KINDS = {  # program -> faults
     "index": ["ENOSPC", "record"],
 }
 # The same writers as the other programs', once more for each of their files.
-SLOW = {(name, "ENOSPC") for name in ("influence", "fisher", "gradient", "index")}
+SLOW = {
+    *((name, "ENOSPC") for name in ("influence", "fisher", "gradient", "index")),
+    *((name, kind) for name in ("influence", "fisher") for kind in ("flipped", "emptied")),
+}
 TESTS = Path(__file__).parent
 
 
@@ -48,15 +51,18 @@ def count(name, fault):
     return found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if (name, "ENOSPC") in SLOW else ())
-        for name in KINDS
-    ],
-)
-def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_bit(name):
-    assert count(name, "ENOSPC") >= 10
+def marked(names, faults):
+    """Parameters (name, fault), the slow ones marked."""
+    return [
+        pytest.param(name, fault, marks=pytest.mark.slow if (name, fault) in SLOW else ())
+        for fault in faults
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name,fault", marked(KINDS, ["ENOSPC"]))
+def test_a_disk_that_is_full_at_any_write_costs_one_line_and_no_bit(name, fault):
+    assert count(name, fault) >= 10
 
 
 def test_a_disk_that_is_full_at_every_fourth_write_of_the_second_script_costs_one_line_and_no_bit():
@@ -67,8 +73,9 @@ def test_a_permission_that_is_lost_at_any_write_costs_one_line_and_no_bit():
     assert count("loss", "EACCES") >= 10
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "emptied"])
-@pytest.mark.parametrize("name", ["loss", "influence", "fisher"])
+@pytest.mark.parametrize(
+    "name,fault", marked(("loss", "influence", "fisher"), ("truncated", "flipped", "emptied"))
+)
 def test_a_damaged_chunk_or_checkpoint_is_told_removed_and_made_anew(name, fault):
     assert count(name, fault) == (2 if name == "influence" else 1)
 
