@@ -17,7 +17,7 @@ from unlearn.models.architectures import (
     read_architecture,
 )
 from unlearn.models.counting import counting
-from unlearn.models.pipelines import select_parameters
+from unlearn.models.pipelines import load_model, select_parameters
 from unlearn.models.published import PUBLISHED
 
 TINY = PARITY / "fixture/sd-tiny"
@@ -102,7 +102,7 @@ def test_a_model_needs_more_than_a_lora_and_a_larger_picture_more_than_a_small_o
     assert lora.selected < own.selected and lora.device["scoring"] < own.device["scoring"]
     assert lora.backward < own.backward and large.forward > 15 * own.forward
     assert large.device["scoring"] > own.device["scoring"] and own.smallest_gpu == 12
-    assert find_needs(architecture_of(model)) == own
+    assert find_needs(architecture_of(load_model(str(TINY), "cpu"))) == own
 
 
 def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
