@@ -7,11 +7,12 @@ import torch
 import transformers
 from conftest import PARITY
 
-from unlearn import front
+from unlearn import UserError, front
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.front.models import Source
 from unlearn.models import model as models
 from unlearn.models.pipelines import load_model
+from unlearn.models.precision import check_scoring
 from unlearn.models.residence import Residence
 
 TINY = PARITY / "fixture/sd-tiny"
@@ -27,6 +28,13 @@ def test_weights_are_halved_where_float32_alone_does_not_fit(size, expected, mon
     assert front.choose_weights(Source(str(TINY)), torch.device("cuda")) == expected
     assert ("weights in bfloat16: in float32 20 MB" in caplog.text) is (expected == "bf16")
     assert front.choose_weights(Source(str(TINY)), torch.device("cpu")) == "fp32"
+
+
+def test_differences_are_refused_with_weights_in_half_precision():
+    with pytest.raises(UserError, match="--scoring exact: differences of two nearly equal numbers"):
+        check_scoring("exact", "bf16")
+    for scoring, weights in (("exact", "fp32"), ("removal", "bf16"), ("midpoint", "bf16")):
+        check_scoring(scoring, weights)
 
 
 class Part:

@@ -17,6 +17,7 @@ from ..models.lora_files import read_header
 from ..models.lora_headers import compare_header, parse_header
 from ..models.lora_names import parse_name
 from ..models.pipelines import Model, load_model
+from ..models.precision import check_scoring
 from ..runtime.programs import log
 from .inputs import (
     check_pictures,
@@ -55,6 +56,7 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
     the model: its tasks}; loads the base model, its Fisher where `args` ask for one, and the
     training set. grid_flag: the flag that says the number of timesteps. Raises UserError, before
     what is expensive, where something is missing or does not fit."""
+    check_scoring(getattr(args, "scoring", None), args.weights)
     weights = getattr(args, "weight_selection", None)
     selection = None if getattr(args, "scoring", None) == REMOVAL else weights
     check_pictures([task for tasks in groups.values() for task in tasks], args.dataroot)

@@ -28,6 +28,7 @@ from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
 from ..models.pipelines import Model, load_model
 from ..models.precision import WEIGHTS
+from ..models.precision import check_scoring as check_differences
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.programs import choose_device, say, set_precision
 from ..storage.artifacts import check_writable
@@ -172,6 +173,7 @@ def attribute(
         source, loaded = load_source(
             model, base, place / "model", device, loras, embeddings, weights
         )
+        check_differences(scoring, loaded.weights)
         check_prompts(loaded, questions)
         side = choose_side(loaded, loras) or source.side
         side = 0 if side == loaded.own_resolution else side

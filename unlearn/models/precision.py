@@ -27,6 +27,16 @@ def check_weights_type(weights: str, item: str) -> None:
         raise UserError(f"{item} {weights!r:.40}: expected {' or '.join(DTYPES)}")
 
 
+def check_scoring(scoring: str | None, weights: str) -> None:
+    """Raises UserError where scores would be differences that half precision does not survive."""
+    if weights != "fp32" and scoring in ("exact", "output"):
+        raise UserError(
+            f"--scoring {scoring}: differences of two nearly equal numbers, of which weights in "
+            f"{weights} leave nothing; give --scoring removal (midpoint or gradient of "
+            f"compute_influence.py), or hold the weights in fp32"
+        )
+
+
 def halve(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     """Brings denoiser and text encoders of a pipeline to a dtype, in place, but for the weights that
     may be unlearned."""
