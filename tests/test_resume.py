@@ -44,13 +44,13 @@ def kill_and_resume(*flags):
 
 
 def test_a_kill_at_a_random_moment_changes_no_bit_and_leaves_nothing_behind():
-    kill_and_resume("--kills", "1", "--processes", "2", "--programs", "loss", "influence", "index")
+    kill_and_resume("--kills", "1", "--processes", "2", "--programs", "loss", "influence")
 
 
 def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind():
     """Between an artefact and its record, and between a record and the removal of chunks, chance
     hardly ever falls."""
-    kill_and_resume("--kills", "0", "--each_rename", "--programs", "loss", "fisher")
+    kill_and_resume("--kills", "0", "--each_rename", "--programs", "loss")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Midpoint, gradient and index scoring: closed forms, invariances, resuming, and what the user is
 told."""
 
+import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PARITY
 
 import compute_influence
 import compute_training_loss
@@ -417,7 +419,15 @@ def test_every_way_of_scoring_ranks_nearly_alike_and_leaves_no_chunks(prepared):
         assert record["identity"]["scoring"] == scoring
 
 
+def first_task(folder):
+    """A task file of the fixture's first query alone."""
+    tasks = json.loads((PARITY / "fixture/tasks.json").read_text())[:1]
+    (folder / "first.json").write_text(json.dumps(tasks))
+    return str(folder / "first.json")
+
+
 def test_derivatives_need_no_cached_losses(flags, tmp_path):
+    flags[flags.index("--task_json") + 1] = first_task(tmp_path)
     compute_influence.main([*flags, *FLAGS, "--scoring", "gradient", "--precision", "bf16"])
     assert influences(tmp_path / "results/influence")
 
