@@ -97,6 +97,7 @@ def read_rows(path):
     return {row["procedure"]: row for row in report["rows"]}, report
 
 
+@pytest.mark.slow
 def test_every_procedure_of_a_seeded_model_ends_in_a_row_of_finite_numbers(tiny, tmp_path, capsys):
     names = [name for name in PROCEDURES if name not in ("exact-tf32", "exact-compiled")]
     path = tmp_path / "tiny.json"

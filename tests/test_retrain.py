@@ -601,6 +601,7 @@ def test_measures_without_pictures_are_made_again_where_pictures_are_asked_for(
     assert set(measures(tmp_path, "full-seed0")["mse"]) == {"queries/00000", "queries/00001"}
 
 
+@pytest.mark.slow
 def test_a_stack_killed_while_it_was_written_is_the_same_again(world, place, tmp_path, monkeypatch):
     """Two of three models stand there: without the third, all are trained again from the
     checkpoint, together."""

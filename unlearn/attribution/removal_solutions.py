@@ -12,9 +12,15 @@ from ..storage.hashes import digest
 from ..storage.reading import read_tensors
 from ..storage.records import keep_complete, write_record
 from ..storage.sharing import do_once, forget_claim
+from .removal import RemovalSettings
 from .removal_scores import Solution
 
 FIELDS = ("matrix", "mean_square", "own")
+
+
+def count_solved(num_rows: int, settings: RemovalSettings) -> int:
+    """Bytes of the matrices that are kept for so many rows of features a timestep: all but a few."""
+    return 8 * len(settings.timesteps) * min(num_rows, settings.sketch_size) ** 2
 
 
 def keep_solution(

@@ -100,7 +100,7 @@ def describe(
         f"{describe_bytes(needs.device_bytes)}, {describe_bytes(needs.least_bytes)}",
         gpu,
         describe_bytes(needs.host),
-        describe_bytes(num_images * needs.image_bytes),
+        describe_bytes(needs.disk(num_images)),
         *(describe_seconds(needs.seconds(num_images, card)) for card in ("A100", "H100")),
         describe_seconds(needs.seconds(1, "H100")),
     ]

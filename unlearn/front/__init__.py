@@ -18,6 +18,7 @@ from ..attribution.fishers import own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
 from ..attribution.removal import own_settings
 from ..attribution.removal_index import row_type
+from ..attribution.removal_solutions import count_solved
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
 from ..errors import UserError
@@ -292,4 +293,6 @@ def plan_run(
     pace = costs.measure_pace(model, resolution, PUBLISHED["batch_size"])
     steps = costs.list_steps(counts, pace, list_done(out, model, counts.images))
     row_bytes = row_type(removal.sketch_size).itemsize if removal else 0
-    return steps, costs.count_bytes(counts, model, resolution, own_selection(model), row_bytes)
+    num_bytes = costs.count_bytes(counts, model, resolution, own_selection(model), row_bytes)
+    solved = count_solved(counts.captions * removal.probes, removal) if removal else 0
+    return steps, num_bytes + solved

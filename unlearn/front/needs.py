@@ -15,6 +15,7 @@ import torch
 from ..attribution.names import REMOVAL
 from ..attribution.removal import USUAL, RemovalSettings, differentiate, own_settings
 from ..attribution.removal_index import image_type
+from ..attribution.removal_solutions import count_solved
 from ..errors import UserError
 from ..models.architectures import Architecture, add_lora, build, zero_texts, zeros
 from ..models.counting import counting
@@ -78,6 +79,10 @@ class Needs:
         forwards = 2 * probes if is_saving else 1
         passes = self.forward + noises * (forwards * self.forward + probes * self.backward)
         return self.encoding + passes
+
+    def disk(self, num_images: int, settings: RemovalSettings = USUAL) -> int:
+        """Bytes on the disk of so many images by removal, each with one caption."""
+        return num_images * self.image_bytes + count_solved(num_images * settings.probes, settings)
 
     def seconds(self, num_images: int, gpu: str) -> float:
         """Predicted seconds of the features of so many images on one of SPEEDS' GPUs, of 80 GB."""
