@@ -206,6 +206,20 @@ def test_the_batch_size_changes_derivatives_by_less_than_1e_6(
     assert (np.abs(found - reference).max(axis=0) <= 1e-6 * np.abs(reference).max(axis=0)).all()
 
 
+def test_a_full_memory_that_has_made_passes_save_it_changes_no_derivative(
+    model, dozen, changes, tmp_path
+):
+    """Several backward passes go through one graph, and each computes again."""
+    expected = score(model, dozen.first(3), tmp_path / "whole", second_order_dots(changes))
+    was_saving = not model.save_memory()
+    try:
+        found = score(model, dozen.first(3), tmp_path / "saved", second_order_dots(changes))
+    finally:
+        if not was_saving:
+            model.denoiser.disable_gradient_checkpointing()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_queries_scored_together_get_the_scores_of_each_alone(model, dozen, changes, tmp_path):
     together = score(model, dozen, tmp_path / "both", second_order_dots(changes))
     for number, change in enumerate(changes):

@@ -33,24 +33,31 @@ def keeping_everything(denoiser: Any) -> Iterator[None]:
             denoiser.enable_gradient_checkpointing(call_again)
 
 
+class AsBefore:
+    """Within it this thread watches and changes as the one that makes it did then. It may be entered
+    again and again: each of several backward passes through one graph computes again."""
+
+    def __init__(self) -> None:
+        watched = getattr(THREAD, "watched", None)
+        # Who watches has seen it the first time.
+        self.own = Watched(None) if watched else None, getattr(THREAD, "change", None)
+
+    def __enter__(self) -> None:
+        self.others = getattr(THREAD, "watched", None), getattr(THREAD, "change", None)
+        THREAD.watched, THREAD.change = self.own
+
+    def __exit__(self, *error: object) -> None:
+        THREAD.watched, THREAD.change = self.others
+
+
 def call_again(block: torch.nn.Module, *inputs: Any) -> Any:
     """What a block gives, without keeping how it came to it. Made again, possibly in a thread of
-    autograd's own, it is watched and changed as the first time; but who watches has seen it."""
-    watched, change = getattr(THREAD, "watched", None), getattr(THREAD, "change", None)
-
-    @contextmanager
-    def as_before() -> Iterator[None]:
-        others = getattr(THREAD, "watched", None), getattr(THREAD, "change", None)
-        THREAD.watched, THREAD.change = Watched(None) if watched else None, change
-        try:
-            yield
-        finally:
-            THREAD.watched, THREAD.change = others
-
+    autograd's own, it is watched and changed as the first time."""
+    as_before = AsBefore()
     return checkpoint(
         block.__call__,
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing is drawn within a pass
-        context_fn=lambda: (nullcontext(), as_before()),
+        context_fn=lambda: (nullcontext(), as_before),
     )
