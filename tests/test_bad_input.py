@@ -23,7 +23,7 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, running
 from unlearn.attribution import sweeps
-from unlearn.commands import examination, preparation
+from unlearn.commands import examination, inputs, preparation
 from unlearn.datasets import encoders, queries
 from unlearn.models import checks, parts, pipelines
 from unlearn.runtime import programs
@@ -1172,8 +1172,7 @@ def test_a_damaged_pipeline_is_refused_not_made_up(
     edit, said = PIPELINE_FAULTS[fault]
     folder = shutil.copytree(PARITY / "fixture/sd-tiny", tmp_path / "pipeline")
     edit(folder)
-    for module in compute_training_loss, compute_influence:
-        monkeypatch.setattr(preparation, "load_model", pipelines.load_model)
+    monkeypatch.setattr(preparation, "load_model", inputs.load_model)
     with pytest.raises(SystemExit) as end:
         programs.run(compute_training_loss.main, [*task_flags, "--sd_version", str(folder)])
     line = capsys.readouterr().err.splitlines()[-1]  # the libraries may have warned above it

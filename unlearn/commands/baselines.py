@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..models.customization import check_customization, check_tokens
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps
 from ..models.lora import choose_selection, is_fused
-from ..models.pipelines import SELECTIONS, Model, load_model
+from ..models.pipelines import SELECTIONS, Model
 from ..noise import timestep_grid
 from .flags import Parser, add_flags, make_parser, resolve
 from .inputs import (
@@ -42,6 +42,7 @@ from .inputs import (
     check_training_files,
     find_fisher,
     load_fisher,
+    load_model,
     prepare_training_set,
     warn_of_fisher,
 )
@@ -307,14 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, model in zip(feature_names, args.features)
         },
     }
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=is_fused(args.weight_selection),
-    )
+    model = load_model(args, fuse_lora=is_fused(args.weight_selection))
     check_customization(model, None, of_base_model(tasks))
     run = make_run(model, methods, tasks, args, settings)
     for name, method in methods.items():

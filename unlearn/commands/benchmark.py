@@ -43,13 +43,12 @@ from ..benchmark.workloads import Bench, make_row, prepare
 from ..datasets.preparation import count_images
 from ..datasets.settings import AUTO
 from ..errors import UserError
-from ..models.pipelines import load_model
 from ..noise import timestep_grid
 from ..runtime.programs import log
 from ..storage.artifacts import write_json
 from ..storage.records import circumstances
 from .flags import Parser, add_flags, make_parser, resolve
-from .inputs import find_fisher, load_fisher, prepare_training_set, warn_of_fisher
+from .inputs import find_fisher, load_fisher, load_model, prepare_training_set, warn_of_fisher
 
 # Defaults; those of emoji that are not here stand in its dataset.json. target_draws: samples of a
 # query's unlearning, as published.
@@ -235,14 +234,7 @@ def measure_procedures(
 def open_world(args: Namespace, settings: dict) -> World:
     """The World of a data root whose base model is trained, such as data/emoji."""
     fisher_path = find_fisher(args)
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=True,
-    )
+    model = load_model(args, fuse_lora=True)
     fisher = load_fisher(model, args, SELECTION, DAMPING)
     training_set = prepare_training_set(model, args)
     warn_of_fisher(fisher, training_set, args, SELECTION)

@@ -20,10 +20,10 @@ from ..datasets.encoding import check_given, encode_training_set, encoding_plan,
 from ..datasets.pairs import list_pairs, tell_overlooked, tell_pairs
 from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import array_paths
-from ..models.pipelines import load_model
 from ..runtime.programs import log, set_precision
 from .advice import encode_command
 from .flags import add_flags, make_parser, resolve
+from .inputs import load_model
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
@@ -61,15 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths, captions = list_pairs(args.dataroot, args.num_captions)
     if not args.overwrite:
         check_given(args.dataroot, encode_command(args))
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        trained=False,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=True,
-    )  # only the VAE and the text encoder are used
+    # Only the VAE and the text encoders are used.
+    model = load_model(args, fuse_lora=True, trained=False)
     say_resolution(model, settings)
     if args.dry_run:
         tell_overlooked(args.dataroot, paths)

@@ -46,13 +46,12 @@ from ..evaluation.goldstandard import evaluate_retrained
 from ..evaluation.metrics import chance_metrics, exemplar_ranks, is_tied, query_metrics
 from ..evaluation.rankings import Ranking, check_candidates, check_exemplars, read_ranking
 from ..evaluation.scores import OURS
-from ..models.pipelines import load_model
 from ..retraining.measures import LOSS_TIMESTEPS
 from ..runtime.programs import progress
 from ..storage.hashes import digest
 from .advice import influence_command, write_command
 from .flags import add_flags, make_parser, resolve
-from .inputs import check_pictures, check_training_files, prepare_training_set
+from .inputs import check_pictures, check_training_files, load_model, prepare_training_set
 
 NAMES = (OURS, "random", "words", "pixel", "vae")  # of methods; a feature model has another
 
@@ -86,14 +85,7 @@ def measure_baselines(
         method: feature_encoder(name, args.device, args.vae_batch_size)
         for method, name in zip(methods, args.features)
     }
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=True,
-    )
+    model = load_model(args, fuse_lora=True)
     training_set = prepare_training_set(model, args)
     check_candidates(
         rankings, len(training_set), digest(training_set.ids), f"the data root {args.dataroot}"

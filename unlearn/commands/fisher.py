@@ -26,9 +26,9 @@ from ..attribution.estimation import (
 from ..attribution.fishers import KV
 from ..errors import UserError
 from ..models.lora import choose_selection, is_fused
-from ..models.pipelines import SELECTIONS, Model, load_model
+from ..models.pipelines import SELECTIONS, Model
 from .flags import add_flags, make_parser, resolve
-from .inputs import check_training_files, prepare_training_set
+from .inputs import check_training_files, load_model, prepare_training_set
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
@@ -98,14 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks, loads, accumulates, saves."""
     args = parse_arguments(argv)
     num_images = check_training_files(args)
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=is_fused(args.weight_selection),
-    )
+    model = load_model(args, fuse_lora=is_fused(args.weight_selection))
     path = args.output or choose_path(args, model)
     settings = FisherSettings(
         args.num_samples or choose_num_samples(args.dataroot, num_images),

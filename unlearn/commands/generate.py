@@ -24,7 +24,7 @@ from ..datasets.training_sets import check_pixels
 from ..errors import UserError
 from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
-from ..models.pipelines import Model, load_model
+from ..models.pipelines import Model
 from ..noise import SCHEME, known_answer
 from ..runtime.programs import log, progress
 from ..storage.artifacts import whole_file, write_array, write_json
@@ -39,6 +39,7 @@ from ..storage.reading import (
 )
 from ..storage.records import keep_complete, record_path, write_record
 from .flags import add_flags, make_parser, resolve
+from .inputs import load_model
 
 
 def read_prompts(path: str | Path, limit: int | None) -> list[str]:
@@ -169,9 +170,7 @@ def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
         tokenizer := open_tokenizer(args.sd_version)
     ):
         check_words(names, tokenizer)
-    model = load_model(
-        args.sd_version, args.device, args.unet, lora=args.lora, weights=args.weights
-    )
+    model = load_model(args)
     check_words(names, model.reader[0])
     check_texts(model.reader[0], names)
     check_steps(model, args.num_inference_steps)

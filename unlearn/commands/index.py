@@ -17,7 +17,6 @@ from ..attribution.settings import AUTOCAST
 from ..attribution.sweeps import Sweep
 from ..datasets.tasks import group_by_model, load_tasks
 from ..models.customization import check_customization, customized
-from ..models.pipelines import load_model
 from ..noise import timestep_grid
 from ..runtime.programs import log
 from .flags import add_flags, make_parser, resolve
@@ -25,6 +24,7 @@ from .inputs import (
     check_training_files,
     find_fisher,
     load_fisher,
+    load_model,
     prepare_training_set,
     warn_of_fisher,
 )
@@ -77,14 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = group_by_model(load_tasks(args.task_json, args.dataroot))
     check_training_files(args)
     find_fisher(args)
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=True,
-    )
+    model = load_model(args, fuse_lora=True)
     grid = timestep_grid(args.time_samples, model.num_train_timesteps)
     for tasks in groups.values():
         check_customization(model, tasks[0].model_dir(args.dataroot))

@@ -16,6 +16,7 @@ from ..datasets.pictures import load_image
 from ..datasets.tasks import Task
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
+from ..models import pipelines
 from ..models.pipelines import Model, select_parameters
 from ..runtime.programs import say
 from .advice import encode_command, fisher_command
@@ -38,6 +39,13 @@ def check_training_files(args: Namespace) -> int:
     """`preparation.check_training_files` of a run."""
     return preparation.check_training_files(
         args.dataroot, args.laion_subset_size, encode_command(args)
+    )
+
+
+def load_model(args: Namespace, fuse_lora: bool = False, trained: bool = True) -> Model:
+    """`pipelines.load_model` of a run's flags."""
+    return pipelines.load_model(
+        args.sd_version, args.device, args.unet, trained, args.lora, fuse_lora, args.weights
     )
 
 

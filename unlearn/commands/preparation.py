@@ -16,15 +16,10 @@ from ..models.lora import is_fused
 from ..models.lora_files import read_header
 from ..models.lora_headers import compare_header, parse_header
 from ..models.lora_names import parse_name
-from ..models.pipelines import Model, load_model
+from ..models.pipelines import Model
 from ..models.precision import check_scoring
 from ..runtime.programs import log
-from .inputs import (
-    check_pictures,
-    load_fisher,
-    prepare_training_set,
-    warn_of_fisher,
-)
+from .inputs import check_pictures, load_fisher, load_model, prepare_training_set, warn_of_fisher
 
 
 @dataclass
@@ -62,14 +57,7 @@ def prepare(args: Namespace, groups: dict[str | None, list[Task]], grid_flag: st
     check_pictures([task for tasks in groups.values() for task in tasks], args.dataroot)
     for tasks in groups.values():
         check_tokens(tasks[0].model_dir(args.dataroot), tasks, args.sd_version)
-    model = load_model(
-        args.sd_version,
-        args.device,
-        args.unet,
-        lora=args.lora,
-        weights=args.weights,
-        fuse_lora=is_fused(weights),
-    )
+    model = load_model(args, fuse_lora=is_fused(weights))
     time_samples = getattr(args, grid_flag.removeprefix("--"))
     grid = noise.timestep_grid(time_samples, model.num_train_timesteps, grid_flag)
     latent_shape = model.latent_shape(model.resolution(read_settings(args.dataroot)))
