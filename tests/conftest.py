@@ -84,6 +84,15 @@ def model():
     return load_model(str(PARITY / "fixture/sd-tiny"), "cpu")
 
 
+@pytest.fixture(autouse=True)
+def memory_not_short(request):
+    """What a test of a full memory turned on in the model that tests share is off for the next."""
+    found = request.getfixturevalue("model") if "model" in request.fixturenames else None
+    yield
+    if getattr(found, "is_saving_memory", False):
+        found.denoiser.disable_gradient_checkpointing()
+
+
 @pytest.fixture(scope="session")
 def training_set(model):
     """The sixty images of the miniature data root."""
