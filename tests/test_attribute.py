@@ -32,7 +32,7 @@ from unlearn.attribution.names import FRONT_SCORINGS
 from unlearn.attribution.removal import FeatureMaker
 from unlearn.commands import attribute as command
 from unlearn.commands import encode
-from unlearn.front import cautions, costs
+from unlearn.front import cautions, costs, loading
 from unlearn.front.models import find_model
 from unlearn.report.results import find_strange
 from unlearn.storage import artifacts
@@ -307,7 +307,7 @@ def test_of_a_picture_that_is_made_here_a_box_has_its_own_answer_with_its_exact_
 def test_a_box_outside_the_picture_is_refused_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, refusal
 ):
-    monkeypatch.setattr(front, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     width, height = Image.open(QUERY).size
     said = refusal(folder, tmp_path / "out", box=(0, 0, width + 1, height))
     assert f"--box 0 0 {width + 1} {height}: reaches out of {QUERY}" in said
@@ -403,7 +403,7 @@ def test_a_prompt_without_the_word_that_all_captions_have_is_said(folder, tmp_pa
 def test_one_image_no_images_and_no_captions_are_refused_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, refusal
 ):
-    monkeypatch.setattr(front, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     assert "empty: no pictures" in refusal(tmp_path / "empty", out)
@@ -678,8 +678,8 @@ def test_killed_before_files_and_run_again_it_leaves_what_an_uninterrupted_run_l
 ):
     """stride 0: before every one; else every so many files later than the last time."""
     monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3, 1e-3))
-    loaded = front.load_model(tiny, "cpu")
-    monkeypatch.setattr(front, "load_model", lambda *args, **more: loaded)
+    loaded = loading.load_model(tiny, "cpu")
+    monkeypatch.setattr(loading, "load_model", lambda *args, **more: loaded)
     folder, out, whole = make_folder(tmp_path / "mine", 3), tmp_path / "out", tmp_path / "whole"
     ask(folder, whole, scoring=scoring)
     step, kills, before = 1, 0, None
@@ -751,7 +751,7 @@ def name_absent_parts(folder):
 
 def hash_of(name, base=None, place=None):
     """The weights that a model is loaded with."""
-    source, loaded = front.load_source(name, base, place, "cpu")
+    source, loaded = loading.load_source(name, base, place, "cpu")
     assert source.unet or loaded.pipeline.unet.config.sample_size == 4
     return loaded.weights_hash
 
@@ -964,7 +964,7 @@ def test_a_single_file_gives_the_weights_of_its_pipeline(suffix, tiny, tmp_path)
     before = Path(source.pipeline, "model_index.json").stat().st_mtime_ns
     assert find_model(path, tiny, tmp_path / "place") == source
     assert Path(source.pipeline, "model_index.json").stat().st_mtime_ns == before
-    front.load_source(path, tiny, tmp_path / "place", "cpu")
+    loading.load_source(path, tiny, tmp_path / "place", "cpu")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tiny, tmp_path):

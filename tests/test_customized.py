@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import unlearn
 from unlearn import UserError
 from unlearn.attribution import estimation
-from unlearn.front import load_source
+from unlearn.front.loading import load_source
 from unlearn.front.models import find_model
 from unlearn.models.customization import customized, read_customization
 from unlearn.storage.reading import read_tensors

@@ -7,8 +7,9 @@ import torch
 import transformers
 from conftest import PARITY
 
-from unlearn import UserError, front
+from unlearn import UserError
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.front import loading
 from unlearn.front.models import Source
 from unlearn.models import model as models
 from unlearn.models.pipelines import load_model
@@ -24,10 +25,10 @@ def test_weights_are_halved_where_float32_alone_does_not_fit(size, expected, mon
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
     needed = {"fp32": 20e6, "bf16": 1e6}
     found = lambda *given, weights, **named: SimpleNamespace(least_bytes=needed[weights])
-    monkeypatch.setattr(front, "find_needs", found)
-    assert front.choose_weights(Source(str(TINY)), torch.device("cuda")) == expected
+    monkeypatch.setattr(loading, "find_needs", found)
+    assert loading.choose_weights(Source(str(TINY)), torch.device("cuda")) == expected
     assert ("weights in bfloat16: in float32 20 MB" in caplog.text) is (expected == "bf16")
-    assert front.choose_weights(Source(str(TINY)), torch.device("cpu")) == "fp32"
+    assert loading.choose_weights(Source(str(TINY)), torch.device("cpu")) == "fp32"
 
 
 def test_differences_are_refused_with_weights_in_half_precision():

@@ -14,8 +14,8 @@ import unlearn
 from unlearn import UserError
 from unlearn.datasets.conditioning import TEXT
 from unlearn.datasets.encoders import count_tokens
-from unlearn.front import load_source
 from unlearn.front.embeddings import tell_words
+from unlearn.front.loading import load_source
 from unlearn.models.embeddings import Embedding, check_embedding, list_tokens, read_embedding
 
 TINY = str(PARITY / "fixture/sd-tiny")

@@ -26,11 +26,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..attribution.names import FRONT_SCORINGS
 from ..datasets.presence import check_images, check_model, check_pictures
-from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
 from ..runtime.printing import show
-from .parsing import add_box, make_parser
+from .attribute_flags import add_images, add_model, add_pictures, add_scoring
+from .parsing import make_parser
 
 HIGHEST_TABLE = 1000
 
@@ -38,102 +37,8 @@ HIGHEST_TABLE = 1000
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line. Raises UserError where what it names is not there."""
     parser = make_parser(__doc__, "python -m unlearn attribute")
-    parser.add("data", "pictures", nargs="*", metavar="PICTURE", help="what is asked about")
-    parser.add("data", "--prompt", help="of all pictures (default what each file says)")
-    parser.add(
-        "data", "--seed", type=int, help="of all pictures, for the page; of the one to be made"
-    )
-    parser.add(
-        "data",
-        "--steps",
-        type=int,
-        help=f"of the picture to be made (default {NUM_INFERENCE_STEPS})",
-    )
-    parser.add(
-        "data",
-        "--guidance",
-        type=float,
-        help=f"of the picture to be made; 1: none (default {GUIDANCE})",
-    )
-    parser.add(
-        "data", "--images", required=True, metavar="FOLDER", help="the training images, or hf:NAME"
-    )
-    parser.add(
-        "data",
-        "--caption",
-        help="of the images that have none, so of all where none has (DreamBooth's instance prompt)",
-    )
-    parser.add(
-        "data",
-        "--class_images",
-        metavar="FOLDER",
-        help="of prior preservation: training images too, ranked with the others",
-    )
-    parser.add("data", "--class_prompt", help="the caption of the class images that have none")
-    parser.add(
-        "data",
-        "--captions",
-        help="which captions count where several disagree: metadata.jsonl, metadata.csv, "
-        'captions.txt, .json, .txt, .caption, a file, or "folder"',
-    )
-    parser.add(
-        "data",
-        "--groups",
-        help='a column of the metadata (artist, licence), or "folder", for the page',
-    )
-    parser.add(
-        "model",
-        "--model",
-        required=True,
-        help="diffusers folder, name on the hub, checkpoint file (.safetensors, .ckpt), data root, "
-        "or the folder of a UNet that a training run left or of a customized model",
-    )
-    parser.add(
-        "model",
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="FILE[:WEIGHT]",
-        help="LoRA files or folders that change the model (kohya's, PEFT's or diffusers' names); "
-        "their own matrices are then unlearned",
-    )
-    parser.add(
-        "model",
-        "--textual_inversion",
-        nargs="+",
-        default=[],
-        metavar="FILE[:WORD]",
-        help="embeddings of new words (.safetensors); WORD: by which prompt and captions call it",
-    )
-    parser.add(
-        "model",
-        "--weights",
-        choices=("fp32", "bf16"),
-        help="bf16: all weights but those that are unlearned in half precision (default where fp32 "
-        "does not fit on the GPU)",
-    )
-    parser.add(
-        "model",
-        "--base",
-        help="what a UNet's or a customized model's folder or a checkpoint file takes the rest from",
-    )
-    parser.add(
-        "scoring",
-        "--scoring",
-        choices=FRONT_SCORINGS,
-        default=FRONT_SCORINGS[0],
-        help="removal: how much less certain the model would be of the picture without an image "
-        "(default); exact: how much worse it explains an image once it has unlearned the picture, "
-        "as published; output: how far its predictions of an image then move",
-    )
-    add_box(parser)
-    parser.add(
-        "scoring",
-        "--use_repeats",
-        action="store_true",
-        help="of removal: an image in a folder 4_x counts as four (default as one, which predicted "
-        "retrained models better)",
-    )
+    for add in add_pictures, add_images, add_model, add_scoring:
+        add(parser)
     parser.add("output", "--out", default="attribution", metavar="DIR", help="default attribution")
     parser.add("output", "--top_k", type=int, default=10, help="images in the table (default 10)")
     parser.add("running", "--device", help="cuda, cuda:N or cpu (default cuda if there is one)")

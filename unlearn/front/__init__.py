@@ -8,11 +8,8 @@ them, and a second picture costs its own part only.
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
 
 from ..attribution.fishers import own_selection
 from ..attribution.names import FRONT_SCORINGS, REMOVAL
@@ -22,25 +19,20 @@ from ..attribution.removal_solutions import count_solved
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
 from ..errors import UserError
-from ..models.architectures import architecture_of, read_architecture
-from ..models.customization import check_texts, check_words
-from ..models.embeddings import Embedding, read_embedding
-from ..models.lora import has_matrices
-from ..models.lora_files import LoraFile
-from ..models.pipelines import Model, load_model
-from ..models.precision import WEIGHTS
+from ..models.embeddings import read_embedding
+from ..models.pipelines import Model
 from ..models.precision import check_scoring as check_differences
 from ..models.sampling import GUIDANCE, NUM_INFERENCE_STEPS
-from ..runtime.programs import choose_device, say, set_precision
+from ..runtime.programs import say, set_precision
 from ..storage.artifacts import check_writable
 from . import costs
 from .answers import Attribution
-from .embeddings import merge_embeddings, tell_words
+from .embeddings import tell_words
 from .images import check_images, read_images
-from .jobs import DATASET, Job, Making, answer
+from .jobs import Job, Making, answer
+from .loading import check_prompts, describe_root, load_source, tell_needs
 from .loras import choose_side, compare_loras, fill_caption, open_loras
-from .models import Source, find_model, list_loras
-from .needs import describe_bytes, find_needs, fits
+from .models import list_loras
 from .planning import count_work, list_done
 from .questions import (
     Question,
@@ -101,6 +93,11 @@ def check_making(
     )
 
 
+def as_list(paths: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One path or several, as a list."""
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
 def attribute(
     pictures: str | Path | Sequence[str | Path] = (),
     model: str | Path = "",
@@ -133,15 +130,15 @@ def attribute(
     pictures: files from anywhere, or none: then `prompt` and `seed`, and `steps` and `guidance`,
     say which picture the model is to make; model: what made them, a diffusers folder, a name on the
     hub, a checkpoint file, a data root, whose dataset.json says its model, or the folder of a UNet or
-    of a customized model, whose other parts are those of `base`; images: the folder that it was trained on, with captions by any convention (see
-    `datasets.folders.read_folder` for caption, captions and groups), and beside it the class images
-    of prior preservation in `class_images`, with `class_prompt` for caption; prompt, seed: of all
-    pictures, by default what each file says. Everything is kept below `out`: called again it goes
+    of a customized model, whose other parts are those of `base`; images: the folder that it was
+    trained on, with captions by any convention (see `datasets.folders.read_folder` for caption,
+    captions and groups), and beside it the class images of prior preservation in `class_images`, with
+    `class_prompt` for caption; prompt, seed: of all pictures, by default what each file says. Everything is kept below `out`: called again it goes
     on, and further pictures cost their own part only. dry_run: prints what it would cost, writes
     nothing and returns []. scoring: removal, how much less certain the model would be of the picture
     without an image; exact, how much worse it explains an image once it has unlearned the
-    picture, as published; or output, how far its predictions of an image then move; use_repeats: of removal, an image counts as often as kohya's names of
-    folders say that training saw it; box: (x0, y0, x1, y1): only what the pictures show
+    picture, as published; or output, how far its predictions of an image then move; use_repeats: of
+    removal, an image counts as often as kohya's names of folders say that training saw it; box: (x0, y0, x1, y1): only what the pictures show
     between these pixels counts. command: that repeats it, for the page. lora: LoRA files or
     folders that change the model, FILE_OR_FOLDER[:WEIGHT], whose own matrices are then looked at;
     textual_inversion: embeddings of new words, FILE_OR_FOLDER[:WORD]. weights: fp32 or bf16, in which
@@ -150,17 +147,11 @@ def attribute(
     Raises UserError where something is missing or does not fit.
     """
     inside = check_scoring(scoring, use_repeats, box)
-    several = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
+    several = as_list(pictures)
     out = Path(out)
     making = check_making(several, prompt, seed, steps, guidance)
-    given = [lora] if isinstance(lora, (str, Path)) else list(lora)
-    loras = open_loras(given or list_loras(model))
-    words = (
-        [textual_inversion]
-        if isinstance(textual_inversion, (str, Path))
-        else list(textual_inversion)
-    )
-    embeddings = [read_embedding(str(each)) for each in words]
+    loras = open_loras(as_list(lora) or list_loras(model))
+    embeddings = [read_embedding(str(each)) for each in as_list(textual_inversion)]
     if caption is None:
         caption = fill_caption(loras)
     questions = [ask(picture, prompt, seed, inside) for picture in several]
@@ -197,82 +188,6 @@ def attribute(
         [*compare_loras(loras, found, side, loaded), *tell_words(embeddings, found, questions)],
     )
     return answer(job, questions, making, costs.Clock(plan, on_step))
-
-
-def describe_root(source: Source, side: int) -> dict:
-    """The settings of a data root of a model; side: pixels of a picture's, 0 for the model's own."""
-    settings = {"name": DATASET, "pipeline": source.pipeline}
-    settings |= {"unet": source.unet} if source.unet else {}
-    settings |= {"lora": list(source.lora)} if source.lora else {}
-    settings |= {"weights": source.weights} if source.weights not in ("", "fp32") else {}
-    return settings | ({"resolution": side} if side else {})
-
-
-def load_source(
-    model: str | Path,
-    base: str | Path | None,
-    place: Path,
-    device: str | None,
-    loras: Sequence[LoraFile] = (),
-    embeddings: Sequence[Embedding] = (),
-    weights: str | None = None,
-) -> tuple[Source, Model]:
-    """A model found, given new words, and loaded. Raises UserError, naming --model, where that cannot
-    be done."""
-    lora = tuple(str(each.named) for each in loras)
-    source = replace(find_model(model, base, place), lora=lora)
-    if embeddings:
-        merged = merge_embeddings(list(embeddings), source.pipeline, source.unet, place)
-        source = replace(source, pipeline=str(merged), unet="")
-    place_of_passes = choose_device(device)
-    chosen = weights or source.weights or choose_weights(source, place_of_passes)
-    source = replace(source, weights=chosen)
-    try:
-        loaded = load_model(
-            source.pipeline, place_of_passes, source.unet or None, lora=lora, weights=chosen
-        )
-    except UserError as error:
-        raise UserError(str(error).replace("--sd_version", "--model")) from None
-    return source, loaded
-
-
-def choose_weights(source: Source, device: torch.device) -> str:
-    """The precision of a model's weights where nobody says: bf16 where float32 does not fit on a GPU
-    and bf16 does, which is said; else fp32."""
-    if device.type != "cuda" or not Path(source.pipeline).is_dir():
-        return "fp32"
-    architecture = read_architecture(source.pipeline, source.unet)
-    size = torch.cuda.mem_get_info(device)[1] / 1e9
-    lora = bool(source.lora)
-    needed = {
-        weights: find_needs(architecture, source.side, lora=lora, weights=weights).least_bytes
-        for weights in WEIGHTS
-    }
-    if fits(needed["fp32"], size) or not fits(needed["bf16"], size):
-        return "fp32"
-    say(
-        f"weights in bfloat16: in float32 {describe_bytes(needed['fp32'])} would be needed on the "
-        f"device, which has {size:.0f} GB; --weights fp32 tries that"
-    )
-    return "bf16"
-
-
-def tell_needs(model: Model, side: int, scoring: str) -> str:
-    """What a run of a model takes, in words. side: pixels of a picture's, 0 for the model's own."""
-    lora = has_matrices(model.denoiser)
-    return find_needs(architecture_of(model), side, scoring, lora, model.weights).describe()
-
-
-def check_prompts(model: Model, questions: list[Question]) -> None:
-    """Raises UserError where a prompt has a new word that the model does not know."""
-    prompts = {str(question.picture): question.prompt for question in questions}
-    try:
-        check_words(None, {}, model.reader[0], prompts)
-    except UserError as error:
-        problem, _, tail = str(error).partition("; give the task")
-        way = "; give the model that was customized with it: --model FOLDER --base MODEL"
-        raise UserError(problem + way if tail else str(error)) from None
-    check_texts(model.reader[0], prompts)
 
 
 def plan_run(
