@@ -30,7 +30,7 @@ import kill_and_resume as runs
 import numpy as np
 import torch
 
-from unlearn.commands import encode, evaluate, tasks
+from unlearn.commands import encode, evaluate, inputs, tasks
 from unlearn.runtime import programs
 
 SECONDS, MEMORY = 60, 4 << 30
@@ -470,7 +470,7 @@ def run_in_fork(main, arguments, load, folder):
         return status, printed.read()
 
 
-LOAD_MODEL = runs.pipelines.load_model
+LOAD_MODEL = inputs.load_model
 
 
 def judge(world, status, text, as_process=False):
