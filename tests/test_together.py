@@ -10,6 +10,9 @@ from test_attribute import PROMPT, QUERY, make_folder, other_query, tiny  # noqa
 
 import unlearn
 from unlearn.commands import attribute as command
+from unlearn.commands import report
+from unlearn.errors import UserError
+from unlearn.front.together import KEPT
 from unlearn.report.page import write_index
 from unlearn.report.together import Together, describe_same
 
@@ -118,3 +121,29 @@ def test_the_command_ends_with_what_the_pictures_say_together(asked, capsys, mon
     command.main([str(QUERY), "--images", images, "--model", tiny])
     said = capsys.readouterr().out
     assert answers[0].together.describe_unused() in said and "These do the same:" in said
+
+
+def test_a_page_made_again_says_the_same_until_a_result_is_another(asked, tmp_path):
+    _, answers = asked
+    results = tmp_path / "results"
+    shutil.copytree(answers[0].index.parent, results)
+    page = results / "report.html"
+    before = page.read_text()
+    page.unlink()
+    report.main([str(results)])
+    said = answers[0].together.describe_unused()
+    assert said in html.unescape(page.read_text()) and "These do the same" in page.read_text()
+    assert before.count("<img") == page.read_text().count("<img")
+    shutil.rmtree(next(results.rglob("influence.npz")).parent)
+    (results / "influence" / "gone").mkdir()
+    report.main([str(results)])
+    assert said not in html.unescape(page.read_text())
+
+
+def test_a_damaged_file_of_what_pictures_say_together_is_told(asked, tmp_path):
+    _, answers = asked
+    results = tmp_path / "results"
+    shutil.copytree(answers[0].index.parent, results)
+    (results / KEPT).write_bytes(b"PK")
+    with pytest.raises(UserError, match="together.npz: not such a file .*; remove it"):
+        report.main([str(results)])

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     # Here: they import torch, which takes seconds.
     from ..evaluation.stored_results import check_result, find_results, read_report
+    from ..front.together import read_kept
     from ..report.page import index_entry, write_index, write_report
     from ..runtime.programs import progress
     from ..storage.artifacts import check_writable
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(folder, "pages are written into the folder of results")
     for query in queries:
         check_result(folder, query)
-    entries = []
+    together, entries = read_kept(folder, queries), []
     with progress(len(queries), "writing pages", "queries") as bar:
         for query in queries:
             report = read_report(folder, query, args.dataroot, tasks.get(query))
@@ -74,6 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             link = quote(path.relative_to(folder).as_posix())
             entries.append(index_entry(link, report))
             bar.update()
-    if len(entries) > 1:
-        path = write_index(folder, entries)
+    if len(entries) > 1 or (folder / "report.html").exists():  # whose links may lead nowhere
+        path = write_index(folder, entries, together)
     show(f"Page: {path}")
