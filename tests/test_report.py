@@ -210,10 +210,19 @@ def test_the_plot_counts_every_image_and_its_dots_stand_at_their_scores():
     plot = plot_scores(scores, 10, None)
     assert [dot["rank"] for dot in plot["dots"]] == list(range(1, 11))
     places = [dot["x"] for dot in plot["dots"]]
-    assert places == sorted(places, reverse=True) and places[0] == plot["width"] - plot["margin"]
+    assert places == sorted(places, reverse=True) and places[0] == plot["right"]
     assert sum(dot["is_named"] for dot in plot["dots"]) >= 1 and plot["bound"] is None
     assert all(0 <= bar["x"] <= plot["width"] and bar["height"] > 0 for bar in plot["bars"])
     assert plot_scores(np.ones(9), 3, None) is None
+
+
+def test_the_levels_of_the_plot_are_the_numbers_of_images_at_their_bars_heights():
+    scores = np.repeat([3.0, 2.0, 1.0], [1, 10, 150])  # three bars
+    plot = plot_scores(scores, 1, None)
+    assert [level["text"] for level in plot["levels"]] == ["1", "10", "100"]
+    heights = sorted(bar["height"] for bar in plot["bars"])
+    levels = [round(plot["axis"] - level["y"], 1) for level in plot["levels"]]
+    assert levels[:2] == heights[:2] and levels[1] < levels[2] < heights[2]
 
 
 @pytest.mark.parametrize("low, high", [(-1e-3, 2e-2), (0, 1), (-3e5, 2), (0.99, 1.0), (1e-9, 3e-9)])

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-WIDTH, HEIGHT, MARGIN, AXIS = 720, 200, 16, 168  # of the picture; AXIS: where the bars stand
+WIDTH, HEIGHT, AXIS = 720, 200, 168  # of the picture; AXIS: where the bars stand
+LEFT, RIGHT = 56, 16  # margins; the numbers of images stand in the left one
 TOP = 12  # highest point of a bar
 NUM_BINS = 90
 LABEL_GAP = 22  # between two numbers of marked images
@@ -24,21 +25,23 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def plot_scores(scores: np.ndarray, num_marked: int, bound: float | None) -> dict | None:
-    """Shapes of a histogram of all scores, heights on a logarithmic scale, with the highest
-    `num_marked` as dots. None where all scores are equal. scores: float [n], falling."""
+    """Shapes of a histogram of all scores, heights on a logarithmic scale with powers of ten as
+    levels, and the highest `num_marked` as dots. None where all scores are equal. scores: float [n],
+    falling."""
     low, high = float(scores[-1]), float(scores[0])
     if not high > low:
         return None
 
     def across(score):
-        return round(MARGIN + (score - low) / (high - low) * (WIDTH - 2 * MARGIN), 1)
+        return round(LEFT + (score - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
     counts, edges = np.histogram(scores, NUM_BINS, (low, high))
     scale = (AXIS - TOP) / math.log1p(counts.max())
+    powers = [10**power for power in range(len(str(counts.max())))]
     bars = [
         {
             "x": across(edge),
-            "width": round((WIDTH - 2 * MARGIN) / NUM_BINS - 1, 1),
+            "width": round((WIDTH - LEFT - RIGHT) / NUM_BINS - 1, 1),
             "height": round(max(3.0, scale * math.log1p(count)), 1),
         }
         for edge, count in zip(edges, counts)
@@ -54,7 +57,12 @@ def plot_scores(scores: np.ndarray, num_marked: int, bound: float | None) -> dic
         "width": WIDTH,
         "height": HEIGHT,
         "axis": AXIS,
-        "margin": MARGIN,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "levels": [
+            {"y": round(AXIS - scale * math.log1p(count), 1), "text": f"{count:,}"}
+            for count in powers
+        ],
         "bars": bars,
         "dots": dots,
         "ticks": [
