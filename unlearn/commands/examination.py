@@ -344,14 +344,12 @@ def check_shapes(dataroot: str | Path, parts: Parts | None, resolution: int) -> 
     """Raises UserError where latents and embeddings cannot be opened, or have other shapes than a
     model of these Parts (None: not known) makes."""
     latents, embeddings = open_arrays(dataroot)[:2]
-    blocks = (
-        parts.vae.get("block_out_channels")
-        if parts and parts.classes["vae"] == "AutoencoderKL"
-        else None
-    )
-    if parts is None or not isinstance(blocks, (list, tuple)):
+    if parts is None or parts.classes["vae"] not in parts.family.classes["vae"]:
         return
-    size, family = resolution // 2 ** (len(blocks) - 1), parts.family
+    family = parts.family
+    if (pixels := family.pixels_a_latent(parts.vae)) is None:
+        return
+    size = resolution // pixels
     text = family.shapes(parts)[TEXT]
     if None in text:
         return

@@ -219,7 +219,7 @@ def count_picture(model: Model, resolution: int) -> tuple[int, int]:
     pixels = torch.zeros(1, 3, resolution, resolution, device=model.device)
     vae = model.pipeline.vae
     with counting([*vae.parameters(), *vae.buffers()]) as counts:
-        vae.encode(pixels)
+        model.family.encode_pixels(vae, pixels)
     return counts.peak, counts.flops
 
 
@@ -229,6 +229,7 @@ def count_caption(model: Model, architecture: Architecture, parameters: Mapping[
     for encoder in model.encoders:
         table = getattr(model.pipeline, encoder).get_input_embeddings().weight.numel()
         tokens = architecture.parts.tokens[model.family.encoders[encoder]].limit or 0
+        tokens = min(tokens, model.family.longest or tokens)
         total += 2 * (parameters[encoder] - table) * tokens
     return total
 

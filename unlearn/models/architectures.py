@@ -95,11 +95,10 @@ def build(architecture: Architecture) -> Model:
             ) from None
         modules[part] = module.to(META).eval().requires_grad_(False)
     family.prepare(modules[family.denoiser])
-    blocks = parts.vae.get("block_out_channels") or ()
     pipeline: Any = SimpleNamespace(
         **modules,
         **dict.fromkeys(set(family.encoders) - modules.keys()),
-        vae_scale_factor=2 ** (len(blocks) - 1),
+        vae_scale_factor=family.pixels_a_latent(parts.vae) or 0,
     )
     model = Model(pipeline, "", torch.zeros(1000, device=META), family)
     model.parts = parts  # of a pipeline that is loaded they are found

@@ -100,6 +100,9 @@ def fused_attention() -> Iterator[None]:
         **more: Any,
     ) -> torch.Tensor:
         how = dropout_p, is_causal
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # as every device does
+            there = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = there.masked_fill_(~attn_mask, -torch.inf)
         return FUSED(query, key, value, *how, attn_mask=attn_mask, scale=scale)[0]
 
     functional.scaled_dot_product_attention = attend

@@ -65,7 +65,7 @@ def generate_latents(
         prediction = model.predict_at(latents, times, conditioning)
         if empty is not None:
             unconditional = model.predict_at(latents, times, empty)
-            prediction = unconditional + guidance_scale * (prediction - unconditional)
+            prediction = family.mix(prediction, unconditional, guidance_scale)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     check_finite("latents", latents)
     return latents
@@ -77,7 +77,7 @@ def decode_latents(model: Model, latents: torch.Tensor) -> np.ndarray:
     is not finite."""
     vae: Any = model.pipeline.vae
     with model.encoders_there():
-        pixels = vae.decode(model.denormalise(latents)).sample.float()
+        pixels = model.family.decode_latents(vae, model.denormalise(latents)).float()
     check_finite("pixels", pixels)
     pixels = pixels.clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

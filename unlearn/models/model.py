@@ -154,12 +154,12 @@ class Model:
         differ by the model alone."""
         vae: Any = self.pipeline.vae
         with self.encoders_there():
-            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
-        return self.family.normalise(vae.config, latents).cpu()
+            latents = self.family.encode_pixels(vae, pixels.to(vae.device, vae.dtype)).float()
+            return self.family.normalise(vae, latents).cpu()
 
     def denormalise(self, latents: Any) -> Any:
         """Latents as the VAE gives them."""
-        return self.family.denormalise(self.pipeline.vae.config, latents)
+        return self.family.denormalise(self.pipeline.vae, latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -193,7 +193,7 @@ class Model:
         pipeline: Any = self.pipeline
         parts = {part: named_weights(getattr(pipeline, part)) for part in ("vae", *self.encoders)}
         return {
-            "scaling": self.family.scaling(pipeline.vae.config),
+            "scaling": self.family.scaling(pipeline.vae),
             **{name: hash_tensors(weights) for name, weights in parts.items()},
         }
 
@@ -250,13 +250,13 @@ def trained_resolution(
 ) -> int | None:
     """Pixels of a side by the configurations of denoiser and VAE, as diffusers' pipelines take it;
     None where they do not say."""
-    size, blocks = family.own_latent_side(denoiser), vae.get("block_out_channels")
+    size, pixels = family.own_latent_side(denoiser), family.pixels_a_latent(vae)
     size = (
         size[0]
         if isinstance(size, (list, tuple)) and size and size == size[:1] * len(size)
         else size
     )
-    if not isinstance(size, int) or isinstance(size, bool) or not isinstance(blocks, (list, tuple)):
+    if not isinstance(size, int) or isinstance(size, bool) or pixels is None:
         return None
-    resolution = size * 2 ** (len(blocks) - 1)
+    resolution = size * pixels
     return resolution if 0 < resolution <= LARGEST_NUMBERS["resolution"] else None

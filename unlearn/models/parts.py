@@ -131,9 +131,10 @@ def read_tokens(folder: Path) -> Tokens:
 
 def describe_text_encoder(config: object) -> dict:
     """What is asked of a text encoder's configuration, by whatever names it has there; None where
-    it has it not."""
+    it has it not. Of an encoder that reads pictures too: of what reads the text."""
+    own = getattr(config, "text_config", config)
     return {
-        key: getattr(config, key, None)
+        key: getattr(own, key, None)
         for key in ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim")
     }
 

@@ -62,6 +62,7 @@ class Family:
     follows_clip_skip: bool = False  # whether trainers may read another layer of its text encoder
     selections: Mapping[str, str]  # weight selection -> regular expression of parameters' names
     text: TextWeights  # how the weights of the text's keys and values are reached
+    longest: int | None = None  # tokens of a prompt that are read, where tokenizers may say more
 
     def parts(self, classes: Mapping[str, str]) -> list[str]:
         """The parts that a pipeline of these classes must have."""
@@ -190,17 +191,32 @@ class Family:
 
     # Pictures and prompts.
 
+    def pixels_a_latent(self, vae: Mapping[str, Any]) -> int | None:
+        """Pixels of a latent's side by a VAE's configuration; None where it does not say."""
+        blocks = vae.get("block_out_channels")
+        return 2 ** (len(blocks) - 1) if isinstance(blocks, (list, tuple)) and blocks else None
+
+    def encode_pixels(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """A VAE's latents, [n, C, h, w], of pixels, [n, 3, H, W]: the posterior's mean."""
+        return vae.encode(pixels).latent_dist.mean
+
+    def decode_latents(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """A VAE's pixels, [n, 3, H, W], of latents as it gives them, [n, C, h, w]."""
+        return vae.decode(latents).sample
+
     def scaling(self, vae: Any) -> list:
         """What a VAE's configuration says of the normalisation of latents, for records."""
-        return [vae.scaling_factor, vae.get("shift_factor")]
+        return [vae.config.scaling_factor, vae.config.get("shift_factor")]
 
     def normalise(self, vae: Any, latents: Any) -> Any:
-        """Latents of a VAE of this configuration as the denoiser expects them."""
-        return (latents - (vae.get("shift_factor") or 0)) * vae.scaling_factor
+        """Latents of a VAE as the denoiser expects them."""
+        config = vae.config
+        return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     def denormalise(self, vae: Any, latents: Any) -> Any:
         """Latents as the VAE gave them."""
-        return latents / vae.scaling_factor + (vae.get("shift_factor") or 0)
+        config = vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Conditioning of prompts, {name: [n, ...]} float32 on the CPU."""
@@ -242,6 +258,12 @@ class Family:
             name: empty[name].to(tensor).expand_as(tensor) if name in empty else tensor
             for name, tensor in conditioning.items()
         }
+
+    def mix(
+        self, prediction: torch.Tensor, empty: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        """The prediction that a step takes, from those of the text and of the empty prompt."""
+        return empty + guidance_scale * (prediction - empty)
 
     def encode_empty(self, pipeline: Any) -> dict[str, torch.Tensor]:
         """The conditioning that guidance leads away from, {name: [1, ...]}."""

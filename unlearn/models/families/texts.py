@@ -63,9 +63,14 @@ def check_same_limit(parts: Parts, refuse: Refuse) -> None:
         refuse(f"its tokenizers read prompts of different lengths (model_max_length: {told})")
 
 
-def check_tokens(parts: Parts, encoder: str, tokenizer: str, refuse: Refuse) -> None:
-    """Refuses a tokenizer of another model than its text encoder, or of longer prompts."""
+def check_tokens(
+    parts: Parts, encoder: str, tokenizer: str, refuse: Refuse, longest: int | None = None
+) -> None:
+    """Refuses a tokenizer of another model than its text encoder, or of longer prompts. longest:
+    tokens that are read at most, where the tokenizer may say more."""
     text, tokens = parts.texts[encoder], parts.tokens[tokenizer]
+    if longest and isinstance(tokens.limit, int):
+        tokens = tokens._replace(limit=min(tokens.limit, longest))
     which = label(encoder).replace("text encoder", "tokenizer")
     if isinstance(tokens.vocabulary, int) and tokens.vocabulary > text["vocab_size"]:
         refuse(
