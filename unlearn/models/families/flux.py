@@ -11,8 +11,9 @@ from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
 from ...errors import UserError
 from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_scaling, check_transformer
-from .flow import SELECTIONS, Flow, name_block
+from .flow import SELECTIONS, name_block
 from .interface import Original, Parts, Refuse
+from .packing import Packed, pack, packed_channels
 from .texts import check_clip, check_tokens, read_tokens, tokenize
 
 T5_TOKENS = 512
@@ -59,7 +60,7 @@ XLABS_DOUBLE = {
 XLABS_SINGLE = {"processor.qkv_lora": SINGLE["linear1"][:3], "processor.proj_lora": ("proj_out",)}
 
 
-class Flux(Flow):
+class Flux(Packed):
     name = "FLUX.1"
     denoiser = "transformer"
     classes = {"transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",)}
@@ -67,7 +68,6 @@ class Flux(Flow):
     # Of the double blocks: in single blocks text and image share keys and values.
     selections = SELECTIONS
     text = StreamWeights()
-    patch = 2
     # kohya numbers T5 as in Stable Diffusion 3, OneTrainer by its place.
     trainers_encoders = {
         "te": "text_encoder",
@@ -104,8 +104,7 @@ class Flux(Flow):
         check_clip(parts, "text_encoder", refuse)
         for encoder, tokenizer in self.encoders.items():
             check_tokens(parts, encoder, tokenizer, refuse)
-        channels = parts.vae.get("latent_channels")
-        packed = channels * self.patch**2 if isinstance(channels, int) else None
+        packed = packed_channels(parts.vae.get("latent_channels"))
         texts = {encoder: text["hidden_size"] for encoder, text in parts.texts.items()}
         expected = {
             "in_channels": (packed, "its VAE's latents make, packed,"),
@@ -115,9 +114,6 @@ class Flux(Flow):
         check_transformer(parts, which, expected, refuse)
         self.check_schedule(parts, refuse)
         check_scaling(parts, refuse)
-
-    def own_latent_side(self, denoiser: Mapping[str, Any]) -> int:
-        return 128  # its configuration does not say; diffusers' pipeline takes this
 
     def inputs(
         self,
@@ -143,9 +139,6 @@ class Flux(Flow):
                 number, height // 2, width // 2, noisy.device, noisy.dtype
             ),
         }
-
-    def read(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
-        return unpack(output, noisy.shape)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """T5's last hidden states, and CLIP's pooled text."""
@@ -191,24 +184,7 @@ class Flux(Flow):
             )
         return conditioning, None
 
-    def steps(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
-
 
 def t5_limit(limit: int | None) -> int:
     """How many tokens T5 reads, where its tokenizer says that it reads `limit`."""
     return min(T5_TOKENS, limit or T5_TOKENS)
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents [batch, C, h, w] as positions [batch, h / 2 * w / 2, 4 C]."""
-    number, channels, height, width = latents.shape
-    blocks = latents.reshape(number, channels, height // 2, 2, width // 2, 2)
-    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Latents of this shape, [batch, C, h, w], that were packed."""
-    number, channels, height, width = shape
-    blocks = positions.reshape(number, height // 2, width // 2, channels, 2, 2)
-    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(number, channels, height, width)
