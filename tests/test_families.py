@@ -95,6 +95,14 @@ every_sampler = of([name for name in PIPELINES if name != "pixart-sized"])
 every_family = of([name for name in PIPELINES if "-" not in name])
 
 
+def mean_of(vae, pixels):
+    """The mean of a VAE's posterior, [C, h, w], of a picture [3, H, W]."""
+    is_film = vae.config.get("temperal_downsample") is not None
+    pixels = pixels[None, :, None] if is_film else pixels[None]
+    mean = vae.encode(pixels).latent_dist.mean[0]
+    return mean[:, 0] if is_film else mean
+
+
 @every_pipeline
 def test_the_loss_is_that_of_diffusers_training_example(world):
     """For the same latents, noise and timesteps; latents and conditioning are compared on the way."""
@@ -104,9 +112,7 @@ def test_the_loss_is_that_of_diffusers_training_example(world):
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2))
     texts = encode_texts(model, CAPTIONS, world.paths, RESOLUTION)
     with torch.no_grad():
-        means = [
-            pipeline.vae.encode(transform(path)[None]).latent_dist.mean[0] for path in world.paths
-        ]
+        means = [mean_of(pipeline.vae, transform(path)) for path in world.paths]
         latents = normalised(world.family, pipeline, torch.stack(means))
         drawn = scheduler_indices(model)[timesteps]
         expected = training_loss(world.family, pipeline, CAPTIONS, SIZES, latents, noise, drawn)
@@ -323,23 +329,26 @@ def sample_by_pipeline(world, pipeline, start, guidance_scale):
         "pixart": {"use_resolution_binning": False, "max_sequence_length": LIMIT + 4},
         "sd3": {"max_sequence_length": LIMIT + 4 if pipeline.components.get("tokenizer_3") else 77},
         "flux": {"max_sequence_length": LIMIT + 4},
+        "qwen": {"max_sequence_length": LIMIT + 4, "negative_prompt": [" "] * 2},
     }.get(family, {})
-    if family == "flux":
+    is_packed = family in ("flux", "qwen")
+    if is_packed:
         packed = FluxPipeline._pack_latents(start, *start.shape)
+    scale = "true_cfg_scale" if family == "qwen" else "guidance_scale"
     try:
         latents = pipeline(
             CAPTIONS[:2],
             height=RESOLUTION,
             width=RESOLUTION,
             num_inference_steps=3,
-            guidance_scale=guidance_scale,
-            latents=packed if family == "flux" else start.clone(),
+            latents=packed if is_packed else start.clone(),
             output_type="latent",
+            **{scale: guidance_scale},
             **more,
         ).images
     finally:
         pipeline.scheduler = own
-    if family != "flux":
+    if not is_packed:
         return latents
     factor = pipeline.vae_scale_factor
     return FluxPipeline._unpack_latents(latents, RESOLUTION, RESOLUTION, factor)

@@ -6,6 +6,7 @@ import json
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -13,6 +14,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -20,11 +23,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -242,6 +252,96 @@ def flux(**more):
     )
 
 
+MESSAGE_WORDS = (  # of the messages in which prompts are put
+    "system Describe image by detailing color shape size texture quantity text spatial "
+    "relationships objects and background user assistant"
+).split()
+
+
+def qwen_tokenizer(limit):
+    """A tokenizer of Qwen's kind: bytes, and what is merged of them in our words, each with the space
+    before it or without."""
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words = [f"{space}{word}" for word in [*WORDS, *MESSAGE_WORDS] for space in ("", " ")]
+    alphabet = ByteLevel.alphabet()
+    trained.train_from_iterator(
+        words, BpeTrainer(vocab_size=5000, initial_alphabet=alphabet, show_progress=False)
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    model = json.loads(trained.to_str())["model"]
+    for name in special:
+        model["vocab"][name] = len(model["vocab"])
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        extra_special_tokens=special[1:],
+        model_max_length=limit,
+    )
+
+
+def language_model(tokenizer, width, layers=2):
+    """What configurations of language models have in common."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def qwen_image(**more):
+    """A pipeline of Qwen-Image's kind."""
+    tokenizer = qwen_tokenizer(34 + LIMIT + 4)
+    encoder = Qwen2_5_VLConfig(
+        text_config={
+            **language_model(tokenizer, 16),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 1,
+            "out_hidden_size": 16,
+        },
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        **more,
+    )
+    films = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        ),
+        films,
+        Qwen2_5_VLForConditionalGeneration(encoder),
+        tokenizer,
+        transformer,
+    )
+
+
 PIPELINES = {  # those with a - in their name are variants, of which only loss and pictures are tested
     "sd": stable_diffusion,
     "sd-v": lambda: stable_diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -255,6 +355,7 @@ PIPELINES = {  # those with a - in their name are variants, of which only loss a
     "sd3-without-t5": lambda: stable_diffusion_3(with_t5=False),
     "flux": lambda: flux(guidance_embeds=True),
     "flux-schnell": flux,
+    "qwen": qwen_image,
 }
 
 
@@ -400,12 +501,37 @@ def flux_loss(pipeline, prompts, sizes, latents, noise, indices):
     return mean_square(prediction - (noise - latents))
 
 
+def qwen_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_qwen_image.py; indices as of `sd3_loss`. Its
+    latents have one frame, and its texts are of the longest one's length."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    states, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=512)
+    noisy = ((1.0 - sigmas) * latents + sigmas * noise)[:, :, None]
+    number, channels, _, height, width = noisy.shape
+    prediction = pipeline.transformer(
+        hidden_states=QwenImagePipeline._pack_latents(
+            noisy.permute(0, 2, 1, 3, 4), number, channels, height, width
+        ),
+        encoder_hidden_states=states,
+        encoder_hidden_states_mask=mask,
+        timestep=timesteps / 1000,
+        img_shapes=[(1, height // 2, width // 2)] * number,
+        return_dict=False,
+    )[0]
+    factor = pipeline.vae_scale_factor
+    prediction = QwenImagePipeline._unpack_latents(
+        prediction, height * factor, width * factor, factor
+    )
+    return mean_square(prediction[:, :, 0] - (noise - latents))
+
+
 LOSSES = {
     "sd": sd_loss,
     "sdxl": sdxl_loss,
     "pixart": pixart_loss,
     "sd3": sd3_loss,
     "flux": flux_loss,
+    "qwen": qwen_loss,
 }
 
 
@@ -418,6 +544,9 @@ def training_loss(family, *samples):
 def normalised(family, pipeline, mean):
     """The posterior's mean as a family's training example normalises latents."""
     config = pipeline.vae.config
+    if family == "qwen":
+        means, deviations = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        return (mean - means[:, None, None]) * (1.0 / deviations)[:, None, None]
     if family.partition("-")[0] in ("sd3", "flux"):
         return (mean - config.shift_factor) * config.scaling_factor
     return mean * config.scaling_factor

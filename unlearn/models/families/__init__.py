@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from .flux import Flux
 from .interface import Family, Parts
 from .pixart import PixArt
+from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     Flux(),
     PixArt("PixArt-alpha", "PixArtAlphaPipeline", 120),
     PixArt("PixArt-sigma", "PixArtSigmaPipeline", 300),
+    QwenImage(),
 )
 SUPPORTED = f"{', '.join(family.name for family in FAMILIES)} and models of their kind"
 
