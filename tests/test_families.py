@@ -21,6 +21,7 @@ from tiny_families import (
     make_pipeline,
     make_root,
     normalised,
+    stable_diffusion_3,
     training_loss,
 )
 
@@ -30,7 +31,7 @@ import unlearn
 from unlearn import UserError
 from unlearn.attribution import draws, sweeps
 from unlearn.attribution.derivatives import second_order_dots, text_gradients
-from unlearn.attribution.estimation import draw_samples
+from unlearn.attribution.estimation import FisherSettings, draw_samples, estimate_fisher
 from unlearn.attribution.losses import changed_losses, loss_sums, sample_losses
 from unlearn.attribution.newton import total_norm
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
@@ -47,7 +48,9 @@ from unlearn.models.families import flux
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
 from unlearn.models.precision import check_masters
+from unlearn.models.selections import list_unread
 from unlearn.storage.reading import read_tensors
+from unlearn.storage.records import read_record
 
 KV = "cross-attn-kv"
 EMBEDDINGS, LATENTS = "laion_text_embeddings", "laion_latents"
@@ -268,6 +271,65 @@ def test_gradients_of_keys_and_values_equal_autograd_of_each_text(world):
             torch.testing.assert_close(
                 found[name][text], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name
             )
+
+
+def idle_weights(denoiser, predict):
+    """Names of the weights of a denoiser in float64 whose derivatives of a prediction are zero but for
+    rounding."""
+    parameters = dict(denoiser.named_parameters())
+    with tracked(parameters):
+        output = predict()
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad(
+            output, list(parameters.values()), direction.to(output), materialize_grads=True
+        )
+    return {name for name, each in zip(parameters, gradients) if each.norm() < 1e-12}
+
+
+@every_pipeline
+def test_a_weight_is_left_out_exactly_where_no_prediction_depends_on_it(world):
+    model, (latents, noise, timesteps, texts) = world.model, world.samples
+    texts = map_tensors(lambda each: each.double() if each.is_floating_point() else each, texts)
+    noisy = model.diffuse(latents, noise, timesteps).double()
+    model.denoiser.double()
+    try:
+        idle = idle_weights(model.denoiser, lambda: model.predict(noisy, timesteps, texts))
+    finally:
+        model.denoiser.float()
+    assert set(list_unread(model.denoiser, "all")) == idle
+    assert bool(idle) is world.family.startswith(("sd3", "pixart"))
+    assert not set(select_parameters(model.denoiser, "attn")) & idle
+    assert idle < select_parameters(model.denoiser, "all", with_unread=True).keys()
+    assert list_unread(model.denoiser, KV) == []
+
+
+def test_keys_of_self_attention_without_norms_have_no_bias_that_matters():
+    """Stable Diffusion 3 with dual attention and without norms, which nobody has published."""
+    denoiser = stable_diffusion_3(dual_attention_layers=(0,)).transformer.double()
+    drawn = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    told = drawn(1, 8, 8, 8), drawn(1, 5, 32), drawn(1, 20), torch.tensor([500])
+    idle = idle_weights(denoiser, lambda: denoiser(*told).sample)
+    assert "transformer_blocks.0.attn2.to_k.bias" in idle
+    assert set(list_unread(denoiser, "all")) == idle
+
+
+@of(["sd3", "pixart"])
+@pytest.mark.parametrize("selection", ["cross-attn", "all"])
+def test_selections_with_weights_that_nothing_reads_are_unlearned(
+    world, selection, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    path, model = tmp_path / "fisher.safetensors", world.model
+    settings = FisherSettings(8, selection)
+    estimate_fisher(model, world.images, settings, path)
+    unread = list_unread(model.denoiser, selection)
+    assert caplog.text.count(f"without {len(unread)} on which no prediction depends") == 1
+    assert read_record(path, "")["identity"]["unread"] == len(unread) > 0
+    estimated = unlearn.load_fisher(path, model, weight_selection=selection)
+    query = unlearn.encode_query(model, world.root / "synth/query.png", "a red square")
+    delta = unlearn.unlearn(model, query, estimated, draws=4)
+    assert delta.tensors.keys() == select_parameters(model.denoiser, selection).keys()
+    assert all(torch.isfinite(each).all() and each.any() for each in delta.tensors.values())
 
 
 def random_change(model, size=0.05):

@@ -15,6 +15,7 @@ from ..datasets.conditioning import map_tensors
 from ..datasets.settings import is_published_root
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model, select_parameters
+from ..models.selections import list_unread
 from ..runtime.programs import log, progress
 from ..runtime.signals import finishing
 from ..storage.artifacts import check_writable, write_tensors
@@ -70,6 +71,8 @@ class FisherSettings:
         fields = asdict(self)
         if self.curvature == DIAGONAL:  # as before there was another
             del fields["curvature"]
+        if unread := list_unread(model.denoiser, self.weight_selection):
+            fields["unread"] = len(unread)
         return {**model.identity, **images, **noise.identity(), **fields}
 
 
@@ -141,6 +144,8 @@ def estimate_fisher(
         content = write_tensors(path, tensors)
         write_record(path, identity, model.device, content, {"num_images": len(training_set)})
         log.info(f"{path}: {len(parameters)} parameters, {settings.num_samples} samples{told}")
+        if unread := list_unread(model.denoiser, settings.weight_selection):
+            log.info(f"without {len(unread)} on which no prediction depends, first {unread[0]}")
 
     if not parts_folder(path, digest(identity)).is_dir():
         check_unrecorded(path, identity, overwrite, remedy)

@@ -106,7 +106,9 @@ class FeatureMaker:
                     f"timesteps {timestep}: expected 0 to {model.num_train_timesteps - 1}, the "
                     f"timesteps of the model"
                 )
-        self.parameters = select_parameters(model.denoiser, settings.weight_selection)
+        self.parameters = select_parameters(
+            model.denoiser, settings.weight_selection, with_unread=True
+        )
         self.sketch = Sketch(
             self.parameters, settings.sketch_size, settings.noise_seed, model.device
         )

@@ -209,7 +209,7 @@ class Trak(Method):
 
     def products(self, run: Run) -> np.ndarray:
         """The kernel of every query with every view of every image, [queries, N, views] float64."""
-        parameters = select_parameters(run.model.denoiser, self.weight_selection)
+        parameters = select_parameters(run.model.denoiser, self.weight_selection, with_unread=True)
         with tracked(parameters):
             sketch = Sketch(parameters, self.projection_size, self.seed, run.model.device, BLOCKS)
             features = cache_reduced(

@@ -147,7 +147,7 @@ def count_needs(
     is_removal = scoring == REMOVAL
     settings = own_settings(model)
     selection = settings.weight_selection if is_removal else SELECTION if lora else KV
-    selected = select_parameters(model.denoiser, selection)
+    selected = select_parameters(model.denoiser, selection, with_unread=is_removal)
     number = sum(value.numel() for value in selected.values())
     forward, backward, peak = count_passes(model, selected, resolution)
     held = count_bytes(model.denoiser) + number * (SKETCH_BYTES if is_removal else UNLEARNING_BYTES)

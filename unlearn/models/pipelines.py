@@ -1,4 +1,4 @@
-"""Pipelines loaded, and their weights selected, changed and restored."""
+"""Pipelines loaded, and their weights changed and restored."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ from ..storage.hashes import digest, hash_tensors, named_weights
 from ..storage.reading import list_visible, read_json
 from . import lora as loras
 from .checks import check_classes, check_fit, check_passes, check_pipeline
-from .families import Family, find_denoiser_family
-from .families.interface import UNET_SELECTIONS
+from .families import Family
 from .lora_files import LoraFile
 from .lora_layers import check_family
 from .model import Model
 from .parts import class_names, family_of, parts_of, read_index
 from .precision import DTYPES, check_weights_type, halve
 from .residence import Residence
+from .selections import SELECTIONS, select_parameters
 from .unets import check_unet_folder, load_unet
 from .weights import find_absent
 
@@ -40,7 +40,6 @@ __all__ = [
     "select_parameters",
     "tracked",
 ]
-SELECTIONS = (*UNET_SELECTIONS, loras.SELECTION)  # of every family
 
 
 def load_model(
@@ -187,23 +186,6 @@ def is_fused(name: str | Path, label: str) -> bool:
         with safe_open(path, "pt") as file:
             names += file.keys()
     return any(re.search(r"\.to_(added_)?q?kv\.", each) for each in names)
-
-
-def select_parameters(denoiser: torch.nn.Module, selection: str) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a selection, by name in the model's order. Raises UserError where none
-    matches, or a LoRA stands beside the weights."""
-    loras.check_selection(denoiser, selection)
-    if selection == loras.SELECTION:
-        return loras.select_matrices(denoiser)
-    pattern = find_denoiser_family(denoiser).selections[selection]
-    selected = {
-        name: value for name, value in denoiser.named_parameters() if re.search(pattern, name)
-    }
-    if not selected:
-        raise UserError(
-            f"--weight_selection {selection}: matches no parameter of {type(denoiser).__name__}"
-        )
-    return selected
 
 
 @contextmanager

@@ -103,6 +103,7 @@ MEANINGS = {
     "audited": ("how those are chosen", None),
     "views": ("how an image's score follows from its views", None),
     "weight_selection": ("weights that are selected", None),
+    "unread": ("selected weights on which no prediction depends", None),
     "curvature": ("kind of curvature", None),
     "damping": ("added to the Fisher", None),
     "num_train": ("N of the Newton update", None),

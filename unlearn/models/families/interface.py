@@ -84,6 +84,11 @@ class Family:
         """Changes a denoiser that was loaded to one that the core can use, in place."""
         self.text.prepare(denoiser, self.selections[KV])
 
+    def unread(self, denoiser: Any) -> str | None:
+        """A regular expression of the names of a denoiser's parameters on which no prediction depends,
+        None where all matter. Where one has its own curvature, it is 0 / 0."""
+        return None
+
     def before_text(self, denoiser: Any) -> list[Any]:
         """The costly ones of the modules that run once a pass, before the first that reads the
         text: what they give is the same under any weights of keys and values."""

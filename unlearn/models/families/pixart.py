@@ -31,6 +31,11 @@ class PixArt(Betas):
     def __init__(self, name: str, pipeline: str, num_tokens: int) -> None:
         self.name, self.pipeline, self.num_tokens = name, pipeline, num_tokens
 
+    def unread(self, denoiser: Any) -> str:
+        """The keys' biases: they add the same to all keys that a query is compared with, and a softmax
+        does not see that."""
+        return r"\.attn[12]\.to_k\.bias$"
+
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == self.pipeline
 

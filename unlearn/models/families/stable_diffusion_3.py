@@ -66,6 +66,13 @@ class StableDiffusion3(Flow):
         names[f"final_layer.{SWAPPED}"] = Original(("norm_out.linear",), True)
         return names
 
+    def unread(self, denoiser: Any) -> str:
+        """The text's queries in the last block, after which the text is dropped; and keys' biases that add
+        the same to all that are compared, in the image's own attention without norms."""
+        last = len(denoiser.transformer_blocks) - 1
+        queries = rf"^transformer_blocks\.{last}\.attn\.(add_q_proj|norm_added_q)\."
+        return queries if denoiser.config.qk_norm else rf"{queries}|\.attn2\.to_k\.bias$"
+
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == "StableDiffusion3Pipeline"
 
