@@ -82,6 +82,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         parser,
         "sd_version",
         "lora",
+        "weights",
         "task_json",
         "dataroot",
         "laion_subset_size",

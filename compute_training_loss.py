@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "result_dir",
         "sd_version",
         "lora",
+        "weights",
         "dataroot",
         "laion_subset_size",
         "vae_batch_size",

@@ -6,12 +6,20 @@ import pytest
 import torch
 import transformers
 from conftest import PARITY
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from tiny_families import make_root
 
+import compute_influence
+import compute_training_loss
 from unlearn import UserError
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.commands import encode, fisher
+from unlearn.commands.advice import encode_command
 from unlearn.front import loading
 from unlearn.front.models import Source
 from unlearn.models import model as models
+from unlearn.models import pipelines
 from unlearn.models.pipelines import load_model
 from unlearn.models.precision import check_scoring
 from unlearn.models.residence import Residence
@@ -36,6 +44,25 @@ def test_differences_are_refused_with_weights_in_half_precision():
         check_scoring("exact", "bf16")
     for scoring, weights in (("exact", "fp32"), ("removal", "bf16"), ("midpoint", "bf16")):
         check_scoring(scoring, weights)
+
+
+@pytest.mark.parametrize("said", ["fp32", "bf16"])
+@pytest.mark.parametrize("program", [compute_influence, compute_training_loss, encode, fisher])
+def test_every_program_takes_the_precision_of_weights(program, said, tmp_path):
+    """As a flag, else as dataset.json says it; what is advised carries the flag."""
+    root = make_root(tmp_path / "root", TINY, weights=said)
+    flags = ["--dataroot", str(root), "--device", "cpu"]
+    flags += ["--task_json", "tasks.json"] if program.__name__.startswith("compute") else []
+    read = lambda *more: first(program.parse_arguments([*flags, *more]))
+    assert read().weights == said
+    own = read("--weights", "bf16")
+    assert own.weights == "bf16"
+    assert ("--weights bf16" in encode_command(own)) is (said == "fp32")
+
+
+def first(parsed):
+    """The flags, where a program gives its settings beside them."""
+    return parsed[0] if isinstance(parsed, tuple) else parsed
 
 
 class Part:
@@ -110,6 +137,53 @@ def test_text_encoders_are_read_once(monkeypatch):
     monkeypatch.setattr(transformers.CLIPTextModel, "from_pretrained", count)
     load_model(TINY, "cpu")
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "stored", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
+def test_weights_in_half_precision_are_read_as_they_stand_and_are_those_of_float32(
+    stored, tmp_path, monkeypatch
+):
+    """With a LoRA that changes denoiser and text encoder: the same bits and the same identity as where
+    all of it was read in float32 and rounded at the end."""
+    pipeline = DiffusionPipeline.from_pretrained(TINY, safety_checker=None)
+    pipeline.to(stored).save_pretrained(tmp_path)
+    layers = {
+        "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_q",
+        "text_encoder": "encoder.layers.0.self_attn.q_proj",
+    }
+    tensors = {}
+    for part, layer in layers.items():
+        size = getattr(pipeline, part).get_submodule(layer).weight.shape
+        down, up = torch.randn(2, size[1]), torch.randn(size[0], 2)
+        name = f"{part}.{layer}.lora_"
+        tensors |= {f"{name}A.weight": down, f"{name}B.weight": up}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    read, halve = [], pipelines.halve
+
+    def see(own, *more):
+        read.append((own.unet.conv_in.weight.dtype, own.text_encoder.dtype, own.vae.dtype))
+        halve(own, *more)
+
+    monkeypatch.setattr(pipelines, "halve", see)
+    how = {"lora": [str(tmp_path / "lora.safetensors")], "weights": "bf16"}
+    found = load_model(tmp_path, "cpu", **how)
+    monkeypatch.setattr(pipelines, "stored_type", lambda *given: torch.float32)
+    load = pipelines.load_text_encoders
+    monkeypatch.setattr(
+        pipelines,
+        "load_text_encoders",
+        lambda *given: {part: each.float() for part, each in load(*given).items()},
+    )
+    expected = load_model(tmp_path, "cpu", **how)
+    assert read == [(stored, stored, torch.float32), (torch.float32,) * 3]
+    assert found.identity == expected.identity
+    for part in layers:
+        own, other = (getattr(each.pipeline, part).state_dict() for each in (found, expected))
+        assert own.keys() == other.keys()
+        for name, value in other.items():
+            assert own[name].dtype == value.dtype and torch.equal(own[name], value), name
 
 
 def test_a_sample_that_fills_the_memory_goes_on_with_checkpointing(monkeypatch, caplog):

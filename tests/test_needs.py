@@ -1,6 +1,8 @@
 """What a run needs, counted by configurations alone: the published models' sizes, tensors alive at
 once, and what doctor, the front door and `python -m unlearn needs` tell of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PARITY
@@ -9,7 +11,7 @@ from unlearn import UserError
 from unlearn.attribution.removal import RemovalSettings
 from unlearn.commands import forecast, needs
 from unlearn.datasets.settings import PUBLISHED as DEFAULTS
-from unlearn.front.needs import find_needs
+from unlearn.front.needs import count_bytes, count_loaded, find_needs, list_parts
 from unlearn.models.architectures import (
     architecture_of,
     build,
@@ -90,7 +92,8 @@ def test_operations_of_features_are_those_of_their_passes():
     cells = needs.describe("mine", architecture, 0, 1000, False, "fp32")
     assert cells[:2] + cells[5:6] == [f"mine, {found.resolution} px", "fp32", "12 GB"]
     half = find_needs(architecture, weights="bf16")
-    assert half.least_bytes < found.least_bytes and half.host == found.host
+    assert half.least_bytes < found.least_bytes
+    assert half.host == found.host, "the files of this pipeline are float32"
     assert half.forward == found.forward and half.seconds(9, "H100") < found.seconds(9, "H100")
     assert len(cells) == len(needs.HEADER)
 
@@ -103,6 +106,18 @@ def test_a_model_needs_more_than_a_lora_and_a_larger_picture_more_than_a_small_o
     assert lora.backward < own.backward and large.forward > 15 * own.forward
     assert large.device["scoring"] > own.device["scoring"] and own.smallest_gpu == 12
     assert find_needs(architecture_of(load_model(str(TINY), "cpu"))) == own
+
+
+def test_files_in_half_precision_need_half_of_the_memory_but_for_the_vae():
+    own, counted = read_architecture(TINY), build(read_architecture(TINY))
+    sizes = {name: count_bytes(part) for name, part in list_parts(counted).items()}
+    assert count_loaded(counted, replace(own, stored={})) == sum(sizes.values())
+    counted.weights = "bf16"
+    assert own.stored == dict.fromkeys(("unet", "text_encoder"), torch.float32)
+    assert count_loaded(counted, own) == sum(sizes.values())
+    halved = (sizes["unet"] + sizes["text_encoder"]) // 2 + sizes["vae"]
+    for stored in ({}, {"unet": torch.float16}):
+        assert count_loaded(counted, replace(own, stored=stored)) == halved
 
 
 def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
@@ -121,7 +136,7 @@ def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
 
 
 def test_doctor_tells_what_each_way_of_scoring_needs(monkeypatch):
-    args = needs.Namespace(sd_version=str(TINY), lora=None, device="cpu")
+    args = needs.Namespace(sd_version=str(TINY), lora=None, weights=None, device="cpu")
     findings = forecast.examine_needs(args, DEFAULTS)
     assert [finding.status for finding in findings] == ["ok"] * 2
     assert all("a GPU of 12 GB does it" in finding.text for finding in findings)

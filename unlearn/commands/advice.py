@@ -15,7 +15,7 @@ from ..runtime.programs import choose_device
 from .removal_flags import DEFAULTS as REMOVAL_DEFAULTS
 from .removal_flags import OWN
 
-ENCODING = ("sd_version", "lora", "vae_batch_size", "device")
+ENCODING = ("sd_version", "lora", "weights", "vae_batch_size", "device")
 IMAGES = (*ENCODING, "laion_subset_size")
 LOSSES = (*IMAGES, "batch_size", "time_samples", "noise_seed", "precision")
 TASKS = ("task_json", "dataroot")
@@ -49,7 +49,12 @@ FLAGS = {
     "index": (*TASKS, *LOSSES, "fisher_path", "damping"),
     "encode": ("dataroot", *ENCODING),
     "baselines": (*TASKS, "result_dir", *LOSSES, "fisher_path", "damping"),
-    "retrain": (*TASKS, "result_dir", *IMAGES, "noise_seed"),
+    "retrain": (
+        *TASKS,
+        "result_dir",
+        *(flag for flag in IMAGES if flag not in ("lora", "weights")),
+        "noise_seed",
+    ),
 }
 DEFAULTS = {
     **OWN_DEFAULTS,

@@ -79,6 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         parser,
         "sd_version",
         "lora",
+        "weights",
         "dataroot",
         "laion_subset_size",
         "vae_batch_size",

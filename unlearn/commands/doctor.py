@@ -19,7 +19,7 @@ from .parsing import add_flags, make_parser
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line; a data root that is wrong is a finding, not an error."""
     parser = make_parser(__doc__, "python -m unlearn doctor")
-    add_flags(parser, "dataroot", "sd_version", "lora", "laion_subset_size", "device")
+    add_flags(parser, "dataroot", "sd_version", "lora", "weights", "laion_subset_size", "device")
     parser.add_argument("--task_json", help="task file to examine too")
     parser.add_argument(
         "--result_dir", default="results", help="folder of results (default results)"

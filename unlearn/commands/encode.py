@@ -29,7 +29,9 @@ from .inputs import load_model
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     """The command line, resolved against the data root's defaults: (args, settings)."""
     parser = make_parser(__doc__, "python -m unlearn encode")
-    add_flags(parser, "dataroot", "sd_version", "lora", "vae_batch_size", "device", "dry_run")
+    add_flags(
+        parser, "dataroot", "sd_version", "lora", "weights", "vae_batch_size", "device", "dry_run"
+    )
     parser.add_argument(
         "--num_captions",
         type=int,

@@ -220,6 +220,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         "dataroot",
         "sd_version",
         "lora",
+        "weights",
         "laion_subset_size",
         "vae_batch_size",
         "precision",

@@ -39,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "dataroot",
         "sd_version",
         "lora",
+        "weights",
         "laion_subset_size",
         "vae_batch_size",
         "precision",

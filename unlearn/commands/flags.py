@@ -57,8 +57,11 @@ def resolve(
         )
     settings = {**OWN_DEFAULTS, **read_settings(dataroot)}
     # Of the data root, whichever pipeline (a mirror, a local copy) the other parts come from.
-    args.unet, args.weights = settings["unet"], settings["weights"]
-    check_weights_type(args.weights, f"{dataroot}/dataset.json: weights")
+    check_weights_type(settings["weights"], f"{dataroot}/dataset.json: weights")
+    args.unet, args.weights = (
+        settings["unet"],
+        getattr(args, "weights", None) or settings["weights"],
+    )
     args.lora = (getattr(args, "lora", None) or settings["lora"]) if with_lora else []
     check_names(args)
     for flag, value in vars(args).items():

@@ -27,11 +27,12 @@ def examine_needs(args: Namespace, settings: dict) -> list[Finding]:
     if problem:
         return []
     lora = bool(args.lora or settings["lora"])
-    if settings["weights"] not in WEIGHTS:
+    weights = args.weights or settings["weights"]
+    if weights not in WEIGHTS:
         return []
     findings = []
     for scoring, words in WORDS.items():
-        how = architecture, settings["resolution"], scoring, lora, settings["weights"]
+        how = architecture, settings["resolution"], scoring, lora, weights
         needs, problem = try_out(find_needs, *how)
         if problem:
             return []

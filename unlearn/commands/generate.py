@@ -126,7 +126,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
     parser.add_argument(
         "--batch_size", type=int, default=32, help="pictures made at once; memory only (default 32)"
     )
-    add_flags(parser, "dataroot", "sd_version", "lora", "precision", "device", "overwrite")
+    add_flags(
+        parser, "dataroot", "sd_version", "lora", "weights", "precision", "device", "overwrite"
+    )
     args = parser.parse_args(argv)
     return args, resolve(args)
 

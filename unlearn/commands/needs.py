@@ -5,8 +5,9 @@
     python -m unlearn needs MODEL --resolution 768 --images 5000
 
 For each model a line for its own weights and one for a LoRA, in each precision that weights may have
-(`"weights": "bf16"` in dataset.json): what a GPU has to hold at most, and with gradient checkpointing,
-to which a run turns where memory is short; the smallest one that does, memory while the model is loaded, disk, and the seconds that removal takes
+(`--weights bf16`): what a GPU has to hold at most, and with gradient checkpointing, to which a run turns
+where memory is short; the smallest one that does, memory while the model is loaded (in bf16 by the
+precision of a folder's files, of a published model's half), disk, and the seconds that removal takes
 (`attribute`). All of it is counted, nothing measured: parameters, tensors that are alive at once, and
 operations, of which a GPU is taken to do 40 % of what its maker states.
 """

@@ -23,6 +23,12 @@ FLAGS = {
         str,
         "LoRA files or folders that change it, FILE_OR_FOLDER[:WEIGHT] (default dataset.json's)",
     ),
+    "weights": (
+        "model",
+        str,
+        "fp32 or bf16: all weights but those that are unlearned in half precision (default "
+        "dataset.json's, else fp32)",
+    ),
     "task_json": ("data", str, "task file: which synthesized images, of which models"),
     "dataroot": ("data", str, "data root (default data/abc)"),
     "laion_subset_size": (
@@ -67,7 +73,7 @@ FLAGS = {
         "check every input, print the resolved plan with its cost, and stop",
     ),
 }
-CHOICES = {"precision": ("fp32", "tf32"), "compat": ("abu",)}
+CHOICES = {"precision": ("fp32", "tf32"), "compat": ("abu",), "weights": ("fp32", "bf16")}
 REQUIRED = ("task_json",)
 SEVERAL = ("lora",)
 DEFAULTS = {"result_dir": "results"}

@@ -57,7 +57,7 @@ class Needs:
     encoding: int  # of a picture and its caption: latents of two views, embeddings
     device: dict[str, int]  # bytes, at most, by what is done
     saved: int  # bytes of scoring, at most, with gradient checkpointing
-    host: int  # bytes of memory while the model is loaded onto a GPU
+    host: int  # bytes of memory while the model is loaded onto a GPU; in bf16 see `count_loaded`
     cpu: int  # bytes of memory, at most, of a run on a CPU
     image_bytes: int  # of an image on the disk
 
@@ -116,7 +116,8 @@ def find_needs(
     keys and values; weights: their precision, of `precision.DTYPES`. Raises UserError where the configurations make no model that can be counted."""
     parts = architecture.parts
     configs = parts.family.name, parts.classes, parts.denoiser, parts.vae, architecture.encoders
-    key = digest(repr((configs, parts.tokens, resolution, scoring, lora, weights)))
+    stored = architecture.stored if weights != "fp32" else {}
+    key = digest(repr((configs, parts.tokens, stored, resolution, scoring, lora, weights)))
     try:
         if key not in COUNTED:
             model = build(architecture)
@@ -137,7 +138,7 @@ def count_needs(
 ) -> Needs:
     """`find_needs` of a Model on `meta`."""
     resolution = model.resolution({"resolution": resolution})
-    loaded = sum(count_bytes(module) for module in list_parts(model).values())
+    loaded = count_loaded(model, architecture)
     if lora:
         add_lora(model)
     if model.weights != "fp32":
@@ -166,7 +167,7 @@ def count_needs(
         2 * encoding + caption,
         {"encoding": others + picture, "scoring": held + peak},
         held + saved,
-        loaded + LIBRARIES,
+        max(loaded, sum(weights.values())) + LIBRARIES,
         sum(weights.values()) + max(picture, held - count_bytes(model.denoiser) + peak) + LIBRARIES,
         image,
     )
@@ -186,6 +187,17 @@ def list_parts(model: Model) -> dict[str, torch.nn.Module]:
     """The parts of a model that have weights."""
     names = (model.family.denoiser, "vae", *model.encoders)
     return {name: getattr(model.pipeline, name) for name in names}
+
+
+def count_loaded(model: Model, architecture: Architecture) -> int:
+    """Bytes of a model's parts as they are read from their files: in float32 or, where denoiser and text
+    encoders are to be halved, as the files have them, by default in half precision."""
+    parts = list_parts(model)
+    if model.weights == "fp32":
+        return sum(map(count_bytes, parts.values()))
+    sizes = {name: architecture.stored.get(name, DTYPES[model.weights]) for name in parts}
+    sizes["vae"] = DTYPES["fp32"]
+    return sum(count_bytes(part) * sizes[name].itemsize // 4 for name, part in parts.items())
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Pipelines without their weights, by their configurations alone: whole models on the device `meta`,
 whose parameters, memory and operations can be counted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +16,7 @@ from .families.interface import Parts, Tokens
 from .model import Model
 from .parts import describe_text_encoder, read_config, read_parts, with_defaults
 from .published import PUBLISHED, Published
+from .weights import stored_type
 
 META = torch.device("meta")
 LORA_RANK = 16  # of a LoRA that stands for those that people have
@@ -28,6 +29,8 @@ class Architecture:
 
     parts: Parts
     encoders: dict[str, dict]  # configuration of each text encoder
+    # precision in which the files of denoiser and text encoders have them, where these are known
+    stored: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def read_architecture(folder: str | Path, unet: str = "") -> Architecture:
@@ -37,7 +40,9 @@ def read_architecture(folder: str | Path, unet: str = "") -> Architecture:
     configs = {
         encoder: read_config(Path(folder) / encoder / "config.json") for encoder in parts.texts
     }
-    return Architecture(parts, configs)
+    stored = {part: stored_type(Path(folder), part) for part in (parts.family.denoiser, *configs)}
+    stored |= {"unet": torch.float32} if unet else {}  # so it is loaded
+    return Architecture(parts, configs, stored)
 
 
 def published_architecture(name: str) -> Architecture:

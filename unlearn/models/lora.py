@@ -76,9 +76,10 @@ def select_matrices(denoiser: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def fuse(module: torch.nn.Module, pairs: Mapping[str, Pair], weight: float) -> None:
-    """Adds a LoRA's changes to the weights of a module, in place."""
+    """Adds a LoRA's changes to the weights of a module, in place; these are float32 then."""
     for layer, pair in pairs.items():
         target: Any = module.get_submodule(layer).weight
+        target.data = target.data.float()
         change = pair.up.flatten(1) @ pair.down.flatten(1)
         target += (weight * pair.scale * change).reshape(target.shape).to(target)
 
@@ -120,6 +121,13 @@ def inject(denoiser: torch.nn.Module, pairs: Mapping[str, Pair], adapter: str) -
             config, denoiser, adapter, low_cpu_mem_usage=True, state_dict=tensors
         )
         set_peft_model_state_dict(denoiser, tensors, adapter, low_cpu_mem_usage=True)
+    for layer, pair in pairs.items():
+        module: Any = denoiser.get_submodule(layer)
+        for kind, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):
+            matrices = getattr(module, kind, {})
+            if adapter in matrices and matrices[adapter].weight.dtype != tensor.dtype:
+                # PEFT gave them the precision of the layer's weight, which may be half.
+                matrices[adapter].weight.data = tensor.clone()
 
 
 def set_scales(

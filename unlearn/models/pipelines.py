@@ -29,7 +29,7 @@ from .precision import DTYPES, check_weights_type, halve
 from .residence import Residence
 from .selections import SELECTIONS, select_parameters
 from .unets import check_unet_folder, load_unet
-from .weights import find_absent
+from .weights import find_absent, stored_type
 
 __all__ = [
     "SELECTIONS",
@@ -65,7 +65,7 @@ def load_model(
     if Path(name).exists():
         check_pipeline(name, unet)
     replacing = load_unet(unet, trained) if unet else {}
-    pipeline, family = load_pipeline(name, unet, replacing, lora_files)
+    pipeline, family = load_pipeline(name, unet, replacing, lora_files, weights != "fp32")
     check_fit(name, parts_of(pipeline, family), unet)
     parts = {
         part: getattr(pipeline, part)
@@ -80,7 +80,8 @@ def load_model(
             f"{label}.{key}": value
             for label, part in parts.items()
             for key, value in named_weights(part).items()
-        }
+        },
+        halves_as_float32=True,
     )
     applied = loras.apply(pipeline, family, lora_files, fuse_lora)
     if applied:
@@ -103,9 +104,14 @@ def quieten() -> None:
 
 
 def load_pipeline(
-    name: str | Path, unet: str, replacing: Mapping[str, Any], lora_files: Sequence[LoraFile]
+    name: str | Path,
+    unet: str,
+    replacing: Mapping[str, Any],
+    lora_files: Sequence[LoraFile],
+    as_stored: bool = False,
 ) -> tuple[DiffusionPipeline, Family]:
-    """A pipeline, float32, and its family. replacing: parts that take the place of its own. Raises
+    """A pipeline, float32, and its family. replacing: parts that take the place of its own; as_stored:
+    denoiser and text encoders stay in the half precision in which their files have them. Raises
     UserError where it cannot be loaded or lacks weights or, before weights are read, where a LoRA is
     of another family."""
     try:
@@ -119,9 +125,12 @@ def load_pipeline(
             check_family(lora, family)
         left_out = {part: None for part in find_unused(name, index, family)}
         texts = load_text_encoders(name, index, family)
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, **left_out, **texts, **replacing
-        ).to(dtype=torch.float32)
+        given = {**left_out, **texts, **replacing}
+        if as_stored:
+            given["dtype"] = find_stored(name, family, left_out) | {"default": torch.float32}
+        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **given)
+        if not as_stored:
+            pipeline.to(dtype=torch.float32)
         parts = family.parts(class_names(index))
         if lacking := [part for part in parts if not getattr(pipeline, part, None)]:
             raise UserError(
@@ -145,6 +154,17 @@ def find_unused(name: str | Path, index: dict, family: Family) -> list[str]:
     absent = find_absent(Path(name)) if Path(name).exists() else []
     absent += sorted(set(family.optional) - class_names(index).keys())
     return [part for part in ("safety_checker", *absent) if part in index]
+
+
+def find_stored(
+    name: str | Path, family: Family, left_out: Mapping[str, None]
+) -> dict[str, torch.dtype]:
+    """The precision in which the files of a pipeline have its denoiser, {part: dtype}. Of a name on the
+    hub they are downloaded for that."""
+    folder = Path(name)
+    if not folder.exists():
+        folder = Path(DiffusionPipeline.download(str(name), use_safetensors=True, **left_out))
+    return {family.denoiser: stored_type(folder, family.denoiser)}
 
 
 def load_text_encoders(name: str | Path, index: dict, family: Family) -> dict[str, Any]:

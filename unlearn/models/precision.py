@@ -2,7 +2,7 @@
 float32 for what is unlearned, and for the VAE, which is small.
 
 A weight in bfloat16 has eight binary digits: of a change of less than 1 / 500 nothing would be left.
-So keys, values and a LoRA's matrices stay float32 and are multiplied in float32; only what they give
+So keys, values and a LoRA's matrices are float32 and are multiplied in float32; only what they give
 is rounded, which is as likely up as down. Derivatives survive that, differences of two nearly equal
 losses do not.
 """
@@ -48,8 +48,8 @@ def halve(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     }
     own = {id(value) for layer in layers for value in modules[layer].parameters(recurse=False)}
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
-        if tensor.is_floating_point() and id(tensor) not in own:
-            tensor.data = tensor.data.to(dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if id(tensor) in own else dtype)
     for name in family.encoders:
         if (encoder := getattr(pipeline, name, None)) is not None:
             encoder.to(dtype)

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from ..errors import UserError
@@ -18,6 +19,7 @@ WEIGHTS = {  # of each part: its weights' name without variant and suffix; other
     ),
 }
 POINTER = b"version https://git-lfs"
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no loss asks for
 
 
@@ -77,6 +79,18 @@ def find_weights(folder: Path, part: str, item: str) -> Path:
         )
     check_pointer(found[0], item)
     return found[0]
+
+
+def stored_type(folder: Path, part: str) -> torch.dtype:
+    """The precision in which a part's weights stand in its files: half where all of them have the same,
+    else float32."""
+    name = rf"{WEIGHTS[part][0]}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    kinds = set()
+    for path in list_visible(folder / part, "*.safetensors"):
+        if re.fullmatch(name, path.name):
+            with safe_open(path, "pt") as file:
+                kinds |= {file.get_slice(key).get_dtype() for key in file.keys()}
+    return HALVES.get(*kinds, torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def find_absent(folder: Path) -> list[str]:

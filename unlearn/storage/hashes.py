@@ -51,12 +51,15 @@ def hash_file(path: str | Path) -> str:
     return state.hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, torch.Tensor], halves_as_float32: bool = False) -> str:
     """Hash (32 hexadecimal digits) of named tensors: names, shapes, dtypes and bytes, in the order
-    of the names."""
+    of the names. halves_as_float32: those in half precision are hashed as the same numbers in
+    float32, one at a time."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
+        if halves_as_float32 and tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor = tensor.float()
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         state.update(tensor.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
