@@ -83,19 +83,33 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(request, tmp_path_factory):
-    return World(request.param, tmp_path_factory.mktemp(request.param))
+def worlds():
+    """The worlds that were made, by family: each once, for it takes seconds."""
+    return {}
 
 
-def of(families):
-    """A test of these tiny pipelines' worlds."""
-    return pytest.mark.parametrize("world", families, indirect=True, scope="module")
+@pytest.fixture(scope="module")
+def world(request, worlds, tmp_path_factory):
+    if (family := request.param) not in worlds:
+        worlds[family] = World(family, tmp_path_factory.mktemp(family))
+    return worlds[family]
+
+
+def of(families, slow=()):
+    """A test of these tiny pipelines' worlds, some of which are for the slow run."""
+    worlds = [
+        pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in families
+    ]
+    return pytest.mark.parametrize("world", worlds, indirect=True, scope="module")
 
 
 every_pipeline = of(list(PIPELINES))
 # Where diffusers' pipeline tells sizes is not by the transformer's own flag, but by its sample size.
 every_sampler = of([name for name in PIPELINES if name != "pixart-sized"])
-every_family = of([name for name in PIPELINES if "-" not in name])
+MAIN = [name for name in PIPELINES if "-" not in name]
+every_family = of(MAIN)
+# What takes a second of each family, and is the same code for all but a UNet's and a transformer's.
+most_often_of_two = of(MAIN, slow=[name for name in MAIN if name not in ("sdxl", "flux")])
 
 
 def mean_of(vae, pixels):
@@ -491,7 +505,7 @@ def test_doctor_finds_the_pipeline_in_order(world):
     examination.check_shapes(world.root, parts, RESOLUTION)
 
 
-@every_family
+@most_often_of_two
 def test_sharded_weights_and_those_of_half_precision_load(world, tmp_path):
     sharded = tmp_path / "sharded"
     make_pipeline(world.family).save_pretrained(sharded, max_shard_size="20KB")
@@ -539,6 +553,26 @@ MISFITS = {  # family, part, its configuration, what is said
     "FLUX Fill": ("flux", "transformer", {"in_channels": 96}, "in_channels 96.* packed, 32"),
     "T5 of another width": ("sd3", "transformer", {"joint_attention_dim": 64}, "encoder gives 32"),
     "captions": ("pixart", "transformer", {"caption_channels": 64}, "text encoder gives 20"),
+    "Qwen-Image-Edit": ("qwen", "transformer", {"zero_cond_t": True}, "is that of Qwen-Image-Edit"),
+    "Qwen-Image-Layered": (
+        "qwen",
+        "transformer",
+        {"use_layer3d_rope": True},
+        "is that of Qwen-Image-Layered",
+    ),
+    "states of another width": ("qwen", "transformer", {"joint_attention_dim": 8}, "gives 16"),
+    "latents without a deviation": (
+        "qwen",
+        "vae",
+        {"latents_std": [1.0, 0.0, 1.0, 1.0]},
+        "latents_std: expected a number for each of 4 channels",
+    ),
+    "quantized weights": (
+        "qwen",
+        "transformer",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "its transformer is quantized .bitsandbytes.; expected weights in float32",
+    ),
     "flows turned round": ("flux", "scheduler", {"invert_sigmas": True}, "the other way round"),
 }
 
@@ -559,6 +593,49 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=words):
         load_model(folder, "cpu")
     assert examination.examine_pipeline(str(folder), "").status == examination.PROBLEM
+
+
+STRANGERS = {  # what a pipeline's index names instead, and what is said
+    "its edit pipeline": (
+        {"_class_name": "QwenImageEditPipeline"},
+        "QwenImageEditPipeline has a transformer of the class QwenImageTransformer2DModel; supported",
+    ),
+    "another text encoder": (
+        {"text_encoder": ["transformers", "Qwen3ForCausalLM"]},
+        "text_encoder is of the class Qwen3ForCausalLM; supported: Qwen2_5_VL",
+    ),
+}
+
+
+@of(["qwen"])
+@pytest.mark.parametrize("values, words", STRANGERS.values(), ids=STRANGERS)
+def test_pipelines_of_other_classes_are_refused_by_name(world, values, words, tmp_path):
+    folder = shutil.copytree(world.folder, tmp_path / "pipeline")
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(UserError, match=words):
+        load_model(folder, "cpu")
+
+
+OWN_READERS = {
+    "qwen": lambda pipeline, prompts: pipeline.encode_prompt(prompts, max_sequence_length=16)
+}
+
+
+@of(list(OWN_READERS))
+def test_prompts_are_read_as_by_the_family_s_own_pipeline(world):
+    """Each alone, for a pipeline reads a prompt otherwise beside longer ones; those that are too
+    long too."""
+    prompts = ["", "a red circle", "{} " + "the tree in the dark " * 9]
+    texts = world.model.encode_prompts(prompts)
+    for row, prompt in enumerate(prompts):
+        expected = OWN_READERS[world.family](world.pipeline, [prompt])[0][0]
+        found = texts["embeddings"][row]
+        if "mask" in texts:
+            assert int(texts["mask"][row].sum()) == len(expected)
+            assert not found[len(expected) :].any()
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-6)
+    assert len(expected) == len(found), "the last one fills all tokens"
 
 
 @of(["sd3", "flux"])
@@ -618,7 +695,7 @@ def test_one_command_attributes_a_picture(world, tmp_path):
     assert beside == [f"{EMBEDDINGS}{end}.npy" for end in ("", "_pooled", "_time_ids")]
 
 
-@every_family
+@most_often_of_two
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["whole", "sharded"])
 def test_attribute_finds_the_weights_of_a_variant(world, tmp_path, shards):
     how = {"variant": "fp16", **shards}

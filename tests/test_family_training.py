@@ -22,12 +22,25 @@ from unlearn.retraining.training import train
 
 RECIPE = Recipe(2, 1e-2, 2, "constant", 0, "no")
 LORA = replace(RECIPE, lora_rank=2, lora_alpha=4.0, lora_targets="linear")
-TARGETS = {"sdxl": (64, 88), "pixart": (16, 20), "sd3": (15, 25), "flux": (19, 34)}
-FLOW = {"sd3": {"density", "loss_weight"}, "flux": {"density", "guidance"}}
+TARGETS = {
+    "sdxl": (64, 88),
+    "pixart": (16, 20),
+    "sd3": (15, 25),
+    "flux": (19, 34),
+    "qwen": (16, 28),
+}
+FLOW = {
+    "sd3": {"density", "loss_weight"},
+    "flux": {"density", "guidance"},
+    "qwen": {"density"},
+}
 WITHOUT_ONE, ALL = np.array([[1, 1, 0, 1]], bool), np.ones((1, 4), bool)
-UNREAD = (
-    "transformer_blocks.1.attn.add_q_proj"  # of Stable Diffusion 3: nothing reads these queries
-)
+LAST = "transformer_blocks.1"
+UNREAD = {  # layers of the last block's text, which nothing reads
+    "sd3": {f"{LAST}.attn.add_q_proj"},
+    "qwen": {f"{LAST}.attn.add_q_proj", f"{LAST}.attn.to_add_out"}
+    | {f"{LAST}.txt_mlp.net.{layer}" for layer in ("0.proj", "2")},
+}
 
 
 class Trained:
@@ -59,7 +72,7 @@ def test_a_lora_starts_as_the_model_and_training_moves_what_the_loss_reads(train
     moved = {name for name, value in trained.matrices.items() if ".lora_B." in name and value.any()}
     layers = {name.partition(".lora_B.")[0] for name in moved}
     expected = list_targets(trained.plain.denoiser, "linear").keys()
-    assert layers == expected - ({UNREAD} if trained.name == "sd3" else set())
+    assert layers == expected - UNREAD.get(trained.name, set())
     attention = list_targets(trained.plain.denoiser, "attention").keys()
     assert attention < expected and (len(attention), len(expected)) == TARGETS[trained.name]
 

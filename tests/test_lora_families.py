@@ -33,14 +33,18 @@ from unlearn.models.lora_names import parse_name
 from unlearn.models.pipelines import load_model, select_parameters, tracked
 from unlearn.storage.reading import read_tensors
 
-FAMILIES = ["sdxl", "sd3", "sd3-medium35", "flux", "pixart"]
+FAMILIES = ["sdxl", "sd3", "sd3-medium35", "flux", "pixart", "qwen"]
 CLIP_LAYERS = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
 T5_LAYERS = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
+QWEN_LAYERS = [
+    f"model.language_model.layers.{name}" for name in ("0.self_attn.q_proj", "1.mlp.up_proj")
+]
 KOHYA_ENCODERS = {  # by family: kohya's word for each text encoder
     "sdxl": {"text_encoder": "te1", "text_encoder_2": "te2"},
     "sd3": {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},
     "flux": {"text_encoder": "te1", "text_encoder_2": "te3"},
     "pixart": {"text_encoder": "te"},
+    "qwen": {"text_encoder": "te"},
 }
 
 
@@ -80,7 +84,7 @@ def encoder_layers(encoder):
     names = dict(encoder.named_modules())
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     of_clip = [f"{prefix}{name}" for name in CLIP_LAYERS]
-    return of_clip if of_clip[0] in names else T5_LAYERS
+    return next(own for own in (of_clip, T5_LAYERS, QWEN_LAYERS) if own[0] in names)
 
 
 def underscored(prefix, pairs, alpha):
@@ -189,7 +193,7 @@ def test_layers_by_their_authors_names_are_those_that_diffusers_converts(tiny):
     """Each layer's weight is its number, in two halves; diffusers' converter of checkpoints must put
     the same numbers under the names that ours gives."""
     name, pipeline, family = tiny
-    if name == "pixart":
+    if name in ("pixart", "qwen"):  # whose authors' names no trainer writes, or are diffusers'
         assert not family.originals(pipeline.transformer)
         return
     denoiser = denoiser_of(pipeline)
@@ -239,7 +243,7 @@ def test_kohyas_fused_layers_are_split(tiny, apart, tmp_path):
     there = set(all_layers(denoiser))
     originals = {key: own for key, own in originals.items() if there.issuperset(own.layers)}
     if not originals:
-        assert name == "pixart"  # whose authors' names no trainer writes
+        assert name in ("pixart", "qwen")
         return
     separate = make_pairs(denoiser, [layer for own in originals.values() for layer in own.layers])
     written = {}
@@ -305,6 +309,23 @@ def test_xlabs_names_mean_the_attention_of_flux(tmp_path):
         assert pairs[path].scale == 1
 
 
+def test_blocks_without_a_word_before_them_are_the_transformer_s(tmp_path):
+    """As in the LoRA of few steps that Qwen-Image is published with."""
+    pipeline = make_pipeline("qwen")
+    layers = [name for name in all_layers(pipeline.transformer) if name.startswith("transformer_")]
+    pairs, tensors = make_pairs(pipeline.transformer, layers), {}
+    for layer, (down, up) in pairs.items():
+        tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        tensors[f"{layer}.alpha"] = torch.tensor(3.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora = read_lora(parse_name(str(tmp_path / "x.safetensors")))
+    placed = place(lora, pipeline, family_of(pipeline))["transformer"]
+    assert placed.keys() == pairs.keys()
+    for layer, (down, up) in pairs.items():
+        assert torch.equal(placed[layer].down, down) and torch.equal(placed[layer].up, up)
+        assert placed[layer].scale == 1.5
+
+
 STRANGERS = {  # names of one family's LoRA, and what is said of it to a model of another
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": "LoRA of Stable Diffusion 1",
     "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k": "LoRA of Stable Diffusion XL",
@@ -313,6 +334,7 @@ STRANGERS = {  # names of one family's LoRA, and what is said of it to a model o
     "lora_unet_joint_blocks_0_x_block_attn_qkv": "LoRA of Stable Diffusion 3",
     "lora_transformer_transformer_blocks_0_attn2_to_k": "a model with a transformer|another model",
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": "LoRA of Stable Diffusion 3",
+    "transformer_blocks.0.img_mlp.net.2": "LoRA of Qwen-Image",
 }
 
 
@@ -399,7 +421,7 @@ class World:
         return draw_samples(images, [0, 1, 2], model.num_train_timesteps, seed=0)
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux", "pixart"])
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux", "pixart", "qwen"])
 def world(request, tmp_path_factory):
     return World(request.param, tmp_path_factory.mktemp(request.param))
 

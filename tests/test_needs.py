@@ -36,6 +36,7 @@ SIZES = {
     "FLUX.1-schnell": (11891.2, 358.6),
     "PixArt-alpha": (611.3, 74.3),
     "PixArt-sigma": (610.9, 74.3),
+    "Qwen-Image": (20430.4, 1132.5),
 }
 
 

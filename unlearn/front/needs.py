@@ -210,6 +210,13 @@ def count_bytes(module: torch.nn.Module) -> int:
     return sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
 
 
+def list_held(module: torch.nn.Module) -> list[torch.Tensor]:
+    """All tensors that a module has: parameters, buffers, and tables of positions that are neither."""
+    tables = [value for part in module.modules() for value in vars(part).values()]
+    tables = [value for value in tables if isinstance(value, torch.Tensor)]
+    return [*module.parameters(), *module.buffers(), *tables]
+
+
 def count_passes(
     model: Model, selected: Mapping[str, torch.nn.Parameter], resolution: int
 ) -> tuple[int, int, int]:
@@ -217,7 +224,7 @@ def count_passes(
     and bytes at most that forward and backward passes have alive beside the weights."""
     noisy, timesteps = zeros(model, resolution)
     is_kept = not model.is_saving_memory
-    texts, held = zero_texts(model), [*model.denoiser.parameters(), *model.denoiser.buffers()]
+    texts, held = zero_texts(model), list_held(model.denoiser)
     with tracked(dict(selected)), torch.enable_grad(), counting(held, is_kept) as counts:
         prediction = model.predict(noisy, timesteps, texts).float()
         forward = counts.flops

@@ -17,7 +17,7 @@ from ..storage.reading import list_visible, read_json
 if TYPE_CHECKING:
     from .model import Model
 from .families.interface import Family, Parts
-from .parts import class_names, family_of, read_index, read_parts
+from .parts import class_names, family_of, read_config, read_index, read_parts
 from .weights import check_weights
 
 MODULES = (
@@ -99,6 +99,20 @@ def check_sizes(folder: str | Path, parts: Sequence[str]) -> None:
             visit(path, part, read_json(path, "--sd_version"))
 
 
+def check_quantized(folder: str | Path, parts: Sequence[str]) -> None:
+    """Raises UserError where the weights of a part of a pipeline's folder are quantized: they have no
+    gradients."""
+    for part in parts:
+        path = Path(folder) / part / "config.json"
+        if path.is_file() and (how := read_config(path).get("quantization_config")):
+            method = how.get("quant_method") if isinstance(how, dict) else how
+            raise UserError(
+                f"--sd_version {folder}: its {part} is quantized ({method!s:.40}); expected weights in "
+                f"float32, float16 or bfloat16: give the model that it was made of, where memory is "
+                f'short with "weights": "bf16" in dataset.json (attribute --weights bf16)'
+            )
+
+
 def check_fit(name: str | Path, parts: Parts, unet: str = "") -> None:
     """Raises UserError, naming the numbers and what it probably is, where the parts of a pipeline
     do not fit each other, or one of them lacks what attribution asks of it."""
@@ -133,6 +147,7 @@ def check_pipeline(folder: str | Path, unet: str = "") -> None:
                 f"{family.name} in diffusers' format"
             )
     check_sizes(folder, (family.denoiser, "vae", *family.encoders, "scheduler"))
+    check_quantized(folder, (family.denoiser, *family.encoders))
     if unet:
         check_sizes(Path(unet).parent, [Path(unet).name])
     check_fit(folder, read_parts(folder, unet), unet)

@@ -19,6 +19,10 @@ KOHYA = re.compile(rf"lora_(?P<part>unet|transformer|te[123]?)_(?P<layer>\w+){MA
 PEFT = re.compile(
     rf"(?P<part>{PARTS}|diffusion_model|base_model\.model)\.(?P<layer>[\w.]+?){MATRIX}"
 )
+BARE = re.compile(  # PEFT's or kohya's of a transformer, without a word for it
+    r"(?P<layer>(?:(?:single_)?transformer_blocks|double_blocks|single_blocks)\.\d+\.[\w.]+?)"
+    rf"{MATRIX}"
+)
 OLDER = re.compile(  # diffusers' before PEFT
     r"(unet|text_encoder(?:_2)?)\.([\w.]+?)(?:\.processor)?"
     r"(?:\.(to_q|to_k|to_v|to_out)_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight"
@@ -51,6 +55,7 @@ OTHER_KINDS = {
 }
 # what names tell of the family whose LoRA a file is, the first that is found
 FAMILY_NAMES = {
+    r"(img|txt)_(mlp[._]net|mod[._]1)": "Qwen-Image",
     r"double_blocks|single_blocks|single_transformer_blocks": "FLUX.1",
     r"joint_blocks|^lora_te3_|^text_encoder_3\.": "Stable Diffusion 3",
     r"^(lora_)?transformer[._]|^diffusion_model\.": (
@@ -81,6 +86,8 @@ def read_key(key: str) -> Key | None:
         return Key(part, match["layer"], kind_of(match))
     if match := PEFT.fullmatch(key):
         return Key(WORDS.get(match["part"], match["part"]), match["layer"], kind_of(match))
+    if match := BARE.fullmatch(key):
+        return Key(DENOISER, match["layer"], kind_of(match))
     if match := OLDER.fullmatch(key):
         part, layer, projection, kind = match.groups()
         if projection:

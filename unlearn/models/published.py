@@ -79,6 +79,17 @@ T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+QWEN_VL = {  # Qwen2.5-VL-7B
+    "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420},
+}
 POOLED = "CLIPTextModelWithProjection"
 
 
@@ -138,6 +149,17 @@ def pixart(hub: str, pipeline: str, is_told_sizes: bool) -> Published:
     return Published(hub, pipeline, parts, {"tokenizer": 512}, 1024)
 
 
+QWEN = Published(  # Qwen-Image and Qwen-Image-2512; its transformer's and VAE's are the defaults
+    "Qwen/Qwen-Image",
+    "QwenImagePipeline",
+    {
+        "transformer": ("QwenImageTransformer2DModel", {}),
+        "vae": ("AutoencoderKLQwenImage", {}),
+        "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_VL),
+    },
+    {"tokenizer": 131072},
+    1024,
+)
 XL = Published(
     "stabilityai/stable-diffusion-xl-base-1.0",
     "StableDiffusionXLPipeline",
@@ -188,4 +210,5 @@ PUBLISHED = {
     "FLUX.1-schnell": flux("black-forest-labs/FLUX.1-schnell", False),
     "PixArt-alpha": pixart("PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", True),
     "PixArt-sigma": pixart("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline", False),
+    "Qwen-Image": QWEN,
 }

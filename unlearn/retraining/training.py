@@ -89,9 +89,10 @@ def plain_attention(denoiser: Any, num_models: int) -> Iterator[None]:
 def save_checkpoint(
     path: Path, weights: Weights, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Writes weights, moments and the number of steps taken, whole or not at all."""
+    """Writes weights, moments and the number of steps taken, whole or not at all. Weights that no
+    prediction depends on, as in a last block's text, have no moments: they are never trained."""
     moments = {
-        f"{moment}.{name}": optimizer.state[weight][moment]
+        f"{moment}.{name}": optimizer.state.get(weight, {}).get(moment, torch.zeros_like(weight))
         for name, weight in weights.items()
         for moment in ("exp_avg", "exp_avg_sq")
     }
