@@ -44,7 +44,7 @@ from unlearn.front.needs import count_passes
 from unlearn.models import pipelines
 from unlearn.models.architectures import build, read_architecture
 from unlearn.models.customization import check_customization
-from unlearn.models.families import flux
+from unlearn.models.families import flux, flux_2
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
 from unlearn.models.precision import check_masters
@@ -187,7 +187,8 @@ def test_weights_in_bfloat16_keep_what_is_unlearned_in_float32(world, monkeypatc
     rounding."""
     half = load_model(world.folder, "cpu", weights="bf16")
     # FLUX rounds timesteps and guidance, in training in half precision too: to such as these.
-    monkeypatch.setattr(flux, "GUIDANCE", 2.0)
+    for module in flux, flux_2:
+        monkeypatch.setattr(module, "GUIDANCE", 2.0)
     nearest = torch.tensor([0.125, 0.25, 0.5])[(3 * world.model.levels).long().clamp(max=2)]
     half, exact = (replace(model, levels=nearest) for model in (half, world.model))
     kept = select_parameters(half.denoiser, KV)
@@ -385,7 +386,7 @@ def test_pictures_are_those_of_the_family_s_own_pipeline(world):
     model, pipeline = world.model, world.pipeline
     texts = encode_texts(model, CAPTIONS[:2], [None, None], RESOLUTION)
     start = torch.from_numpy(initial_noise("tiny", [0, 1], model.latent_shape(RESOLUTION)))
-    guidance = 1.0 if world.family == "flux-schnell" else 4.0
+    guidance = 1.0 if world.family in ("flux-schnell", "klein-distilled") else 4.0
     made = generate_latents(model, texts, start, num_steps=3, guidance_scale=guidance)
     expected = sample_by_pipeline(world, pipeline, start, guidance)
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
@@ -394,6 +395,11 @@ def test_pictures_are_those_of_the_family_s_own_pipeline(world):
         assert (made - plain).abs().mean() > 1e-3 * made.std(), "guidance must matter"
     pixels = decode_latents(model, made)
     assert pixels.shape == (2, RESOLUTION, RESOLUTION, 3) and pixels.std() > 0
+
+
+def start_of(pipeline, family, start):
+    """Noise as a pipeline takes it."""
+    return pipeline._patchify_latents(start) if family in ("klein", "flux2") else start.clone()
 
 
 def sample_by_pipeline(world, pipeline, start, guidance_scale):
@@ -406,6 +412,8 @@ def sample_by_pipeline(world, pipeline, start, guidance_scale):
         "sd3": {"max_sequence_length": LIMIT + 4 if pipeline.components.get("tokenizer_3") else 77},
         "flux": {"max_sequence_length": LIMIT + 4},
         "qwen": {"max_sequence_length": LIMIT + 4, "negative_prompt": [" "] * 2},
+        "klein": {"max_sequence_length": LIMIT + 10},
+        "flux2": {"max_sequence_length": LIMIT + 40},
     }.get(family, {})
     is_packed = family in ("flux", "qwen")
     if is_packed:
@@ -413,18 +421,20 @@ def sample_by_pipeline(world, pipeline, start, guidance_scale):
     scale = "true_cfg_scale" if family == "qwen" else "guidance_scale"
     try:
         latents = pipeline(
-            CAPTIONS[:2],
+            prompt=CAPTIONS[:2],
             height=RESOLUTION,
             width=RESOLUTION,
             num_inference_steps=3,
-            latents=packed if is_packed else start.clone(),
+            latents=packed if is_packed else start_of(pipeline, family, start),
             output_type="latent",
             **{scale: guidance_scale},
             **more,
         ).images
     finally:
         pipeline.scheduler = own
-    if not is_packed:
+    if family == "klein":  # as its VAE takes them
+        return world.model.family.normalise(pipeline.vae, latents)
+    if not is_packed and family != "flux2":
         return latents
     factor = pipeline.vae_scale_factor
     return FluxPipeline._unpack_latents(latents, RESOLUTION, RESOLUTION, factor)
@@ -573,6 +583,12 @@ MISFITS = {  # family, part, its configuration, what is said
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         "its transformer is quantized .bitsandbytes.; expected weights in float32",
     ),
+    "klein's encoder is the smaller one": (
+        "klein",
+        "transformer",
+        {"joint_attention_dim": 36},
+        "3 layers of its text encoder give 48",
+    ),
     "flows turned round": ("flux", "scheduler", {"invert_sigmas": True}, "the other way round"),
 }
 
@@ -617,19 +633,30 @@ def test_pipelines_of_other_classes_are_refused_by_name(world, values, words, tm
         load_model(folder, "cpu")
 
 
-OWN_READERS = {
-    "qwen": lambda pipeline, prompts: pipeline.encode_prompt(prompts, max_sequence_length=16)
-}
+@of(["flux2"])
+def test_what_reads_pictures_too_is_not_loaded_for_its_tokenizer(world, tmp_path):
+    """FLUX.2-dev is published with a PixtralProcessor, which takes torchvision."""
+    folder = shutil.copytree(world.folder, tmp_path / "pipeline")
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    model = load_model(folder, "cpu")
+    assert model.identity == world.model.identity
+    assert model.tokenize(["a dog"]) == world.model.tokenize(["a dog"])
 
 
-@of(list(OWN_READERS))
+OWN_LIMITS = {"qwen": LIMIT + 4, "klein": LIMIT + 10, "flux2": LIMIT + 40}
+
+
+@of(list(OWN_LIMITS))
 def test_prompts_are_read_as_by_the_family_s_own_pipeline(world):
     """Each alone, for a pipeline reads a prompt otherwise beside longer ones; those that are too
     long too."""
     prompts = ["", "a red circle", "{} " + "the tree in the dark " * 9]
+    limit = OWN_LIMITS[world.family]
     texts = world.model.encode_prompts(prompts)
     for row, prompt in enumerate(prompts):
-        expected = OWN_READERS[world.family](world.pipeline, [prompt])[0][0]
+        expected = world.pipeline.encode_prompt([prompt], max_sequence_length=limit)[0][0]
         found = texts["embeddings"][row]
         if "mask" in texts:
             assert int(texts["mask"][row].sum()) == len(expected)

@@ -28,11 +28,13 @@ TARGETS = {
     "sd3": (15, 25),
     "flux": (19, 34),
     "qwen": (16, 28),
+    "klein": (18, 26),
 }
 FLOW = {
     "sd3": {"density", "loss_weight"},
     "flux": {"density", "guidance"},
     "qwen": {"density"},
+    "klein": {"density"},
 }
 WITHOUT_ONE, ALL = np.array([[1, 1, 0, 1]], bool), np.ones((1, 4), bool)
 LAST = "transformer_blocks.1"

@@ -33,7 +33,7 @@ from unlearn.models.lora_names import parse_name
 from unlearn.models.pipelines import load_model, select_parameters, tracked
 from unlearn.storage.reading import read_tensors
 
-FAMILIES = ["sdxl", "sd3", "sd3-medium35", "flux", "pixart", "qwen"]
+FAMILIES = ["sdxl", "sd3", "sd3-medium35", "flux", "pixart", "qwen", "klein"]
 CLIP_LAYERS = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
 T5_LAYERS = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
 QWEN_LAYERS = [
@@ -45,6 +45,7 @@ KOHYA_ENCODERS = {  # by family: kohya's word for each text encoder
     "flux": {"text_encoder": "te1", "text_encoder_2": "te3"},
     "pixart": {"text_encoder": "te"},
     "qwen": {"text_encoder": "te"},
+    "klein": {"text_encoder": "te"},
 }
 
 
@@ -84,7 +85,8 @@ def encoder_layers(encoder):
     names = dict(encoder.named_modules())
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     of_clip = [f"{prefix}{name}" for name in CLIP_LAYERS]
-    return next(own for own in (of_clip, T5_LAYERS, QWEN_LAYERS) if own[0] in names)
+    of_qwen = [name.replace("language_model.", "") for name in QWEN_LAYERS]
+    return next(own for own in (of_clip, T5_LAYERS, QWEN_LAYERS, of_qwen) if own[0] in names)
 
 
 def underscored(prefix, pairs, alpha):
@@ -185,6 +187,9 @@ CONVERTERS = {
     ),
     "flux": lambda weights, config: (
         single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(weights)
+    ),
+    "klein": lambda weights, config: (
+        single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(weights)
     ),
 }
 
@@ -335,6 +340,7 @@ STRANGERS = {  # names of one family's LoRA, and what is said of it to a model o
     "lora_transformer_transformer_blocks_0_attn2_to_k": "a model with a transformer|another model",
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": "LoRA of Stable Diffusion 3",
     "transformer_blocks.0.img_mlp.net.2": "LoRA of Qwen-Image",
+    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj": "LoRA of FLUX.2-dev",
 }
 
 
@@ -421,7 +427,7 @@ class World:
         return draw_samples(images, [0, 1, 2], model.num_train_timesteps, seed=0)
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux", "pixart", "qwen"])
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux", "pixart", "qwen", "klein"])
 def world(request, tmp_path_factory):
     return World(request.param, tmp_path_factory.mktemp(request.param))
 

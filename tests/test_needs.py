@@ -37,6 +37,9 @@ SIZES = {
     "PixArt-alpha": (611.3, 74.3),
     "PixArt-sigma": (610.9, 74.3),
     "Qwen-Image": (20430.4, 1132.5),
+    "FLUX.2-klein-4B": (3875.5, 94.4),
+    "FLUX.2-klein-9B": (9078.6, 268.4),
+    "FLUX.2-dev": (32223.3, 604.0),
 }
 
 

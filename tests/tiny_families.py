@@ -2,13 +2,18 @@
 tokenizers, and the loss of the training example of each, written out."""
 
 import json
+import re
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -22,6 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -32,9 +38,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -252,10 +262,11 @@ def flux(**more):
     )
 
 
-MESSAGE_WORDS = (  # of the messages in which prompts are put
+MESSAGE_WORDS = re.findall(  # of the messages in which prompts are put
+    r"\w+",
     "system Describe image by detailing color shape size texture quantity text spatial "
-    "relationships objects and background user assistant"
-).split()
+    f"relationships objects and background user assistant {SYSTEM_MESSAGE}",
+)
 
 
 def qwen_tokenizer(limit):
@@ -268,7 +279,8 @@ def qwen_tokenizer(limit):
     trained.train_from_iterator(
         words, BpeTrainer(vocab_size=5000, initial_alphabet=alphabet, show_progress=False)
     )
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    special = "<|endoftext|> <|im_start|> <|im_end|> <think> </think> [INST] [/INST]".split()
+    special += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     model = json.loads(trained.to_str())["model"]
     for name in special:
         model["vocab"][name] = len(model["vocab"])
@@ -342,6 +354,77 @@ def qwen_image(**more):
     )
 
 
+QWEN_CHAT = (  # what Qwen3's template makes of one message without thinking
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+MISTRAL_CHAT = (  # what Mistral's template makes of a system's message and one of a user
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set around = '[SYSTEM_PROMPT]' if message.role == 'system' else '[INST]' %}"
+    "{{ around }}{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "{{ around | replace('[', '[/') }}{% endfor %}"
+)
+
+
+def flux_2(pipeline, encoder, tokenizer, **more):
+    """A pipeline of FLUX.2's kind."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        **more,
+    )
+    packed = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+    )
+    packed.bn.running_mean += 0.3 * torch.randn(16)
+    packed.bn.running_var += torch.rand(16)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return pipeline(scheduler, packed, encoder, tokenizer, transformer)
+
+
+def flux_2_klein(is_distilled=False):
+    """A pipeline of FLUX.2-klein's kind: of its text encoder the states of 27 layers are read."""
+    tokenizer = qwen_tokenizer(LIMIT + 10)
+    tokenizer.chat_template = QWEN_CHAT
+    encoder = Qwen3ForCausalLM(Qwen3Config(**language_model(tokenizer, 16, layers=27)))
+    pipeline = flux_2(Flux2KleinPipeline, encoder, tokenizer, guidance_embeds=False)
+    pipeline.register_to_config(is_distilled=is_distilled)
+    return pipeline
+
+
+def flux_2_dev():
+    """A pipeline of FLUX.2-dev's kind, with a tokenizer instead of what reads pictures too, which takes
+    torchvision."""
+    tokenizer = qwen_tokenizer(LIMIT + 40)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = MISTRAL_CHAT
+    text = {**language_model(tokenizer, 16, layers=30), "model_type": "mistral"}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 16,
+    }
+    config = Mistral3Config(text_config=text, vision_config=vision)
+    encoder = Mistral3ForConditionalGeneration(config)
+    return flux_2(Flux2Pipeline, encoder, tokenizer)
+
+
 PIPELINES = {  # those with a - in their name are variants, of which only loss and pictures are tested
     "sd": stable_diffusion,
     "sd-v": lambda: stable_diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -356,6 +439,9 @@ PIPELINES = {  # those with a - in their name are variants, of which only loss a
     "flux": lambda: flux(guidance_embeds=True),
     "flux-schnell": flux,
     "qwen": qwen_image,
+    "klein": flux_2_klein,
+    "klein-distilled": lambda: flux_2_klein(is_distilled=True),
+    "flux2": flux_2_dev,
 }
 
 
@@ -525,6 +611,29 @@ def qwen_loss(pipeline, prompts, sizes, latents, noise, indices):
     return mean_square(prediction[:, :, 0] - (noise - latents))
 
 
+def flux_2_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_flux2.py and ..._flux2_klein.py; indices as of
+    `sd3_loss`. Their latents are packed 2 x 2 from the beginning."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    tokens = pipeline.tokenizer.model_max_length
+    states, text_ids = pipeline.encode_prompt(list(prompts), max_sequence_length=tokens)
+    latents, noise = pipeline._patchify_latents(latents), pipeline._patchify_latents(noise)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    ids = pipeline._prepare_latent_ids(latents)
+    is_told = pipeline.transformer.config.guidance_embeds
+    prediction = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy),
+        timestep=timesteps / 1000,
+        guidance=torch.full([1], 3.5).expand(len(latents)) if is_told else None,
+        encoder_hidden_states=states,
+        txt_ids=text_ids,
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    prediction = pipeline._unpack_latents_with_ids(prediction, ids)
+    return mean_square(prediction - (noise - latents))
+
+
 LOSSES = {
     "sd": sd_loss,
     "sdxl": sdxl_loss,
@@ -532,6 +641,8 @@ LOSSES = {
     "sd3": sd3_loss,
     "flux": flux_loss,
     "qwen": qwen_loss,
+    "klein": flux_2_loss,
+    "flux2": flux_2_loss,
 }
 
 
@@ -544,6 +655,11 @@ def training_loss(family, *samples):
 def normalised(family, pipeline, mean):
     """The posterior's mean as a family's training example normalises latents."""
     config = pipeline.vae.config
+    if family.partition("-")[0] in ("klein", "flux2"):
+        own, packed = pipeline.vae.bn, pipeline._patchify_latents(mean)
+        deviation = torch.sqrt(own.running_var + config.batch_norm_eps)
+        packed = (packed - own.running_mean[:, None, None]) / deviation[:, None, None]
+        return pipeline._unpatchify_latents(packed)
     if family == "qwen":
         means, deviations = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
         return (mean - means[:, None, None]) * (1.0 / deviations)[:, None, None]

@@ -153,7 +153,7 @@ def encode_picture(
     else:
         latents = encode_images(model, [path], resolution).numpy()
     if unscaled:
-        latents = model.denormalise(latents)
+        latents = np.asarray(model.denormalise(latents))
     if TEXT in stored and list(model.conditioning_shapes) == [TEXT]:
         embeddings, extras = stored[TEXT][None, None], {}
     else:

@@ -20,7 +20,8 @@ from .weights import stored_type
 
 META = torch.device("meta")
 LORA_RANK = 16  # of a LoRA that stands for those that people have
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # as diffusers' training examples
+# as diffusers' training examples; the last is of FLUX.2
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ OTHER_KINDS = {
 # what names tell of the family whose LoRA a file is, the first that is found
 FAMILY_NAMES = {
     r"(img|txt)_(mlp[._]net|mod[._]1)": "Qwen-Image",
-    r"double_blocks|single_blocks|single_transformer_blocks": "FLUX.1",
+    r"to_qkv_mlp_proj|_stream_modulation": "FLUX.2-dev or FLUX.2-klein",
+    r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]|proj_|norm)|\.processor\.": "FLUX.1",
+    r"double_blocks|single_blocks|single_transformer_blocks": (
+        "FLUX.1, FLUX.2-dev or FLUX.2-klein"
+    ),
     r"joint_blocks|^lora_te3_|^text_encoder_3\.": "Stable Diffusion 3",
     r"^(lora_)?transformer[._]|^diffusion_model\.": (
         "a model with a transformer, such as Stable Diffusion 3, FLUX or PixArt"

@@ -125,12 +125,15 @@ def load_pipeline(
             check_family(lora, family)
         left_out = {part: None for part in find_unused(name, index, family)}
         texts = load_text_encoders(name, index, family)
+        readers = family.load_tokenizers(name, class_names(index))
+        left_out |= dict.fromkeys(readers)
         given = {**left_out, **texts, **replacing}
         if as_stored:
             given["dtype"] = find_stored(name, family, left_out) | {"default": torch.float32}
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, **given)
         if not as_stored:
             pipeline.to(dtype=torch.float32)
+        pipeline.register_modules(**readers)
         parts = family.parts(class_names(index))
         if lacking := [part for part in parts if not getattr(pipeline, part, None)]:
             raise UserError(

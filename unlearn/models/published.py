@@ -90,6 +90,35 @@ QWEN_VL = {  # Qwen2.5-VL-7B
     },
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420},
 }
+# Of FLUX.2: dev's transformer is the class's default; klein's by its size, and Qwen3 as published.
+# Source: parameters of the authors' code (Klein4BParams, Klein9BParams), config.json of Qwen3.
+KLEIN = {"guidance_embeds": False}
+KLEIN_4B = {**KLEIN, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+KLEIN_9B = {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+QWEN_3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+QWEN_3_4B = {**QWEN_3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+QWEN_3_8B = {**QWEN_3, "hidden_size": 4096, "intermediate_size": 12288}
+MISTRAL_3 = {  # Mistral Small 3.2
+    "text_config": {
+        "model_type": "mistral",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+        "max_position_embeddings": 131072,
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "tie_word_embeddings": False,
+}
 POOLED = "CLIPTextModelWithProjection"
 
 
@@ -160,6 +189,24 @@ QWEN = Published(  # Qwen-Image and Qwen-Image-2512; its transformer's and VAE's
     {"tokenizer": 131072},
     1024,
 )
+
+
+def flux_2(hub: str, pipeline: str, transformer: dict, encoder: tuple[str, dict]) -> Published:
+    """One of FLUX.2."""
+    parts = {
+        "transformer": ("Flux2Transformer2DModel", transformer),
+        "vae": ("AutoencoderKLFlux2", {}),
+        "text_encoder": encoder,
+    }
+    return Published(f"black-forest-labs/{hub}", pipeline, parts, {"tokenizer": 131072}, 1024)
+
+
+def klein(hub: str, transformer: dict, text: dict) -> Published:
+    """One of FLUX.2-klein: three layers' states of the text."""
+    transformer = {**transformer, "joint_attention_dim": 3 * text["hidden_size"]}
+    return flux_2(hub, "Flux2KleinPipeline", transformer, ("Qwen3ForCausalLM", text))
+
+
 XL = Published(
     "stabilityai/stable-diffusion-xl-base-1.0",
     "StableDiffusionXLPipeline",
@@ -211,4 +258,9 @@ PUBLISHED = {
     "PixArt-alpha": pixart("PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", True),
     "PixArt-sigma": pixart("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline", False),
     "Qwen-Image": QWEN,
+    "FLUX.2-klein-4B": klein("FLUX.2-klein-4B", KLEIN_4B, QWEN_3_4B),
+    "FLUX.2-klein-9B": klein("FLUX.2-klein-9B", KLEIN_9B, QWEN_3_8B),
+    "FLUX.2-dev": flux_2(
+        "FLUX.2-dev", "Flux2Pipeline", {}, ("Mistral3ForConditionalGeneration", MISTRAL_3)
+    ),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from .flux import Flux
+from .flux_2 import Flux2, Flux2Dev
 from .interface import Family, Parts
 from .pixart import PixArt
 from .qwen_image import QwenImage
@@ -19,6 +20,8 @@ FAMILIES: tuple[Family, ...] = (
     PixArt("PixArt-alpha", "PixArtAlphaPipeline", 120),
     PixArt("PixArt-sigma", "PixArtSigmaPipeline", 300),
     QwenImage(),
+    Flux2("FLUX.2-klein", "Flux2KleinPipeline", "Qwen3ForCausalLM", (9, 18, 27)),
+    Flux2Dev("FLUX.2-dev", "Flux2Pipeline", "Mistral3ForConditionalGeneration", (10, 20, 30)),
 )
 SUPPORTED = f"{', '.join(family.name for family in FAMILIES)} and models of their kind"
 

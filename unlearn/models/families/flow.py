@@ -122,8 +122,13 @@ class Flow(Family):
         """Euler's method on the pipeline's own schedule."""
         scheduler = make_scheduler(pipeline.scheduler)
         positions = (latent_shape[1] // self.patch) * (latent_shape[2] // self.patch)
-        scheduler.set_timesteps(**self.steps(num_steps), mu=shift_of(scheduler.config, positions))
+        shift = self.shift(scheduler.config, positions, num_steps)
+        scheduler.set_timesteps(**self.steps(num_steps), mu=shift)
         return scheduler
+
+    def shift(self, config: Any, positions: int, num_steps: int) -> float | None:
+        """How far dynamic shifting moves the steps of pictures of so many positions."""
+        return shift_of(config, positions)
 
     def steps(self, num_steps: int) -> dict[str, Any]:
         """What the scheduler is told of the steps, as the family's pipeline does."""

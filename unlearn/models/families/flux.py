@@ -175,14 +175,19 @@ class Flux(Packed):
     ) -> tuple[Conditioning, None]:
         """The guidance is something that the model is told; there is no second pass."""
         if pipeline.transformer.config.guidance_embeds:
-            told = torch.full((len(conditioning[TEXT]),), float(guidance_scale))
-            return {**conditioning, "guidance": told.to(conditioning[TEXT])}, None
+            return tell_guidance(conditioning, guidance_scale), None
         if guidance_scale != 1:
             raise UserError(
                 f"guidance {guidance_scale}: this model of {self.name} takes none (its "
                 f"guidance_embeds is false, as in schnell); give 1"
             )
         return conditioning, None
+
+
+def tell_guidance(conditioning: Conditioning, guidance_scale: float) -> Conditioning:
+    """Conditioning with a guidance that the model is told."""
+    told = torch.full((len(conditioning[TEXT]),), float(guidance_scale))
+    return {**conditioning, "guidance": told.to(conditioning[TEXT])}
 
 
 def t5_limit(limit: int | None) -> int:

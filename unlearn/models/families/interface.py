@@ -80,6 +80,11 @@ class Family:
         """Refuses parts that do not fit each other. which: the denoiser, as messages name it."""
         raise NotImplementedError
 
+    def load_tokenizers(self, name: Any, classes: Mapping[str, str]) -> dict[str, Any]:
+        """Tokenizers of a pipeline (folder or hub name, its parts of these classes) that stand for
+        what its index names, by part."""
+        return {}
+
     def prepare(self, denoiser: Any) -> None:
         """Changes a denoiser that was loaded to one that the core can use, in place."""
         self.text.prepare(denoiser, self.selections[KV])

@@ -110,7 +110,8 @@ class QwenImage(Packed):
         mean, deviation = statistics(vae, latents)
         return (latents - mean) / deviation
 
-    def denormalise(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    def denormalise(self, vae: Any, latents: Any) -> torch.Tensor:
+        latents = torch.as_tensor(latents)
         mean, deviation = statistics(vae, latents)
         return latents * deviation + mean
 

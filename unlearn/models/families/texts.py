@@ -9,16 +9,22 @@ from .interface import Parts, Refuse
 
 
 def read_tokens(
-    pipeline: Any, encoder: str, tokenizer: str, prompts: Sequence[str], limit: int
+    pipeline: Any,
+    encoder: str,
+    tokenizer: str,
+    prompts: Sequence[str],
+    limit: int,
+    special: bool = True,
 ) -> Any:
     """Tokens of prompts, padded and cut to `limit`: input_ids and attention_mask, int64 [n, limit].
-    Raises UserError where the text encoder has no embedding of one."""
+    special: whether the tokenizer puts its tokens of beginning and end around them. Raises UserError where the text encoder has no embedding of one."""
     reader = getattr(pipeline, tokenizer)
     read = reader(
         expand_words(reader, prompts),
         padding="max_length",
         truncation=True,
         max_length=limit,
+        add_special_tokens=special,
         return_tensors="pt",
     )
     tokens = read.input_ids
@@ -33,10 +39,12 @@ def read_tokens(
     return read
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[list[int]]:
-    """The tokens that are read of prompts."""
-    words = expand_words(tokenizer, prompts)
-    return tokenizer(words, padding="max_length", truncation=True, max_length=limit).input_ids
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], limit: int, special: bool = True
+) -> list[list[int]]:
+    """The tokens that are read of prompts; special: as of `read_tokens`."""
+    words, how = expand_words(tokenizer, prompts), {"padding": "max_length", "truncation": True}
+    return tokenizer(words, max_length=limit, add_special_tokens=special, **how).input_ids
 
 
 def label(encoder: str) -> str:
