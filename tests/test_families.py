@@ -312,7 +312,7 @@ def test_a_weight_is_left_out_exactly_where_no_prediction_depends_on_it(world):
     finally:
         model.denoiser.float()
     assert set(list_unread(model.denoiser, "all")) == idle
-    assert bool(idle) is world.family.startswith(("sd3", "pixart"))
+    assert bool(idle) is world.family.startswith(("sd3", "pixart", "qwen"))
     assert not set(select_parameters(model.denoiser, "attn")) & idle
     assert idle < select_parameters(model.denoiser, "all", with_unread=True).keys()
     assert list_unread(model.denoiser, KV) == []
@@ -328,7 +328,7 @@ def test_keys_of_self_attention_without_norms_have_no_bias_that_matters():
     assert set(list_unread(denoiser, "all")) == idle
 
 
-@of(["sd3", "pixart"])
+@of(["sd3", "pixart", "qwen"])
 @pytest.mark.parametrize("selection", ["cross-attn", "all"])
 def test_selections_with_weights_that_nothing_reads_are_unlearned(
     world, selection, tmp_path, caplog

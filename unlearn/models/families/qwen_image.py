@@ -70,6 +70,13 @@ class QwenImage(Packed):
         self.check_schedule(parts, refuse)
         check_vae(parts.vae, refuse)
 
+    def unread(self, denoiser: Any) -> str:
+        """What the last block makes of the text, which is dropped after it, but for keys and
+        values."""
+        last = len(denoiser.transformer_blocks) - 1
+        queries = r"attn\.(add_q_proj|norm_added_q|to_add_out)"
+        return rf"^transformer_blocks\.{last}\.({queries}|txt_mlp\..*)\."
+
     def inputs(
         self,
         denoiser: Any,
