@@ -14,6 +14,7 @@ from unlearn.attribution.losses import sample_losses
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.datasets.boxes import check_box, find_cells
 from unlearn.models.pipelines import select_parameters
+from unlearn.report.figures import GAP, TILE, draw_influence
 from unlearn.storage.reading import read_json
 
 SETTINGS = RemovalSettings(timesteps=(600,), probes=1, sketch_size=64)
@@ -108,3 +109,20 @@ def test_only_a_box_of_the_query_is_unlearned(selection, model, training_set, tm
     assert "box" not in records[0] and records[1]["box"] == [0, 0, 200, 300]
     with pytest.raises(UserError, match="--box 0 0 5000 9: reaches out of"):
         unlearn.unlearn(model, query, fisher, draws=4, box=(0, 0, 5000, 9))
+
+
+def test_the_picture_of_a_result_outlines_the_box_that_counts():
+    white = Image.new("RGB", (32, 32), "white")
+    plain = np.asarray(draw_influence(white, "", [(white, "", False)]).convert("L"), int)
+    boxed = draw_influence(white, "", [(white, "", False)], box=(8, 4, 24, 12))
+    is_dark = np.asarray(boxed.convert("L"), int)[GAP : GAP + TILE, GAP : GAP + TILE] < 100
+    rows, columns = np.flatnonzero(is_dark.any(axis=1)), np.flatnonzero(is_dark.any(axis=0))
+    scale = TILE / 32
+    assert [columns[0], columns[-1], rows[0], rows[-1]] == [
+        8 * scale,
+        24 * scale,
+        4 * scale,
+        12 * scale,
+    ]
+    assert not is_dark[rows[0] + 3 : rows[-1] - 3, columns[0] + 3 : columns[-1] - 3].any()
+    assert not (plain[GAP : GAP + TILE, GAP : GAP + TILE] < 100).any()

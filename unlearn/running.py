@@ -145,7 +145,7 @@ def save_query(
         own = shown["query_loss_before"] if whole else explain_query(study, query)
         ranking = results.rank_query(study, changes, shown, own, folder, cautions)
         origin = describe_origin(task, output)
-        results.save(folder, query, ranking, shown, identity, origin, top_k)
+        results.save(folder, query, ranking, shown, identity, origin, top_k, study.unlearning.box)
         if output.is_shown:
             results.print_result(folder, study, query, ranking, shown, top_k, output.remedy)
 
@@ -253,6 +253,8 @@ def save_removal(
     known = {**describe_attributable(scores, unit, losses, own), **groups}
     ranking = Ranking.of_scores(study.image_sets, scores, warnings, find_intervals(draws))
     origin = describe_origin(task, output)
-    results.save(folder, query, ranking, known, study.identity(query), origin, output.top_k)
+    results.save(
+        folder, query, ranking, known, study.identity(query), origin, output.top_k, study.box
+    )
     if output.is_shown:
         results.print_removal(folder, query, ranking, output.top_k, study.box)

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from ..datasets.boxes import Box, name_box
 from ..runtime.printing import printable
 from .fonts import find_font
 
@@ -31,10 +32,16 @@ def wrap_text(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int, lines
 
 
 def draw_tile(
-    sheet: Image.Image, left: int, top: int, image: Image.Image | None, text: str, framed: bool
+    sheet: Image.Image,
+    left: int,
+    top: int,
+    image: Image.Image | None,
+    text: str,
+    framed: bool,
+    box: Box | None = None,
 ) -> None:
     """Draws one picture (None: an empty tile) with its text below, framed in red where it is an
-    exemplar."""
+    exemplar. box: of its pixels, outlined."""
     draw, font = ImageDraw.Draw(sheet), find_font(text, 15)
     if image is not None:
         scale = TILE / max(image.size)
@@ -44,7 +51,12 @@ def draw_tile(
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter
         )
-        sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
+        place = left + (TILE - image.width) // 2, top + (TILE - image.height) // 2
+        sheet.paste(image, place)
+        if box:
+            edges = [round(place[axis % 2] + scale * pixel) for axis, pixel in enumerate(box)]
+            draw.rectangle(edges, outline=PAPER, width=4)
+            draw.rectangle(edges, outline=INK, width=2)
     else:
         draw.rectangle((left, top, left + TILE, top + TILE), fill=(235, 235, 235))
     if framed:
@@ -62,9 +74,10 @@ def draw_influence(
     candidates: Sequence[tuple[Image.Image | None, str, bool]],
     warnings: Sequence[str] = (),
     columns: int = 5,
+    box: Box | None = None,
 ) -> Image.Image:
     """The query at the left, its most influential images in rows beside it, and below them what
-    there is to warn of.
+    there is to warn of. box: of the query's pixels, where only these count.
 
     query: RGB image; candidates: [(RGB image or None, text, is_exemplar), ...], most influential
     first; warnings: sentences. Returns an RGB image.
@@ -82,7 +95,8 @@ def draw_influence(
         left, top, _, bottom = draw.multiline_textbbox((GAP, size[1]), text, font, spacing=6)
         sheet = Image.new("RGB", (size[0], int(bottom) + GAP), PAPER)
         ImageDraw.Draw(sheet).multiline_text((GAP, size[1]), text, EXEMPLAR_RED, font, spacing=6)
-    draw_tile(sheet, GAP, GAP, query, f"query: {prompt}", False)
+    asked = f"query, {name_box(box)}" if box else "query"
+    draw_tile(sheet, GAP, GAP, query, f"{asked}: {prompt}", False, box)
     for number, (image, text, is_exemplar) in enumerate(candidates):
         row, column = divmod(number, columns)
         draw_tile(

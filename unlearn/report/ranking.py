@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..attribution.influence import best_view, rank_images
 from ..attribution.intervals import Intervals, find_intervals
+from ..datasets.boxes import Box
 from ..datasets.pictures import load_image
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
@@ -135,17 +136,21 @@ class Ranking:
         return Path(path)
 
     def picture(
-        self, query: TrainingSet | None = None, count: int = 10, path: str | Path | None = None
+        self,
+        query: TrainingSet | None = None,
+        count: int = 10,
+        path: str | Path | None = None,
+        box: Box | None = None,
     ) -> Image.Image:
         """The query, where one is given, beside the first `count` candidates; written to `path`
-        (JPEG) too, where one is given."""
+        (JPEG) too, where one is given. box: of the query's pixels, where only these count."""
         pictures = [
             (load_picture(path), f"{rank}. {caption} ({score:+.2g})", exemplar)
             for rank, _, caption, score, exemplar, path in self.rows(count)
         ]
         image = load_image(query.paths[0]) if query and query.paths[0] else None
         prompt = query.captions[0] if query else ""
-        drawn = draw_influence(image, prompt, pictures, self.warnings)
+        drawn = draw_influence(image, prompt, pictures, self.warnings, box=box)
         if path:
             jpeg = io.BytesIO()  # Pillow's own writing to a file does not say that the disk is full
             drawn.save(jpeg, "JPEG", quality=92)

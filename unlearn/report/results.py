@@ -96,17 +96,18 @@ def save(
     identity: dict,
     found: dict,
     top_k: int,
+    box: Box | None,
 ) -> None:
     """Writes a query's ranking: influence.npz with its record, .csv, .pkl and visualization.jpg.
     What there is to warn of stands in all of them. shown: what stands in influence.npz beside the
-    scores; found: what its record tells besides."""
+    scores; found: what its record tells besides; box: what of its picture counts."""
     path = folder / "influence.npz"
     record_path(path).unlink(missing_ok=True)
     ranking.to_csv(folder / "influence.csv")
     with whole_file(folder / "influence.pkl") as file:
         # For those who read the published program's; never read here.
         pickle.dump({"influence": ranking.scores, "rank": ranking.order}, file)
-    ranking.picture(query, top_k, folder / "visualization.jpg")
+    ranking.picture(query, top_k, folder / "visualization.jpg", box)
     with whole_file(path) as file:
         np.savez(
             file,
