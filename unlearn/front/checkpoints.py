@@ -20,6 +20,7 @@ from ..storage.artifacts import own_part
 from ..storage.hashes import digest
 from ..storage.reading import read_json
 from .customized import drop_parts
+from .transformer_files import check_numbers, is_transformer, join_transformer
 
 XL = "conditioner.embedders."  # before names of text encoders in checkpoints of Stable Diffusion XL
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -66,6 +67,9 @@ def convert_file(
     check_pointer(path, f"--model {path}")
     names = list_tensors(path) if path.suffix == ".safetensors" else None
     if names is not None:
+        check_numbers(path)
+        if is_transformer(names):
+            return join_transformer(path, names, find_base(), place)
         check_keys(path, names)
     status = path.stat()
     key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
@@ -86,6 +90,12 @@ def check_keys(path: Path, names: list[str]) -> None:
             f"--model {path}: a checkpoint of Stable Diffusion XL's refiner, which only changes "
             f"pictures; give the base model, which makes them"
         )
+    for block, kind in (("joint", "StableDiffusion3Pipeline"), ("double", "FluxPipeline")):
+        if any(name.startswith(f"model.diffusion_model.{block}_blocks.") for name in names):
+            raise UserError(
+                f"--model {path}: holds other parts beside the transformer; give the file of the "
+                f"transformer alone or, with a network: {convert_command(path, kind)}"
+            )
     if not any(name.startswith("model.diffusion_model.") for name in names):
         first = names[0] if names else "nothing"
         raise UserError(
@@ -99,15 +109,21 @@ def is_xl(names: Iterable[str]) -> bool:
     return any(name.startswith(XL) for name in names)
 
 
-def choose_class(names: Sequence[str] | None, config: str | None) -> str:
+def choose_class(path: Path, names: Sequence[str] | None, config: str | None) -> str:
     """The class of the pipeline that a checkpoint makes: by its tensors or, where they are not known
-    before it is read, that of the model that it takes its configuration from."""
+    before it is read, that of the model that it takes its configuration from. Raises UserError where
+    that has a transformer."""
     if names is not None:
         return XL_PIPELINE if is_xl(names) else PIPELINE
-    path = Path(config or "") / INDEX
-    index = read_json(path, "--base") if path.is_file() else None
-    is_known = isinstance(index, dict) and index.get("_class_name") == XL_PIPELINE
-    return XL_PIPELINE if is_known else PIPELINE
+    place = Path(config or "") / INDEX
+    index = read_json(place, "--base") if place.is_file() else None
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in (None, XL_PIPELINE, PIPELINE):
+        raise UserError(
+            f"--model {path}: beside {kind!s:.60} ({config}) expected its transformer alone, as "
+            f".safetensors, under its authors' or diffusers' names"
+        )
+    return kind or PIPELINE
 
 
 def obey_marks(pipeline: Any, path: Path, names: Sequence[str]) -> None:
@@ -131,7 +147,7 @@ def save_converted(
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    kind = choose_class(names, config)
+    kind = choose_class(path, names, config)
     left_out = {"feature_extractor": None}
     if kind == PIPELINE:
         left_out |= {"safety_checker": None, "requires_safety_checker": False}

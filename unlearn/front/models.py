@@ -19,13 +19,11 @@ from ..models.weights import (
     find_absent,
     find_weights,
     is_ordinary,
-    is_wrapped,
     list_weights,
 )
 from ..runtime.programs import say
-from ..storage.artifacts import own_part, write_json, write_tensors
-from ..storage.hashes import digest
-from ..storage.reading import list_visible, read_json, read_tensors, read_text
+from ..storage.reading import list_visible, read_json, read_text
+from .assembly import assemble
 from .checkpoints import convert_file, explain_lora
 from .customized import is_customized, merge_customization
 
@@ -199,59 +197,3 @@ def replace_unet(pipeline: Path, unet: Path, place: Path) -> Path:
     say(f"{unet}: a UNet alone; the other parts are those of {pipeline}")
     index = read_object(pipeline / INDEX)
     return assemble(pipeline, place, {"unet": found[0]}, {"unet": unet}, index)
-
-
-def assemble(
-    folder: Path, place: Path, weights: dict[str, Path], parts: dict[str, Path], index: dict
-) -> Path:
-    """A folder of links in `place`, named after what it is made of: parts from `parts`, else from
-    `folder`, and the weights given under the names that are loaded."""
-    stamps = {
-        part: [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-        for part, path in weights.items()
-    }
-    target = place / f"{folder.name}-{digest(str(folder), stamps, index)[:8]}"
-    if (target / INDEX).is_file():
-        return target
-    for part, value in index.items():
-        source = parts.get(part) or folder / part
-        if not isinstance(value, list) or not source.is_dir():
-            continue
-        (target / part).mkdir(parents=True, exist_ok=True)
-        for path in list_visible(source):
-            if part not in weights or path.suffix in (".json", ".txt", ".model"):
-                link(path, target / part / path.name)
-        if part in weights:
-            put_weights(weights[part], target / part / f"{WEIGHTS[part][0]}.safetensors")
-    write_json(target / INDEX, index)  # last: it says that the folder is whole
-    return target
-
-
-def link(source: Path, target: Path) -> None:
-    """A link to a file, whatever stood there."""
-    part = own_part(target)
-    part.unlink(missing_ok=True)
-    os.symlink(os.path.realpath(source), part)
-    os.replace(part, target)
-
-
-def put_weights(source: Path, target: Path) -> None:
-    """Weights as safetensors: a link where they are, else read without running code and written."""
-    if source.suffix == ".safetensors" and not is_wrapped(source):
-        return link(source, target)
-    if ".safetensors.index" in source.name:
-        return put_shards(source, target)
-    tensors = read_tensors(source, "--model")
-    # Each its own memory: tied weights may not share theirs in such a file.
-    write_tensors(target, {name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-
-
-def put_shards(source: Path, target: Path) -> None:
-    """Links to weights that an index (.json) says are in several files."""
-    files = read_object(source).get("weight_map")
-    names = set(files.values()) if isinstance(files, dict) else set()
-    for name in sorted(map(str, names)):
-        if Path(name).name != name or not (source.parent / name).is_file():
-            raise UserError(f"--model {source}: names {name!r:.80}, which is not there")
-        link(source.parent / name, target.with_name(name))
-    link(source, target.with_name(f"{target.name}.index.json"))

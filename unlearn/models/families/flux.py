@@ -50,6 +50,13 @@ OUTSIDE = {  # of blocks
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
+DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
 # XLabs' LoRA name their own layers beside the attention's
 XLABS_DOUBLE = {
     "processor.qkv_lora1": DOUBLE["img_attn.qkv"],
@@ -90,6 +97,18 @@ class Flux(Packed):
                     f"{kind}transformer_blocks.{number}",
                     tables,
                 )
+        return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        names = {}
+        for kind, norms in (("", DOUBLE_NORMS), ("single_", SINGLE_NORMS)):
+            for number in range(len(getattr(denoiser, f"{kind}transformer_blocks"))):
+                names |= {
+                    f"{kind or 'double_'}blocks.{number}.{name}.scale": (
+                        f"{kind}transformer_blocks.{number}.{own}.weight"
+                    )
+                    for name, own in norms.items()
+                }
         return names
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:

@@ -199,6 +199,11 @@ class Family:
         that this one lacks may be among them."""
         return {}
 
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        """A denoiser's weights beside those of its layers, by their names in its authors' code where
+        these are others than diffusers'."""
+        return {}
+
     # Pictures and prompts.
 
     def pixels_a_latent(self, vae: Mapping[str, Any]) -> int | None:

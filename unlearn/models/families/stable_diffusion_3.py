@@ -32,6 +32,14 @@ CONTEXT_BLOCK = {
     "mlp.fc2": ("ff_context.net.2",),
     "adaLN_modulation.1": ("norm1_context.linear",),
 }
+NORMS = {
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+}
 OUTSIDE = {  # of blocks
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -64,6 +72,15 @@ class StableDiffusion3(Flow):
         joined = f"transformer_blocks.{last}.norm1_context.linear"
         names[f"joint_blocks.{last}.context_block.{SWAPPED}"] = Original((joined,), True)
         names[f"final_layer.{SWAPPED}"] = Original(("norm_out.linear",), True)
+        return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        names = {"pos_embed": "pos_embed.pos_embed"}
+        for number in range(len(denoiser.transformer_blocks)):
+            names |= {
+                f"joint_blocks.{number}.{name}.weight": f"transformer_blocks.{number}.{own}.weight"
+                for name, own in NORMS.items()
+            }
         return names
 
     def unread(self, denoiser: Any) -> str:

@@ -1,0 +1,117 @@
+"""The file of a transformer alone, as its authors, ComfyUI and diffusers have it, put beside the other
+parts of a pipeline's folder."""
+
+import re
+import shlex
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import UserError
+from ..models.architectures import build_part
+from ..models.lora_keys import guess_family
+from ..models.originals import PREFIX, Piece, cut, find_quantized, plan_pieces
+from ..models.parts import class_names, family_of, read_config, read_index
+from ..models.weights import INDEX, WEIGHTS
+from ..runtime.programs import say
+from ..storage.artifacts import write_json, write_tensors
+from ..storage.hashes import digest
+from ..storage.reading import read_json
+from .assembly import assemble
+
+SHARD_BYTES = 4 << 30  # of a file that is written: so much of the transformer is in memory at once
+# before names of other parts of a pipeline, and of UNets
+OTHERS = ("conditioner.", "cond_stage_model.", "first_stage_model.", "text_encoders.", "vae.")
+UNET = f"{PREFIX}input_blocks."
+
+
+def is_transformer(names: list[str]) -> bool:
+    """Whether tensors of these names are those of a transformer, with nothing beside it."""
+    bare = [name.removeprefix(PREFIX) for name in names]
+    has_blocks = any(re.match(r"\w*(blocks|layers)\.\d+\.", name) for name in bare)
+    is_other = any(name.startswith((*OTHERS, UNET)) or "lora" in name.lower() for name in names)
+    return has_blocks and not is_other
+
+
+def check_numbers(path: Path) -> None:
+    """Raises UserError, by name, where a file's weights are quantized."""
+    with safe_open(path, "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+    if found := find_quantized(kinds):
+        name, how = found
+        raise UserError(
+            f"--model {path}: its weights are quantized ({how}: {name:.100}), which losses and "
+            f"gradients cannot be computed with; give the same model in bf16, fp16 or fp32"
+        )
+
+
+def check_base(path: Path, names: list[str], base: str | None) -> Path:
+    """The folder of a pipeline that lends its other parts. Raises UserError where there is none, or it
+    has a UNet."""
+    if base is None:
+        guess = guess_family(f"diffusion_model.{name.removeprefix(PREFIX)}" for name in names)
+        kind = f" of {guess[1]}" if guess else ""
+        raise UserError(
+            f"--model {path}: the transformer{kind} alone ({names[0]:.80}); give the diffusers folder "
+            f"of a model of its kind, whose VAE, text encoders and configuration it takes: --base MODEL"
+        )
+    folder = Path(base)
+    if not folder.is_dir():
+        raise UserError(
+            f"--base {base}: expected a folder, so that the transformer of {path} can be put beside "
+            f"its other parts; download it: hf download {shlex.quote(base)} --local-dir base"
+        )
+    index = read_index(folder)
+    if family_of(folder, index).denoiser != "transformer":
+        raise UserError(
+            f"--base {base}: {index['_class_name']} has a UNet; {path} holds a transformer "
+            f"({names[0]:.80})"
+        )
+    return folder
+
+
+def join_transformer(path: Path, names: list[str], base: str | None, place: Path) -> Path:
+    """The folder of a pipeline whose transformer is that of a file, made once. base: the pipeline that
+    lends the rest. Raises UserError, with the way on, where they do not fit each other."""
+    folder = check_base(path, names, base)
+    index = read_index(folder)
+    family, part = family_of(folder, index), "transformer"
+    item = f"--model {path}"
+    denoiser = build_part(class_names(index)[part], read_config(folder / part / "config.json"))
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
+        pieces = plan_pieces(item, shapes, denoiser, family)
+        status = path.stat()
+        key = digest(str(path), status.st_size, status.st_mtime_ns, str(folder))[:8]
+        target = place / f"{path.stem}-{key}-{part}" / f"{WEIGHTS[part][0]}.safetensors.index.json"
+        if not target.is_file():
+            say(f"{path}: a transformer alone; the other parts are those of {folder}")
+            write_shards(file, pieces, target)
+    return assemble(folder, place, {part: target}, {}, read_json(folder / INDEX, "--base"))
+
+
+def write_shards(file: safe_open, pieces: dict[str, Piece], index: Path) -> None:
+    """Writes weights, one shard after the other, and last the index that names them."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, piece in pieces.items():
+        own = file.get_slice(piece.source)
+        number = (piece.stop - piece.start) * torch.Size(own.get_shape()[1:]).numel() * 4
+        if size and size + number > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += number
+    stem, found, total = index.name.removesuffix(".safetensors.index.json"), {}, 0
+    for number, names in enumerate(shards, 1):
+        shard = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: cut(file.get_slice(pieces[name].source), pieces[name]).contiguous()
+            for name in names
+        }
+        index.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(index.with_name(shard), tensors)
+        found |= dict.fromkeys(names, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": found})
