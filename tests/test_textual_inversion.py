@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import PARITY
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from test_attribute import PROMPT, QUERY, make_folder
+from tiny_families import make_pipeline
 
 import unlearn
 from unlearn import UserError
@@ -17,6 +19,8 @@ from unlearn.datasets.encoders import count_tokens
 from unlearn.front.embeddings import tell_words
 from unlearn.front.loading import load_source
 from unlearn.models.embeddings import Embedding, check_embedding, list_tokens, read_embedding
+from unlearn.models.lora_files import read_lora
+from unlearn.models.lora_names import parse_name
 
 TINY = str(PARITY / "fixture/sd-tiny")
 
@@ -80,8 +84,9 @@ def test_what_is_no_new_word_is_refused_in_one_line(tmp_path, features):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "such as Stable Diffusion XL" in said(
-        {"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 8)}
+    assert "expected one word's embedding, found clip_g" in said({"clip_g": torch.ones(1, 8)})
+    assert "found 1 of clip_l and 2 of clip_g" in said(
+        {"clip_l": torch.ones(1, 4), "clip_g": torch.ones(2, 8)}
     )
     assert "expected one word's embedding, found" in said(
         {"<a>": torch.ones(4), "<b>": torch.ones(4)}
@@ -126,3 +131,88 @@ def test_a_file_that_is_none_is_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         unlearn.attribute(QUERY, "nowhere", folder, PROMPT, textual_inversion="none.safetensors")
     assert tell_words([], None, []) == []
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """The tiny pipeline of Stable Diffusion XL, its folder, and features of its two text encoders."""
+    pipeline, folder = make_pipeline("sdxl"), tmp_path_factory.mktemp("xl") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return pipeline, folder, (8, 16)
+
+
+def test_words_of_two_text_encoders_are_read_as_diffusers_reads_them(xl, tmp_path):
+    """Of textual inversion, by the file's name, and of pivotal tuning, whose rows are words."""
+    pipeline, folder, features = xl
+    first, second, *rows = (
+        make_vectors(count, width, count) for count in (3, 2) for width in features
+    )
+    save_file({"clip_l": first, "clip_g": second}, tmp_path / "<cat>.safetensors")
+    tuned = {"text_encoders_0": rows[0], "text_encoders_1": rows[1]}
+    save_file(tuned, tmp_path / "run_emb.safetensors")
+    words = [read_embedding(str(tmp_path / f"{name}.safetensors")) for name in ("<cat>", "run_emb")]
+    assert [each.names for each in words] == [["<cat>", "<cat>_1", "<cat>_2"], ["<s0>", "<s1>"]]
+    assert [each.words for each in words] == [["<cat>"], ["<s0>", "<s1>"]]
+    _, model = load_source(folder, None, tmp_path / "model", "cpu", (), words)
+    prompts = ["a <cat> on red", "<s0><s1>, a photo", "a dog"]
+    encode = partial(
+        pipeline.encode_prompt, prompts, device="cpu", do_classifier_free_guidance=False
+    )
+    with torch.no_grad():
+        plain = encode()[0]
+    for tables, names in (((first, second), "<cat>"), (rows, ["<s0>", "<s1>"])):
+        for vectors, end in zip(tables, ("", "_2")):
+            pipeline.load_textual_inversion(
+                vectors if isinstance(names, str) else list(vectors),
+                token=names,
+                text_encoder=getattr(pipeline, f"text_encoder{end}"),
+                tokenizer=getattr(pipeline, f"tokenizer{end}"),
+            )
+    with torch.no_grad():
+        expected, _, pooled, _ = encode()
+    found = model.encode_prompts(prompts)
+    torch.testing.assert_close(found[TEXT], expected)
+    torch.testing.assert_close(found["pooled"], pooled)
+    torch.testing.assert_close(found[TEXT][2], plain[2])
+    assert all(
+        (found[TEXT][row, :, part] - plain[row, :, part]).abs().max() > 0.01
+        for row in (0, 1)
+        for part in (slice(0, 8), slice(8, 24))
+    )
+    with pytest.raises(UserError, match="tokenizer knows <s0> already"):
+        check_embedding(model.pipeline, words[1])
+
+
+def test_words_for_other_text_encoders_than_the_models_are_refused(xl, pipeline, tmp_path):
+    one, two = (
+        Embedding(tmp_path, "<x>", torch.ones(1, 8), second) for second in (None, torch.ones(1, 9))
+    )
+    with pytest.raises(UserError, match="vectors for one text encoder, the model has two"):
+        check_embedding(xl[0], one)
+    with pytest.raises(
+        UserError, match="vectors of 9 numbers, the model's second text encoder has 16"
+    ):
+        check_embedding(xl[0], two)
+    with pytest.raises(UserError, match="vectors for two text encoders, the model has one"):
+        check_embedding(pipeline, two)
+
+
+def test_a_lora_with_its_embeddings_inside_is_taken_apart_by_the_command_that_is_said(tmp_path):
+    layer, path = "lora_unet_mid_block_x", tmp_path / "both.safetensors"
+    lora = {f"{layer}.lora_{kind}.weight": torch.ones(2, 2) for kind in ("down", "up")}
+    words = {
+        "bundle_emb.cat.string_to_param.*": make_vectors(2, 4),
+        "bundle_emb.dog.clip_l": make_vectors(1, 4),
+        "bundle_emb.dog.clip_g": make_vectors(1, 8),
+    }
+    save_file({**lora, **words}, path, {"ss_network_dim": "2"})
+    with pytest.raises(UserError) as error:
+        read_lora(parse_name(str(path)))
+    assert "\n" not in str(error.value)
+    exec(shlex.split(str(error.value).split("--textual_inversion): ")[1])[2], {})
+    found = read_lora(parse_name(str(tmp_path / "both-lora.safetensors")))
+    assert set(found.keys) == lora.keys() and found.header == {"ss_network_dim": "2"}
+    cat, dog = (read_embedding(str(tmp_path / f"{word}.safetensors")) for word in ("cat", "dog"))
+    assert (cat.token, dog.token) == ("cat", "dog")
+    assert torch.equal(cat.vectors, words["bundle_emb.cat.string_to_param.*"])
+    assert torch.equal(dog.second, words["bundle_emb.dog.clip_g"])

@@ -22,7 +22,10 @@ from .questions import Question
 def merge_embeddings(embeddings: list[Embedding], pipeline: str, unet: str, place: Path) -> Path:
     """The folder of a pipeline that knows new words, made once. pipeline, unet: the model, as
     `load_model` takes it. Raises UserError where a word does not fit it."""
-    hashes = [hash_tensors(embedding.tokens) for embedding in embeddings]
+    hashes = []
+    for embedding in embeddings:
+        seconds = {} if embedding.second is None else {"of the second": embedding.second}
+        hashes.append(hash_tensors({**embedding.tokens, **seconds}))
     key = digest(hashes, pipeline, unet)
     target = place / f"{embeddings[0].path.stem}-{key[:8]}"
     if (target / INDEX).is_file():
@@ -34,7 +37,8 @@ def merge_embeddings(embeddings: list[Embedding], pipeline: str, unet: str, plac
     tokens = list_tokens(model.pipeline, embeddings)
     words = ", ".join(f"{each.token} ({len(each.vectors)})" for each in embeddings)
     say(f"{pipeline}: learns new words (vectors): {words}; it becomes one folder, {target}")
-    add_tokens(model.pipeline, tokens)
+    for (encoder, tokenizer), own in tokens.items():
+        add_tokens(model.pipeline, own, encoder, tokenizer)
     part = own_part(target)
     shutil.rmtree(part, ignore_errors=True)
     model.pipeline.save_pretrained(part, safe_serialization=True)
@@ -54,7 +58,11 @@ def tell_words(
         return []
     texts = [question.prompt for question in questions]
     texts += [caption for entry in found.entries for caption in entry.captions]
-    unused = [each.token for each in embeddings if not any(each.token in text for text in texts)]
+    unused = [
+        each.token
+        for each in embeddings
+        if not any(word in text for text in texts for word in each.words)
+    ]
     notes = [
         "Scores look at the model's weights. Where the images trained the embedding of a new word "
         "alone, these were not trained: how well scores tell such images has not been measured."

@@ -318,19 +318,25 @@ def check_customization(
     return weights, tokens
 
 
-def add_tokens(pipeline: DiffusionPipeline, tokens: Mapping[str, torch.Tensor]) -> None:
-    """Gives the tokenizer new tokens and the text encoder their embeddings (an earlier model's of
+def add_tokens(
+    pipeline: DiffusionPipeline,
+    tokens: Mapping[str, torch.Tensor],
+    encoder: str = "text_encoder",
+    tokenizer: str = "tokenizer",
+) -> None:
+    """Gives a tokenizer new tokens and its text encoder their embeddings (an earlier model's of
     that name are replaced). Raises UserError where the tokenizer gives a token a number that the
     text encoder does not have."""
-    embeddings = pipeline.text_encoder.get_input_embeddings()
-    pipeline.tokenizer.add_tokens(list(tokens))
-    if len(pipeline.tokenizer) > len(embeddings.weight):
-        pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
-    weight = pipeline.text_encoder.get_input_embeddings().weight
+    reader, module = getattr(pipeline, tokenizer), getattr(pipeline, encoder)
+    embeddings = module.get_input_embeddings()
+    reader.add_tokens(list(tokens))
+    if len(reader) > len(embeddings.weight):
+        module.resize_token_embeddings(len(reader), mean_resizing=False)
+    weight = module.get_input_embeddings().weight
     for token, vector in tokens.items():
-        if not 0 <= (number := pipeline.tokenizer.convert_tokens_to_ids(token)) < len(weight):
+        if not 0 <= (number := reader.convert_tokens_to_ids(token)) < len(weight):
             raise UserError(
-                f"the pipeline's tokenizer numbers {token} {number}, its text encoder has "
+                f"the pipeline's {tokenizer} numbers {token} {number}, its {encoder} has "
                 f"{len(weight)} tokens: one of them is damaged"
             )
         weight.data[number] = vector.to(weight)

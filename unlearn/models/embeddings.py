@@ -1,21 +1,26 @@
 """Embeddings of new words (textual inversion), as diffusers and Stable Diffusion's web interfaces
 keep them: one vector of a word, or several that stand for it one after the other."""
 
+import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 
 from ..errors import UserError
 from ..runtime.printing import shorten
 from ..storage.reading import holds_safetensors, list_visible, read_tensors
+from .families import find_family
+from .families.texts import label
 
 UNNAMED = "emb_params"  # the one key of files that say their word by their name
-OF_TWO = {"clip_l", "clip_g"}  # keys of Stable Diffusion XL's
+# Of models with two text encoders, such as Stable Diffusion XL, the keys of each one's: of textual
+# inversion, and of pivotal tuning, whose rows are words <s0>, <s1>, ... of their own.
+OF_TWO, PIVOTAL = ("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1")
+COUNTS = {1: "one text encoder", 2: "two text encoders"}
+BRACKETED = re.compile(r"<[^<>\s]+>")
 SUFFIXES = (".safetensors", ".bin", ".pt")
 USUAL = ("learned_embeds.safetensors", "learned_embeds.bin")
 MOST_VECTORS = 75  # of a word: a prompt has no more places
@@ -28,13 +33,33 @@ class Embedding:
     path: Path
     token: str
     vectors: torch.Tensor  # [n, features] float32
+    second: torch.Tensor | None = None  # [n, features] of a second text encoder
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """The vectors of each text encoder."""
+        return [self.vectors] if self.second is None else [self.vectors, self.second]
+
+    @property
+    def words(self) -> list[str]:
+        """What prompts may have: one word for all vectors or, where it is made of as many in brackets
+        (<s0><s1>), each of these."""
+        found = BRACKETED.findall(self.token)
+        is_made_of_them = "".join(found) == self.token and len(found) == len(self.vectors)
+        return found if is_made_of_them else [self.token]
+
+    @property
+    def names(self) -> list[str]:
+        """The token of each vector: of a word with several, the word, then the word with _1, _2, ...,
+        as diffusers has them."""
+        if len(self.words) > 1:
+            return self.words
+        return [self.token, *(f"{self.token}_{number}" for number in range(1, len(self.vectors)))]
 
     @property
     def tokens(self) -> dict[str, torch.Tensor]:
-        """Each vector by its token: the word, then the word with _1, _2, ..., as diffusers has
-        them."""
-        names = [self.token, *(f"{self.token}_{number}" for number in range(1, len(self.vectors)))]
-        return dict(zip(names, self.vectors))
+        """Each vector of the first text encoder by its token."""
+        return dict(zip(self.names, self.vectors))
 
 
 def find_file(name: str) -> tuple[Path, str | None]:
@@ -79,15 +104,28 @@ def read_embedding(name: str) -> Embedding:
             f"safetensors; convert it, where you trust it: python -c {shlex.quote(code)}"
         )
     tensors = read_tensors(path, "embeddings")
-    if tensors.keys() & OF_TWO:
-        raise UserError(
-            f"{named}: embeddings of a model with two text encoders ({', '.join(sorted(tensors))}), "
-            f"such as Stable Diffusion XL, which are not used so far"
-        )
-    if len(tensors) != 1:
+    keys = next((keys for keys in (OF_TWO, PIVOTAL) if set(keys) & tensors.keys()), tuple(tensors))
+    if tensors.keys() != set(keys) or (len(keys) != 1 and keys not in (OF_TWO, PIVOTAL)):
         there = shorten(", ".join(map(str, tensors)), 80) or "nothing"
         raise UserError(f"{named}: expected one word's embedding, found {there}")
-    [(key, vectors)] = tensors.items()
+    tables = [check_vectors(named, tensors[key]) for key in keys]
+    if len({len(table) for table in tables}) > 1:
+        told = " and ".join(f"{len(tensors[key])} of {key}" for key in keys)
+        raise UserError(f"{named}: expected as many vectors for each text encoder, found {told}")
+    own = (
+        "".join(f"<s{number}>" for number in range(len(tables[0]))) if keys == PIVOTAL else keys[0]
+    )
+    token = word or (path.stem if keys == OF_TWO or own == UNNAMED else own)
+    if len(token.split()) != 1:
+        raise UserError(
+            f"{named}: expected one word, found {shorten(token, 60)}; name it as prompt and "
+            f"captions have it: {path}:<my-word>"
+        )
+    return Embedding(path, token, *tables)
+
+
+def check_vectors(named: str, vectors: torch.Tensor) -> torch.Tensor:
+    """The vectors of a word, [n, features] float32. Raises UserError where they cannot be."""
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not 1 <= len(vectors) <= MOST_VECTORS:
         raise UserError(
@@ -96,47 +134,62 @@ def read_embedding(name: str) -> Embedding:
         )
     if not torch.isfinite(vectors).all():
         raise UserError(f"{named}: has NaN or infinite entries; download or train it again")
-    token = word or (path.stem if key == UNNAMED else key)
-    if len(token.split()) != 1:
-        raise UserError(
-            f"{named}: expected one word, found {shorten(token, 60)}; name it as prompt and "
-            f"captions have it: {path}:<my-word>"
-        )
-    return Embedding(path, token, vectors.float())
+    return vectors.float()
+
+
+def list_encoders(pipeline: Any) -> dict[str, str]:
+    """{text encoder: its tokenizer} of those that take new words; {} where the model takes none."""
+    parts = getattr(pipeline, "components", {})
+    classes = {part: type(module).__name__ for part, module in parts.items() if module is not None}
+    family = find_family(type(pipeline).__name__, classes) if classes else None
+    return dict(family.encoders) if family and family.learns_words else {}
 
 
 def check_embedding(pipeline: Any, embedding: Embedding) -> None:
     """Raises UserError where a word does not fit a pipeline."""
     named = f"--textual_inversion {embedding.path}"
-    takes_words = issubclass(type(pipeline), TextualInversionLoaderMixin)
-    if not takes_words or getattr(pipeline, "text_encoder_2", None) is not None:
+    encoders = list_encoders(pipeline)
+    if not encoders:
         raise UserError(
             f"{named}: {type(pipeline).__name__} takes none so far; supported are Stable Diffusion "
-            f"1 and 2"
+            f"1 and 2, and Stable Diffusion XL"
         )
-    features = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
-    if embedding.vectors.shape[1] != features:
+    if len(embedding.tables) != len(encoders):
         raise UserError(
-            f"{named}: vectors of {embedding.vectors.shape[1]} numbers, the model's text encoder "
-            f"has {features}: it was trained for another base model"
+            f"{named}: vectors for {COUNTS[len(embedding.tables)]}, the model has "
+            f"{COUNTS[len(encoders)]}: it was trained for another base model"
         )
-    known = pipeline.tokenizer.get_vocab()
-    if taken := [token for token in embedding.tokens if token in known]:
-        raise UserError(
-            f"{named}: the model's tokenizer knows {shorten(taken[0], 60)} already; give the word "
-            f"another name, which prompt and captions then have: {embedding.path}:<my-word>"
-        )
+    for (encoder, tokenizer), vectors in zip(encoders.items(), embedding.tables):
+        features = getattr(pipeline, encoder).get_input_embeddings().weight.shape[1]
+        if vectors.shape[1] != features:
+            raise UserError(
+                f"{named}: vectors of {vectors.shape[1]} numbers, the model's {label(encoder)} has "
+                f"{features}: it was trained for another base model"
+            )
+        known = getattr(pipeline, tokenizer).get_vocab()
+        if taken := [token for token in embedding.names if token in known]:
+            raise UserError(
+                f"{named}: the model's tokenizer knows {shorten(taken[0], 60)} already; give the "
+                f"word another name, which prompt and captions then have: "
+                f"{embedding.path}:<my-word>"
+            )
 
 
-def list_tokens(pipeline: Any, embeddings: list[Embedding]) -> Mapping[str, torch.Tensor]:
-    """All vectors by token. Raises UserError where a word does not fit, or is there twice."""
-    tokens: dict[str, torch.Tensor] = {}
+def list_tokens(
+    pipeline: Any, embeddings: list[Embedding]
+) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """All vectors by token, of each (text encoder, tokenizer). Raises UserError where a word does not
+    fit, or is there twice."""
+    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    seen: set[str] = set()
     for embedding in embeddings:
         check_embedding(pipeline, embedding)
-        if twice := tokens.keys() & embedding.tokens.keys():
+        if twice := seen.intersection(embedding.names):
             raise UserError(
                 f"--textual_inversion {embedding.path}: {shorten(sorted(twice)[0], 60)} is in "
                 f"another file too; name one of them otherwise: {embedding.path}:<my-word>"
             )
-        tokens |= embedding.tokens
-    return tokens
+        seen |= set(embedding.names)
+        for place, vectors in zip(list_encoders(pipeline).items(), embedding.tables):
+            found.setdefault(place, {}).update(zip(embedding.names, vectors))
+    return found

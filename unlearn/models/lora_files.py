@@ -11,6 +11,7 @@ loaders that guess from some names how the others are meant.
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,16 @@ from safetensors import safe_open
 
 from ..errors import UserError
 from ..storage.reading import make_object, read_json, read_tensors
-from .lora_keys import ADAPTER, ALPHA, DOWN, UP, find_other_kind, read_key
+from .lora_keys import (
+    ADAPTER,
+    ALPHA,
+    DOWN,
+    EMBEDDING,
+    OTHER_KINDS,
+    UP,
+    find_other_kind,
+    read_key,
+)
 from .lora_names import Named
 
 MOST_HEADER = 16 << 20  # bytes of text in a file's header
@@ -75,13 +85,33 @@ def read_object(text: str | None) -> dict[str, Any]:
 def check_kind(path: Path, keys: tuple[str, ...]) -> None:
     """Raises UserError, by name, where a file's tensors are those of something else than a plain
     LoRA."""
-    if found := find_other_kind(keys):
-        key, kind = found
+    if not (found := find_other_kind(keys)):
+        return
+    key, kind = found
+    if kind == OTHER_KINDS[EMBEDDING]:
         raise UserError(
-            f"--lora {path}: {kind} ({key:.100}), which cannot be used: diffusers would leave it out "
-            f"or change it; merge it into its base model by the program that trained it, and give "
-            f"that as the model"
+            f"--lora {path}: {kind} ({key:.100}); take them apart and give each by its own flag "
+            f"(--lora, --textual_inversion): python -c {shlex.quote(write_parting(path))}"
         )
+    raise UserError(
+        f"--lora {path}: {kind} ({key:.100}), which cannot be used: diffusers would leave it out "
+        f"or change it; merge it into its base model by the program that trained it, and give "
+        f"that as the model"
+    )
+
+
+def write_parting(path: Path) -> str:
+    """Python that writes the LoRA of a file, and each embedding in it, as files of their own."""
+    return (
+        "from safetensors import safe_open; from safetensors.torch import save_file; "
+        f"f = safe_open({str(path)!r}, 'pt'); t = {{k: f.get_tensor(k) for k in f.keys()}}; "
+        "words = {k.split('.')[1] for k in t if k.startswith('bundle_emb.')}; "
+        "save_file({k: v for k, v in t.items() if not k.startswith('bundle_emb.')}, "
+        f"{str(path.with_name(path.stem + '-lora.safetensors'))!r}, f.metadata()); "
+        "[save_file({'emb_params' if k.endswith('*') else k.split('.')[-1]: v for k, v in t.items() "
+        "if k.startswith(f'bundle_emb.{w}.')}, "
+        f"{str(path.parent)!r} + f'/{{w}}.safetensors') for w in words]"
+    )
 
 
 def tell_base(header: Mapping[str, str]) -> str:

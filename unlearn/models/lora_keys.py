@@ -40,6 +40,7 @@ OLDER_LAYERS = {
         "to_out": "out_proj",
     },
 }
+EMBEDDING = r"^bundle_emb\.|emb_params"  # kohya's files hold bundle_emb.WORD.KEY
 # what a name tells of a file that is no plain LoRA
 OTHER_KINDS = {
     r"dora_scale|lora_magnitude_vector": "DoRA (weights scaled by magnitudes)",
@@ -50,7 +51,7 @@ OTHER_KINDS = {
     r"\.on_input|\.ia3_": "(IA)^3 (scaled activations)",
     r"_norm\.scale$": "a control LoRA of FLUX, which takes a picture beside the text",
     r"\.diff(_b)?$|\.w_norm|\.b_norm": "whole differences of weights beside LoRA",
-    r"^bundle_emb|emb_params": "an embedding of a new token beside LoRA",
+    EMBEDDING: "an embedding of a new token beside LoRA",
     r"\.bias$": "LoRA with biases",
 }
 # what names tell of the family whose LoRA a file is, the first that is found

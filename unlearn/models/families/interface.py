@@ -59,6 +59,7 @@ class Family:
     encoders: Mapping[str, str]  # text encoder -> its tokenizer
     optional: tuple[str, ...] = ()  # parts that a pipeline may lack
     can_be_customized: bool = False  # by custom diffusion's K, V and tokens
+    learns_words: bool = False  # whether all of its text encoders take new words' embeddings
     follows_clip_skip: bool = False  # whether trainers may read another layer of its text encoder
     selections: Mapping[str, str]  # weight selection -> regular expression of parameters' names
     text: TextWeights  # how the weights of the text's keys and values are reached

@@ -34,6 +34,7 @@ class StableDiffusion(Betas):
     encoders = {"text_encoder": "tokenizer"}
     can_be_customized = True
     follows_clip_skip = True
+    learns_words = True
     selections = UNET_SELECTIONS
     text = SharedText()
 

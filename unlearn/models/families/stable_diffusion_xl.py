@@ -23,6 +23,7 @@ class StableDiffusionXL(StableDiffusion):
     name = "Stable Diffusion XL"
     can_be_customized = False
     follows_clip_skip = False
+    learns_words = True
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     # Not `sample`: diffusers' training script and its schedulers do not mean the same by it.
     predictions = ("epsilon", "v_prediction")
