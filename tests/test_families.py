@@ -103,11 +103,12 @@ def of(families, slow=()):
     return pytest.mark.parametrize("world", worlds, indirect=True, scope="module")
 
 
-every_pipeline = of(list(PIPELINES))
+LATER = ["klein", "klein-distilled", "flux2"]  # in the quick run their losses and pictures alone
+every_pipeline = of(list(PIPELINES), slow=LATER[1:2])
 # Where diffusers' pipeline tells sizes is not by the transformer's own flag, but by its sample size.
-every_sampler = of([name for name in PIPELINES if name != "pixart-sized"])
+every_sampler = of([name for name in PIPELINES if name != "pixart-sized"], slow=LATER[1:2])
 MAIN = [name for name in PIPELINES if "-" not in name]
-every_family = of(MAIN)
+every_family = of(MAIN, slow=LATER)
 # What takes a second of each family, and is the same code for all but a UNet's and a transformer's.
 most_often_of_two = of(MAIN, slow=[name for name in MAIN if name not in ("sdxl", "flux")])
 
@@ -139,7 +140,7 @@ def test_the_loss_is_that_of_diffusers_training_example(world):
     assert found.std() > 1e-3 * found.mean(), "the samples must differ for this to say anything"
 
 
-@every_pipeline
+@of(list(PIPELINES), slow=LATER)
 def test_a_model_without_weights_has_the_weights_and_operations_of_the_model(world):
     """Both counted: every parameter's shape, and a forward and backward pass to keys and values."""
     counted = build(read_architecture(world.folder))
@@ -506,7 +507,7 @@ def test_both_scripts_unlearn_and_score(world, tmp_path):
     assert change.keys() == select_parameters(world.model.denoiser, KV).keys()
 
 
-@every_pipeline
+@of(list(PIPELINES), slow=LATER)
 def test_doctor_finds_the_pipeline_in_order(world):
     found = examination.examine_pipeline(str(world.folder), "")
     assert (found.status, found.text) == (examination.OK, f"pipeline {world.folder}")
@@ -543,7 +544,7 @@ def test_weights_that_were_saved_fused_are_refused_by_name(world, tmp_path):
         load_model(folder, "cpu")
 
 
-@of([name for name in PIPELINES if name != "sd" and "-" not in name])
+@of([name for name in MAIN if name != "sd"], slow=LATER)
 def test_customized_models_of_other_families_are_refused_by_name(world, tmp_path):
     with pytest.raises(UserError, match="are those of Stable Diffusion 1 and 2; this model is of"):
         check_customization(world.model, str(tmp_path))

@@ -63,7 +63,13 @@ class Trained:
         return sample_losses(model, *draw_samples(self.images, [0, 1, 2], 1000, seed=0))
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+LATER = ["qwen", "klein"]
+FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in TARGETS
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, tmp_path_factory):
     return Trained(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -427,7 +427,11 @@ class World:
         return draw_samples(images, [0, 1, 2], model.num_train_timesteps, seed=0)
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux", "pixart", "qwen", "klein"])
+WORLDS = ["sdxl", "sd3", "flux", "pixart"]
+WORLDS += [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "klein")]
+
+
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
     return World(request.param, tmp_path_factory.mktemp(request.param))
 

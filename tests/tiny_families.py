@@ -412,6 +412,7 @@ def flux_2_dev():
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = MISTRAL_CHAT
     text = {**language_model(tokenizer, 16, layers=30), "model_type": "mistral"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1_000_000_000}  # as published
     vision = {
         "model_type": "pixtral",
         "hidden_size": 8,

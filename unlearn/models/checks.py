@@ -86,8 +86,10 @@ def check_sizes(folder: str | Path, parts: Sequence[str]) -> None:
         elif isinstance(value, list):
             for inner in value:
                 visit(path, key, inner)
-        elif isinstance(value, int) and abs(value) > (
-            MOST_LAYERS if "layers" in key else MOST_OF_A_SIZE
+        elif (
+            isinstance(value, int)
+            and "theta" not in key
+            and abs(value) > (MOST_LAYERS if "layers" in key else MOST_OF_A_SIZE)
         ):
             raise UserError(
                 f"--sd_version {folder}: {path.parent.name}/{path.name}: {key}: found "

@@ -206,7 +206,11 @@ class Flux2Dev(Flux2):
         """Of what reads texts and pictures, what reads texts: the rest takes torchvision."""
         if not classes.get("tokenizer", "").endswith("Processor"):
             return {}
-        return {"tokenizer": AutoTokenizer.from_pretrained(name, subfolder="tokenizer")}
+        return {
+            "tokenizer": AutoTokenizer.from_pretrained(
+                name, subfolder="tokenizer", trust_remote_code=False
+            )
+        }
 
     def write(self, pipeline: Any, prompts: Sequence[str]) -> list[str]:
         """The messages of prompts: the system's, and a user's, who shows no picture."""

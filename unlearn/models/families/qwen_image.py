@@ -59,6 +59,11 @@ class QwenImage(Packed):
             if parts.denoiser.get(flag):
                 refuse(f"{which} has {flag}: it is that of {whose}; supported is {self.name}")
         check_tokens(parts, "text_encoder", "tokenizer", refuse, self.longest)
+        if count_tokens(limit := parts.tokens["tokenizer"].limit) < 1:
+            refuse(
+                f"its tokenizer's model_max_length: expected more than {BEFORE}, the tokens before a "
+                f"prompt, found {limit!s:.40}"
+            )
         channels, width = parts.vae.get("z_dim"), parts.texts["text_encoder"]["hidden_size"]
         expected = {
             "in_channels": (packed_channels(channels), "its VAE's latents make, packed,"),
