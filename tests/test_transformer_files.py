@@ -258,7 +258,7 @@ def test_without_a_folder_of_the_rest_it_is_said_what_the_file_holds(world, tmp_
     path = tmp_path / "mine.safetensors"
     save_file(world.tensors, path)
     for base, said in (
-        (None, "the transformer of FLUX.1 alone .*--base MODEL"),
+        (None, "the transformer of FLUX.1.* alone .*--base MODEL"),
         (PARITY / "fixture/sd-tiny", "StableDiffusionPipeline has a UNet; .* holds a transformer"),
         ("me/mine", "--base me/mine: expected a folder.*hf download me/mine --local-dir base"),
     ):
