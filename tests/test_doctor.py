@@ -150,8 +150,8 @@ FAULTS = {  # what was done -> (how, whether it is a problem, what is said)
     ),
     "a Fisher that is gone": (
         lambda folder: [path.unlink() for path in (folder / "abc").glob("sd_fisher*")],
-        True,
-        ["no such file; make it: python -m unlearn fisher"],
+        False,
+        ["removal does not", "make it: python -m unlearn fisher"],
     ),
     "latents of another number": (
         lambda folder: np.save(

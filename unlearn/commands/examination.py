@@ -316,8 +316,14 @@ def examine_resolution(name: str, settings: dict) -> list[Finding]:
 
 
 def examine_fisher(args: Namespace) -> Finding:
-    """The Fisher that compute_influence.py would take."""
+    """The Fisher that compute_influence.py would take; removal needs none."""
     path, problem = try_out(find_fisher, args)
+    if problem and not args.fisher_path:
+        return Finding(
+            NOTE,
+            f"{args.dataroot}: no Fisher; unlearning needs one, --scoring removal does not",
+            f"make it: {fisher_command(args)}",
+        )
     if problem or not record_path(path).exists() or path.suffix != ".safetensors":
         return problem or Finding(
             NOTE, f"Fisher {path}: without a record; nothing says for which model it was made"
