@@ -83,6 +83,15 @@ def test_attention_is_counted_without_a_matrix_of_all_pairs(device):
     assert peak < 4 * 1000 * 1000 and flops == 2 * 2 * 2 * 1000 * 1000 * 8
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_s_backward_pass_takes_twice_the_operations_of_its_forward_pass(groups):
+    layer = torch.nn.Conv2d(8, 8, 3, padding=1, groups=groups, device="meta")
+    pixels = torch.ones(1, 8, 10, 10, device="meta", requires_grad=True)
+    forward = 2 * 8 * (8 // groups) * 9 * 100
+    assert count(lambda: layer(pixels), [pixels])[1] == forward
+    assert count(lambda: layer(pixels).sum().backward(), [pixels])[1] == 3 * forward
+
+
 def test_operations_of_features_are_those_of_their_passes():
     architecture = read_architecture(TINY)
     found = find_needs(architecture)

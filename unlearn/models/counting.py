@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    conv_backward_flop,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CONVOLVED_BACK = torch.ops.aten.convolution_backward
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -58,9 +60,25 @@ def counting(held: Iterable[torch.Tensor] = (), operations: bool = True) -> Iter
     live = LiveBytes(held)
     attention = {FUSED: of_attention, FUSED.default: of_attention}
     backward = {FUSED_BACKWARD: of_backward, FUSED_BACKWARD.default: of_backward}
-    counter = FlopCounterMode(display=False, custom_mapping={**attention, **backward})
+    convolved = {CONVOLVED_BACK: of_convolution, CONVOLVED_BACK.default: of_convolution}
+    known = {**attention, **backward, **convolved}
+    counter: Any = FlopCounterMode(display=False, custom_mapping=known)
+    counter.mod_tracker = Everywhere()
     with live, counter if operations else nullcontext(), fused_attention():
         yield Counts(counter, live)
+
+
+class Everywhere:
+    """In place of what tells the counter in which module an operation is: its hooks do not take a
+    parameter that is handed from one module to another, as Sana's is."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def of_attention(
@@ -80,6 +98,15 @@ def of_backward(
 ) -> int:
     """Operations of the backward pass of fused attention, from the shapes of its inputs."""
     return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def of_convolution(*given: Any, out_shape: Any, **other: Any) -> int:
+    """Operations of a convolution's backward pass, from shapes: torch's own counter takes one in
+    groups for one without them where it comes to the weights."""
+    *shapes, groups, (is_input, is_weight, _) = given
+    own = conv_backward_flop(*shapes, groups, (is_input, False, False), out_val=out_shape)
+    weights = conv_backward_flop(*shapes, groups, (False, is_weight, False), out_val=out_shape)
+    return own + weights // groups
 
 
 @contextmanager
