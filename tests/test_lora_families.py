@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from safetensors.torch import save_file
 from test_lora import make_pairs
 from tiny_families import make_pipeline, make_root
@@ -20,7 +21,7 @@ import unlearn
 from unlearn.attribution.curvature import per_sample_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import sample_losses
-from unlearn.commands import examination, fisher, retrain
+from unlearn.commands import attribute, examination, fisher, retrain
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
 from unlearn.models import pipelines
@@ -532,6 +533,37 @@ def test_one_command_attributes_a_picture_to_the_images_of_a_lora(world, tmp_pat
     assert len(answer.scores) == 4 and answer.scores.std() > 0
     settings = json.loads((tmp_path / "out/root/dataset.json").read_text())
     assert settings["lora"] == [f"{world.file}:0.8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("world", ["flux"], indirect=True)
+def test_the_command_attributes_a_picture_to_the_images_of_a_lora_of_flux(
+    world, weights, tmp_path, capsys
+):
+    """As people have it: the transformer's file and the folder of the rest; the picture is a training
+    image made a little darker. Run again it takes what is there."""
+    transformer = shutil.copy(
+        world.folder / "transformer/diffusion_pytorch_model.safetensors",
+        tmp_path / "mine.safetensors",
+    )
+    images = shutil.copytree(world.root / "laion_subset/images", tmp_path / "images")
+    Image.open(images / "0000.png").point(lambda value: value * 0.9).save(tmp_path / "query.png")
+    words = ["--model", str(transformer), "--base", str(world.folder), "--weights", weights]
+    words += ["--lora", f"{world.file}:0.8", "--images", str(images), "--caption", "a red square"]
+    words += ["--prompt", "a red square", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    tables = []
+    for _ in range(2):
+        attribute.main([str(tmp_path / "query.png"), *words])
+        tables.append([line for line in capsys.readouterr().out.splitlines() if ".png" in line])
+    assert tables[0] == tables[1] and len(tables[0]) >= 4
+    [folder] = (tmp_path / "out/results/influence").rglob("influence.npz")
+    found = np.load(folder)["influence"]
+    assert len(found) == 4 and found.argmax() == 0 and found.std() > 0
+    settings = json.loads((tmp_path / "out/root/dataset.json").read_text())
+    assert settings["lora"] == [f"{world.file}:0.8"]
+    assert settings.get("weights", "fp32") == weights
+    assert (folder.parent / "report.html").is_file()
 
 
 @pytest.mark.slow
