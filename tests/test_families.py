@@ -14,9 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import (
     CAPTIONS,
+    CHAT_LIMIT,
     LIMIT,
+    LUMINA_LIMIT,
     PIPELINES,
     RESOLUTION,
+    SANA_INSTRUCTION,
     SIZES,
     make_pipeline,
     make_root,
@@ -109,6 +112,8 @@ every_pipeline = of(list(PIPELINES), slow=LATER[1:2])
 every_sampler = of([name for name in PIPELINES if name != "pixart-sized"], slow=LATER[1:2])
 MAIN = [name for name in PIPELINES if "-" not in name]
 every_family = of(MAIN, slow=LATER)
+NEWER = ["zimage", "sana", "sana-euler", "lumina2"]  # of which costly tests run with the slow ones
+every_family_at_length = of(MAIN, slow=[*LATER, *NEWER])
 # What takes a second of each family, and is the same code for all but a UNet's and a transformer's.
 most_often_of_two = of(MAIN, slow=[name for name in MAIN if name not in ("sdxl", "flux")])
 
@@ -117,7 +122,10 @@ def mean_of(vae, pixels):
     """The mean of a VAE's posterior, [C, h, w], of a picture [3, H, W]."""
     is_film = vae.config.get("temperal_downsample") is not None
     pixels = pixels[None, :, None] if is_film else pixels[None]
-    mean = vae.encode(pixels).latent_dist.mean[0]
+    encoded = vae.encode(pixels)
+    if not hasattr(encoded, "latent_dist"):  # of one without a posterior
+        return encoded.latent[0]
+    mean = encoded.latent_dist.mean[0]
     return mean[:, 0] if is_film else mean
 
 
@@ -140,7 +148,7 @@ def test_the_loss_is_that_of_diffusers_training_example(world):
     assert found.std() > 1e-3 * found.mean(), "the samples must differ for this to say anything"
 
 
-@of(list(PIPELINES), slow=LATER)
+@of(list(PIPELINES), slow=[*LATER, *NEWER])
 def test_a_model_without_weights_has_the_weights_and_operations_of_the_model(world):
     """Both counted: every parameter's shape, and a forward and backward pass to keys and values."""
     counted = build(read_architecture(world.folder))
@@ -155,7 +163,7 @@ def test_a_model_without_weights_has_the_weights_and_operations_of_the_model(wor
     assert found[0][1] > 0.5 * found[0][0] > 0
 
 
-@every_family
+@every_family_at_length
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(world):
     model, settings = world.model, RemovalSettings(timesteps=(3, 700), sketch_size=64)
     found = []
@@ -181,7 +189,7 @@ def move_of(model, change, samples):
             return model.predict(noisy, timesteps, texts) - before
 
 
-@every_family
+@every_family_at_length
 def test_weights_in_bfloat16_keep_what_is_unlearned_in_float32(world, monkeypatch):
     """A weight change of one thousandth moves predictions as in float32, and losses by the same
     derivative; rounded with the weights it would be lost. Features are those of float32, but for
@@ -313,7 +321,8 @@ def test_a_weight_is_left_out_exactly_where_no_prediction_depends_on_it(world):
     finally:
         model.denoiser.float()
     assert set(list_unread(model.denoiser, "all")) == idle
-    assert bool(idle) is world.family.startswith(("sd3", "pixart", "qwen"))
+    has_some = world.family.startswith(("sd3", "pixart", "qwen")) or world.family == "sana"
+    assert bool(idle) is has_some
     assert not set(select_parameters(model.denoiser, "attn")) & idle
     assert idle < select_parameters(model.denoiser, "all", with_unread=True).keys()
     assert list_unread(model.denoiser, KV) == []
@@ -371,7 +380,7 @@ def test_losses_under_a_change_of_keys_and_values_equal_those_of_changed_weights
     torch.testing.assert_close(loss_sums(model, *samples), before, rtol=0, atol=0)
 
 
-@every_family
+@every_family_at_length
 def test_the_second_order_of_a_small_change_is_its_loss_change(world):
     model, samples, change = world.model, world.samples, random_change(world.model, 1e-3)
     found = second_order_dots([change])(model, *samples)[:, 0]
@@ -415,7 +424,12 @@ def sample_by_pipeline(world, pipeline, start, guidance_scale):
         "qwen": {"max_sequence_length": LIMIT + 4, "negative_prompt": [" "] * 2},
         "klein": {"max_sequence_length": LIMIT + 10},
         "flux2": {"max_sequence_length": LIMIT + 40},
+        "zimage": {"max_sequence_length": CHAT_LIMIT},
+        "sana": {"use_resolution_binning": False, "max_sequence_length": LIMIT + 4},
+        "lumina2": {"max_sequence_length": LUMINA_LIMIT},
     }.get(family, {})
+    if family == "zimage":
+        guidance_scale -= 1  # it counts from 0
     is_packed = family in ("flux", "qwen")
     if is_packed:
         packed = FluxPipeline._pack_latents(start, *start.shape)
@@ -423,8 +437,7 @@ def sample_by_pipeline(world, pipeline, start, guidance_scale):
     try:
         latents = pipeline(
             prompt=CAPTIONS[:2],
-            height=RESOLUTION,
-            width=RESOLUTION,
+            **dict.fromkeys(("height", "width"), 32 if family == "sana" else RESOLUTION),
             num_inference_steps=3,
             latents=packed if is_packed else start_of(pipeline, family, start),
             output_type="latent",
@@ -457,7 +470,7 @@ def arrays_of(root):
     return {path.name: path.read_bytes() for path in sorted(root.glob("laion_*.npy"))}
 
 
-@every_family
+@every_family_at_length
 def test_encoding_that_was_stopped_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root", world.folder)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -470,7 +483,7 @@ def test_encoding_that_was_stopped_goes_on_to_the_same_bytes(world, tmp_path, mo
     assert (root / f"{LATENTS}.npy").stat().st_mtime_ns == before
 
 
-@every_family
+@every_family_at_length
 def test_losses_that_were_stopped_go_on_to_the_same_bits(world, tmp_path, monkeypatch):
     monkeypatch.setattr(draws.chunk_rows, "__defaults__", (1,))
     scored, real = [], sweeps.score_rows
@@ -590,6 +603,46 @@ MISFITS = {  # family, part, its configuration, what is said
         {"joint_attention_dim": 36},
         "3 layers of its text encoder give 48",
     ),
+    "Z-Image-Omni": ("zimage", "transformer", {"siglip_feat_dim": 8}, "as that of Z-Image-Omni"),
+    "Qwen3 of another width": ("zimage", "transformer", {"cap_feat_dim": 64}, "encoder gives 20"),
+    "other patches": (
+        "zimage",
+        "transformer",
+        {"all_patch_size": [4]},
+        "expected of 2 x 2 latents",
+    ),
+    "SANA-Sprint": ("sana", "transformer", {"guidance_embeds": True}, "as that of SANA-Sprint"),
+    "Sprint's pipeline": (
+        "sana",
+        "model_index",
+        {"_class_name": "SanaSprintPipeline"},
+        "SanaSprintPipeline has a transformer of the class SanaTransformer2DModel; supported are",
+    ),
+    "a solver of betas": (
+        "sana",
+        "scheduler",
+        {"prediction_type": "epsilon"},
+        "the prediction_type epsilon, use_flow_sigmas True .* expected flow_prediction",
+    ),
+    "Gemma of another width": ("sana", "transformer", {"caption_channels": 8}, "encoder gives 20"),
+    "Lumina2 of more channels": (
+        "lumina2",
+        "transformer",
+        {"out_channels": 16},
+        "takes 8 channels and gives 16; expected 8",
+    ),
+    "another pipeline of the parts": (
+        "zimage",
+        "model_index",
+        {"_class_name": "ZImageOmniPipeline"},
+        "ZImageOmniPipeline has a transformer of the class ZImageTransformer2DModel; supported are",
+    ),
+    "another text encoder": (
+        "zimage",
+        "model_index",
+        {"text_encoder": ["transformers", "T5EncoderModel"]},
+        "its text_encoder is of the class T5EncoderModel; supported: Qwen3Model",
+    ),
     "flows turned round": ("flux", "scheduler", {"invert_sigmas": True}, "the other way round"),
 }
 
@@ -605,6 +658,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(
 ):
     folder = shutil.copytree(world.folder, tmp_path / "pipeline")
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path = folder / "model_index.json" if part == "model_index" else path
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     monkeypatch.setattr(pipelines.DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(UserError, match=words):
@@ -664,6 +718,63 @@ def test_prompts_are_read_as_by_the_family_s_own_pipeline(world):
             assert not found[len(expected) :].any()
         torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-6)
     assert len(expected) == len(found), "the last one fills all tokens"
+
+
+def encode_by_pipeline(world, prompts):
+    """Hidden states [tokens, features] of prompts as diffusers' own pipeline reads them by itself,
+    without those that nothing attends to."""
+    encode = world.pipeline.encode_prompt
+    with torch.no_grad():
+        if world.family == "zimage":
+            return encode(list(prompts), "cpu", False, max_sequence_length=CHAT_LIMIT)[0]
+        own = {
+            "sana": {
+                "max_sequence_length": LIMIT + 4,
+                "complex_human_instruction": SANA_INSTRUCTION,
+            },
+            "lumina2": {"max_sequence_length": LUMINA_LIMIT},
+        }[world.family]
+        states, mask = encode(list(prompts), do_classifier_free_guidance=False, **own)[:2]
+    return [row[attended.bool()] for row, attended in zip(states, mask)]
+
+
+@of(["zimage", "sana", "lumina2"])
+def test_texts_of_language_models_are_those_of_the_family_s_own_pipeline(world):
+    """Of all lengths, one that is cut and the empty one among them, with the chat or the instruction
+    that the pipeline puts around them."""
+    model, prompts = world.model, [*CAPTIONS, "Red " * 60, ""]
+    found, expected = model.encode_prompts(prompts), encode_by_pipeline(world, prompts)
+    assert len({len(states) for states in expected}) > 3
+    for states, mask, own in zip(found["embeddings"], found["mask"], expected, strict=True):
+        torch.testing.assert_close(states[mask.bool()], own, rtol=1e-5, atol=1e-5)
+    tokenizer, limit = model.reader
+    [short, long] = (
+        model.tokenize([" ".join(["red"] * count)])["tokens"][0]
+        for count in ((limit - 1) // 4, limit + 1)
+    )
+    assert tokenizer.pad_token_id in short and tokenizer.pad_token_id not in long
+
+
+@of(["zimage"])
+def test_a_chat_template_that_came_with_a_tokenizer_is_not_run(world):
+    tokenizer, before = world.model.reader[0], world.model.encode_prompts(CAPTIONS)
+    with_template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template, tokenizer.padding_side = "{{ 1 / 0 }}", "left"
+        after = world.model.encode_prompts(CAPTIONS)
+    finally:
+        tokenizer.chat_template, tokenizer.padding_side = with_template, "right"
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@of(["lumina2"])
+def test_the_sigmas_of_lumina2_are_shares_of_the_picture(world):
+    """They are shifted to the picture, where all others are shifted to the noise; noise rises with
+    the timestep all the same."""
+    levels = world.model.levels
+    assert (levels.diff() > 0).all() and levels[0] == 0 and levels[-1] < 1
+    assert float(levels.median()) == pytest.approx(1 - 6 / 7, abs=1e-3)  # of a shift of 6
 
 
 @of(["sd3", "flux"])
@@ -736,7 +847,7 @@ def test_attribute_finds_the_weights_of_a_variant(world, tmp_path, shards):
         torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=1e-4)
 
 
-@every_family
+@every_family_at_length
 def test_latents_of_another_model_are_not_taken_for_this_one_s(world, tmp_path):
     """A family's identity holds all of its text encoders."""
     pipeline = make_pipeline(world.family)

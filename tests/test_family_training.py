@@ -29,12 +29,18 @@ TARGETS = {
     "flux": (19, 34),
     "qwen": (16, 28),
     "klein": (18, 26),
+    "zimage": (16, 31),
+    "sana": (16, 20),
+    "lumina2": (16, 31),
 }
 FLOW = {
     "sd3": {"density", "loss_weight"},
     "flux": {"density", "guidance"},
     "qwen": {"density"},
     "klein": {"density"},
+    "zimage": {"density"},
+    "sana": {"density"},
+    "lumina2": {"density"},
 }
 WITHOUT_ONE, ALL = np.array([[1, 1, 0, 1]], bool), np.ones((1, 4), bool)
 LAST = "transformer_blocks.1"
@@ -63,7 +69,7 @@ class Trained:
         return sample_losses(model, *draw_samples(self.images, [0, 1, 2], 1000, seed=0))
 
 
-LATER = ["qwen", "klein"]
+LATER = ["qwen", "klein", "zimage", "sana", "lumina2"]
 FAMILIES = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in TARGETS
 ]

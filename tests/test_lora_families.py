@@ -35,6 +35,7 @@ from unlearn.models.pipelines import load_model, select_parameters, tracked
 from unlearn.storage.reading import read_tensors
 
 FAMILIES = ["sdxl", "sd3", "sd3-medium35", "flux", "pixart", "qwen", "klein"]
+FAMILIES += ["zimage", "sana", "lumina2"]
 CLIP_LAYERS = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
 T5_LAYERS = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
 QWEN_LAYERS = [
@@ -47,6 +48,9 @@ KOHYA_ENCODERS = {  # by family: kohya's word for each text encoder
     "pixart": {"text_encoder": "te"},
     "qwen": {"text_encoder": "te"},
     "klein": {"text_encoder": "te"},
+    "zimage": {"text_encoder": "te"},
+    "sana": {"text_encoder": "te"},
+    "lumina2": {"text_encoder": "te"},
 }
 
 
@@ -70,7 +74,11 @@ def denoiser_of(pipeline):
 def all_layers(module):
     """Names of every layer that a LoRA can change."""
     kinds = torch.nn.Linear, torch.nn.Conv2d
-    return [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
+    ]
 
 
 def one_of_each(denoiser):
@@ -87,7 +95,9 @@ def encoder_layers(encoder):
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     of_clip = [f"{prefix}{name}" for name in CLIP_LAYERS]
     of_qwen = [name.replace("language_model.", "") for name in QWEN_LAYERS]
-    return next(own for own in (of_clip, T5_LAYERS, QWEN_LAYERS, of_qwen) if own[0] in names)
+    alone = [name.removeprefix("model.") for name in of_qwen]
+    kinds = of_clip, T5_LAYERS, QWEN_LAYERS, of_qwen, alone
+    return next(own for own in kinds if own[0] in names)
 
 
 def underscored(prefix, pairs, alpha):
@@ -111,7 +121,8 @@ def dotted(prefix, pairs):
 
 def bare(layer):
     """A text encoder's layer by the name that kohya gives it."""
-    return layer if layer.startswith(("text_model.", "encoder.block")) else f"text_model.{layer}"
+    own = ("text_model.", "encoder.block", "layers.")
+    return layer if layer.startswith(own) else f"text_model.{layer}"
 
 
 def write_form(form, path, name, pairs):
@@ -192,6 +203,13 @@ CONVERTERS = {
     "klein": lambda weights, config: (
         single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(weights)
     ),
+    "zimage": lambda weights, config: (
+        single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(weights)
+    ),
+    "sana": lambda weights, config: single_file_utils.convert_sana_transformer_to_diffusers(
+        weights
+    ),
+    "lumina2": lambda weights, config: single_file_utils.convert_lumina2_to_diffusers(weights),
 }
 
 
@@ -210,6 +228,7 @@ def test_layers_by_their_authors_names_are_those_that_diffusers_converts(tiny):
     numbers, weights = {layer: number for number, layer in enumerate(sorted(there))}, Checkpoint()
     for key, original in originals.items():
         rows = [3072] * 3 + [12288] if key.endswith("linear1") else [2] * len(original.layers)
+        rows = [2304, 768, 768] if name == "lumina2" and key.endswith("qkv") else rows
         halves = [
             torch.full((count // 2, 1), numbers[layer] + half)
             for layer, count in zip(original.layers, rows)
@@ -332,12 +351,37 @@ def test_blocks_without_a_word_before_them_are_the_transformer_s(tmp_path):
         assert placed[layer].scale == 1.5
 
 
+def test_names_without_a_part_mean_the_transformer_of_one_stream(tmp_path):
+    """DiffSynth's; only where they begin as its layers do."""
+    pipeline = make_pipeline("zimage")
+    transformer, path = pipeline.transformer, tmp_path / "x.safetensors"
+    layers = ["layers.1.attention.to_q", "context_refiner.0.feed_forward.w2"]
+    pairs = make_pairs(transformer, layers)
+    save_file(
+        {
+            f"{layer}.lora_{letter}.default.weight": tensor.clone()
+            for layer, pair in pairs.items()
+            for letter, tensor in zip("AB", pair)
+        },
+        path,
+    )
+    found = place(read_lora(parse_name(str(path))), pipeline, family_of(pipeline))["transformer"]
+    assert found.keys() == pairs.keys()
+    for layer, (down, up) in pairs.items():
+        assert torch.equal(found[layer].down, down) and torch.equal(found[layer].up, up)
+    save_file({f"blocks.0.to_q.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}, path)
+    with pytest.raises(UserError, match="blocks.0.to_q.lora_A.weight: is not how a LoRA names"):
+        read_lora(parse_name(str(path)))
+
+
 STRANGERS = {  # names of one family's LoRA, and what is said of it to a model of another
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": "LoRA of Stable Diffusion 1",
     "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k": "LoRA of Stable Diffusion XL",
     "lora_unet_double_blocks_0_img_attn_qkv": "LoRA of FLUX.1",
     "transformer.single_transformer_blocks.0.attn.to_k": "LoRA of FLUX.1",
     "lora_unet_joint_blocks_0_x_block_attn_qkv": "LoRA of Stable Diffusion 3",
+    "lora_unet_layers_0_attention_qkv": "LoRA of Z-Image or Lumina2",
+    "diffusion_model.context_refiner.0.attention.to_q": "LoRA of Z-Image or Lumina2",
     "lora_transformer_transformer_blocks_0_attn2_to_k": "a model with a transformer|another model",
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": "LoRA of Stable Diffusion 3",
     "transformer_blocks.0.img_mlp.net.2": "LoRA of Qwen-Image",
@@ -358,7 +402,7 @@ def test_a_lora_of_another_family_is_refused_by_its_name(tiny, stranger, tmp_pat
     assert "\n" not in said and str(path) in said
     whose = re.search(STRANGERS[stranger], said)
     # Where the layer is there by chance, as in models of one family, its shape tells.
-    assert whose or f"LoRA of {family.name}" in STRANGERS[stranger] or "another base" in said, said
+    assert whose or family.name in STRANGERS[stranger] or "another base" in said, said
 
 
 def test_the_same_lora_has_one_identity_in_every_form(tiny, tmp_path):
@@ -428,8 +472,9 @@ class World:
         return draw_samples(images, [0, 1, 2], model.num_train_timesteps, seed=0)
 
 
+NEWER = "zimage", "sana", "lumina2"
 WORLDS = ["sdxl", "sd3", "flux", "pixart"]
-WORLDS += [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "klein")]
+WORLDS += [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "klein", *NEWER)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

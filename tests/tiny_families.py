@@ -1,31 +1,40 @@
 """A tiny pipeline of each family, made of diffusers' own classes with seeded weights and real
 tokenizers, and the loss of the training example of each, written out."""
 
+import inspect
 import json
 import re
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from PIL import Image
@@ -38,6 +47,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -45,6 +57,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -426,6 +439,142 @@ def flux_2_dev():
     return flux_2(Flux2Pipeline, encoder, tokenizer)
 
 
+CHAT = (  # what Qwen3's template does with one message of a user
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>{% endif %}"
+)
+CHAT_LIMIT = 48  # tokens: some captions take more than 32, to which Z-Image fills up, some less
+
+
+def chat_tokenizer():
+    """A tokenizer of Qwen's kind, a token a letter."""
+    letters = sorted({letter for word in WORDS for letter in word} | {"Ġ", "Ċ"})
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {name: number for number, name in enumerate([*letters, *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=CHAT_LIMIT)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def z_image(**more):
+    """A pipeline of Z-Image's kind."""
+    tokenizer = chat_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=8,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=20,
+        axes_dims=[8, 4, 4],
+        axes_lens=[128, 16, 16],
+        **more,
+    )
+    return ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(channels=8, scaling_factor=0.36, shift_factor=0.11),
+        Qwen3Model(Qwen3Config(**language_model(tokenizer, 20))),
+        tokenizer,
+        transformer,
+    )
+
+
+SANA_INSTRUCTION = (
+    inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+)
+
+
+def gemma_tokenizer(limit, *instructions):
+    """A tokenizer of Gemma's kind: letters, and the words of ours and of instructions."""
+    words = {f"▁{word}" for word in [*WORDS, *" ".join(instructions).split()]}
+    names, merges = sorted({letter for word in words for letter in word} | {"\n"}), {}
+    for word in sorted(words):
+        for end in range(2, len(word) + 1):
+            names.append(word[:end])
+            merges[word[: end - 1], word[end - 1]] = None
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocabulary = {name: number for number, name in enumerate(dict.fromkeys([*special, *names]))}
+    how = {"model_max_length": limit, "add_bos_token": True}
+    return GemmaTokenizer(vocab=vocabulary, merges=list(merges), **how)
+
+
+def gemma(tokenizer, width):
+    """A text encoder of Gemma's kind."""
+    return Gemma2Model(Gemma2Config(**language_model(tokenizer, width), sliding_window=512))
+
+
+def sana(scheduler=None, **more):
+    """A pipeline of Sana's kind."""
+    tokenizer = gemma_tokenizer(LIMIT + 4, *SANA_INSTRUCTION)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=20,
+        sample_size=RESOLUTION // 2,
+        **more,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41,
+    )
+    flows = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = scheduler or DPMSolverMultistepScheduler(**flows)
+    return SanaPipeline(tokenizer, gemma(tokenizer, 20), vae, transformer, scheduler)
+
+
+LUMINA_LIMIT = 60  # tokens, of which the system prompt takes most
+
+
+def lumina2(**more):
+    """A pipeline of Lumina2's kind."""
+    tokenizer = gemma_tokenizer(LUMINA_LIMIT, LUMINA_SYSTEM)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=RESOLUTION // 2,
+        in_channels=8,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=4,
+        axes_dim_rope=(8, 4, 4),
+        axes_lens=(80, 16, 16),
+        cap_feat_dim=20,
+        **more,
+    )
+    return Lumina2Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae(channels=8, scaling_factor=0.36, shift_factor=0.11),
+        gemma(tokenizer, 20),
+        tokenizer,
+    )
+
+
+LUMINA_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of "
+    "image-text alignment based on textual prompts or user prompts. <Prompt Start>"
+)
 PIPELINES = {  # those with a - in their name are variants, of which only loss and pictures are tested
     "sd": stable_diffusion,
     "sd-v": lambda: stable_diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -443,6 +592,12 @@ PIPELINES = {  # those with a - in their name are variants, of which only loss a
     "klein": flux_2_klein,
     "klein-distilled": lambda: flux_2_klein(is_distilled=True),
     "flux2": flux_2_dev,
+    "zimage": z_image,
+    "sana": sana,
+    "sana-euler": lambda: sana(
+        FlowMatchEulerDiscreteScheduler(shift=3.0), qk_norm="rms_norm_across_heads"
+    ),
+    "lumina2": lumina2,
 }
 
 
@@ -635,6 +790,60 @@ def flux_2_loss(pipeline, prompts, sizes, latents, noise, indices):
     return mean_square(prediction - (noise - latents))
 
 
+def z_image_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_z_image.py; indices as of `sd3_loss`."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    texts, _ = pipeline.encode_prompt(list(prompts), "cpu", False, max_sequence_length=CHAT_LIMIT)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    predictions = pipeline.transformer(
+        list(noisy.unsqueeze(2).unbind(dim=0)),
+        (1000 - timesteps) / 1000,
+        texts,
+        return_dict=False,
+    )[0]
+    prediction = -torch.stack(predictions, dim=0).squeeze(2)
+    return mean_square(prediction - (noise - latents))
+
+
+def sana_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_sana.py, with the pipeline's instruction; indices as
+    of `sd3_loss`. Whatever the scheduler, its table is that of Euler's, of the same configuration."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    timesteps, sigmas = scheduler.timesteps[indices], scheduler.sigmas[indices]
+    sigmas = sigmas[:, None, None, None]
+    states, mask, _, _ = pipeline.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=LIMIT + 4,
+        complex_human_instruction=SANA_INSTRUCTION,
+    )
+    prediction = pipeline.transformer(
+        hidden_states=(1.0 - sigmas) * latents + sigmas * noise,
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        timestep=timesteps,
+        return_dict=False,
+    )[0]
+    return mean_square(prediction - (noise - latents))
+
+
+def lumina2_loss(pipeline, prompts, sizes, latents, noise, indices):
+    """examples/dreambooth/train_dreambooth_lora_lumina2.py; indices as of `sd3_loss`. A sigma of 1
+    is the picture."""
+    timesteps, sigmas = sigmas_of(pipeline, indices)
+    states, mask, _, _ = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, max_sequence_length=LUMINA_LIMIT
+    )
+    prediction = pipeline.transformer(
+        hidden_states=(1.0 - sigmas) * noise + sigmas * latents,
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        timestep=timesteps / 1000,
+        return_dict=False,
+    )[0]
+    return mean_square(prediction - (latents - noise))
+
+
 LOSSES = {
     "sd": sd_loss,
     "sdxl": sdxl_loss,
@@ -644,6 +853,9 @@ LOSSES = {
     "qwen": qwen_loss,
     "klein": flux_2_loss,
     "flux2": flux_2_loss,
+    "zimage": z_image_loss,
+    "sana": sana_loss,
+    "lumina2": lumina2_loss,
 }
 
 
@@ -664,7 +876,7 @@ def normalised(family, pipeline, mean):
     if family == "qwen":
         means, deviations = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
         return (mean - means[:, None, None]) * (1.0 / deviations)[:, None, None]
-    if family.partition("-")[0] in ("sd3", "flux"):
+    if family.partition("-")[0] in ("sd3", "flux", "zimage", "lumina2"):
         return (mean - config.shift_factor) * config.scaling_factor
     return mean * config.scaling_factor
 

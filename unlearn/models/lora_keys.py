@@ -14,13 +14,14 @@ MATRIX = (
 )
 PARTS = r"unet|transformer|text_encoder(?:_[23])?"  # of a pipeline
 # kohya's and OneTrainer's: the layer's dots are underscores
-KOHYA = re.compile(rf"lora_(?P<part>unet|transformer|te[123]?)_(?P<layer>\w+){MATRIX}")
+KOHYA = re.compile(rf"lora_(?P<part>unet|transformer|te[123]?)_(?P<layer>[\w-]+){MATRIX}")
 # PEFT's as diffusers and others write them; those of ComfyUI; an adapter that PEFT saved itself
 PEFT = re.compile(
-    rf"(?P<part>{PARTS}|diffusion_model|base_model\.model)\.(?P<layer>[\w.]+?){MATRIX}"
+    rf"(?P<part>{PARTS}|diffusion_model|base_model\.model)\.(?P<layer>[\w.-]+?){MATRIX}"
 )
 BARE = re.compile(  # PEFT's or kohya's of a transformer, without a word for it
-    r"(?P<layer>(?:(?:single_)?transformer_blocks|double_blocks|single_blocks)\.\d+\.[\w.]+?)"
+    r"(?P<layer>(?:(?:single_)?transformer_blocks|double_blocks|single_blocks|layers|"
+    r"(?:context|noise)_refiner)\.\d+\.[\w.]+?)"
     rf"{MATRIX}"
 )
 OLDER = re.compile(  # diffusers' before PEFT
@@ -56,6 +57,7 @@ OTHER_KINDS = {
 }
 # what names tell of the family whose LoRA a file is, the first that is found
 FAMILY_NAMES = {
+    r"(context|noise)_refiner|(^|[._])layers[._]\d+[._](attention|attn)[._]": "Z-Image or Lumina2",
     r"(img|txt)_(mlp[._]net|mod[._]1)": "Qwen-Image",
     r"to_qkv_mlp_proj|_stream_modulation": "FLUX.2-dev or FLUX.2-klein",
     r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]|proj_|norm)|\.processor\.": "FLUX.1",

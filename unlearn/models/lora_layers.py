@@ -27,7 +27,8 @@ def list_layers(module: torch.nn.Module, originals: Mapping[str, Original]) -> d
     `text_model.` before it or without."""
     layers, modules = {}, dict(module.named_modules())
     for name, layer in modules.items():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+        # Of convolutions in groups, as Sana's, PEFT's matrices mean something else.
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and not is_grouped(layer):
             bare = name.removeprefix("text_model.")
             for known in (name, bare, f"text_model.{bare}"):
                 layers[known] = layers[known.replace(".", "_")] = Original((name,))
@@ -37,6 +38,11 @@ def list_layers(module: torch.nn.Module, originals: Mapping[str, Original]) -> d
         for known in (name, name.replace(".", "_")):
             layers.setdefault(known, original)
     return layers
+
+
+def is_grouped(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a convolution each of whose channels sees some of its input's alone."""
+    return isinstance(layer, torch.nn.Conv2d) and layer.groups > 1
 
 
 def find_part(word: str, family: Family) -> str | None:

@@ -67,6 +67,8 @@ def load_model(
     replacing = load_unet(unet, trained) if unet else {}
     pipeline, family = load_pipeline(name, unet, replacing, lora_files, weights != "fp32")
     check_fit(name, parts_of(pipeline, family), unet)
+    if pixels := family.pixels_a_latent(pipeline.vae.config):
+        pipeline.vae_scale_factor = pixels  # that of Lumina2 takes 8 for granted
     parts = {
         part: getattr(pipeline, part)
         for part in (family.denoiser, *family.encoders, "vae")

@@ -119,6 +119,39 @@ MISTRAL_3 = {  # Mistral Small 3.2
     },
     "tie_word_embeddings": False,
 }
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+GEMMA_2 = {  # of 2B; the rest are the defaults of its class
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256000,
+}
+VITS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+DC_AE = {  # Sana's VAE; the rest are the defaults of its class
+    "encoder_block_types": VITS,
+    "decoder_block_types": VITS,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+}
+SANA_SMALL = {
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
 POOLED = "CLIPTextModelWithProjection"
 
 
@@ -207,6 +240,26 @@ def klein(hub: str, transformer: dict, text: dict) -> Published:
     return flux_2(hub, "Flux2KleinPipeline", transformer, ("Qwen3ForCausalLM", text))
 
 
+def z_image(hub: str) -> Published:
+    """Z-Image, whose base and turbo are made alike: but for these, the defaults of its class."""
+    parts = {
+        "transformer": ("ZImageTransformer2DModel", {"axes_lens": (1536, 512, 512)}),
+        "vae": ("AutoencoderKL", VAE_16),
+        "text_encoder": ("Qwen3Model", QWEN3_4B),
+    }
+    return Published(hub, "ZImagePipeline", parts, {"tokenizer": 512}, 1024)
+
+
+def sana(hub: str, transformer: dict) -> Published:
+    """One of Sana; of 1.6B parameters where the transformer is as its class has it."""
+    parts = {
+        "transformer": ("SanaTransformer2DModel", transformer),
+        "vae": ("AutoencoderDC", DC_AE),
+        "text_encoder": ("Gemma2Model", GEMMA_2),
+    }
+    return Published(hub, "SanaPipeline", parts, {"tokenizer": 300}, 1024)
+
+
 XL = Published(
     "stabilityai/stable-diffusion-xl-base-1.0",
     "StableDiffusionXLPipeline",
@@ -217,6 +270,17 @@ XL = Published(
         "text_encoder_2": (POOLED, CLIP_G),
     },
     {"tokenizer": 77, "tokenizer_2": 77},
+    1024,
+)
+LUMINA = Published(
+    "Alpha-VLLM/Lumina-Image-2.0",
+    "Lumina2Pipeline",
+    {
+        "transformer": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+        "vae": ("AutoencoderKL", VAE_16),
+        "text_encoder": ("Gemma2Model", GEMMA_2),
+    },
+    {"tokenizer": 256},
     1024,
 )
 MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
@@ -263,4 +327,9 @@ PUBLISHED = {
     "FLUX.2-dev": flux_2(
         "FLUX.2-dev", "Flux2Pipeline", {}, ("Mistral3ForConditionalGeneration", MISTRAL_3)
     ),
+    "Z-Image": z_image("Tongyi-MAI/Z-Image"),
+    "Z-Image-Turbo": z_image("Tongyi-MAI/Z-Image-Turbo"),
+    "Sana 1.6B": sana("Efficient-Large-Model/Sana_1600M_1024px_diffusers", {}),
+    "Sana 0.6B": sana("Efficient-Large-Model/Sana_600M_1024px_diffusers", SANA_SMALL),
+    "Lumina-Image 2.0": LUMINA,
 }

@@ -71,8 +71,9 @@ def make_weights(model: Model, recipe: Recipe, num_models: int, device: torch.de
 def plain_attention(denoiser: Any, num_models: int) -> Iterator[None]:
     """Attention as plain products where models are stacked: the fused kernels have no rule for that
     on the CPU."""
-    processors = dict(denoiser.attn_processors)
-    is_usual = all(isinstance(each, AttnProcessor2_0) for each in processors.values())
+    processors = dict(getattr(denoiser, "attn_processors", {}))  # not all denoisers tell them
+    kinds = [isinstance(each, AttnProcessor2_0) for each in processors.values()]
+    is_usual = bool(kinds) and all(kinds)
     if num_models == 1:
         yield
     elif not is_usual:  # of blocks that join text and image, which have processors of their own
