@@ -90,8 +90,7 @@ def stored_type(folder: Path, part: str) -> torch.dtype:
         if re.fullmatch(name, path.name):
             with safe_open(path, "pt") as file:
                 kinds |= {file.get_slice(key).get_dtype() for key in file.keys()}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    return HALVES.get(kind, torch.float32)
+    return HALVES.get(str(kinds.pop()), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def find_absent(folder: Path) -> list[str]:
