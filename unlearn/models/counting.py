@@ -104,8 +104,9 @@ def of_convolution(*given: Any, out_shape: Any, **other: Any) -> int:
     """Operations of a convolution's backward pass, from shapes: torch's own counter takes one in
     groups for one without them where it comes to the weights."""
     *shapes, groups, (is_input, is_weight, _) = given
-    own = conv_backward_flop(*shapes, groups, (is_input, False, False), out_val=out_shape)
-    weights = conv_backward_flop(*shapes, groups, (False, is_weight, False), out_val=out_shape)
+    count: Any = conv_backward_flop
+    own = count(*shapes, groups, (is_input, False, False), out_val=out_shape)
+    weights = count(*shapes, groups, (False, is_weight, False), out_val=out_shape)
     return own + weights // groups
 
 
