@@ -24,6 +24,10 @@ from .texts import check_tokens, read_tokens, tokenize
 
 TOKENS = 512  # as the pipelines and diffusers' training examples take them
 GUIDANCE = 3.5  # that dev is told in training: diffusers' example's default
+# What Qwen3's and Mistral's chats (Tekken, version 7) put around a user's message, of Qwen3's without thinking, of
+# Mistral's with the system's before it. Written out, because a template that came with a model is a program.
+QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+MISTRAL = "<s>[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT][INST]{}[/INST]"
 # Layers by the names of the authors' code. Blocks share their modulation; those of a single block are
 # joined in diffusers too.
 DOUBLE = {
@@ -163,15 +167,7 @@ class Flux2(Packed):
 
     def write(self, pipeline: Any, prompts: Sequence[str]) -> list[str]:
         """The messages of prompts: a user's, to which the answer begins without thinking."""
-        return [
-            pipeline.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
+        return [QWEN.format(prompt) for prompt in prompts]
 
     def reader(self, pipeline: Any) -> tuple[Any, int]:
         return pipeline.tokenizer, min(TOKENS, pipeline.tokenizer.model_max_length)
@@ -200,7 +196,7 @@ class Flux2(Packed):
 
 
 class Flux2Dev(Flux2):
-    adds_special = False  # its template writes them
+    adds_special = False  # they are written with the messages
 
     def load_tokenizers(self, name: Any, classes: Mapping[str, str]) -> dict[str, Any]:
         """Of what reads texts and pictures, what reads texts: the rest takes torchvision."""
@@ -214,14 +210,9 @@ class Flux2Dev(Flux2):
 
     def write(self, pipeline: Any, prompts: Sequence[str]) -> list[str]:
         """The messages of prompts: the system's, and a user's, who shows no picture."""
-        told = {"role": "system", "content": [{"type": "text", "text": pipeline.system_message}]}
         return [
-            pipeline.tokenizer.apply_chat_template(
-                [told, {"role": "user", "content": [{"type": "text", "text": text}]}],
-                tokenize=False,
-                add_generation_prompt=False,
-            )
-            for text in (prompt.replace("[IMG]", "") for prompt in prompts)
+            MISTRAL.format(pipeline.system_message, prompt.replace("[IMG]", ""))
+            for prompt in prompts
         ]
 
 
