@@ -16,6 +16,20 @@ from unlearn.storage.hashes import hash_file
 
 PARITY = Path(__file__).parent / "parity"
 
+# Files of a few tests that take a minute or wait: begun last, they would keep one process long after the others are done.
+LONG = (
+    "test_faults",
+    "test_slurm",
+    "test_launch",
+    "test_install",
+    "test_house_rules",
+    "test_resume",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

@@ -26,7 +26,7 @@ SLOW = {
     *((name, "ENOSPC") for name in ("influence", "fisher", "gradient", "index")),
     *((name, kind) for name in ("influence", "fisher") for kind in ("flipped", "emptied")),
     *(("fisher", kind) for kind in ("truncated", "record", "neighbour")),
-    ("index", "record"),
+    *((name, "record") for name in ("influence", "index")),
 }
 TESTS = Path(__file__).parent
 
