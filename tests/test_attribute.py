@@ -166,11 +166,11 @@ def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys
     with open(result / "influence.csv", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and rows[0]["image"].endswith(".png")
-    assert sorted(int(row["similarity_rank"]) for row in rows) == list(range(1, 9))
+    ranks = [int(row["similarity_rank"]) for row in rows]  # those that are alike share the last
+    assert min(ranks) == 1 and max(ranks) == 8
     table = [line.split() for line in shown.splitlines() if re.match(r"\d+ +[+-]", line)]
     assert [line[3] for line in table] == [row["image"] for row in rows[:3]]
-    ranks = {int(line[2]) for line in table}
-    assert len(ranks) == 3 and ranks <= set(range(1, 9))
+    assert [int(line[2]) for line in table] == ranks[:3]
     page = (result / "report.html").read_text()
     assert PROMPT in page and "python -m unlearn attribute" in page
     shown_root = re.search(r"<dt>data root</dt><dd>(.*?)</dd>", page)[1].replace("<wbr>", "")
@@ -334,7 +334,7 @@ def test_python_returns_an_object_with_scores_table_warnings_and_files(
     table = answer.table()
     assert [row["score"] for row in table] == sorted(answer.scores.tolist(), reverse=True)
     assert [row["rank"] for row in table] == list(range(1, 9))
-    assert {row["similarity_rank"] for row in table} == set(range(1, 9))
+    assert {1, 8} <= {row["similarity_rank"] for row in table} <= set(range(1, 9))
     assert all(row["path"].is_file() for row in table)
     assert isinstance(answer.warnings, list)
     answer.show(2)

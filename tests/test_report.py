@@ -593,3 +593,17 @@ def test_flags_that_lead_nowhere_are_refused(results, given, said, capsys):
     before = files(results)
     assert said in refused(capsys, command.main, [str(results), *given])
     assert files(results) == before
+
+
+def test_images_that_a_similarity_cannot_tell_apart_have_no_better_rank_for_their_place(results):
+    query = "tiny/gpt/blob/samples/00000.png"
+    ids = [row.id for row in read_report(results, query).rows]
+    path = results / "baselines/similarity" / query / "influence.npz"
+    for scores, expected in (
+        ([2.0, 1.0] + [0.0] * (len(ids) - 2), [1, 2] + [len(ids)] * (len(ids) - 2)),
+        ([0.0] * len(ids), [None] * len(ids)),
+    ):
+        write_ranking(path, ids, np.array(scores), np.zeros(len(ids), bool))
+        found = read_report(results, query)
+        assert [row.other_rank for row in found.rows] == expected
+    assert found.comparison is None

@@ -139,7 +139,8 @@ def find_picture(stored: str, id: str, root: DataRoot) -> Path | None:
 
 
 def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | None, dict]:
-    """The first similarity that has ranked this query, in words, and its rank of each id."""
+    """The first similarity that tells images of this query apart, in words, and its rank of each id;
+    images that are as similar as others share the last of their ranks."""
     name = Path(query).with_suffix("").as_posix()
     for method, words in SIMILARITIES.items():
         folder = find_named_result(Path(result_dir) / "baselines" / method, name)
@@ -147,9 +148,10 @@ def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | N
         if not is_complete(path):
             continue
         arrays = read_influence(path, "make it anew: python -m unlearn baselines with --overwrite")
-        theirs = arrays["ids"].tolist()
-        ranks = {theirs[index]: rank for rank, index in enumerate(arrays["rank"], 1)}
-        if set(ids) == ranks.keys():
+        scores = arrays["influence"]
+        rank = len(scores) - np.searchsorted(np.sort(scores), scores)
+        ranks = dict(zip(arrays["ids"].tolist(), rank.tolist()))
+        if set(ids) == ranks.keys() and len(set(ranks.values())) > 1:
             return words, ranks
     return None, {}
 
