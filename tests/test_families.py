@@ -47,7 +47,7 @@ from unlearn.front.needs import count_passes
 from unlearn.models import pipelines
 from unlearn.models.architectures import build, read_architecture
 from unlearn.models.customization import check_customization
-from unlearn.models.families import flux, flux_2
+from unlearn.models.families import guidance
 from unlearn.models.generation import decode_latents, generate_latents, initial_noise
 from unlearn.models.pipelines import changed_weights, load_model, select_parameters, tracked
 from unlearn.models.precision import check_masters
@@ -196,8 +196,7 @@ def test_weights_in_bfloat16_keep_what_is_unlearned_in_float32(world, monkeypatc
     rounding."""
     half = load_model(world.folder, "cpu", weights="bf16")
     # FLUX rounds timesteps and guidance, in training in half precision too: to such as these.
-    for module in flux, flux_2:
-        monkeypatch.setattr(module, "GUIDANCE", 2.0)
+    monkeypatch.setattr(guidance, "GUIDANCE", 2.0)
     nearest = torch.tensor([0.125, 0.25, 0.5])[(3 * world.model.levels).long().clamp(max=2)]
     half, exact = (replace(model, levels=nearest) for model in (half, world.model))
     kept = select_parameters(half.denoiser, KV)

@@ -135,6 +135,11 @@ class Flow(Family):
         return {"num_inference_steps": num_steps}
 
 
+def falling_sigmas(num_steps: int) -> dict[str, Any]:
+    """What pipelines tell their scheduler that give it sigmas of their own: evenly from 1 down."""
+    return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
+
+
 def name_block(
     original: str, block: str, layers: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Original]:

@@ -12,14 +12,12 @@ from ...errors import UserError
 from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_scaling, check_transformer
 from .flow import SELECTIONS, name_block
+from .guidance import identify_guidance, read_guidance, tell_guidance
 from .interface import Original, Parts, Refuse
 from .packing import Packed, pack, packed_channels
 from .texts import check_clip, check_tokens, read_tokens, tokenize
 
 T5_TOKENS = 512
-# What the distilled model is told in training, where it takes a guidance: diffusers' example's
-# default. Other trainers tell it 1.
-GUIDANCE = 3.5
 # Layers by the names of the authors' code, which joins queries, keys and values, and of a single block
 # what reads the same input.
 DOUBLE = {
@@ -115,8 +113,7 @@ class Flux(Packed):
         return pipeline == "FluxPipeline"
 
     def identity(self, pipeline: Any) -> dict:
-        told = {"guidance": GUIDANCE} if pipeline.transformer.config.guidance_embeds else {}
-        return {**super().identity(pipeline), **told}
+        return {**super().identity(pipeline), **identify_guidance(pipeline)}
 
     def check_fit(self, parts: Parts, which: str, refuse: Refuse) -> None:
         check_colours(parts, refuse)
@@ -144,13 +141,10 @@ class Flux(Packed):
     ) -> dict[str, Any]:
         told = repeat_texts(conditioning, len(noisy))
         number, _, height, width = noisy.shape
-        guidance = None
-        if denoiser.config.guidance_embeds:
-            guidance = told.get("guidance", torch.full((number,), GUIDANCE, device=noisy.device))
         return {
             "hidden_states": pack(noisy),
             "timestep": times / 1000,  # the transformer multiplies by 1000 again
-            "guidance": guidance,
+            "guidance": read_guidance(denoiser, told, noisy),
             "encoder_hidden_states": told[TEXT],
             "pooled_projections": told["pooled"],
             "txt_ids": torch.zeros(told[TEXT].shape[1], 3, device=noisy.device),
@@ -201,12 +195,6 @@ class Flux(Packed):
                 f"guidance_embeds is false, as in schnell); give 1"
             )
         return conditioning, None
-
-
-def tell_guidance(conditioning: Conditioning, guidance_scale: float) -> Conditioning:
-    """Conditioning with a guidance that the model is told."""
-    told = torch.full((len(conditioning[TEXT]),), float(guidance_scale))
-    return {**conditioning, "guidance": told.to(conditioning[TEXT])}
 
 
 def t5_limit(limit: int | None) -> int:

@@ -17,13 +17,12 @@ from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_transformer
 from .flow import ATTENTION, SELECTIONS, name_block
 from .flux import DOUBLE as FLUX_1_DOUBLE
-from .flux import tell_guidance
+from .guidance import identify_guidance, read_guidance, tell_guidance
 from .interface import Original, Parts, Refuse
-from .packing import Packed, pack, packed_channels
+from .packing import Standardised, pack, packed_channels
 from .texts import check_tokens, read_tokens, tokenize
 
 TOKENS = 512  # as the pipelines and diffusers' training examples take them
-GUIDANCE = 3.5  # that dev is told in training: diffusers' example's default
 # What Qwen3's and Mistral's chats (Tekken, version 7) put around a user's message, of Qwen3's without thinking, of
 # Mistral's with the system's before it. Written out, because a template that came with a model is a program.
 QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -53,7 +52,7 @@ OUTSIDE = {  # of blocks
 JOINED = r"^single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)$"
 
 
-class Flux2(Packed):
+class Flux2(Standardised):
     denoiser = "transformer"
     encoders = {"text_encoder": "tokenizer"}
     selections = SELECTIONS  # of the double blocks, as in FLUX.1
@@ -86,8 +85,7 @@ class Flux2(Packed):
         return names
 
     def identity(self, pipeline: Any) -> dict:
-        told = {"guidance": GUIDANCE} if pipeline.transformer.config.guidance_embeds else {}
-        return {**super().identity(pipeline), **told}
+        return {**super().identity(pipeline), **identify_guidance(pipeline)}
 
     def check_fit(self, parts: Parts, which: str, refuse: Refuse) -> None:
         check_colours(parts, refuse)
@@ -119,14 +117,11 @@ class Flux2(Packed):
         keys_values: KeysValues | None = None,
     ) -> dict[str, Any]:
         told = repeat_texts(conditioning, len(noisy))
-        number, _, height, width = noisy.shape
-        guidance = None
-        if denoiser.config.guidance_embeds:
-            guidance = told.get("guidance", torch.full((number,), GUIDANCE, device=noisy.device))
+        height, width = noisy.shape[2:]
         return {
             "hidden_states": pack(noisy),
             "timestep": times / 1000,  # the transformer multiplies by 1000 again
-            "guidance": guidance,
+            "guidance": read_guidance(denoiser, told, noisy),
             "encoder_hidden_states": told[TEXT],
             "txt_ids": number_positions(noisy, (1, 1, 1, told[TEXT].shape[1])),
             "img_ids": number_positions(noisy, (1, height // 2, width // 2, 1)),
@@ -137,14 +132,15 @@ class Flux2(Packed):
     def scaling(self, vae: Any) -> list:
         return [vae.config.batch_norm_eps]  # mean and variance stand among its weights
 
-    def normalise(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        mean, deviation = statistics(vae, latents)
-        return (latents - mean) / deviation
-
-    def denormalise(self, vae: Any, latents: Any) -> torch.Tensor:
-        latents = torch.as_tensor(latents)
-        mean, deviation = statistics(vae, latents)
-        return latents * deviation + mean
+    def statistics(self, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[C, h, w] each: those of packed latents, the same in each 2 x 2."""
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
+        mean, deviation = (
+            values.to(latents).reshape(-1, 2, 2).repeat(1, height, width)
+            for values in (vae.bn.running_mean, deviation)
+        )
+        return mean, deviation
 
     # The text.
 
@@ -220,15 +216,3 @@ def number_positions(like: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
     """Numbers [positions, 4] of all positions of a box with these sides, the last fastest."""
     axes = [torch.arange(side, device=like.device) for side in sides]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-
-
-def statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of a VAE's latents, [C, h, w] each: those of packed latents, the
-    same in each 2 x 2."""
-    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-    height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
-    mean, deviation = (
-        values.to(latents).reshape(-1, 2, 2).repeat(1, height, width)
-        for values in (vae.bn.running_mean, deviation)
-    )
-    return mean, deviation

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .flow import Flow
+from .flow import Flow, falling_sigmas
 
 
 class Packed(Flow):
@@ -21,7 +21,24 @@ class Packed(Flow):
         return unpack(output, noisy.shape)
 
     def steps(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
+        return falling_sigmas(num_steps)
+
+
+class Standardised(Packed):
+    """A family whose latents are brought to mean 0 and standard deviation 1."""
+
+    def statistics(self, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of a VAE's latents like these."""
+        raise NotImplementedError
+
+    def normalise(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        mean, deviation = self.statistics(vae, latents)
+        return (latents - mean) / deviation
+
+    def denormalise(self, vae: Any, latents: Any) -> torch.Tensor:
+        latents = torch.as_tensor(latents)
+        mean, deviation = self.statistics(vae, latents)
+        return latents * deviation + mean
 
 
 def packed_channels(channels: object) -> int | None:

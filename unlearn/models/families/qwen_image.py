@@ -13,7 +13,7 @@ from ..text_weights import KeysValues, StreamWeights
 from .checks import check_transformer
 from .flow import ATTENTION, SELECTIONS
 from .interface import Parts, Refuse
-from .packing import Packed, pack, packed_channels, unpack
+from .packing import Standardised, pack, packed_channels, unpack
 from .texts import check_tokens, read_tokens, tokenize
 
 # The message around a prompt, and its tokens before the prompt, whose states are not used. Source:
@@ -34,7 +34,7 @@ OTHERS = {  # flags of transformers of this class that are told more than a text
 }
 
 
-class QwenImage(Packed):
+class QwenImage(Standardised):
     name = "Qwen-Image"
     denoiser = "transformer"
     classes = {
@@ -118,14 +118,14 @@ class QwenImage(Packed):
     def scaling(self, vae: Any) -> list:
         return [list(vae.config.latents_mean), list(vae.config.latents_std)]
 
-    def normalise(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        mean, deviation = statistics(vae, latents)
-        return (latents - mean) / deviation
-
-    def denormalise(self, vae: Any, latents: Any) -> torch.Tensor:
-        latents = torch.as_tensor(latents)
-        mean, deviation = statistics(vae, latents)
-        return latents * deviation + mean
+    def statistics(self, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[C, 1, 1] each."""
+        config = vae.config
+        mean, deviation = (
+            torch.tensor(numbers, dtype=latents.dtype, device=latents.device)[:, None, None]
+            for numbers in (config.latents_mean, config.latents_std)
+        )
+        return mean, deviation
 
     # The text.
 
@@ -176,16 +176,6 @@ def write(prompts: Sequence[str]) -> list[str]:
 def count_tokens(limit: int | None) -> int:
     """How many tokens after BEFORE are read, where the tokenizer says that it reads `limit`."""
     return min(TOKENS, (limit or TOKENS + BEFORE) - BEFORE)
-
-
-def statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of a VAE's latents, [C, 1, 1] each."""
-    config = vae.config
-    mean, deviation = (
-        torch.tensor(numbers, dtype=latents.dtype, device=latents.device)[:, None, None]
-        for numbers in (config.latents_mean, config.latents_std)
-    )
-    return mean, deviation
 
 
 def check_vae(vae: Mapping[str, Any], refuse: Refuse) -> None:

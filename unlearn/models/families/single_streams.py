@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
 from ..text_weights import KeysValues, StreamWeights
-from .flow import Flow
+from .flow import Flow, falling_sigmas
 from .interface import Original, Parts
 from .texts import read_tokens, tokenize
 
@@ -116,7 +116,7 @@ class SingleStream(Flow):
         return {TEXT: (tokens, parts.denoiser["cap_feat_dim"]), "mask": (tokens,)}
 
     def steps(self, num_steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
+        return falling_sigmas(num_steps)
 
 
 def run_block(transformer: Any, block: Any, *inputs: Any) -> torch.Tensor:
