@@ -223,6 +223,8 @@ def test_the_levels_of_the_plot_are_the_numbers_of_images_at_their_bars_heights(
     heights = sorted(bar["height"] for bar in plot["bars"])
     levels = [round(plot["axis"] - level["y"], 1) for level in plot["levels"]]
     assert levels[:2] == heights[:2] and levels[1] < levels[2] < heights[2]
+    few = plot_scores(np.repeat([3.0, 1.0], [1, 7]), 1, None)
+    assert [level["text"] for level in few["levels"]] == ["1", "2", "5"]
 
 
 @pytest.mark.parametrize("low, high", [(-1e-3, 2e-2), (0, 1), (-3e5, 2), (0.99, 1.0), (1e-9, 3e-9)])

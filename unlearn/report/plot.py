@@ -25,7 +25,7 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def plot_scores(scores: np.ndarray, num_marked: int, bound: float | None) -> dict | None:
-    """Shapes of a histogram of all scores, heights on a logarithmic scale with powers of ten as
+    """Shapes of a histogram of all scores, heights on a logarithmic scale with round numbers as
     levels, and the highest `num_marked` as dots. None where all scores are equal. scores: float [n],
     falling."""
     low, high = float(scores[-1]), float(scores[0])
@@ -37,7 +37,9 @@ def plot_scores(scores: np.ndarray, num_marked: int, bound: float | None) -> dic
 
     counts, edges = np.histogram(scores, NUM_BINS, (low, high))
     scale = (AXIS - TOP) / math.log1p(counts.max())
-    powers = [10**power for power in range(len(str(counts.max())))]
+    numbers = [10**power for power in range(len(str(counts.max())))]
+    if len(numbers) == 1:  # a single number would give no scale
+        numbers = [number for number in (1, 2, 5) if number <= counts.max()]
     bars = [
         {
             "x": across(edge),
@@ -61,7 +63,7 @@ def plot_scores(scores: np.ndarray, num_marked: int, bound: float | None) -> dic
         "right": WIDTH - RIGHT,
         "levels": [
             {"y": round(AXIS - scale * math.log1p(count), 1), "text": f"{count:,}"}
-            for count in powers
+            for count in numbers
         ],
         "bars": bars,
         "dots": dots,
