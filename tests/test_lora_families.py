@@ -13,7 +13,7 @@ from diffusers.loaders import single_file_utils
 from PIL import Image
 from safetensors.torch import save_file
 from test_lora import make_pairs
-from tiny_families import make_pipeline, make_root
+from tiny_families import RESOLUTION, make_pipeline, make_root
 
 import compute_influence
 import compute_training_loss
@@ -21,6 +21,7 @@ import unlearn
 from unlearn.attribution.curvature import per_sample_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import sample_losses
+from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.commands import attribute, examination, fisher, retrain
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
@@ -82,10 +83,11 @@ def all_layers(module):
 
 
 def one_of_each(denoiser):
-    """The first layer of every kind: layers whose names differ in numbers alone are of one."""
+    """The first layer of every kind: layers whose names differ in the numbers of blocks alone are of
+    one."""
     kinds = {}
     for name in all_layers(denoiser):
-        kinds.setdefault(re.sub(r"\d+", "", name), name)
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "", name), name)
     return list(kinds.values())
 
 
@@ -494,6 +496,20 @@ def test_matrices_beside_the_weights_predict_what_fused_ones_do(world):
     texts = world.model.encode_prompts(["a dog"])
     for name, text in alone.encode_prompts(["a dog"]).items():
         torch.testing.assert_close(texts[name], text, rtol=0, atol=0)
+
+
+def test_beside_weights_in_bfloat16_matrices_stay_float32_and_predict_nearly_the_same(world):
+    half = load_model(world.folder, "cpu", lora=[f"{world.file}:0.8"], weights="bf16")
+    matrices = select_parameters(half.denoiser, "lora")
+    assert {value.dtype for value in matrices.values()} == {torch.float32}
+    samples = world.samples(world.model)
+    with torch.no_grad():
+        losses, exact = (sample_losses(model, *samples) for model in (half, world.model))
+    torch.testing.assert_close(losses, exact, rtol=0.2, atol=0)
+    shape = half.latent_shape(RESOLUTION)
+    settings = RemovalSettings("lora", timesteps=(350,), probes=1, sketch_size=64)
+    images = unlearn.open_training_set(world.root, half)
+    assert np.isfinite(FeatureMaker(half, shape, settings).make(images, [0])).all()
 
 
 def test_gradients_of_all_matrices_equal_autograd_of_each_sample(world):

@@ -44,7 +44,9 @@ def halve(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     kept = re.compile(f"{family.selections[KV]}|{MATRICES}")
     modules = dict(denoiser.named_modules())
     layers = {
-        name.rpartition(".")[0] for name, _ in denoiser.named_parameters() if kept.search(name)
+        name.rpartition(".")[0]
+        for name, _ in denoiser.named_parameters()
+        if kept.search(name.replace(".base_layer.", "."))  # of a layer beside which a LoRA stands
     }
     own = {id(value) for layer in layers for value in modules[layer].parameters(recurse=False)}
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
