@@ -232,8 +232,9 @@ def test_a_projection_depends_on_seed_and_parameter_name_alone():
 @pytest.mark.parametrize("size", [1, 3, 5, 64])
 def test_every_weight_goes_to_each_block_of_a_projection_of_any_size(size):
     sketch = Sketch({"a": torch.zeros(500)}, size, 0, "cpu", BLOCKS)
-    assert len(sketch.targets["a"]) == min(4, size)
-    entries = [set((targets % size).tolist()) for targets in sketch.targets["a"]]
+    [(_, blocks)] = sketch.groups
+    assert len(blocks) == min(4, size)
+    entries = [set((targets % size).tolist()) for targets in blocks]
     assert sorted(entry for block in entries for entry in block) == list(range(size))
 
 

@@ -10,7 +10,7 @@ import torch
 
 import unlearn
 from unlearn import UserError, noise
-from unlearn.attribution import removal_studies
+from unlearn.attribution import removal_studies, sketch
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.attribution.removal_groups import group_rises
 from unlearn.attribution.removal_index import RemovalIndex, pack, unpack
@@ -131,7 +131,23 @@ def test_a_sketch_keeps_inner_products():
 def test_where_a_weight_goes_does_not_depend_on_the_other_weights():
     weights = {"a": torch.zeros(30), "b": torch.zeros(40)}
     both, alone = Sketch(weights, 16, 0, "cpu"), Sketch({"b": weights["b"]}, 16, 0, "cpu")
-    assert torch.equal(both.targets["b"][0], alone.targets["b"][0])
+    ([(_, [of_both])], [(_, [of_one])]) = both.groups, alone.groups
+    assert torch.equal(of_both[30:], of_one)
+
+
+@pytest.mark.parametrize("together", [1, 33, 10_000])
+def test_a_sketch_does_not_depend_on_how_many_weights_are_added_at_once(together, monkeypatch):
+    """To the bit on a CPU; a weight larger than that has a group of its own."""
+    values = {name: torch.randn(size) for name, size in (("a", (5, 6)), ("b", 3), ("c", 40))}
+    expected = Sketch(values, 16, 0, "cpu", 2).project(values)
+    monkeypatch.setattr(sketch, "TOGETHER", together)
+    grouped = Sketch(values, 16, 0, "cpu", 2)
+    assert [names for names, _ in grouped.groups] == {
+        1: [["a"], ["b"], ["c"]],
+        33: [["a", "b"], ["c"]],
+        10_000: [["a", "b", "c"]],
+    }[together]
+    assert torch.equal(grouped.project(values), expected)
 
 
 def test_features_are_the_sketched_derivative_of_the_predictions_signs(model, training_set):
