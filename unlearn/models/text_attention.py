@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -30,6 +31,7 @@ NOT_PLAIN = (
     "residual_connection",
 )  # of diffusers' Attention
 PROJECTIONS = ("to_k", "to_v")
+LAYERS: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 class TextAttention(AttnProcessor2_0):
@@ -92,8 +94,12 @@ def share_texts(denoiser: Any, pattern: str = "") -> None:
 
 
 def text_layers(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """The cross-attention layers by name."""
-    return {name: module for name, module in denoiser.named_modules() if name.endswith(".attn2")}
+    """The cross-attention layers by name. They are looked for once: among a large UNet's modules that
+    takes as long as a tenth of a pass."""
+    if denoiser not in LAYERS:
+        found = denoiser.named_modules()
+        LAYERS[denoiser] = {name: module for name, module in found if name.endswith(".attn2")}
+    return LAYERS[denoiser]
 
 
 def project_text(denoiser: torch.nn.Module, text: torch.Tensor) -> KeysValues:
