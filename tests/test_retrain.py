@@ -517,27 +517,26 @@ def test_an_influence_file_of_another_training_set_is_refused(world, tmp_path, c
     )
 
 
-def test_scores_that_do_not_decide_which_images_are_the_first_k_are_refused(
-    world, tmp_path, capsys
-):
-    folder = tmp_path / "baselines/text"
-    write_influence(
-        folder,
-        [f"laion/{row:06d}" for row in range(60)],
-        open_training_set(world / "root", "abc", (4, 16, 16), {"embeddings": (77, 32)}).identity,
+def test_where_scores_do_not_decide_which_images_are_the_first_k_no_model_is_trained(caplog):
+    """Refused where none does; else the others' models are trained, and it is said."""
+    images = SimpleNamespace(ids=[str(row) for row in range(6)])
+
+    def ranking(query, *scores):
+        found = np.array(scores, float)
+        return plans.MethodRanking(Path(query), "text", query, found, np.argsort(-found), [])
+
+    tied, plain = ranking("00", 5, 4, 3, 3, 1, 0), ranking("01", 5, 4, 3, 2, 1, 0)
+    said = (
+        "text: in 1 of {} queries the images ranked 3 and 4 have the same score; the order of the files, "
+        "not text, would decide which are removed"
     )
-    path = folder / "queries/00000/influence.npz"
-    arrays = dict(np.load(path))
-    arrays["influence"][arrays["rank"][2:]] = 0
-    np.savez(path, **arrays)
-    write_record(path, read_json(record_path(path), "record")["identity"])
-    flags = ["--top_k", "2", "3", "--influence", str(folder)]
-    said = refused(capsys, retrain.main, bad(world, tmp_path, *flags))
-    assert (
-        "00000/influence.npz: the images ranked 3 and 4 have the same score; the order of the "
-        "files, not text, would decide" in said
-    )
-    assert not files(tmp_path / "results")
+    with pytest.raises(UserError) as error:
+        plans.plan_without(plans.PlanSettings("without", top_k=(3,)), images, [tied])
+    assert str(error.value) == f"{said.format(1)}; give another --top_k, or leave this method out"
+    made = plans.plan_without(plans.PlanSettings("without", top_k=(2, 3)), images, [tied, plain])
+    names = ["without-text-00-k2", "without-text-01-k2", "without-text-01-k3"]
+    assert [plan.name for plan in made] == names
+    assert f"{said.format(2)}: no models without these" in caplog.text
 
 
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(

@@ -1,5 +1,6 @@
 """Which models `retrain` is to train: their names, and which images each may see."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,26 +156,33 @@ def plan_random(
 def plan_without(
     settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
 ) -> list[Plan]:
-    """Models without the K most influential images of a query, by each ranking."""
-    plans, warnings = [], {}
+    """Models without the K most influential images of a query, by each ranking that says which they
+    are. Raises UserError where none does."""
+    plans, warnings, undecided, asked = [], {}, Counter(), Counter()
     for ranking in rankings:
         warnings[ranking.path] = ranking.warnings
-        plans += [plan_removal(ranking, k, settings.seeds[0]) for k in settings.top_k]
+        asked[ranking.method] += 1
+        for k in settings.top_k:
+            check_count("--top_k", k, len(ranking.order), "training images")
+            if is_undecided(ranking.scores, k):
+                undecided[ranking.method, k] += 1
+            else:
+                plans.append(plan_removal(ranking, k, settings.seeds[0]))
     for line in count_warnings(warnings, "rankings"):
         log.warning(line)
+    for (method, k), count in undecided.items():
+        line = (
+            f"{method}: in {count} of {asked[method]} queries the images ranked {k} and {k + 1} have "
+            f"the same score; the order of the files, not {method}, would decide which are removed"
+        )
+        if not plans:
+            raise UserError(f"{line}; give another --top_k, or leave this method out")
+        log.warning(f"{line}: no models without these")
     return plans
 
 
 def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
-    """The model without the first K images of a ranking. Raises UserError where the scores do not
-    say which these are."""
-    check_count("--top_k", k, len(ranking.order), "training images")
-    if is_undecided(ranking.scores, k):
-        raise UserError(
-            f"{ranking.path}: the images ranked {k} and {k + 1} have the same score; the order of "
-            f"the files, not {ranking.method}, would decide which are removed; give another "
-            f"--top_k, or leave this ranking out"
-        )
+    """The model without the first K images of a ranking."""
     members = np.ones(len(ranking.order), bool)
     members[ranking.order[:k]] = False
     query = ranking.query.replace("/", "-")
