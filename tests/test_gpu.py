@@ -1,19 +1,28 @@
 """What must hold on a CUDA device. Run with  bash tests/run.sh -m gpu  on a machine that has
 one."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import PARITY
+from tiny_families import PIPELINES, make_pipeline
 
 import compute_influence
 import compute_training_loss
+import unlearn
+from unlearn.attribution import estimation
 from unlearn.attribution.influence import rank_images
+from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.datasets.conditioning import TEXT
+from unlearn.datasets.training_sets import TrainingSet
 from unlearn.models.generation import generate_latents, initial_noise
 from unlearn.models.pipelines import load_model
 from unlearn.retraining.batches import random_members
 from unlearn.retraining.recipes import Recipe
 from unlearn.retraining.training import train
+from unlearn.runtime.programs import run_within_memory, set_precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,3 +150,132 @@ def test_derivatives_on_cuda_rank_as_on_the_cpu_and_bfloat16_nearly_so(flags, tm
         np.corrcoef(influences[0], influences[1])[0, 1] > 0.999
         and np.corrcoef(influences[0], influences[2])[0, 1] > 0.98
     )
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """No TensorFloat-32, as in a run."""
+    set_precision("fp32")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a family's tiny pipeline; each is written once."""
+    made = {}
+
+    def save(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_pipeline(family).save_pretrained(made[family])
+        return made[family]
+
+    return save
+
+
+def sample_of(model, number=0):
+    """A picture of noise and a caption, as the model encodes them: latent [C, h, w], conditioning."""
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(number)) * 2 - 1
+    with model.encoding():
+        texts = model.encode_prompts(["a small red house by the sea"])
+        latents = model.encode_pixels(pixels)
+    texts |= model.encode_sizes([(16, 16)], 16) if model.of_sizes else {}
+    return latents[0], texts
+
+
+def features_of(model, latent, texts):
+    """Two timesteps' features by removal, of all weights, [timesteps, probes, sketch_size]."""
+    extras = {name: value[:, None].numpy() for name, value in texts.items() if name != TEXT}
+    stacked, embeddings = latent[None, None].numpy(), texts[TEXT][:, None].numpy()
+    images = TrainingSet("own", ["0"], ["x"], [None], stacked, embeddings, extras=extras)
+    settings = RemovalSettings(
+        "cross-attn-kv" if model.weights != "fp32" else "all", (100, 350), 2, 512
+    )
+    return FeatureMaker(model, latent.shape, settings).make(images, [0])[0]
+
+
+def predict(model, latent, texts):
+    """A prediction of a sample, [1, C, h, w], on the CPU."""
+    noisy, timesteps = latent[None].to(model.device), torch.tensor([350], device=model.device)
+    there = {name: value.to(model.device) for name, value in texts.items()}
+    with torch.no_grad():
+        return model.predict(noisy, timesteps, there).cpu()
+
+
+def apart(first, second):
+    """How far two arrays are apart, of the second's norm."""
+    first, second = (np.asarray(each, np.float64) for each in (first, second))
+    return np.linalg.norm(first - second) / np.linalg.norm(second)
+
+
+FAMILIES = [name for name in PIPELINES if "-" not in name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_encodes_predicts_and_differentiates_on_cuda_as_on_the_cpu(family, saved):
+    models = [load_model(saved(family), device) for device in ("cpu", "cuda")]
+    (cpu_latent, cpu_texts), (latent, texts) = map(sample_of, models)
+    assert apart(latent, cpu_latent) < 1e-4 and texts.keys() == cpu_texts.keys()
+    assert all(apart(texts[name], cpu_texts[name]) < 1e-4 for name in texts if texts[name].any())
+    assert models[1].denoiser.device.type == "cuda", "back from where it waited"
+    assert models[1].pipeline.vae.device.type == "cpu", "makes room for the denoiser"
+    cpu, cuda, again = (features_of(model, cpu_latent, cpu_texts) for model in (*models, models[1]))
+    assert apart(cuda, cpu) < 1e-4 and apart(again, cuda) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_bfloat16_is_as_near_its_float32_on_cuda_as_on_the_cpu(family, saved):
+    full, half, there = (
+        load_model(saved(family), device, weights=kind)
+        for device, kind in (("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"))
+    )
+    latent, texts = sample_of(full)
+    exact, on_cpu, on_cuda = (predict(model, latent, texts) for model in (full, half, there))
+    assert 0 < apart(on_cuda, exact) < 2 * apart(on_cpu, exact)
+    assert np.isfinite(features_of(there, latent, texts)).all()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_gradient_checkpointing_on_cuda_gives_the_same_features(family, saved):
+    model = load_model(saved(family), "cuda")
+    sample = sample_of(model)
+    kept = features_of(model, *sample)
+    assert model.save_memory()
+    assert apart(features_of(model, *sample), kept) < 1e-5
+
+
+def test_where_the_memory_of_the_device_is_full_a_sweep_goes_on_in_smaller_passes(flags, tmp_path):
+    """By a limit on what torch may take, of which a real allocation fails."""
+    model = load_model(str(PARITY / "fixture/sd-tiny"), "cuda")
+    taken, free = [], lambda: torch.cuda.mem_get_info()[0]
+
+    def work(size):
+        taken.append(size)
+        return torch.empty(size, free() // 4, dtype=torch.uint8, device=model.device).shape[0]
+
+    assert run_within_memory(work, 32, "samples") == (2, 2) and taken == [32, 16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("scoring", ["removal", "exact", "output"])
+def test_one_command_on_cuda_ranks_as_on_the_cpu(scoring, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimation, "FEWEST_SAMPLES", 40)
+    source, folder = PARITY / "fixture/abc", tmp_path / "mine"
+    folder.mkdir()
+    captions = (source / "laion_subset/captions.txt").read_text().splitlines()
+    for path, caption in zip(sorted((source / "laion_subset/images").iterdir()), captions):
+        shutil.copy(path, folder)
+        (folder / path.name).with_suffix(".txt").write_text(caption)
+    query = source / "synth/tiny/gpt/blob/samples/00000.png"
+    cpu, cuda = (
+        unlearn.attribute(
+            query,
+            str(PARITY / "fixture/sd-tiny"),
+            folder,
+            prompt="a blob on a table",
+            out=tmp_path / device,
+            device=device,
+            scoring=scoring,
+        )[0]
+        for device in ("cpu", "cuda")
+    )
+    ranks = [np.argsort(np.argsort(np.asarray(answer.scores))) for answer in (cpu, cuda)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.999

@@ -106,7 +106,10 @@ def test_operations_of_features_are_those_of_their_passes():
     assert found.features(RemovalSettings(timesteps=(350,), probes=1)) == (
         found.encoding + 2 * found.forward + found.backward
     )
-    assert found.seconds(1000, "H100") == pytest.approx(1000 * expected / (0.4 * 67e12))
+    launches = 13 * found.layers * 60e-6
+    assert found.seconds(1000, "H100") == pytest.approx(
+        1000 * (expected / (0.4 * 67e12) + launches)
+    )
     cells = needs.describe("mine", architecture, 0, 1000, False, "fp32")
     assert cells[:2] + cells[5:6] == [f"mine, {found.resolution} px", "fp32", "12 GB"]
     half = find_needs(architecture, weights="bf16")

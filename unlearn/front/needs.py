@@ -37,6 +37,9 @@ SPEEDS = {
     "H100": {"fp32": 67e12, "bf16": 989e12},
 }
 UTILISATION = 0.4
+# Seconds that a layer takes in each pass however fast the GPU is: what Python and CUDA's launches take.
+# Fitted to 13 models on an H200 (results/README, "On a GPU").
+LAUNCH = 60e-6
 SKETCH_BYTES = 2  # a weight, of where it goes in the sketch
 # A weight, of unlearning: its original, its Fisher, a pass's gradient, and float64 sums of a pass and
 # of a step.
@@ -52,6 +55,7 @@ class Needs:
     weights: str  # their precision
     parameters: dict[str, int]  # of each part
     selected: int  # weights whose derivatives are taken
+    layers: int  # of the denoiser, with those of a LoRA
     forward: int  # operations of a pass of one noisy sample
     backward: int  # of a backward pass to the selected weights
     encoding: int  # of a picture and its caption: latents of two views, embeddings
@@ -75,10 +79,9 @@ class Needs:
     def features(self, settings: RemovalSettings = USUAL, is_saving: bool = False) -> int:
         """Operations of the features of one image, with its encoding; is_saving: with gradient
         checkpointing."""
-        noises, probes = len(settings.timesteps), settings.probes
-        forwards = 2 * probes if is_saving else 1
-        passes = self.forward + noises * (forwards * self.forward + probes * self.backward)
-        return self.encoding + passes
+        backwards = len(settings.timesteps) * settings.probes
+        forwards = count_made(settings, is_saving) - backwards
+        return self.encoding + forwards * self.forward + backwards * self.backward
 
     def disk(self, num_images: int, settings: RemovalSettings = USUAL) -> int:
         """Bytes on the disk of so many images by removal, each with one caption."""
@@ -86,8 +89,10 @@ class Needs:
 
     def seconds(self, num_images: int, gpu: str) -> float:
         """Predicted seconds of the features of so many images on one of SPEEDS' GPUs, of 80 GB."""
-        operations = self.features(is_saving=not fits(self.device_bytes, GPUS[-1]))
-        return num_images * operations / (SPEEDS[gpu][self.weights] * UTILISATION)
+        is_saving = not fits(self.device_bytes, GPUS[-1])
+        operations, passes = self.features(is_saving=is_saving), count_made(USUAL, is_saving)
+        launches = passes * self.layers * LAUNCH
+        return num_images * (operations / (SPEEDS[gpu][self.weights] * UTILISATION) + launches)
 
     @property
     def smallest_gpu(self) -> int | None:
@@ -162,6 +167,7 @@ def count_needs(
         model.weights,
         parameters,
         number,
+        sum(not any(module.children()) for module in model.denoiser.modules()),
         forward,
         backward,
         2 * encoding + caption,
@@ -171,6 +177,13 @@ def count_needs(
         sum(weights.values()) + max(picture, held - count_bytes(model.denoiser) + peak) + LIBRARIES,
         image,
     )
+
+
+def count_made(settings: RemovalSettings, is_saving: bool) -> int:
+    """Forward and backward passes of the features of one image: one for its loss, and at each timestep
+    one, or where checkpointing makes it again two for each probe, and a backward pass a probe."""
+    forwards = 2 * settings.probes if is_saving else 1
+    return 1 + len(settings.timesteps) * (forwards + settings.probes)
 
 
 def fits(num_bytes: float, size: float) -> bool:

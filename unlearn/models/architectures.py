@@ -111,9 +111,10 @@ def build(architecture: Architecture) -> Model:
     return model
 
 
-def build_part(kind: str, config: dict) -> torch.nn.Module:
-    """A part of a class of one of the two libraries, on `meta`, whatever its size."""
-    with torch.device(META):
+def build_part(kind: str, config: dict, device: torch.device = META) -> torch.nn.Module:
+    """A part of a class of one of the two libraries, by default on `meta`, whatever its size; on
+    another device its weights are those that the class begins with."""
+    with torch.device(device):
         if hasattr(diffusers, kind):
             made = getattr(diffusers, kind).from_config(config)
         else:
@@ -123,14 +124,14 @@ def build_part(kind: str, config: dict) -> torch.nn.Module:
 
 
 def add_lora(model: Model, rank: int = LORA_RANK) -> None:
-    """Adds a LoRA beside the attention of a Model on `meta`, in place."""
+    """Adds a LoRA beside the attention of a Model, in place."""
     from peft import (
         LoraConfig,
         inject_adapter_in_model,
     )  # here: where it is missing there is no LoRA
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
-    with torch.device(META):
+    with torch.device(model.denoiser.device):
         inject_adapter_in_model(config, model.denoiser)
     model.denoiser.requires_grad_(False)
 
