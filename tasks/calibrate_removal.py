@@ -23,7 +23,7 @@ from unlearn.models.pipelines import load_model
 from unlearn.report.attributable import describe_attributable
 from unlearn.runtime.programs import run
 
-MANY_DRAWS, NUM_STRANGE, NUM_PICKS = 16, 120, 20
+MANY_DRAWS, NUM_STRANGE, NUM_PICKS = 64, 120, 20
 
 
 def open_world(name):
