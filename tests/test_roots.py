@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import traceback
 import unicodedata
 from pathlib import Path
 
@@ -353,18 +354,21 @@ def test_killed_at_any_moment_it_goes_on_and_no_mixture_of_two_states_can_be_rea
 
 
 def run_together(*works):
-    """Whether each of some pieces of work, run at the same moment, ended well."""
+    """How each of some pieces of work, run at the same moment, ended: 0 well, 1 with a UserError, 2
+    with another error. Errors are printed, so that a test that fails by them shows them."""
     children = []
     for work in works:
         children.append(os.fork())
         if children[-1] == 0:
+            code = 2
             try:
                 work()
-                os._exit(0)
-            except UserError:
-                os._exit(1)
+                code = 0
+            except BaseException as error:
+                code = 1 if isinstance(error, UserError) else 2
+                os.write(2, traceback.format_exc().encode(errors="replace"))
             finally:
-                os._exit(2)
+                os._exit(code)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
