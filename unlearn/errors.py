@@ -1,4 +1,4 @@
-"""The error of a user's mistake."""
+"""The errors of a user's mistake."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
     Scripts and commands print it and end with status 2 (`runtime.run`).
     """
+
+
+class NotThere(UserError):
+    """A file is not there, or not any more: another process may be making it anew."""

@@ -4,6 +4,7 @@ interrupted run goes on."""
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -169,12 +170,11 @@ def write_texts(
 def check_disk(dataroot: str | Path, sizes: dict[Path, int]) -> None:
     """Raises UserError where the disk has no room for arrays of these sizes, {path: bytes}, less
     what is there of them."""
-    present = sum(
-        part.stat().st_size
-        for path in sizes
-        for part in [path, *path.parent.glob(f"{path.name}.*.part")]
-        if part.exists()
-    )
+    present = 0
+    for path in sizes:
+        for part in [path, *path.parent.glob(f"{path.name}.*.part")]:
+            with suppress(FileNotFoundError):  # another process may just have given it its name
+                present += part.stat().st_size
     needed, free = sum(sizes.values()) - present, shutil.disk_usage(dataroot).free
     if needed > free:
         raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from ..attribution.names import OUTPUT, REMOVAL
 from ..datasets.tasks import Task, find_named_result
 from ..datasets.training_sets import label_rows
-from ..errors import UserError
+from ..errors import NotThere, UserError
 from ..report.attributable import read_attributable
 from ..report.contents import GroupScore, Report, Row, share_groups
 from ..report.grouping import find_originals, group_images
@@ -144,10 +144,11 @@ def compare_ranks(result_dir: Path, query: str, ids: list[str]) -> tuple[str | N
     name = Path(query).with_suffix("").as_posix()
     for method, words in SIMILARITIES.items():
         folder = find_named_result(Path(result_dir) / "baselines" / method, name)
-        path = folder / "influence.npz"
-        if not is_complete(path):
+        remedy = "make it anew: python -m unlearn baselines with --overwrite"
+        try:
+            arrays = read_influence(folder / "influence.npz", remedy)
+        except NotThere:
             continue
-        arrays = read_influence(path, "make it anew: python -m unlearn baselines with --overwrite")
         scores = arrays["influence"]
         rank = len(scores) - np.searchsorted(np.sort(scores), scores)
         ranks = dict(zip(arrays["ids"].tolist(), rank.tolist()))

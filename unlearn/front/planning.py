@@ -1,5 +1,6 @@
 """What a run has to do, and what of it an earlier one with the same model has left."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from ..attribution.estimation import choose_num_samples
@@ -10,6 +11,7 @@ from ..attribution.settings import UnlearnSettings
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
 from ..datasets.tasks import BASE
+from ..errors import NotThere
 from ..models.pipelines import Model
 from ..storage.hashes import hash_tensors, named_weights
 from ..storage.reading import read_array
@@ -48,8 +50,12 @@ def count_work(
 
 
 def read_part(path: Path, part: str) -> dict:
-    """A part of an artefact's record, {} where the artefact is not whole."""
-    found = read_record(path, REMEDY).get(part) if is_complete(path) else None
+    """A part of an artefact's record, {} where the artefact is not whole, as while another process
+    makes it anew."""
+    try:
+        found = read_record(path, REMEDY).get(part)
+    except NotThere:
+        return {}
     return found if isinstance(found, dict) else {}
 
 
@@ -78,11 +84,10 @@ def list_done(out: Path, model: Model, num_images: int) -> set[str]:
         part: hash_tensors(named_weights(getattr(model.pipeline, part)))
         for part in ("vae", "text_encoder")
     }
-    if (
-        encoders.items() <= read_part(latents, "identity").items()
-        and len(read_array(latents)) == 2 * num_images
-    ):
-        done.add(costs.ENCODING)
+    is_own = encoders.items() <= read_part(latents, "identity").items()
+    with suppress(NotThere):
+        if is_own and len(read_array(latents)) == 2 * num_images:
+            done.add(costs.ENCODING)
     for path, part, name in (
         (fisher, "circumstances", costs.CURVATURE),
         (losses, "identity", costs.LOSSES),

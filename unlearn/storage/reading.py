@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ..errors import UserError
+from ..errors import NotThere, UserError
 
 # bytes: of text that is read line by line; of JSON that holds captions, of which COCO's have 92 MB,
 # and of other JSON, which takes 27 times as many in memory
@@ -113,8 +113,8 @@ def decode_text(content: bytes) -> str:
 
 
 def read_text(path: str | Path, item: str = "file", most: int = MOST_LINES) -> str:
-    """The text of a file (`decode_text`). Raises UserError where it is missing, no file (a pipe, a
-    device), not UTF-8 or has more than `most` bytes."""
+    """The text of a file (`decode_text`). Raises UserError where it is missing (NotThere), no file (a
+    pipe, a device), not UTF-8 or has more than `most` bytes."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -126,7 +126,7 @@ def read_text(path: str | Path, item: str = "file", most: int = MOST_LINES) -> s
             )
         content = Path(path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{item} {path}: no such file") from None
+        raise NotThere(f"{item} {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{item} {path}: cannot be read ({getattr(error, 'strerror', error)})"
@@ -168,13 +168,13 @@ def read_json(path: str | Path, item: str = "file", most: int = MOST_JSON) -> An
 
 def read_array(path: str | Path, item: str = "array", mmap: bool = True) -> np.ndarray:
     """Reads an .npy array, memory-mapped (read-only) by default. Raises UserError where that cannot
-    be done."""
+    be done, NotThere where it is missing."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, pipe or device")
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{item} {path}: no such file") from None
+        raise NotThere(f"{item} {path}: no such file") from None
     except Exception as error:  # a damaged header may raise anything
         raise UserError(f"{item} {path}: not a complete .npy array of numbers ({error})") from None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import NotThere, UserError
 from ..version import __version__
 from .artifacts import write_json
 from .hashes import hash_file
@@ -261,11 +261,11 @@ def is_complete(path: str | Path) -> bool:
 def keep_complete(path: str | Path, identity: dict, overwrite: bool, remedy: str) -> bool:
     """Whether a complete artefact made with these settings is there and is to be kept. Raises
     UserError where what is there was made with others and may not be overwritten. One without a
-    record was killed before it was complete."""
-    if not is_complete(path):
-        return False
+    record was killed before it was complete, or another process is making it."""
     try:
         check_record(path, identity, remedy)
+    except NotThere:
+        return False
     except UserError:
         if not overwrite:
             raise
@@ -286,17 +286,17 @@ def compare_identity(
 
 def read_record(path: str | Path, remedy: str) -> dict:
     """The record of an artefact. Raises UserError, ending with `remedy`, where one of them is
-    missing or it is malformed."""
+    missing (NotThere) or it is malformed."""
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file; {remedy}")
+        raise NotThere(f"{path}: no such file; {remedy}")
     if not record_path(path).exists():
-        raise UserError(
+        raise NotThere(
             f"{path}: has no record ({record_path(path).name}) that says how it was made; {remedy}"
         )
     try:
         record = read_json(record_path(path), "record")
     except UserError as error:
-        raise UserError(f"{error}; {remedy}") from None
+        raise type(error)(f"{error}; {remedy}") from None
     if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
         raise UserError(f"{record_path(path)}: not a record; {remedy}")
     return record
@@ -305,7 +305,12 @@ def read_record(path: str | Path, remedy: str) -> dict:
 def check_content(path: str | Path, remedy: str, record: dict | None = None) -> None:
     """Checks an artefact against the hash in its record. Raises UserError, ending with `remedy`,
     where it was changed."""
-    if (record or read_record(path, remedy)).get("content") != hash_file(path):
+    record = record or read_record(path, remedy)
+    try:
+        content = hash_file(path)
+    except FileNotFoundError:
+        raise NotThere(f"{path}: no such file; {remedy}") from None
+    if record.get("content") != content:
         raise UserError(
             f"{path}: its content is not what its record says (damaged or replaced); {remedy}"
         )
