@@ -4,10 +4,20 @@ import pytest
 from test_attribute import ask, folder, other_query, tiny  # noqa: F401 (fixtures)
 
 from unlearn import UserError
-from unlearn.front import planning
+from unlearn.baselines.saving import score_tasks
+from unlearn.baselines.similarity_methods import Similarity
+from unlearn.front import costs, loading, planning
 from unlearn.storage import records
 from unlearn.storage.artifacts import write_bytes
 from unlearn.storage.records import keep_complete, record_path, write_record
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch):  # noqa: F811
+    """A model that is loaded once, and whose pace nobody asks for."""
+    monkeypatch.setattr(costs, "measure_pace", lambda *args: costs.Pace(1e-3, 1e-3, 1e-3, 1e-3))
+    loaded = loading.load_model(tiny, "cpu")
+    monkeypatch.setattr(loading, "load_model", lambda *args, **more: loaded)
 
 
 def call_first(do, function):
@@ -18,6 +28,27 @@ def call_first(do, function):
         return function(*args, **more)
 
     return call
+
+
+def test_what_another_run_has_written_by_now_stays_for_its_readers(
+    folder,
+    tmp_path,
+    ask,
+    quick,
+    monkeypatch,  # noqa: F811
+):
+    real, stamps = Similarity.scores, []
+    record = tmp_path / "out/results/baselines/similarity/00000.png/influence.json"
+
+    def score_late(method, run):
+        monkeypatch.setattr(Similarity, "scores", real)
+        score_tasks(run, "similarity", method, 10, is_shown=False)  # the other run's
+        stamps.append((record.stat().st_ino, record.stat().st_mtime_ns))
+        return real(method, run)
+
+    monkeypatch.setattr(Similarity, "scores", score_late)
+    ask(folder, tmp_path / "out")
+    assert stamps == [(record.stat().st_ino, record.stat().st_mtime_ns)]
 
 
 def test_a_record_that_is_removed_as_it_is_looked_at_is_one_that_is_not_there(

@@ -20,6 +20,7 @@ from ..storage.artifacts import whole_file
 from ..storage.hashes import digest
 from ..storage.reading import read_npz
 from ..storage.records import keep_complete, record_path, write_record
+from ..storage.sharing import do_once, forget_claim
 from .interface import Method, Run
 
 REMEDY = "give --overwrite to replace it, or another --result_dir"
@@ -109,20 +110,33 @@ def save_query(
     top_k: int,
     is_shown: bool = True,
 ) -> None:
-    """Writes what a query's scores end in, and shows it, where that is asked for. Of scores that were kept table and picture
-    are made again, perhaps with another `top_k`."""
+    """Writes what a query's scores end in, and shows it, where that is asked for. Of scores that were
+    kept table and picture are made again, perhaps with another `top_k`; those that another process
+    has written since stay, for it may be reading them."""
     check_scores(result.path, scores)
     task, of_fisher = result.task, run.needed_fisher.warnings if method.needs_fisher else []
     image_sets = {"exemplar": run.exemplars(task), "laion": run.training_set}
     warnings = [*of_fisher, *[INDIFFERENT] * is_indifferent(scores)]
     ranking = Ranking.of_scores(image_sets, scores, warnings)
+    folder, claim = result.path.parent, result.path.stem
+    picture = folder / "visualization.jpg"
+
+    def is_done() -> bool:
+        return keep_complete(result.path, result.identity, True, "")
+
+    def write() -> None:
+        if is_pending:
+            record_path(result.path).unlink(missing_ok=True)
+        ranking.to_csv(result.path.with_suffix(".csv"))
+        ranking.picture(query, top_k, picture)
+        if is_pending:
+            write_scores(run, result, scores, of_fisher)
+
     if is_pending:
-        record_path(result.path).unlink(missing_ok=True)
-    ranking.to_csv(result.path.with_suffix(".csv"))
-    picture = result.path.with_name("visualization.jpg")
-    ranking.picture(query, top_k, picture)
-    if is_pending:
-        write_scores(run, result, scores, of_fisher)
+        do_once(folder, claim, is_done, write)
+    else:
+        forget_claim(folder, claim)
+        write()
     if not is_shown:
         return
     if len(run.tasks) > MOST_TABLES:
