@@ -1,15 +1,23 @@
 """Runs at the same moment in one folder: none finds what another has half written."""
 
+import time
+
+import numpy as np
 import pytest
 from test_attribute import ask, folder, other_query, tiny  # noqa: F401 (fixtures)
+from test_roots import run_together
 
 from unlearn import UserError
 from unlearn.baselines.saving import score_tasks
 from unlearn.baselines.similarity_methods import Similarity
-from unlearn.front import costs, loading, planning
-from unlearn.storage import records
+from unlearn.commands import report as command
+from unlearn.evaluation import stored_results
+from unlearn.front import costs, jobs, loading, planning
+from unlearn.report import results
+from unlearn.storage import records, sharing
 from unlearn.storage.artifacts import write_bytes
 from unlearn.storage.records import keep_complete, record_path, write_record
+from unlearn.storage.sharing import turn
 
 
 @pytest.fixture
@@ -20,6 +28,14 @@ def quick(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(loading, "load_model", lambda *args, **more: loaded)
 
 
+def wait_for(seconds, *paths):
+    """Whether one of some files appears within so many seconds."""
+    end = time.monotonic() + seconds
+    while not (found := any(path.exists() for path in paths)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
 def call_first(do, function):
     """A function that has `do()` called before it."""
 
@@ -28,6 +44,49 @@ def call_first(do, function):
         return function(*args, **more)
 
     return call
+
+
+def test_an_answer_is_read_before_another_run_writes_it_anew(
+    folder,  # noqa: F811
+    tmp_path,
+    ask,  # noqa: F811
+    quick,
+    monkeypatch,
+):
+    saved, waiting, begun = (tmp_path / name for name in ("saved", "waiting", "begun"))
+    [expected] = ask(folder, tmp_path / "out")
+
+    create_claim = sharing.create_claim
+
+    def read_late():  # not before the other run is writing, or waits for this one
+        saved.touch()
+        assert wait_for(60, begun, waiting)
+        wait_for(0.2, begun)
+
+    def claim(path):
+        is_mine = create_claim(path)
+        if path.name == "influence.claim" and not is_mine:
+            waiting.touch()
+        return is_mine
+
+    def write_slowly():
+        begun.touch()
+        time.sleep(0.5)
+
+    def first():
+        monkeypatch.setattr(jobs, "read_attribution", call_first(read_late, jobs.read_attribution))
+        [answer] = ask(folder, tmp_path / "out")
+        np.testing.assert_array_equal(answer.scores, expected.scores)
+
+    def second():
+        assert wait_for(60, saved)
+        monkeypatch.setattr(sharing, "create_claim", claim)
+        # The old record is removed by then, and the new one not written.
+        monkeypatch.setattr(results, "whole_file", call_first(write_slowly, results.whole_file))
+        ask(folder, tmp_path / "out")
+
+    assert run_together(first, second) == [0, 0]
+    assert begun.exists()
 
 
 def test_what_another_run_has_written_by_now_stays_for_its_readers(
@@ -75,3 +134,31 @@ def test_a_record_that_is_removed_as_it_is_looked_at_is_one_that_is_not_there(
     record_path(path).write_text("{")  # a damaged one is told, as ever
     with pytest.raises(UserError, match="not valid JSON"):
         keep_complete(path, {"name": "a"}, False, "")
+
+
+def test_a_page_is_made_of_a_result_that_is_being_written_once_it_is_whole(
+    folder,
+    tmp_path,
+    ask,
+    quick,
+    monkeypatch,  # noqa: F811
+):
+    begun, [answer] = tmp_path / "begun", ask(folder, tmp_path / "out")
+    path = answer.folder / "influence.npz"
+
+    def write():
+        with turn(path):
+            record = record_path(path).read_bytes()
+            record_path(path).unlink()
+            begun.touch()
+            time.sleep(0.3)
+            write_bytes(record_path(path), record)
+
+    def make_page():
+        check = call_first(lambda: wait_for(60, begun), stored_results.check_result)
+        monkeypatch.setattr(stored_results, "check_result", check)
+        command.main([str(tmp_path / "out/results")])
+
+    listed = stored_results.find_results(tmp_path / "out/results")
+    monkeypatch.setattr(stored_results, "find_results", lambda folder: listed)
+    assert run_together(write, make_page) == [0, 0]

@@ -134,7 +134,7 @@ def test_a_page_made_again_says_the_same_until_a_result_is_another(asked, tmp_pa
     said = answers[0].together.describe_unused()
     assert said in html.unescape(page.read_text()) and "These do the same" in page.read_text()
     assert before.count("<img") == page.read_text().count("<img")
-    shutil.rmtree(next(results.rglob("influence.npz")).parent)
+    shutil.rmtree(next((results / "influence").rglob("influence.npz")).parent)
     (results / "influence" / "gone").mkdir()
     report.main([str(results)])
     assert said not in html.unescape(page.read_text())

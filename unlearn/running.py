@@ -1,7 +1,8 @@
 """The queries of a study, from weight changes, or features, to finished results: what
 compute_influence.py and `unlearn attribute` do once all is checked and loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from .report.grouping import find_groups
 from .report.ranking import Ranking
 from .runtime.programs import process_share
 from .storage.records import keep_complete
-from .storage.sharing import Share, do_once, forget_claim
+from .storage.sharing import Share, do_once, turn
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Output:
     is_shown: bool = True  # whether tables are printed
     cautions: dict[str, list[str]] = field(default_factory=dict)  # by the picture's path
     remarks: list[str] = field(default_factory=list)  # what the pages say besides
+    # told of each query whose result was written, before another process may write it anew
+    on_saved: Callable[[Task], object] = lambda task: None
 
 
 def attribute_queries(study: Study, tasks: list[Task], output: Output) -> None:
@@ -131,6 +134,7 @@ def save_query(
     """Writes and prints one query's ranking; of several processes that a launcher started, one
     does. found: what an index tells of it."""
     folder, top_k = delta.file.parent, output.top_k
+    path = folder / "influence.npz"
     identity = {
         "weight_change": delta.content,
         "settings": {**study.unlearning.identity, **study.scoring.identity},
@@ -146,15 +150,15 @@ def save_query(
         ranking = results.rank_query(study, changes, shown, own, folder, cautions)
         origin = describe_origin(task, output)
         results.save(folder, query, ranking, shown, identity, origin, top_k, study.unlearning.box)
+        output.on_saved(task)
         if output.is_shown:
             results.print_result(folder, study, query, ranking, shown, top_k, output.remedy)
 
     # One process alone writes it anew, and prints it: with another --top_k there is another table.
     if process_share()[1] == 1:
-        forget_claim(folder, "influence")  # of several processes, one of which was killed
-        return save()
-    path = folder / "influence.npz"
-    return do_once(folder, "influence", lambda: keep_complete(path, identity, True, ""), save)
+        with turn(path):
+            return save()
+    return do_once(folder, path.stem, lambda: keep_complete(path, identity, True, ""), save)
 
 
 def attribute_by_removal(study: RemovalStudy, tasks: list[Task], output: Output) -> None:
@@ -202,7 +206,10 @@ def is_scored(
     does, and may not be replaced."""
     name_query(query)
     path = find_result(folder, task) / "influence.npz"
-    return keep_complete(path, study.identity(query), overwrite, REMEDY)
+    # Before one is refused it is seen whole: another process may be writing the same anew.
+    may_refuse = not overwrite and path.parent.is_dir()
+    with turn(path) if may_refuse else nullcontext():
+        return keep_complete(path, study.identity(query), overwrite, REMEDY)
 
 
 def share_queries(
@@ -253,8 +260,10 @@ def save_removal(
     known = {**describe_attributable(scores, unit, losses, own), **groups}
     ranking = Ranking.of_scores(study.image_sets, scores, warnings, find_intervals(draws))
     origin = describe_origin(task, output)
-    results.save(
-        folder, query, ranking, known, study.identity(query), origin, output.top_k, study.box
-    )
+    with turn(folder / "influence.npz"):
+        results.save(
+            folder, query, ranking, known, study.identity(query), origin, output.top_k, study.box
+        )
+        output.on_saved(task)
     if output.is_shown:
         results.print_removal(folder, query, ranking, output.top_k, study.box)

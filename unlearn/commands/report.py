@@ -61,17 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..report.page import index_entry, write_index, write_report
     from ..runtime.programs import progress
     from ..storage.artifacts import check_writable
+    from ..storage.sharing import turn
 
     folder = Path(args.result_dir)
     queries, tasks = find_results(folder), read_tasks(args)
     check_writable(folder, "pages are written into the folder of results")
     for query in queries:
-        check_result(folder, query)
+        with turn(folder / "influence" / query / "influence.npz"):
+            check_result(folder, query)
     together, entries = read_kept(folder, queries), []
     with progress(len(queries), "writing pages", "queries") as bar:
         for query in queries:
-            report = read_report(folder, query, args.dataroot, tasks.get(query))
-            path = write_report(folder / "influence" / query, report)
+            place = folder / "influence" / query
+            with turn(place / "influence.npz"):  # a run may write it anew
+                report = read_report(folder, query, args.dataroot, tasks.get(query))
+                path = write_report(place, report)
             link = quote(path.relative_to(folder).as_posix())
             entries.append(index_entry(link, report))
             bar.update()

@@ -10,13 +10,15 @@ import numpy as np
 
 from ..datasets.boxes import name_box
 from ..datasets.tasks import Task, find_result
-from ..evaluation.stored_results import read_report
+from ..evaluation.stored_results import OF_BOUND, read_report
 from ..report.contents import Report
 from ..report.page import describe_report, write_report
 from ..report.ranking import Ranking, print_table
 from ..report.standing_out import FEWEST, WEAK, StandingOut, find_standing_out
 from ..report.together import Together
 from ..runtime.printing import show
+from ..storage.hashes import hash_file
+from ..storage.reading import read_npz
 from .questions import Question
 
 FILES = ("influence.csv", "visualization.jpg", "report.html")
@@ -33,6 +35,8 @@ class Attribution:
     ranking: Ranking = field(repr=False)
     report: Report = field(repr=False)
     folder: Path  # of influence.npz, .csv, the picture and report.html
+    content: str = field(default="", repr=False)  # hash of the influence.npz that it was read from
+    unit: float = 1.0  # the score from which an image stands out, by removal
     index: Path | None = None  # the page of all pictures of one call, where there are several
     together: Together | None = field(default=None, repr=False)  # what these say of the images
 
@@ -150,9 +154,11 @@ class Attribution:
 def read_attribution(
     question: Question, task: Task, root: Path, results: Path, remarks: list[str]
 ) -> Attribution:
-    """What stands of one picture in the folder of results; its page and its table are written.
-    remarks: of the images, for the page's top."""
+    """What stands of one picture in the folder of results; its page and its table are written. No
+    other process may write it anew meanwhile (`sharing.turn`). remarks: of the images, for the
+    page's top."""
     folder = find_result(results / "influence", task)
+    path = folder / "influence.npz"
     name = folder.relative_to(results / "influence").as_posix()
     report = replace(read_report(results, name, str(root), task), remarks=remarks)
     write_report(folder, report)
@@ -167,6 +173,7 @@ def read_attribution(
         np.array([row.is_exemplar for row in rows]),
         list(report.cautions),
     )
-    answer = Attribution(question, ranking, report, folder)
+    bound = read_npz(path, OF_BOUND, "ask again").get("bound", 1.0)
+    answer = Attribution(question, ranking, report, folder, hash_file(path), float(bound))
     answer.write_table()
     return answer

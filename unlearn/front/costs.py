@@ -121,8 +121,8 @@ def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
             f"{2 * counts.images:,} views and {counts.captions:,} captions",
             2 * counts.images * pace.picture + counts.captions * pace.caption,
         ),
-        **ranking,
         COMPARING: (f"{counts.images:,} images", 0.0),
+        **ranking,
     }
     return [
         Step(name, "is there already", 0.0) if name in done else Step(name, *cost)

@@ -1,6 +1,7 @@
 """What the front door computes and writes, once all is found and checked."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from ..datasets.preparation import prepare_training_set
 from ..datasets.queries import encode_query
 from ..datasets.roots import make_data_root
 from ..datasets.settings import read_settings
-from ..datasets.tasks import Task
+from ..datasets.tasks import Task, find_result
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model
 from ..report.page import index_entry, write_index
 from ..report.together import Together, describe_same
 from ..running import Output, attribute_by_removal
 from ..runtime.programs import say
+from ..storage.sharing import turn
 from . import costs
 from .answers import Attribution, read_attribution
 from .cautions import find_cautions
@@ -98,6 +100,25 @@ class Job:
         """Where features, losses and answers stand."""
         return self.out / "results"
 
+    def output(
+        self,
+        cautions: dict[str, list[str]],
+        remarks: list[str],
+        on_saved: Callable[[Task], object],
+    ) -> Output:
+        """Where answers go, and what they say of themselves."""
+        return Output(
+            self.results / "influence",
+            str(self.root),
+            self.top_k,
+            self.command,
+            "",
+            is_shown=False,
+            cautions=cautions,
+            remarks=remarks,
+            on_saved=on_saved,
+        )
+
 
 def tell_other_model(out: Path, source: Source) -> None:
     """Says where OUT holds answers of another model, which those of this one replace."""
@@ -132,6 +153,8 @@ def answer(
     for question, task in zip(questions, tasks):
         for caution in cautions[task.synth_image_path]:
             say(f"{question.picture}: {caution}")
+    with clock.step(costs.COMPARING):
+        compare_similarity(model, images, tasks, queries, root, results)
     remarks, groups, study = [*of_folder, *job.lora_notes], [], None
     if job.scoring == REMOVAL:
         study = open_removal(model, images, root, results, job.use_repeats, job.box)
@@ -141,29 +164,24 @@ def answer(
         names = [entry.name for entry in job.found.entries]
         names = names if len(names) == len(images) else images.ids
         remarks += describe_same([[names[row] for row in group] for group in groups])
-    output = Output(
-        results / "influence",
-        str(root),
-        job.top_k,
-        job.command,
-        "",
-        is_shown=False,
-        cautions=cautions,
-        remarks=remarks,
-    )
-    different = list(dict.fromkeys(tasks))
+    asked, answers = dict(zip(tasks, questions)), {}
+
+    def read(task: Task) -> None:
+        answers[task] = read_attribution(asked[task], task, root, results, remarks)
+
+    output, different = job.output(cautions, remarks, read), list(asked)
     if study:
         with clock.step(costs.REMOVING):
             attribute_by_removal(study, different, output)
     else:
         unlearn_each(model, images, root, results, different, output, clock, job.scoring, job.box)
-    with clock.step(costs.COMPARING):
-        compare_similarity(model, images, tasks, queries, root, results)
-        answers = [
-            read_attribution(*pair, root, results, remarks) for pair in zip(questions, tasks)
-        ]
-        together = sum_up(answers, study, queries, groups, results) if study else None
-    return add_index(answers, results, together)
+    for task in different:
+        if task not in answers:  # another process of a launch has written it
+            with turn(find_result(output.folder, task) / "influence.npz"):
+                read(task)
+    found = [replace(answers[task], question=each) for each, task in zip(questions, tasks)]
+    together = sum_up(found, study, queries, groups, results) if study else None
+    return add_index(found, results, together)
 
 
 def make_question(job: Job, making: Making, clock: costs.Clock) -> Question:

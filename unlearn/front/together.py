@@ -19,7 +19,6 @@ from ..storage.reading import read_npz
 from .answers import Attribution
 
 TABLE, KEPT = "images.csv", "together.npz"
-FORMS = {"ids": ("U", 1), "influence": ("f", 1), "bound": ("f", 0)}
 KEPT_FORMS = {
     **{name: ("U", 1) for name in ("names", "captions", "paths", "pictures", "results", "hashes")},
     **{"scores": ("f", 2), "unused": ("b", 1), "group_of": ("i", 1), "group_scores": ("f", 2)},
@@ -49,12 +48,6 @@ def score_groups(
     return scores
 
 
-def read_scores(answer: Attribution) -> tuple[list[str], np.ndarray]:
-    """The images' ids and their scores [n] of a picture, 1 where an image stands out."""
-    arrays = read_npz(answer.folder / "influence.npz", FORMS, "ask again")
-    return arrays["ids"].tolist(), arrays["influence"] / float(arrays["bound"])
-
-
 def sum_up(
     answers: Sequence[Attribution],
     study: RemovalStudy,
@@ -68,10 +61,9 @@ def sum_up(
     different = [answer for answer, _ in pairs.values()]
     if len(different) < 2 or len(different[0].scores) < FEWEST:
         return None
-    ids, _ = read_scores(different[0])
     known = {row.id: row for row in different[0].report.rows}
-    rows = [known[id] for id in ids]
-    scores = np.stack([read_scores(answer)[1] for answer in different])
+    rows = [known[id] for id in different[0].ranking.ids]
+    scores = np.stack([answer.scores / answer.unit for answer in different])
     group_scores = score_groups(study, [query for _, query in pairs.values()], groups)
     found = Together(
         [row.name for row in rows],
@@ -103,7 +95,7 @@ def keep(found: Together, answers: Sequence[Attribution], results: Path) -> None
             paths=np.array([str(path or "") for path in found.paths], str),
             pictures=np.array(found.pictures, str),
             results=np.array([name_result(folder, results) for folder in folders], str),
-            hashes=np.array([hash_file(folder / "influence.npz") for folder in folders], str),
+            hashes=np.array([answer.content for answer in answers], str),
             scores=found.scores,
             unused=found.unused,
             group_of=group_of,

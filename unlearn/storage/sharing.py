@@ -5,8 +5,8 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,18 @@ def do_once(
         for item in share:
             work()
             share.release(item)
+
+
+@contextmanager
+def turn(path: str | Path) -> Iterator[None]:
+    """Holds the claim of what stands at `path`, for what every process is to do there itself, one
+    after the other: to write it anew with its record, or to read it whole. The others wait. Who holds
+    it must not ask for it again."""
+    folder, name = Path(path).parent, Path(path).stem
+    make_folder(folder)
+    with Share(folder, {name: name}, lambda item: False) as share:
+        next(share, None)
+        yield
 
 
 def parts_folder(path: str | Path, key: str) -> Path:
