@@ -13,6 +13,8 @@ from unlearn.baselines.similarity_methods import Similarity
 from unlearn.commands import report as command
 from unlearn.evaluation import stored_results
 from unlearn.front import costs, jobs, loading, planning
+from unlearn.front.assembly import finish_folder
+from unlearn.models.weights import INDEX
 from unlearn.report import results
 from unlearn.storage import records, sharing
 from unlearn.storage.artifacts import write_bytes
@@ -162,3 +164,16 @@ def test_a_page_is_made_of_a_result_that_is_being_written_once_it_is_whole(
     listed = stored_results.find_results(tmp_path / "out/results")
     monkeypatch.setattr(stored_results, "find_results", lambda folder: listed)
     assert run_together(write, make_page) == [0, 0]
+
+
+def test_of_two_runs_that_put_a_model_together_the_first_ones_stays(tmp_path):
+    for name in "first", "second":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / INDEX).write_text(name)
+        finish_folder(tmp_path / name, tmp_path / "model")
+    assert (tmp_path / "model" / INDEX).read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model" / INDEX).rename(tmp_path / "model/other")
+    (tmp_path / "third").mkdir()
+    with pytest.raises(OSError, match="not empty"):  # of what is no model nothing is taken for one
+        finish_folder(tmp_path / "third", tmp_path / "model")

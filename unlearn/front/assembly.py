@@ -2,6 +2,7 @@
 written anew."""
 
 import os
+import shutil
 from pathlib import Path
 
 from ..errors import UserError
@@ -35,6 +36,17 @@ def assemble(
             put_weights(weights[part], target / part / f"{WEIGHTS[part][0]}.safetensors")
     write_json(target / INDEX, index)  # last: it says that the folder is whole
     return target
+
+
+def finish_folder(part: Path, target: Path) -> None:
+    """Gives a pipeline's folder that is whole its final name; where another process was first, its
+    folder, which is the same, stays."""
+    try:
+        os.replace(part, target)
+    except OSError:
+        if not (target / INDEX).is_file():
+            raise
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:

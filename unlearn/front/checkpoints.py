@@ -1,7 +1,6 @@
 """A checkpoint file of the original programs made the diffusers folder that every command loads."""
 
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest
 from ..storage.reading import read_json
+from .assembly import finish_folder
 from .customized import drop_parts
 from .transformer_files import check_numbers, is_transformer, join_transformer
 
@@ -166,9 +166,7 @@ def save_converted(
     except Exception as error:  # what diffusers raises for such files has no common type
         refuse_conversion(path, config, kind, error)
     drop_parts(part)
-    if not (target / INDEX).is_file():
-        os.replace(part, target)
-    shutil.rmtree(part, ignore_errors=True)
+    finish_folder(part, target)
 
 
 def refuse_conversion(path: Path, config: str | None, kind: str, error: Exception) -> None:

@@ -2,7 +2,6 @@
 loads."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest, hash_tensors
 from ..storage.reading import read_json
+from .assembly import finish_folder
 
 
 def is_customized(folder: Path) -> bool:
@@ -47,9 +47,7 @@ def merge_customization(folder: Path, pipeline: str, unet: str, place: Path) -> 
     with replaced_weights(model.denoiser, weights):
         model.pipeline.save_pretrained(part, safe_serialization=True)
     drop_parts(part)
-    if not (target / INDEX).is_file():
-        os.replace(part, target)
-    shutil.rmtree(part, ignore_errors=True)
+    finish_folder(part, target)
     return target
 
 

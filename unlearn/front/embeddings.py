@@ -1,7 +1,6 @@
 """A model with new words (textual inversion) as the folder of a whole pipeline, which every command
 loads."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..models.weights import INDEX
 from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest, hash_tensors
+from .assembly import finish_folder
 from .customized import drop_parts
 from .questions import Question
 
@@ -43,9 +43,7 @@ def merge_embeddings(embeddings: list[Embedding], pipeline: str, unet: str, plac
     shutil.rmtree(part, ignore_errors=True)
     model.pipeline.save_pretrained(part, safe_serialization=True)
     drop_parts(part)
-    if not (target / INDEX).is_file():
-        os.replace(part, target)
-    shutil.rmtree(part, ignore_errors=True)
+    finish_folder(part, target)
     return target
 
 
