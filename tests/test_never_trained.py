@@ -41,7 +41,14 @@ def test_pictures_without_a_twin_on_each_side_make_no_pair():
 
 
 def test_the_table_has_means_and_errors_over_models():
-    shares = [{"mine": (0.5, 0.6)}, {"mine": (0.7, 0.6)}]
+    shares = [{"mine": (0.5, 0.6, 1)}, {"mine": (0.7, 0.6, 0)}]
     [row] = never_trained.summarise([(shares[0], 3), (shares[1], 4)])
     assert row[:2] == ("mine", 7) and row[-1] == 2
-    assert row[2:6] == pytest.approx((0.6, 0.1, 0.6, 0))
+    assert row[2:8] == pytest.approx((0.6, 0.1, 0.6, 0, 0.5, 0.5))
+
+
+def test_a_model_is_measured_by_pairs_by_all_images_and_by_the_first():
+    scores = {"similarity": SIMILARITY[None], "knows": TRAINED[None] + 0.0}
+    shares, num_pairs = never_trained.measure(scores, TRAINED)
+    assert num_pairs == len(PAIRS) and shares["knows"] == (1, 1, 1)
+    assert shares["similarity"][0] == 0.5 < shares["similarity"][1]

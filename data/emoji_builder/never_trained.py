@@ -12,12 +12,14 @@ goes on where it was.
 A twin of a trained picture is a never-trained one beside it in the order of similarity. Of each
 trained picture among a query's 16 most similar, the nearest twin above it and the nearest below it
 make two pairs; one that has no twin on a side makes none. So similarity itself is right in exactly
-half of the pairs, and what another score tells beyond that, similarity does not explain.
+half of the pairs, and what another score tells beyond that, similarity does not explain. Also told is
+how often a query's first image is a trained one.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from itertools import chain
 from os import devnull
 from pathlib import Path
 
@@ -51,7 +53,9 @@ METHODS = {
     "output": "by_output/influence",
     **{name: f"baselines/{name}" for name in ("dtrak", "similarity", "vae", "text")},
 }
-COLUMNS = ("method", "pairs", "auc", "error", "auc_all", "error_all", "queries", "models")
+MEASURES = ("auc", "auc_all", "first")  # of pairs of twins, of all pairs, first image is trained
+ERRORS = ("error", "error_all", "error_first")
+COLUMNS = ("method", "pairs", *chain(*zip(MEASURES, ERRORS)), "queries", "models")
 
 
 def find_pairs(similarity: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
@@ -71,7 +75,7 @@ def find_pairs(similarity: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
 def share_right(scores: np.ndarray, pairs: np.ndarray) -> float:
     """In which share of pairs [pairs, 2] the first image's score is the higher one, equal ones
     counting half; NaN without pairs."""
-    differences = np.subtract(*np.float64(scores)[pairs.T])
+    differences = np.subtract(*scores.astype(np.float64)[pairs.T])
     return float(((1 + np.sign(differences)) / 2).mean()) if len(pairs) else np.nan
 
 
@@ -156,13 +160,13 @@ def read_scores(root: Path) -> dict[str, np.ndarray]:
 
 
 def measure(scores: dict[str, np.ndarray], is_trained: np.ndarray) -> tuple[dict, int]:
-    """Of a half's model: ({method: (AUC of pairs, AUC of all)}, means over its queries; number of
-    pairs)."""
+    """Of a half's model: ({method: MEASURES}, means over its queries; number of pairs)."""
     pairs = [find_pairs(similarity, is_trained) for similarity in scores["similarity"]]
     shares = {
         method: (
             np.nanmean([share_right(query, some) for query, some in zip(values, pairs)]),
             np.mean([separate(query, ~is_trained) for query in values]),
+            is_trained[values.argmax(axis=1)].mean(),
         )
         for method, values in scores.items()
     }
@@ -173,7 +177,7 @@ def summarise(found: Sequence[tuple[dict, int]]) -> list[tuple]:
     """Rows of COLUMNS from what was measured of each model; errors are standard errors over models."""
     rows = []
     for method in found[0][0]:
-        shares = np.array([measured[method] for measured, _ in found])  # [models, 2]
+        shares = np.array([measured[method] for measured, _ in found])  # [models, 3]
         ends = [value for column in shares.T for value in mean_and_error(column)]
         rows.append((method, sum(count for _, count in found), *ends, NUM_QUERIES, len(found)))
     return rows
@@ -194,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found.append(measure(scores, is_trained))
     rows = summarise(found)
     write_csv(EVIDENCE, COLUMNS, rows)
-    cells = [[row[0], format_mean(*row[2:4]), format_mean(*row[4:6])] for row in rows]
-    header = ["method", f"AUC of {rows[0][1]} pairs of twins", "AUC of all pairs"]
+    cells = [[row[0], *(format_mean(*row[at : at + 2]) for at in (2, 4, 6))] for row in rows]
+    header = ["method", f"{rows[0][1]} pairs of twins", "all pairs", "first image is trained"]
     print("\n".join(markdown_table(header, cells)))
 
 
