@@ -540,16 +540,22 @@ def test_a_corrupt_picture_names_a_command_that_runs_and_lets_the_next_try_go_on
     path = folder / "000003.png"
     path.write_bytes(path.read_bytes()[:200])
     (folder / "000004.txt").unlink()
+    for ending in (
+        ".png",
+        ".txt",
+    ):  # an image that another is the same as, to be named as it is known
+        shutil.copy(folder / f"000005{ending}", folder / f"a copy{ending}")
     said = refusal(folder, tmp_path / "out")
     words = shlex.split(said[said.index("leave them out: ") + len("leave them out: ") :])
     assert words[:4] == ["python", "-m", "unlearn", "encode"]
     encode.main([*words[4:], "--device", "cpu"])
     [answer] = ask(folder, tmp_path / "out")
-    assert len(answer.table()) == 6
-    [note] = answer.notes
-    assert note.startswith("2 of 8 images were left out") and "000003.png (cannot be read" in note
+    assert len(answer.table()) == 7
+    note, same = answer.notes
+    assert "000005.png, a copy.png" in same
+    assert note.startswith("2 of 9 images were left out") and "000003.png (cannot be read" in note
     assert "000004.png (without a caption" in note
-    assert (answer.folder / "report.html").read_text().count("2 of 8 images were left out") == 1
+    assert (answer.folder / "report.html").read_text().count("2 of 9 images were left out") == 1
 
 
 def test_a_question_that_is_refused_leaves_no_task(folder, tmp_path, ask, refusal):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from .. import noise
 from ..attribution.names import REMOVAL
 from ..baselines.interface import Run
@@ -20,6 +22,7 @@ from ..datasets.tasks import Task, find_result
 from ..datasets.training_sets import TrainingSet
 from ..models.pipelines import Model
 from ..report.page import index_entry, write_index
+from ..report.ranking import name_images
 from ..report.together import Together, describe_same
 from ..running import Output, attribute_by_removal
 from ..runtime.programs import say
@@ -161,8 +164,7 @@ def answer(
         with clock.step(costs.FEATURES):
             study.build()
             groups = find_groups(study)
-        names = [entry.name for entry in job.found.entries]
-        names = names if len(names) == len(images) else images.ids
+        names = name_images(images.ids, images.paths, np.zeros(len(images), bool))
         remarks += describe_same([[names[row] for row in group] for group in groups])
     asked, answers = dict(zip(tasks, questions)), {}
 

@@ -129,7 +129,8 @@ def part_of(items: Iterable[Item], shard: str | None) -> list[Item]:
 
 def set_precision(precision: str) -> None:
     """fp32: TensorFloat-32 off in matrix products and convolutions. tf32 and bf16 (which is
-    autocast's to use): on in both. On CUDA, deterministic kernels in each."""
+    autocast's to use): on in both. On CUDA, deterministic kernels in each, and never cuDNN's
+    attention."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
