@@ -1062,4 +1062,15 @@ def test_a_folder_s_groups_are_each_removed_as_a_whole(tmp_path, ask):
         images = [row for row in answer.report.rows if row.group == name]
         assert (stored["group_of"] == number).sum() == len(images)
         assert scores[name] > max(row.score for row in images)
-    assert "without all of its images together" in (answer.folder / "report.html").read_text()
+    page = (answer.folder / "report.html").read_text()
+    assert "without all of its images together" in page
+
+    # And images are chosen together: all but one of so few.
+    chosen, table = answer.chosen_set, answer.table()
+    assert len({each["image"] for each in chosen}) == len(chosen) == 6
+    assert (chosen[0]["rank"], chosen[0]["adds"]) == (1, pytest.approx(table[0]["score"]))
+    with open(answer.folder / "influence.csv", encoding="utf-8-sig") as file:
+        places = {row["image"]: row["set_place"] for row in csv.DictReader(file)}
+    assert sorted(places.values()) == ["", "1", "2", "3", "4", "5", "6"]
+    assert places[chosen[2]["image"]] == "3"
+    assert "Missed most together" in page and page.count("adds +") in (0, 6)

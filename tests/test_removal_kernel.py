@@ -445,8 +445,8 @@ def test_groups_of_several_sets_are_read_from_the_shards_that_hold_them(
     study = RemovalStudy(model, sets, tmp_path, SETTINGS, repeats=repeats)
     study.build()
     query, groups = training_set.take([55]), {"b": [36, 1, 4], "a": [0, 2, 33, 34, 35]}
-    scores, units, together = study.score_all([query], groups)
-    assert scores.shape == (2, 1, 37) and together.shape == (2, 1, 2)
+    scored = study.score_all([query], groups)
+    assert scored.draws.shape == (2, 1, 37) and scored.groups.shape == (2, 1, 2)
     features = np.concatenate(list(study.blocks())).astype(np.float64)
     features *= np.sqrt(repeats)[:, None, None, None]
     asked = study.maker.make(query, [0])[0].astype(np.float64)
@@ -456,7 +456,7 @@ def test_groups_of_several_sets_are_read_from_the_shards_that_hold_them(
         for number, images in enumerate(groups.values()):
             rows = np.delete(features[:, timestep], images, axis=0).reshape(-1, 64)
             rise = leverage(rows, asked[timestep], damping) - before
-            assert together[timestep, 0, number] == pytest.approx(rise, rel=1e-8)
+            assert scored.groups[timestep, 0, number] == pytest.approx(rise, rel=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import compute_influence
 from unlearn.commands import report as command
 from unlearn.evaluation.stored_results import name_images, read_report
 from unlearn.report import page
-from unlearn.report.contents import Report, Row, share_groups
+from unlearn.report.contents import Chosen, Report, Row, share_groups
 from unlearn.report.page import write_report
 from unlearn.report.plot import plot_scores, round_ticks
 from unlearn.report.standing_out import (
@@ -269,6 +269,7 @@ def hostile(tmp_path, picture):
         HOSTILE,
         share_groups(rows),
         HOSTILE,
+        chosen=[Chosen(rows[7], 8, 3.0), Chosen(rows[2], 3, 1.0)],
     )
     return write_report(tmp_path, report)
 
@@ -303,7 +304,9 @@ def test_a_page_loads_nothing_and_runs_no_other_script(hostile):
 
 def test_every_picture_has_words_and_every_control_a_name(hostile):
     found = Page(hostile)
-    assert len(found.all("img")) == 1 + 60 + 12 and all(image["alt"] for image in found.all("img"))
+    assert len(found.all("img")) == 1 + 60 + 2 + 12 and all(
+        image["alt"] for image in found.all("img")
+    )
     assert all("width" in image and "height" in image for image in found.all("img"))
     links = [link for link in found.all("a") if "frame" in link.get("class", "")]
     assert links and all(link["aria-label"] for link in links)

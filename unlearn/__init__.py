@@ -1,5 +1,5 @@
 """Which training images made this picture? Data attribution for text-to-image models by unlearning
-synthesized images. The Python interface is described in `unlearn/api.py` and, where one call is to
+synthesized images. The Python interface is described in `unlearn/api` and, where one call is to
 do everything, `unlearn/front`."""
 
 import os
@@ -10,12 +10,14 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import (
+        ChosenSet,
         Delta,
         DiagonalFisher,
         Model,
         Ranking,
         RemovalSettings,
         TrainingSet,
+        choose_set,
         compute_losses,
         compute_output_changes,
         customized,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attribution",
+    "ChosenSet",
     "Delta",
     "DiagonalFisher",
     "Model",
@@ -41,6 +44,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attribute",
+    "choose_set",
     "compute_losses",
     "compute_output_changes",
     "customized",

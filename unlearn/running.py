@@ -174,11 +174,14 @@ def attribute_by_removal(study: RemovalStudy, tasks: list[Task], output: Output)
         Ranking.of_scores(study.image_sets, np.zeros(study.num_images)), output.dataroot
     )
     for some in share_queries(study, pairs, output):
-        draws, units, together = study.score_all([query for _, query in some], groups)
+        scored = study.score_all([query for _, query in some], groups, output.top_k)
         for number, (task, query) in enumerate(some):
-            unit = float(units[:, number].sum())
-            known = describe_groups(groups, together[:, number], study.num_images)
-            save_removal(study, task, query, draws[:, number], unit, known, output)
+            unit = float(scored.units[:, number].sum())
+            known = describe_groups(groups, scored.groups[:, number], study.num_images)
+            if scored.sets:
+                chosen = scored.sets[number]
+                known |= {"set_rows": chosen.rows, "set_rises": chosen.rises}
+            save_removal(study, task, query, scored.draws[:, number], unit, known, output)
 
 
 def describe_groups(groups: Groups, draws: np.ndarray, num_images: int) -> dict:
@@ -245,11 +248,12 @@ def save_removal(
     query: TrainingSet,
     draws: np.ndarray,
     unit: float,
-    groups: dict,
+    more: dict,
     output: Output,
 ) -> None:
     """Writes and prints one query's ranking by removal. draws: scores [draws, N]; unit: of their
-    sums, see `removal_scores.score_draws`; groups: what the file holds of groups."""
+    sums, see `removal_scores.score_draws`; more: what the file holds of groups and of the images
+    that are chosen together."""
     folder = find_result(output.folder, task)
     folder.mkdir(parents=True, exist_ok=True)
     name_query(query)
@@ -257,7 +261,7 @@ def save_removal(
     cautions = output.cautions.get(task.synth_image_path, [])
     warnings = [*cautions, *results.find_strange(own, study.losses)]
     scores, losses = draws.sum(axis=0), np.concatenate(list(study.losses.values()))
-    known = {**describe_attributable(scores, unit, losses, own), **groups}
+    known = {**describe_attributable(scores, unit, losses, own), **more}
     ranking = Ranking.of_scores(study.image_sets, scores, warnings, find_intervals(draws))
     origin = describe_origin(task, output)
     with turn(folder / "influence.npz"):
@@ -266,4 +270,5 @@ def save_removal(
         )
         output.on_saved(task)
     if output.is_shown:
-        results.print_removal(folder, query, ranking, output.top_k, study.box)
+        chosen = more["set_rows"].tolist() if "set_rows" in more else []
+        results.print_removal(folder, query, ranking, chosen, output.top_k, study.box)

@@ -8,16 +8,17 @@ data/emoji_shared stand in for each other: a score says what a query loses witho
         --output results/evidence/emoji_shared/chosen_together
     python -m data.emoji_builder.chosen_together --compare
 
-Chosen one after the other: each time the image without which, the others being gone already, most more of the
-query's prediction is left open, by the same features, inverse and ridge as removal (two draws, one probe).
+Chosen by `attribution.removal_sets`, by two draws and one probe.
 """
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from unlearn.attribution.removal import FeatureMaker, RemovalSettings
+from unlearn.attribution.removal import RemovalSettings
+from unlearn.attribution.removal_studies import RemovalStudy
 from unlearn.datasets.preparation import prepare_training_set
 from unlearn.datasets.queries import encode_query
 from unlearn.datasets.settings import read_settings
@@ -30,33 +31,8 @@ from unlearn.storage.reading import read_json
 ROOT, TASKS = "data/emoji_shared", "tasks/emoji_shared.json"
 EVIDENCE = Path("results/evidence/emoji_shared")
 SETS = Path("results/emoji_shared/together.json")
-NUM_QUERIES, COUNT, RIDGE = 30, 12, 0.1
+NUM_QUERIES, COUNT = 30, 12
 SETTINGS = RemovalSettings(timesteps=(350, 350), probes=1)
-
-
-def left_open(grams: np.ndarray, along: np.ndarray, own: np.ndarray, rows: list[int]) -> float:
-    """phi_q^T (Phi^T Phi + lambda I)^-1 phi_q of the images of `rows`, summed over draws, by their Gram
-    matrices [draws, N, N], their products with the query [draws, N] and its own square [draws]."""
-    total = 0.0
-    for gram, products, square in zip(grams, along, own):
-        ridge = RIDGE * np.trace(gram) / len(gram)
-        inner = gram[np.ix_(rows, rows)] + ridge * np.eye(len(rows))
-        total += (square - products[rows] @ np.linalg.solve(inner, products[rows])) / ridge
-    return total
-
-
-def choose(features: np.ndarray, query: np.ndarray, count: int) -> list[int]:
-    """Rows of `count` images, in the order in which they are chosen. features: [N, draws, size] float64;
-    query: [draws, size]."""
-    grams = np.einsum("ndk,mdk->dnm", features, features)
-    along, own = np.einsum("ndk,dk->dn", features, query), np.square(query).sum(axis=-1)
-    left, chosen = list(range(len(features))), []
-    for _ in range(count):
-        without = [
-            left_open(grams, along, own, [row for row in left if row != gone]) for gone in left
-        ]
-        chosen.append(left.pop(int(np.argmax(without))))
-    return chosen
 
 
 def write_sets() -> None:
@@ -64,13 +40,13 @@ def write_sets() -> None:
     settings = read_settings(ROOT)
     model = load_model(settings["pipeline"], "cpu", settings["unet"])
     images = prepare_training_set(model, ROOT)
-    maker = FeatureMaker(model, images.latents.shape[2:], SETTINGS)
-    features = maker.make(images, range(len(images)))[:, :, 0].astype(np.float64)
-    sets = {}
-    for number, task in enumerate(load_tasks(TASKS, ROOT)[:NUM_QUERIES]):
-        query = maker.make(encode_query(model, task, ROOT), [0])[0, :, 0].astype(np.float64)
-        sets[f"q{number:05d}"] = [images.ids[row] for row in choose(features, query, COUNT)]
-    write_json(SETS, sets)
+    queries = [encode_query(model, task, ROOT) for task in load_tasks(TASKS, ROOT)[:NUM_QUERIES]]
+    with TemporaryDirectory() as folder:
+        study = RemovalStudy(model, {"laion": images}, Path(folder), SETTINGS)
+        study.build()
+        sets = study.score_all(queries, set_size=COUNT).sets
+    ids = [[images.ids[row] for row in chosen.rows] for chosen in sets]
+    write_json(SETS, {f"q{number:05d}": each for number, each in enumerate(ids)})
 
 
 def compare() -> None:

@@ -17,8 +17,31 @@ from .names import REMOVAL
 from .removal import FeatureMaker, RemovalSettings, feature_identity
 from .removal_groups import Groups, check_groups, group_rises
 from .removal_index import LISTING, RemovalIndex, build_features
-from .removal_scores import RIDGE, Blocks, Inverse, Solution, score_draws, solve, weigh
+from .removal_scores import (
+    RIDGE,
+    Blocks,
+    Inverse,
+    Solution,
+    at_timestep,
+    invert,
+    score_draws,
+    solve,
+    weigh,
+)
+from .removal_sets import ChosenSet, choose_sets
 from .removal_solutions import keep_solution
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What features say of some queries, float64."""
+
+    draws: np.ndarray  # [timesteps, queries, N]: scores of the candidates; the score is their sum
+    units: np.ndarray  # [timesteps, queries]: see `score_draws`
+    groups: (
+        np.ndarray
+    )  # [timesteps, queries, groups]: groups of candidates, each removed as a whole
+    sets: list[ChosenSet]  # of each query, images chosen together; [] where none are asked for
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,11 @@ class RemovalStudy:
         """{name of a set: losses [n] of its images}, as `FeatureMaker.explain` tells them."""
         return {name: index.losses for name, index in zip(self.image_sets, self.indices)}
 
+    @property
+    def known_repeats(self) -> np.ndarray | None:
+        """How often training saw each candidate, [N], None where it is not told."""
+        return np.array(self.repeats) if self.repeats else None
+
     def blocks(self) -> Iterator[np.ndarray]:
         """The features of all candidates, block by block: see `RemovalIndex.blocks`."""
         for index in self.indices:
@@ -103,8 +131,7 @@ class RemovalStudy:
     def take(self, timestep: int, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """The features of some candidates at a timestep, [images, rows, size] float64, in blocks.
         rows: sorted."""
-        wanted, start = np.asarray(rows), 0
-        repeats = np.array(self.repeats) if self.repeats else None
+        wanted, start, repeats = np.asarray(rows), 0, self.known_repeats
         for index in self.indices:
             own = wanted[(start <= wanted) & (wanted < start + index.num_images)] - start
             done = 0
@@ -131,33 +158,45 @@ class RemovalStudy:
             self.folder / "solved", timestep, self.solution_identity, self.model.device, make
         )
 
+    def inverse(self, timestep: int) -> Inverse:
+        """X -> X M of a timestep, by its number."""
+        at = partial(at_timestep, self.blocks, timestep, self.known_repeats)
+        solution = self.solve(timestep, at)
+        return invert(solution.matrix, at, self.ridge * solution.mean_square)
+
     def find_cells(self, query: TrainingSet) -> np.ndarray | None:
         """The cells [h, w] of a query's latent that count, None where all do. Raises UserError where
         the box does not fit its picture."""
         return query_cells(self.box, query, self.model.pipeline.vae_scale_factor)
 
-    def score_draws(self, queries: Sequence[TrainingSet]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [timesteps, queries, N] float64 of every candidate, whose features must be there,
-        at each timestep, and their units [timesteps, queries]; the score is their sum."""
-        return self.score_all(queries, {})[:2]
-
     def score_all(
-        self, queries: Sequence[TrainingSet], groups: Groups
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`score_draws`, and scores [timesteps, queries, groups] float64 of some groups of
-        candidates, each removed as a whole. Raises UserError where a group is none."""
-        check_groups(groups, self.num_images)
+        self, queries: Sequence[TrainingSet], groups: Groups | None = None, set_size: int = 0
+    ) -> Scored:
+        """What the features, which must be there, say of some queries: of each candidate, of groups of
+        them, and of `set_size` that are chosen together. Raises UserError where a group is none."""
+        named = groups or {}
+        check_groups(named, self.num_images)
         features = np.stack(
             [self.maker.make(query, [0], self.find_cells(query))[0] for query in queries]
         )
-        repeats = np.array(self.repeats) if self.repeats else None
         found = []
 
         def tell(timestep: int, rows: np.ndarray, inverse: Inverse) -> None:
-            found.append(group_rises(groups, partial(self.take, timestep), rows, inverse))
+            found.append(group_rises(named, partial(self.take, timestep), rows, inverse))
 
-        scores, units = score_draws(self.blocks, features, self.ridge, repeats, tell, self.solve)
-        return scores, units, np.stack(found)
+        draws, units = score_draws(
+            self.blocks, features, self.ridge, self.known_repeats, tell, self.solve
+        )
+        sets = []
+        if set_size:
+            scores = draws.sum(axis=0)
+            sets = choose_sets(scores, features, set_size, self.take, self.inverse)
+        return Scored(draws, units, np.stack(found), sets)
+
+    def score_draws(self, queries: Sequence[TrainingSet]) -> tuple[np.ndarray, np.ndarray]:
+        """`draws` and `units` of `score_all`."""
+        scored = self.score_all(queries)
+        return scored.draws, scored.units
 
     def score(self, queries: Sequence[TrainingSet]) -> np.ndarray:
         """Scores [queries, N] float64 of every candidate: the sum of `score_draws`."""

@@ -2,7 +2,6 @@
 
 import csv
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..datasets.tasks import Task, find_named_result
 from ..datasets.training_sets import label_rows
 from ..errors import NotThere, UserError
 from ..report.attributable import read_attributable
-from ..report.contents import GroupScore, Report, Row, share_groups
+from ..report.contents import Report, Row, share_groups
 from ..report.grouping import find_originals, group_images
 from ..report.ranking import name_images, restore
 from ..report.results import describe_recall
@@ -22,8 +21,8 @@ from ..storage.reading import read_npz, read_text
 from ..storage.records import is_complete, names_of, read_record
 from .rankings import read_influence, warnings_of
 from .stored_records import box_of, describe_query, list_settings, scoring_of, text_of, texts_of
+from .stored_sets import REMEDY, read_groups, read_set
 
-REMEDY = "make it anew: the same command with --overwrite"
 SIMILARITIES = {  # methods that never look at the model, the one to compare with first
     "similarity": "similarity of text and latents",
     "vae": "similarity of latents",
@@ -44,13 +43,6 @@ OF_INTERVALS = {
     "rank_last": ("iu", 1),
 }
 OF_BOUND = {"bound": ("f", 0), "num_attributable": ("iu", 0)}
-OF_GROUPS = {
-    "group_names": ("U", 1),
-    "group_of": ("iu", 1),
-    "group_scores": ("f", 1),
-    "group_low": ("f", 1),
-    "group_high": ("f", 1),
-}
 METHOD = (
     "A score tells how much worse the model explains a training image once it has unlearned the "
     "query: the higher, the more the image had to do with the picture."
@@ -221,26 +213,6 @@ def name_originals(rows: list[Row], dataroot: Path | None) -> list[Row]:
     ]
 
 
-def read_groups(path: Path, ids: Sequence[str], rows: list[Row]) -> dict[str, GroupScore]:
-    """The scores of groups that were removed as a whole, by name, of an influence file; {} where it
-    has none, or its images are grouped otherwise by now. ids: of its images."""
-    found = read_npz(path, OF_GROUPS, REMEDY)
-    if {*OF_GROUPS} != found.keys():
-        return {}
-    names, owners = found["group_names"].tolist(), found["group_of"]
-    if owners.shape != (len(ids),) or any(
-        found[field].shape != (len(names),) for field in OF_GROUPS if field != "group_of"
-    ):
-        raise UserError(f"{path}: its groups are not those of {len(ids)} images; {REMEDY}")
-    grouped = {
-        id: names[owner] if 0 <= owner < len(names) else None for id, owner in zip(ids, owners)
-    }
-    if any((row.group if row.group in names else None) != grouped[row.id] for row in rows):
-        return {}
-    numbers = zip(*(found[field].tolist() for field in ("group_scores", "group_low", "group_high")))
-    return {name: GroupScore(*each) for name, each in zip(names, numbers)}
-
-
 def read_report(
     result_dir: Path, query: str, dataroot: str | None = None, task: Task | None = None
 ) -> Report:
@@ -252,14 +224,15 @@ def read_report(
     folder = Path(result_dir) / "influence" / query
     path = folder / "influence.npz"
     arrays, record = read_influence(path, REMEDY), read_record(path, REMEDY)
-    index, intervals = read_npz(path, OF_INDEX, REMEDY), read_intervals(path, len(arrays["ids"]))
+    ids = arrays["ids"].tolist()
+    index, intervals = read_npz(path, OF_INDEX, REMEDY), read_intervals(path, len(ids))
     found = record.get("circumstances")
     found = found if isinstance(found, dict) else {}
     root_name = dataroot or text_of(found, "dataroot") or names_of(record).get("data root")
     root = DataRoot(root_name)
     known = describe_query(record, task, query)
     picture = find_query(root, known.get("picture"), query)
-    comparison, ranks = compare_ranks(result_dir, query, arrays["ids"].tolist())
+    comparison, ranks = compare_ranks(result_dir, query, ids)
     rows = make_rows(arrays, index, intervals, read_labels(folder / "influence.csv"), root, ranks)
     rows = name_originals(rows, root.folder)
     notes = list_missing(root_name, root, known, picture, comparison)
@@ -277,7 +250,8 @@ def read_report(
         cautions=[*warnings_of(arrays), *texts_of(found, "notes")],
         notes=notes,
         comparison=comparison,
-        groups=share_groups(rows, read_groups(path, arrays["ids"].tolist(), rows)),
+        groups=share_groups(rows, read_groups(path, ids, rows)),
+        chosen=read_set(path, ids, rows),
         command=text_of(found, "command"),
         known=read_known(path, arrays["influence"]),
         box=box_of(record),

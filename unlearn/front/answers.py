@@ -11,6 +11,7 @@ import numpy as np
 from ..datasets.boxes import name_box
 from ..datasets.tasks import Task, find_result
 from ..evaluation.stored_results import OF_BOUND, read_report
+from ..report.chosen import describe_set
 from ..report.contents import Report
 from ..report.page import describe_report, write_report
 from ..report.ranking import Ranking, print_table
@@ -94,6 +95,23 @@ class Attribution:
             for rank, row in enumerate(self.report.rows[:count], 1)
         ]
 
+    @property
+    def chosen_set(self) -> list[dict]:
+        """The images that would be missed most together, in the order in which they were chosen: place,
+        image (its name), caption, adds (to their score, where those before it are gone), rank (alone),
+        path. [] by other ways of scoring than removal."""
+        return [
+            {
+                "place": place,
+                "image": chosen.row.name,
+                "caption": chosen.row.caption,
+                "adds": chosen.adds,
+                "rank": chosen.rank,
+                "path": chosen.row.path,
+            }
+            for place, chosen in enumerate(self.report.chosen, 1)
+        ]
+
     def write_table(self) -> None:
         """Writes influence.csv with a column for every number of the table."""
         table = self.table()
@@ -111,6 +129,9 @@ class Attribution:
             columns["high"] = [f"{row.high:.6g}" for row in rows]
             columns["rank_first"] = [row.first for row in rows]
             columns["rank_last"] = [row.last for row in rows]
+        if self.report.chosen:
+            places = {chosen.row.id: place for place, chosen in enumerate(self.report.chosen, 1)}
+            columns["set_place"] = [places.get(row.id, "") for row in self.report.rows]
         self.ranking.to_csv(self.folder / "influence.csv", columns)
 
     def show(self, count: int = 10) -> None:
@@ -135,6 +156,10 @@ class Attribution:
             show(f"({LEGEND.format(UNSEEN if self.standing_out.is_calibrated else BY_CHANCE)})")
         elif len(self.scores) < FEWEST:
             show(f"(stands out: needs at least {FEWEST} images)")
+        chosen = self.chosen_set
+        names, ranks = [each["image"] for each in chosen], [each["rank"] for each in chosen]
+        if told := describe_set(names, ranks, count):
+            show("", told)
         if self.warnings:
             show("", *(f"Warning: {warning}." for warning in self.warnings))
         if self.notes:

@@ -43,8 +43,9 @@ def score_groups(
     some = {number: rows for number, rows in enumerate(groups) if len(rows) < study.num_images}
     if some:
         named = {str(number): rows for number, rows in some.items()}
-        _, units, draws = study.score_all(queries, named)
-        scores[:, list(some)] = draws.sum(axis=0) / (BOUND * units.sum(axis=0))[:, None]
+        found = study.score_all(queries, named)
+        bounds = BOUND * found.units.sum(axis=0)
+        scores[:, list(some)] = found.groups.sum(axis=0) / bounds[:, None]
     return scores
 
 

@@ -29,6 +29,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """An image of those that are chosen together."""
+
+    row: Row
+    rank: int  # of the image alone, from 1
+    adds: float  # to the score of all of them, where those before it are gone
+
+
+@dataclass(frozen=True)
 class GroupScore:
     """Of a group that was removed as a whole: its score and an interval, NaN where none is known."""
 
@@ -69,6 +78,7 @@ class Report:
     known: StandingOut | None = None  # what stands out, where more than the scores' shape tells it
     box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1: pixels that count; None: all
     remarks: list[str] = field(default_factory=list)  # to know of the images: no doubts
+    chosen: list[Chosen] = field(default_factory=list)  # together, in the order of choosing
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..datasets.boxes import name_box
 from ..runtime.printing import printable, shorten
 from ..storage.artifacts import write_bytes
 from ..version import __version__
+from .chosen import MEANS, is_ranking
 from .contents import NUM_MARKED, Entry, Report, Row
 from .plot import plot_scores
 from .standing_out import StandingOut, describe_standing_out, find_standing_out
@@ -196,6 +197,9 @@ def write_report(folder: Path, report: Report) -> Path:
         num_marked=min(NUM_MARKED, len(rows)),
         cards=cards,
         num_first=NUM_FIRST,
+        chosen=show_chosen(report),
+        set_means=MEANS,
+        is_ranking=is_ranking([chosen.rank for chosen in report.chosen]),
         lowest=lowest,
         lowest_stand_out=find_standing_out(-scores).count,
         num_negative=int((scores < 0).sum()),
@@ -203,6 +207,21 @@ def write_report(folder: Path, report: Report) -> Path:
         data=list_all(report),
     )
     return path
+
+
+def show_chosen(report: Report) -> list[dict]:
+    """What cards show of the images that are chosen together."""
+    chosen = report.chosen[:NUM_CARDS]
+    highest = max((each.adds for each in chosen), default=0.0)
+    return [
+        {
+            **asdict(each),
+            "row": each.row,
+            "picture": make_thumbnail(each.row.path, SMALL),
+            "bar": round(100 * max(0.0, each.adds) / highest, 1) if highest > 0 else 0,
+        }
+        for each in chosen
+    ]
 
 
 def index_entry(link: str, report: Report) -> Entry:

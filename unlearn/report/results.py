@@ -2,7 +2,7 @@
 screen."""
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..runtime.printing import printable, show
 from ..storage.artifacts import whole_file
 from ..storage.records import record_path, write_record
+from .chosen import describe_set
 from .ranking import Ranking, rank
 
 STRANGE = 1.75  # times the highest loss of the training images
@@ -170,10 +171,20 @@ def print_result(
 
 
 def print_removal(
-    folder: Path, query: TrainingSet, ranking: Ranking, top_k: int, box: Box | None
+    folder: Path,
+    query: TrainingSet,
+    ranking: Ranking,
+    chosen: Sequence[int],
+    top_k: int,
+    box: Box | None,
 ) -> None:
-    """Prints a query's table by removal, and what its scores are. box: what of its picture counts."""
+    """Prints a query's table by removal, and what its scores are. chosen: rows of the images that are
+    chosen together; box: what of its picture counts."""
     place = name_place(box)
     ranking.show(top_k, f'{query.ids[0]}{place and f",{place}"}: "{query.captions[0]}"')
     print(f"\nScored by removal: {REMOVAL_MEANING}.")
+    ranks = {int(row): rank for rank, row in enumerate(ranking.order, 1)}
+    names = [ranking.names[row] for row in chosen]
+    if told := describe_set(names, [ranks[row] for row in chosen], top_k):
+        show(told)
     print(f"Picture: {printable(folder / 'visualization.jpg')}")
