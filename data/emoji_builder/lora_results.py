@@ -2,7 +2,8 @@
 
     python -m data.emoji_builder.lora_results
 
-Reads what tasks/score_emoji_lora.sh and tasks/retrain_emoji_lora.sh wrote; writes
+Reads what tasks/score_emoji_lora.sh and tasks/retrain_emoji_lora.sh wrote, scores that are not there
+from the last scores.json; writes
 results/evidence/emoji_lora/{scores.json,table.json} and prints the table. For each query of a folder,
 of a method: the rank correlation of its scores with the rise of the query's loss without each image
 (leave-one-out), of sums of its scores with the loss under random halves (LDS), how often the image
@@ -35,9 +36,11 @@ METHODS = {
 MEASURES = ("leave-one-out", "first", "LDS", "planted")
 
 
-def read_scores(folder: str, task: dict) -> dict[str, list[float]]:
-    """A query's scores by method, of those methods that are there."""
-    name, found = task["synth_image_path"].removeprefix("synth/"), {}
+def read_scores(folder: str, task: dict, known: dict) -> dict[str, list[float]]:
+    """A query's scores by method, of those methods that are there; known: those of the last time,
+    which stand where results do not."""
+    name = task["synth_image_path"].removeprefix("synth/")
+    found = dict(known.get(folder, {}).get(Path(name).with_suffix("").as_posix(), {}))
     for method, place in METHODS.items():
         path = RESULTS / folder / place / name / "influence.npz"
         if path.exists():
@@ -93,9 +96,9 @@ def measure(
     return {name: float(value) for name, value in found.items()}
 
 
-def measure_folder(folder: str) -> tuple[dict, dict]:
+def measure_folder(folder: str, known: dict) -> tuple[dict, dict]:
     """Scores and measures of a folder's queries: ({query: {method: scores}}, {method: {measure:
-    [queries]}})."""
+    [queries]}}). known: scores of the last time."""
     tasks = read_json(Path(f"tasks/emoji_lora/{folder}.json"))
     each, each_losses = read_models(folder, "each")
     halves, half_losses = read_models(folder, "halves")
@@ -104,7 +107,7 @@ def measure_folder(folder: str) -> tuple[dict, dict]:
     scores, values = {}, defaultdict(lambda: defaultdict(list))
     for task in tasks:
         name = Path(task["synth_image_path"]).with_suffix("").as_posix().removeprefix("synth/")
-        scores[name] = read_scores(folder, task)
+        scores[name] = read_scores(folder, task, known)
         rises = np.zeros(0)
         if len(each) and full:
             left_out = np.argmin(each, axis=1)
@@ -162,17 +165,19 @@ def show(table: dict) -> None:
 def main():
     """Writes scores and table, of the tuning folders and of the reported ones."""
     split, scores, tables = read_json(TARGET / "folders.json"), {}, {}
+    kept = EVIDENCE / "scores.json"
+    known = read_json(kept) if kept.exists() else {}
     for kind, folders in split.items():
         measured = {}
         for folder in folders:
-            found, values = measure_folder(folder)
+            found, values = measure_folder(folder, known)
             if is_complete(found, values):
                 scores[folder], measured[folder] = found, values
         tables[kind] = {"folders": list(measured), **summarise(list(measured.values()))}
         print(f"\n{kind}: {', '.join(measured) or 'none is complete'}")
         show(tables[kind])
     EVIDENCE.mkdir(parents=True, exist_ok=True)
-    (EVIDENCE / "scores.json").write_text(json.dumps(scores) + "\n")
+    kept.write_text(json.dumps(scores) + "\n")
     (EVIDENCE / "table.json").write_text(json.dumps(tables, indent=1) + "\n")
 
 
