@@ -23,7 +23,7 @@ from unlearn.attribution.fishers import has_other_images
 from unlearn.attribution.settings import ScoreSettings, UnlearnSettings
 from unlearn.baselines import methods
 from unlearn.commands import advice, baselines, doctor, encode, fisher, index, removal_flags
-from unlearn.commands.retrain import ranking_command
+from unlearn.commands.retrain_plans import ranking_command
 from unlearn.datasets.captions import list_folder
 from unlearn.evaluation.rankings import read_influence, warnings_of
 from unlearn.retraining.measures import MeasureSettings

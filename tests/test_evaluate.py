@@ -27,7 +27,8 @@ from unlearn.baselines.similarity import (
     score_queries,
     word_scores,
 )
-from unlearn.commands.evaluate import main, measure, measure_words
+from unlearn.commands.evaluate import main
+from unlearn.commands.evaluate_baselines import measure, measure_words
 from unlearn.datasets.encoders import load_image, transform_image
 from unlearn.datasets.tasks import Task
 from unlearn.datasets.training_sets import open_training_set
@@ -270,7 +271,7 @@ def test_features_that_are_the_mean_but_for_rounding_score_zero_and_others_as_be
 def test_scores_that_are_all_equal_are_measured_as_chance_and_it_says_so(monkeypatch):
     task = replace(make_task(), exemplar_paths=(1, 2))
     monkeypatch.setattr(
-        "unlearn.commands.evaluate.score_queries",
+        "unlearn.commands.evaluate_baselines.score_queries",
         lambda *_: iter([np.zeros(9), np.array([1.0, 2, 1, *[0] * 6])]),
     )
     values, notices = measure("pixel", None, None, [task, task], "", 7)

@@ -19,7 +19,7 @@ from unlearn.attribution.sweeps import Sweep
 from unlearn.commands import report
 from unlearn.evaluation.rankings import read_influence
 from unlearn.models.pipelines import changed_weights, select_parameters
-from unlearn.retraining.plans import method_of
+from unlearn.retraining.rankings import method_of
 
 GRID = [0, 500]
 QUERY = "synth/tiny/gpt/blob/samples/00000.png"

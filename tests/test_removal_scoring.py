@@ -18,7 +18,7 @@ from unlearn import UserError
 from unlearn.commands import evaluate, report
 from unlearn.evaluation.rankings import read_influence
 from unlearn.evaluation.scores import read_influences
-from unlearn.retraining.plans import method_of
+from unlearn.retraining.rankings import method_of
 from unlearn.storage.records import MEANINGS
 
 REMOVAL = ["--scoring", "removal", "--sketch_size", "256", "--removal_timesteps", "350", "350"]

@@ -24,7 +24,7 @@ from unlearn.errors import UserError
 from unlearn.evaluation.score_files import write_scores
 from unlearn.evaluation.scores import MethodScores
 from unlearn.models import generation
-from unlearn.retraining import models, plans
+from unlearn.retraining import models, plans, rankings
 from unlearn.storage.artifacts import write_json
 from unlearn.storage.hashes import hash_file
 from unlearn.storage.reading import read_json, read_tensors
@@ -338,26 +338,26 @@ def test_score_files_and_influence_files_leave_the_same_images_out(world):
     training_set = open_training_set(world / "root", "abc", (4, 16, 16), {"embeddings": (77, 32)})
     tasks = load_tasks(world / "tasks.json", world / "root")
     made = [world / "results/influence"]
-    rankings = list(plans.read_rankings(made, tasks, training_set, "", lambda *_: ""))
+    ranked = list(rankings.read_rankings(made, tasks, training_set, "", lambda *_: ""))
     scores = MethodScores(
         "mine",
         training_set.identity,
         training_set.ids,
-        np.stack([ranking.scores for ranking in rankings]).astype(np.float32),
+        np.stack([ranking.scores for ranking in ranked]).astype(np.float32),
         {},
         {tasks[1].query_name: ["moved too little"]},
     )
     folder = world / "scores"
     write_scores(folder, scores, [task.query_name for task in tasks])
-    scored = list(plans.read_scored(folder, ["mine"], tasks, training_set, ""))
-    assert [ranking.query for ranking in scored] == [ranking.query for ranking in rankings]
-    for one, other in zip(scored, rankings):
+    scored = list(rankings.read_scored(folder, ["mine"], tasks, training_set, ""))
+    assert [ranking.query for ranking in scored] == [ranking.query for ranking in ranked]
+    for one, other in zip(scored, ranked):
         np.testing.assert_array_equal(one.order, other.order)
     assert [ranking.warnings for ranking in scored] == [[], ["moved too little"]]
     with pytest.raises(UserError, match="--methods other: .* has no scores of it; it has: mine"):
-        next(plans.read_scored(folder, ["other"], tasks, training_set, ""))
+        next(rankings.read_scored(folder, ["other"], tasks, training_set, ""))
     with pytest.raises(UserError, match="scores other training images, 60, than the 30 of ROOT"):
-        next(plans.read_scored(folder, [], tasks, training_set.take(range(30)), "ROOT"))
+        next(rankings.read_scored(folder, [], tasks, training_set.take(range(30)), "ROOT"))
 
 
 def test_finished_models_are_neither_trained_nor_measured_again(
@@ -523,7 +523,7 @@ def test_where_scores_do_not_decide_which_images_are_the_first_k_no_model_is_tra
 
     def ranking(query, *scores):
         found = np.array(scores, float)
-        return plans.MethodRanking(Path(query), "text", query, found, np.argsort(-found), [])
+        return rankings.MethodRanking(Path(query), "text", query, found, np.argsort(-found), [])
 
     tied, plain = ranking("00", 5, 4, 3, 3, 1, 0), ranking("01", 5, 4, 3, 2, 1, 0)
     said = (

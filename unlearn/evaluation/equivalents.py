@@ -7,7 +7,7 @@ import numpy as np
 
 from .datamodels import equivalent_number, interval
 from .removal import NOTHING, group_models
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 from .scores import RANDOM
 
 EQUIVALENT_DRAWS = 1000  # of queries and models, for the interval of an equivalent number

@@ -9,12 +9,12 @@ import numpy as np
 from ..datasets.tasks import Task, load_tasks
 from ..errors import UserError
 from .retrained import (
-    RetrainedModel,
     check_queries,
     check_removed_images,
     query_digests,
     read_retrained,
 )
+from .retrained_models import RetrainedModel
 from .score_files import read_score_files
 from .scores import RANDOM, MethodScores, random_scores, read_result_dir
 

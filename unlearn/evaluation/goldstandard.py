@@ -21,7 +21,7 @@ from .made_again import draw_made_again
 from .plots import draw_plots
 from .rankings import count_warnings
 from .removal import find_maker, find_references
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 from .score_files import write_scores
 from .scores import RANDOM, MethodScores
 from .tables import TABLES, lds_table, write_tables

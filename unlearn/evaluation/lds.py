@@ -16,7 +16,7 @@ from .datamodels import (
     spearman,
 )
 from .removal import SAME_PICTURE
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 from .scores import OURS
 
 FEWEST_SUBSETS = 3

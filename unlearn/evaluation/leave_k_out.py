@@ -15,7 +15,7 @@ from .removal import (
     removal_rows,
     retention_rows,
 )
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 from .scores import RANDOM
 
 Rows = dict[str, list[tuple]]  # by the name of their CSV file

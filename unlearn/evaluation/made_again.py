@@ -9,7 +9,7 @@ from ..report.figures import draw_grid
 from ..report.ranking import load_picture
 from ..storage.artifacts import whole_file
 from .removal import group_models
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 
 
 def picture_path(result_dir: str, model: RetrainedModel, query: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from .metrics import compare_paired, mean_and_error
-from .retrained import RetrainedModel
+from .retrained_models import RetrainedModel
 from .scores import OURS, RANDOM
 
 MEASURES = ("dL", "mse", "similarity")

@@ -1,23 +1,19 @@
 """Which models `retrain` is to train: their names, and which images each may see."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from ..attribution.influence import is_undecided, rank_images
-from ..datasets.tasks import Task, find_result
+from ..attribution.influence import is_undecided
 from ..datasets.training_sets import TrainingSet
 from ..errors import UserError
-from ..evaluation.rankings import count_warnings, read_influence, warnings_of
-from ..evaluation.score_files import read_score_files, score_path
-from ..evaluation.scores import RANDOM, name_scoring
+from ..evaluation.rankings import count_warnings
+from ..evaluation.scores import RANDOM
 from ..runtime.programs import log
-from ..storage.reading import read_json
-from ..storage.records import names_of_file, record_path
 from .batches import random_members
+from .rankings import MethodRanking
 from .sets import Sets, find_rows
 
 
@@ -44,18 +40,6 @@ class Plan:
     seed: int
     members: np.ndarray  # [N] bool
     removed: dict | None  # method, query, k
-
-
-@dataclass(frozen=True, eq=False)
-class MethodRanking:
-    """A method's ranking of the training set for one query."""
-
-    path: Path  # of the influence file
-    method: str
-    query: str
-    scores: np.ndarray  # [N]
-    order: np.ndarray  # [N] int, the most influential image first
-    warnings: list[str]  # see `influence.find_warnings`
 
 
 def check_count(flag: str, value: int, largest: int, item: str) -> None:
@@ -193,83 +177,6 @@ def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
         members,
         {"method": ranking.method, "query": ranking.query, "k": k},
     )
-
-
-def method_of(folder: Path) -> str:
-    """The method whose influence files a folder holds, by its name and, of this program's own, by
-    what they say."""
-    is_ours = folder.name == "influence" and folder.parent.name != "baselines"
-    return name_scoring(folder) if is_ours else folder.name
-
-
-def read_rankings(
-    folders: Sequence[Path],
-    tasks: Sequence[Task],
-    training_set: TrainingSet,
-    dataroot: str,
-    rank_command: Callable[[Path, str], str],
-) -> Iterator[MethodRanking]:
-    """The rankings of the tasks' queries in each folder, one after the other. rank_command: the
-    command line that ranks them into a folder by a method. Raises UserError where one is missing or
-    of other training images."""
-    for folder in folders:
-        method = method_of(folder)
-        for task in tasks:
-            yield read_ranking(
-                find_result(folder, task) / "influence.npz",
-                method,
-                task.query_name,
-                training_set,
-                dataroot,
-                f"make it: {rank_command(folder, method)}",
-            )
-
-
-def read_ranking(
-    path: Path, method: str, query: str, training_set: TrainingSet, dataroot: str, remedy: str
-) -> MethodRanking:
-    """The ranking that an influence file holds. Raises UserError where it is missing or of other
-    training images."""
-    arrays = read_influence(path, remedy)
-    ranked = read_json(record_path(path), "record")["identity"].get("candidates")
-    if arrays["ids"].tolist() != training_set.ids or ranked != [training_set.identity]:
-        where = (
-            names_of_file(path).get("data root")
-            or "another data root, or of files that have changed since"
-        )
-        raise UserError(
-            f"{path}: ranks other training images, {len(arrays['ids'])} of {where}, than the "
-            f"{len(training_set)} of {dataroot}; give the --dataroot, --sd_version and "
-            f"--laion_subset_size it was made with"
-        )
-    return MethodRanking(
-        path, method, query, arrays["influence"], arrays["rank"], warnings_of(arrays)
-    )
-
-
-def read_scored(
-    folder: str,
-    methods: Sequence[str],
-    tasks: Sequence[Task],
-    training_set: TrainingSet,
-    dataroot: str,
-) -> Iterator[MethodRanking]:
-    """The rankings of the tasks' queries by the score files of a folder, one method after the other;
-    methods: which, all where it is empty. Raises UserError where one lacks a query or is of other
-    training images."""
-    queries = [task.query_name for task in tasks]
-    for method, scores in read_score_files(folder, queries, methods).items():
-        path = score_path(folder, method)
-        if scores.ids != training_set.ids or scores.training_set != training_set.identity:
-            raise UserError(
-                f"{path}: scores other training images, {len(scores.ids)}, than the "
-                f"{len(training_set)} of {dataroot}, or these as they were before; give the "
-                f"--dataroot, --sd_version and --laion_subset_size it was made with"
-            )
-        for query, values in zip(queries, scores.values):
-            yield MethodRanking(
-                path, method, query, values, rank_images(values), scores.warnings[query]
-            )
 
 
 PLANS = {
