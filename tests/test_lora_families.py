@@ -219,9 +219,13 @@ def test_layers_by_their_authors_names_are_those_that_diffusers_converts(tiny):
     """Each layer's weight is its number, in two halves; diffusers' converter of checkpoints must put
     the same numbers under the names that ours gives."""
     name, pipeline, family = tiny
-    if name in ("pixart", "qwen"):  # whose authors' names no trainer writes, or are diffusers'
+    if name == "qwen":  # whose authors' names are diffusers'
         assert not family.originals(pipeline.transformer)
         return
+    if name == "pixart":
+        pytest.skip(
+            "diffusers has no converter of it; tests/test_transformer_files.py proves the names"
+        )
     denoiser = denoiser_of(pipeline)
     originals, there = family.originals(denoiser), set(all_layers(denoiser))
     if name == "flux":  # XLabs' names are none of the checkpoint's

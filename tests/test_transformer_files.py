@@ -1,16 +1,16 @@
-"""The file of a transformer alone, as FLUX.1 and Stable Diffusion 3 are passed on, gives with the folder
-of the rest the weights of its pipeline; what cannot be used is refused by name."""
+"""The file of a transformer alone, as its authors' program and ComfyUI have it, gives with the folder of
+the rest the weights of its pipeline; what cannot be used is refused by name."""
 
-import re
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from authors_names import TRANSFORMER, kind_of, to_authors
 from conftest import PARITY
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from test_attribute import rename
 from tiny_families import make_pipeline
 
 from unlearn.commands import convert
@@ -18,102 +18,6 @@ from unlearn.errors import UserError
 from unlearn.front import transformer_files
 from unlearn.front.models import find_model
 from unlearn.models.pipelines import load_model
-
-TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
-# diffusers' names -> those of the authors' programs (black-forest-labs/flux, Stability-AI/sd3.5), as
-# their published files have them, without layers that are joined there
-FLUX_NAMES = [
-    (r"^time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
-    (r"^time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
-    (r"^time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
-    (r"^time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
-    (r"^time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
-    (r"^time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
-    (r"^context_embedder", "txt_in"),
-    (r"^x_embedder", "img_in"),
-    (r"^proj_out", "final_layer.linear"),
-    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
-    (r"^transformer_blocks", "double_blocks"),
-    (r"^single_transformer_blocks", "single_blocks"),
-    (r"norm1\.linear", "img_mod.lin"),
-    (r"norm1_context\.linear", "txt_mod.lin"),
-    (r"(single_blocks\.\d+)\.norm\.linear", r"\1.modulation.lin"),
-    (r"(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
-    (r"(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
-    (r"(single_blocks\.\d+)\.proj_out", r"\1.linear2"),
-    (r"attn\.norm_q\.weight", "img_attn.norm.query_norm.scale"),
-    (r"attn\.norm_k\.weight", "img_attn.norm.key_norm.scale"),
-    (r"attn\.norm_added_q\.weight", "txt_attn.norm.query_norm.scale"),
-    (r"attn\.norm_added_k\.weight", "txt_attn.norm.key_norm.scale"),
-    (r"ff\.net\.0\.proj", "img_mlp.0"),
-    (r"ff\.net\.2", "img_mlp.2"),
-    (r"ff_context\.net\.0\.proj", "txt_mlp.0"),
-    (r"ff_context\.net\.2", "txt_mlp.2"),
-    (r"attn\.to_out\.0", "img_attn.proj"),
-    (r"attn\.to_add_out", "txt_attn.proj"),
-]
-SD3_NAMES = [
-    (r"^time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
-    (r"^time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
-    (r"^time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
-    (r"^time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
-    (r"^pos_embed\.pos_embed", "pos_embed"),
-    (r"^pos_embed\.proj", "x_embedder.proj"),
-    (r"^proj_out", "final_layer.linear"),
-    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
-    (r"^transformer_blocks", "joint_blocks"),
-    (r"norm1\.linear", "x_block.adaLN_modulation.1"),
-    (r"norm1_context\.linear", "context_block.adaLN_modulation.1"),
-    (r"(attn2?)\.norm_([qk])\.", r"x_block.\1.ln_\2."),
-    (r"attn\.norm_added_([qk])\.", r"context_block.attn.ln_\1."),
-    (r"ff\.net\.0\.proj", "x_block.mlp.fc1"),
-    (r"ff\.net\.2", "x_block.mlp.fc2"),
-    (r"ff_context\.net\.0\.proj", "context_block.mlp.fc1"),
-    (r"ff_context\.net\.2", "context_block.mlp.fc2"),
-    (r"(attn2?)\.to_out\.0", r"x_block.\1.proj"),
-    (r"attn\.to_add_out", "context_block.attn.proj"),
-]
-# those that are joined: the first of each, the others, and the name of all
-FLUX_JOINED = [
-    (r"^(single_blocks\.\d+\.)attn\.to_q\.", r"\1linear1.", ("attn.to_k", "attn.to_v", "proj_mlp")),
-    (r"^(double_blocks\.\d+\.)attn\.to_q\.", r"\1img_attn.qkv.", ("attn.to_k", "attn.to_v")),
-    (
-        r"^(double_blocks\.\d+\.)attn\.add_q_proj\.",
-        r"\1txt_attn.qkv.",
-        ("attn.add_k_proj", "attn.add_v_proj"),
-    ),
-]
-SD3_JOINED = [
-    (r"^(joint_blocks\.\d+\.)attn\.to_q\.", r"\1x_block.attn.qkv.", ("attn.to_k", "attn.to_v")),
-    (r"^(joint_blocks\.\d+\.)attn2\.to_q\.", r"\1x_block.attn2.qkv.", ("attn2.to_k", "attn2.to_v")),
-    (
-        r"^(joint_blocks\.\d+\.)attn\.add_q_proj\.",
-        r"\1context_block.attn.qkv.",
-        ("attn.add_k_proj", "attn.add_v_proj"),
-    ),
-]
-NAMES = {"flux": (FLUX_NAMES, FLUX_JOINED), "sd3": (SD3_NAMES, SD3_JOINED)}
-LAST_TEXT = "joint_blocks.1.context_block.adaLN_modulation.1."
-
-
-def to_authors(family, folder):
-    """The weights of a tiny pipeline's transformer as the authors' program keeps them."""
-    names, joined = NAMES[family.partition("-")[0]]
-    tensors = rename(load_file(folder / TRANSFORMER), names, "")
-    found = {}
-    for name, value in tensors.items():
-        for pattern, target, others in joined:
-            if match := re.match(pattern, name):
-                kind = name[match.end() :]
-                parts = [value, *(tensors[f"{match[1]}{other}.{kind}"] for other in others)]
-                name, value = match.expand(target) + kind, torch.cat(parts)
-        found[name] = value
-    gone = r"(attn2?\.(to_[qkv]|add_[qkv]_proj)|single_blocks\.\d+\.proj_mlp)\."
-    found = {name: value for name, value in found.items() if not re.search(gone, name)}
-    for name, value in found.items():  # scale before shift
-        if name.startswith(("final_layer.adaLN", LAST_TEXT)):
-            found[name] = torch.cat(value.chunk(2)[::-1])
-    return found
 
 
 class World:
@@ -146,26 +50,44 @@ def read_transformer(pipeline):
 
 
 slow = lambda family: pytest.param(family, marks=pytest.mark.slow)
-every_family = of("flux", slow("flux-schnell"), slow("sd3"), "sd3-medium35")
+CONVERTED = [
+    "flux",
+    slow("flux-schnell"),
+    slow("sd3"),
+    "sd3-medium35",
+    "klein",
+    "zimage",
+    "lumina2",
+    "sana",
+]
+OTHERS = [slow("flux2"), "pixart", slow("pixart-sized"), slow("pixart-sigma"), "sana-euler", "qwen"]
+CONVERTERS = {
+    "klein": "flux2_transformer_checkpoint",
+    "zimage": "z_image_transformer_checkpoint",
+    "lumina2": "lumina2",
+    "sana": "sana_transformer",
+}
 
 
-@every_family
+@of(*CONVERTED)
 def test_these_names_are_those_that_diffusers_converts(world, monkeypatch):
-    """Its converter of FLUX.1 takes the published width for granted."""
+    """Its converters of FLUX.1 and Lumina2 take the published widths for granted."""
     split = torch.split
 
     def split_alike(tensor, sizes, dim=0):
-        return split(tensor, [len(tensor) * size // sum(sizes) for size in sizes], dim)
+        shares = [2, 1, 1] if world.family == "lumina2" else sizes  # of queries, keys and values
+        return split(tensor, [len(tensor) * share // sum(shares) for share in shares], dim)
 
     monkeypatch.setattr(torch, "split", split_alike)
-    name = f"convert_{world.family.partition('-')[0]}_transformer_checkpoint_to_diffusers"
+    kind = kind_of(world.family)
+    name = f"convert_{CONVERTERS.get(kind, f'{kind}_transformer_checkpoint')}_to_diffusers"
     converted = getattr(single_file_utils, name)(dict(world.tensors))
     assert converted.keys() == world.own.keys()
     assert all(torch.equal(converted[name], value) for name, value in world.own.items())
 
 
-@every_family
-@pytest.mark.parametrize("form", ["bare", "ComfyUI", "diffusers"])
+@of(*CONVERTED, *OTHERS)
+@pytest.mark.parametrize("form", ["bare", "ComfyUI", "diffusers", "torch"])
 def test_the_file_of_a_transformer_gives_its_weights_beside_the_other_parts(
     world, form, tmp_path, monkeypatch
 ):
@@ -173,8 +95,9 @@ def test_the_file_of_a_transformer_gives_its_weights_beside_the_other_parts(
     monkeypatch.setattr(transformer_files, "SHARD_BYTES", 20_000 if form == "ComfyUI" else 1 << 30)
     prefix = "model.diffusion_model." if form == "ComfyUI" else ""
     tensors = world.own if form == "diffusers" else world.tensors
-    path = tmp_path / "mine.safetensors"
-    save_file({f"{prefix}{name}": value for name, value in tensors.items()}, path)
+    tensors = {f"{prefix}{name}": value for name, value in tensors.items()}
+    path = tmp_path / f"mine.{'pth' if form == 'torch' else 'safetensors'}"
+    torch.save({"state_dict": tensors}, path) if form == "torch" else save_file(tensors, path)
     source = find_model(path, world.base, tmp_path / "place")
     found, count = read_transformer(source.pipeline)
     assert found.keys() == world.own.keys() and (count > 2) is (form == "ComfyUI")
@@ -264,8 +187,50 @@ def test_without_a_folder_of_the_rest_it_is_said_what_the_file_holds(world, tmp_
     ):
         with pytest.raises(UserError, match=said):
             find_model(path, base, tmp_path / "place")
-    torch.save(world.tensors, tmp_path / "mine.pth")
+
+
+class Hostile:
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.ran),)
+
+
+@of("pixart")
+def test_a_file_of_pixart_s_authors_runs_no_code(world, tmp_path):
+    """Nor is what trainers put beside the weights a hindrance."""
+    path, ran = tmp_path / "mine.pth", tmp_path / "ran"
+    state = {"state_dict": world.tensors, "optimizer": {"state": {}}, "epoch": 3}
+    torch.save({**state, "scheduler": Hostile(ran)}, path)
+    with pytest.raises(UserError, match="holds something else than tensors, which is never unpick"):
+        find_model(path, world.base, tmp_path / "place")
+    assert not ran.exists()
+    torch.save(state, path)
+    found, _ = read_transformer(find_model(path, world.base, tmp_path / "place").pipeline)
+    assert all(torch.equal(found[name], value) for name, value in world.own.items())
+
+
+@of("pixart")
+@pytest.mark.parametrize(
+    "name, shape", [("pos_embed", (1, 64, 24)), ("y_embedder.y_embedding", (300, 20))]
+)
+def test_a_pixart_of_another_size_or_kind_with_the_same_weights_is_told_apart(
+    world, name, shape, tmp_path
+):
+    """Alpha and sigma, and models of 512 and 1024 pixels, differ in these alone."""
+    path = tmp_path / "mine.safetensors"
+    save_file(world.tensors | {name: torch.zeros(shape)}, path)
+    with pytest.raises(UserError, match=rf"{name} has the shape .* of another model; .*--base"):
+        find_model(path, world.base, tmp_path / "place")
+
+
+@of("pixart", "zimage", "qwen", "klein")
+def test_a_transformer_without_a_base_is_told_by_its_names(world, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_file(world.tensors, path)
+    kind = {"pixart": "PixArt or", "zimage": "Z-Image or", "qwen": "Qwen-Image", "klein": "FLUX.2-"}
     with pytest.raises(
-        UserError, match="beside FluxPipeline .* expected its transformer alone, as .s"
+        UserError, match=rf"the transformer of .*{kind[world.family]}.*--base MODEL"
     ):
-        find_model(tmp_path / "mine.pth", world.base, tmp_path / "place")
+        find_model(path, None, tmp_path / "place")

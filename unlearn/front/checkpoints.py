@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from ..datasets.presence import FILES_OF_MODELS
@@ -17,7 +16,7 @@ from ..models.weights import INDEX, check_pointer
 from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest
-from ..storage.reading import read_json
+from ..storage.weight_files import open_weights
 from .assembly import finish_folder
 from .customized import drop_parts
 from .transformer_files import check_numbers, is_transformer, join_transformer
@@ -32,16 +31,6 @@ def explain_lora(path: Path) -> str:
         "a LoRA file; give the model that it was trained on, and it beside that: "
         f"--model BASE --lora {shlex.quote(str(path))}"
     )
-
-
-def list_tensors(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file. Raises UserError where it is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except Exception as error:  # a damaged file may raise anything
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise UserError(f"--model {path}: not a whole safetensors file ({reason:.100})") from None
 
 
 def convert_command(path: Path, pipeline: str) -> str:
@@ -65,12 +54,12 @@ def convert_file(
             f"({', '.join(FILES_OF_MODELS)}); quantized and exported models cannot be used"
         )
     check_pointer(path, f"--model {path}")
-    names = list_tensors(path) if path.suffix == ".safetensors" else None
-    if names is not None:
-        check_numbers(path)
+    with open_weights(path, "--model") as file:
+        names = list(file.shapes)
+        check_numbers(file)
         if is_transformer(names):
-            return join_transformer(path, names, find_base(), place)
-        check_keys(path, names)
+            return join_transformer(file, find_base(), place)
+    check_keys(path, names)
     status = path.stat()
     key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
     target = place / f"{path.stem}-{key[:8]}"
@@ -109,23 +98,6 @@ def is_xl(names: Iterable[str]) -> bool:
     return any(name.startswith(XL) for name in names)
 
 
-def choose_class(path: Path, names: Sequence[str] | None, config: str | None) -> str:
-    """The class of the pipeline that a checkpoint makes: by its tensors or, where they are not known
-    before it is read, that of the model that it takes its configuration from. Raises UserError where
-    that has a transformer."""
-    if names is not None:
-        return XL_PIPELINE if is_xl(names) else PIPELINE
-    place = Path(config or "") / INDEX
-    index = read_json(place, "--base") if place.is_file() else None
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind not in (None, XL_PIPELINE, PIPELINE):
-        raise UserError(
-            f"--model {path}: beside {kind!s:.60} ({config}) expected its transformer alone, as "
-            f".safetensors, under its authors' or diffusers' names"
-        )
-    return kind or PIPELINE
-
-
 def obey_marks(pipeline: Any, path: Path, names: Sequence[str]) -> None:
     """Sets the prediction type and schedule that a checkpoint has by empty tensors (v_pred, ztsnr),
     as its trainers mark it, in place."""
@@ -136,18 +108,16 @@ def obey_marks(pipeline: Any, path: Path, names: Sequence[str]) -> None:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **told)
 
 
-def save_converted(
-    path: Path, names: Sequence[str] | None, config: str | None, target: Path
-) -> None:
-    """Writes a checkpoint file as a pipeline's folder, whole or not at all. names: of its tensors,
-    where they are known; config: the folder of a model of its kind."""
+def save_converted(path: Path, names: Sequence[str], config: str | None, target: Path) -> None:
+    """Writes a checkpoint file as a pipeline's folder, whole or not at all. names: of its tensors;
+    config: the folder of a model of its kind."""
     # Here: it imports image processors, which costs seconds and says so.
     transformers_logging.set_verbosity_error()
     import diffusers
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    kind = choose_class(path, names, config)
+    kind = XL_PIPELINE if is_xl(names) else PIPELINE
     left_out = {"feature_extractor": None}
     if kind == PIPELINE:
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
@@ -157,7 +127,7 @@ def save_converted(
         pipeline = getattr(diffusers, kind).from_single_file(
             str(path), config=config, local_files_only=bool(config), **left_out
         )
-        obey_marks(pipeline, path, names or ())
+        obey_marks(pipeline, path, names)
         pipeline.save_pretrained(part, safe_serialization=True)
     except OSError as error:
         if error.errno:  # a full disk, no permission

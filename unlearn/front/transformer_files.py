@@ -6,18 +6,18 @@ import shlex
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..errors import UserError
 from ..models.architectures import build_part
 from ..models.lora_keys import guess_family
-from ..models.originals import PREFIX, Piece, cut, find_quantized, plan_pieces
+from ..models.originals import PREFIX, Piece, find_quantized, plan_pieces, read_piece
 from ..models.parts import class_names, family_of, read_config, read_index
 from ..models.weights import INDEX, WEIGHTS
 from ..runtime.programs import say
 from ..storage.artifacts import write_json, write_tensors
 from ..storage.hashes import digest
 from ..storage.reading import read_json
+from ..storage.weight_files import WeightFile
 from .assembly import assemble
 
 SHARD_BYTES = 4 << 30  # of a file that is written: so much of the transformer is in memory at once
@@ -34,14 +34,12 @@ def is_transformer(names: list[str]) -> bool:
     return has_blocks and not is_other
 
 
-def check_numbers(path: Path) -> None:
+def check_numbers(file: WeightFile) -> None:
     """Raises UserError, by name, where a file's weights are quantized."""
-    with safe_open(path, "pt") as file:
-        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-    if found := find_quantized(kinds):
+    if found := find_quantized(file.kinds):
         name, how = found
         raise UserError(
-            f"--model {path}: its weights are quantized ({how}: {name:.100}), which losses and "
+            f"--model {file.path}: its weights are quantized ({how}: {name:.100}), which losses and "
             f"gradients cannot be computed with; give the same model in bf16, fp16 or fp32"
         )
 
@@ -71,33 +69,31 @@ def check_base(path: Path, names: list[str], base: str | None) -> Path:
     return folder
 
 
-def join_transformer(path: Path, names: list[str], base: str | None, place: Path) -> Path:
+def join_transformer(file: WeightFile, base: str | None, place: Path) -> Path:
     """The folder of a pipeline whose transformer is that of a file, made once. base: the pipeline that
     lends the rest. Raises UserError, with the way on, where they do not fit each other."""
-    folder = check_base(path, names, base)
+    path = file.path
+    folder = check_base(path, list(file.shapes), base)
     index = read_index(folder)
     family, part = family_of(folder, index), "transformer"
     item = f"--model {path}"
     denoiser = build_part(class_names(index)[part], read_config(folder / part / "config.json"))
-    with safe_open(path, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in names}
-        pieces = plan_pieces(item, shapes, denoiser, family)
-        status = path.stat()
-        key = digest(str(path), status.st_size, status.st_mtime_ns, str(folder))[:8]
-        target = place / f"{path.stem}-{key}-{part}" / f"{WEIGHTS[part][0]}.safetensors.index.json"
-        if not target.is_file():
-            say(f"{path}: a transformer alone; the other parts are those of {folder}")
-            write_shards(file, pieces, target)
+    pieces = plan_pieces(item, file.shapes, denoiser, family)
+    status = path.stat()
+    key = digest(str(path), status.st_size, status.st_mtime_ns, str(folder))[:8]
+    target = place / f"{path.stem}-{key}-{part}" / f"{WEIGHTS[part][0]}.safetensors.index.json"
+    if not target.is_file():
+        say(f"{path}: a transformer alone; the other parts are those of {folder}")
+        write_shards(file, pieces, target)
     return assemble(folder, place, {part: target}, {}, read_json(folder / INDEX, "--base"))
 
 
-def write_shards(file: safe_open, pieces: dict[str, Piece], index: Path) -> None:
+def write_shards(file: WeightFile, pieces: dict[str, Piece], index: Path) -> None:
     """Writes weights, one shard after the other, and last the index that names them."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, piece in pieces.items():
-        own = file.get_slice(piece.source)
-        number = (piece.stop - piece.start) * torch.Size(own.get_shape()[1:]).numel() * 4
+        number = (piece.stop - piece.start) * torch.Size(file.shapes[piece.source][1:]).numel() * 4
         if size and size + number > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -106,10 +102,7 @@ def write_shards(file: safe_open, pieces: dict[str, Piece], index: Path) -> None
     stem, found, total = index.name.removesuffix(".safetensors.index.json"), {}, 0
     for number, names in enumerate(shards, 1):
         shard = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            name: cut(file.get_slice(pieces[name].source), pieces[name]).contiguous()
-            for name in names
-        }
+        tensors = {name: read_piece(file, pieces[name]) for name in names}
         index.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(index.with_name(shard), tensors)
         found |= dict.fromkeys(names, shard)

@@ -64,6 +64,7 @@ FAMILY_NAMES = {
     r"double_blocks|single_blocks|single_transformer_blocks": (
         "FLUX.1, FLUX.2-dev or FLUX.2-klein"
     ),
+    r"cross_attn[._](q|kv)_linear": "PixArt or Sana",
     r"joint_blocks|^lora_te3_|^text_encoder_3\.": "Stable Diffusion 3",
     r"^(lora_)?transformer[._]|^diffusion_model\.": (
         "a model with a transformer, such as Stable Diffusion 3, FLUX or PixArt"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UserError
+from ..storage.weight_files import WeightFile
 from .families import Family
 from .families.interface import Original
 
@@ -54,9 +55,13 @@ def plan_pieces(
     it, has another shape, or one is missing."""
     own = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
     layers, others = family.originals(denoiser), family.original_tensors(denoiser)
+    spare = family.spare_tensors(denoiser)
     pieces: dict[str, Piece] = {}
     for name, shape in shapes.items():
-        targets, is_swapped = find_targets(name.removeprefix(PREFIX), layers, others)
+        if (bare := name.removeprefix(PREFIX)) in spare:
+            check_spare(f"{item}: {name:.100}", shape, spare[bare], describe(denoiser, family))
+            continue
+        targets, is_swapped = find_targets(bare, layers, others)
         if unknown := [target for target in targets if target not in own]:
             raise UserError(
                 f"{item}: {name:.100} is no weight of {describe(denoiser, family)} (no "
@@ -100,7 +105,22 @@ def describe(denoiser: Any, family: Family) -> str:
     return f"the {family.denoiser} of this {family.name}"
 
 
-def cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The weight that a piece of a tensor is; the tensor may be a slice of a file."""
-    rows = tensor[piece.start : piece.stop]
-    return torch.cat(rows.chunk(2)[::-1]) if piece.is_swapped else rows
+def check_spare(
+    item: str, shape: Sequence[int], expected: Sequence[int | None], whose: str
+) -> None:
+    """Raises UserError where a tensor that is left out has another shape than that of this model has:
+    it tells of another one."""
+    if len(shape) != len(expected) or any(
+        size not in (None, own) for size, own in zip(expected, shape)
+    ):
+        told = ", ".join("any" if size is None else str(size) for size in expected)
+        raise UserError(
+            f"{item} has the shape {list(shape)}, that of {whose} [{told}]: it is of another model; "
+            f"give its own: --base MODEL"
+        )
+
+
+def read_piece(file: WeightFile, piece: Piece) -> torch.Tensor:
+    """The weight that a piece of a file is."""
+    rows = file.rows(piece.source, piece.start, piece.stop)
+    return torch.cat(rows.chunk(2)[::-1]) if piece.is_swapped else rows.contiguous()

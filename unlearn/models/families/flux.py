@@ -98,16 +98,7 @@ class Flux(Packed):
         return names
 
     def original_tensors(self, denoiser: Any) -> dict[str, str]:
-        names = {}
-        for kind, norms in (("", DOUBLE_NORMS), ("single_", SINGLE_NORMS)):
-            for number in range(len(getattr(denoiser, f"{kind}transformer_blocks"))):
-                names |= {
-                    f"{kind or 'double_'}blocks.{number}.{name}.scale": (
-                        f"{kind}transformer_blocks.{number}.{own}.weight"
-                    )
-                    for name, own in norms.items()
-                }
-        return names
+        return name_norms(denoiser)
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == "FluxPipeline"
@@ -195,6 +186,21 @@ class Flux(Packed):
                 f"guidance_embeds is false, as in schnell); give 1"
             )
         return conditioning, None
+
+
+def name_norms(denoiser: Any) -> dict[str, str]:
+    """Weights of the norms of queries and keys of a FLUX transformer, by their names in the authors'
+    code."""
+    names = {}
+    for kind, norms in (("", DOUBLE_NORMS), ("single_", SINGLE_NORMS)):
+        for number in range(len(getattr(denoiser, f"{kind}transformer_blocks"))):
+            names |= {
+                f"{kind or 'double_'}blocks.{number}.{name}.scale": (
+                    f"{kind}transformer_blocks.{number}.{own}.weight"
+                )
+                for name, own in norms.items()
+            }
+    return names
 
 
 def t5_limit(limit: int | None) -> int:

@@ -17,6 +17,7 @@ from ..text_weights import KeysValues, StreamWeights
 from .checks import check_colours, check_transformer
 from .flow import ATTENTION, SELECTIONS, name_block
 from .flux import DOUBLE as FLUX_1_DOUBLE
+from .flux import name_norms
 from .guidance import identify_guidance, read_guidance, tell_guidance
 from .interface import Original, Parts, Refuse
 from .packing import Standardised, pack, packed_channels
@@ -83,6 +84,9 @@ class Flux2(Standardised):
                 block = f"{kind}transformer_blocks.{number}"
                 names |= name_block(f"{kind or 'double_'}blocks.{number}", block, table)
         return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        return name_norms(denoiser)
 
     def identity(self, pipeline: Any) -> dict:
         return {**super().identity(pipeline), **identify_guidance(pipeline)}

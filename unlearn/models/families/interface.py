@@ -205,6 +205,11 @@ class Family:
         these are others than diffusers'."""
         return {}
 
+    def spare_tensors(self, denoiser: Any) -> dict[str, tuple[int | None, ...]]:
+        """What its authors' files have beside a denoiser's weights, which diffusers computes or never
+        reads: {name: shape, None for any size}. A shape that differs tells of another model."""
+        return {}
+
     # Pictures and prompts.
 
     def pixels_a_latent(self, vae: Mapping[str, Any]) -> int | None:

@@ -33,6 +33,11 @@ class Lumina2(SingleStream):
     renamed = {
         ".attn.": ".attention.",
         "attention.to_out.0": "attention.out",
+        "attention.norm_q": "attention.q_norm",
+        "attention.norm_k": "attention.k_norm",
+        ".norm1.norm.": ".attention_norm1.",
+        ".norm1.weight": ".attention_norm1.weight",  # of blocks that are not told the time
+        ".norm2.": ".attention_norm2.",
         "feed_forward.linear_": "feed_forward.w",
         "norm1.linear": "adaLN_modulation.1",
         "norm_out.linear_1": "final_layer.adaLN_modulation.1",

@@ -11,10 +11,37 @@ from ..text_attention import SharedText
 from ..text_weights import KeysValues
 from .betas import Betas
 from .checks import check_colours, check_scaling, check_transformer
-from .interface import UNET_SELECTIONS, Parts, Refuse
+from .flow import name_block
+from .interface import UNET_SELECTIONS, Original, Parts, Refuse
 from .texts import check_tokens, read_tokens, tokenize
 
 SIZES = {"resolution": 2, "aspect_ratio": 1}  # of alpha at 1024 pixels: numbers of each
+BLOCK = {  # layers by the names of the authors' code
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "cross_attn.q_linear": ("attn2.to_q",),
+    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+    "cross_attn.proj": ("attn2.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+EMBEDDERS = {  # of times and sizes
+    "t_embedder": "timestep_embedder",
+    "csize_embedder": "resolution_embedder",
+    "ar_embedder": "aspect_ratio_embedder",
+}
+OUTSIDE = {  # of blocks
+    "x_embedder.proj": "pos_embed.proj",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    **{
+        f"{name}.mlp.{number}": f"adaln_single.emb.{own}.linear_{1 + number // 2}"
+        for name, own in EMBEDDERS.items()
+        for number in (0, 2)
+    },
+    "t_block.1": "adaln_single.linear",
+    "final_layer.linear": "proj_out",
+}
 
 
 class PixArt(Betas):
@@ -35,6 +62,27 @@ class PixArt(Betas):
         """The keys' biases: they add the same to all keys that a query is compared with, and a softmax
         does not see that."""
         return r"\.attn[12]\.to_k\.bias$"
+
+    def originals(self, denoiser: Any) -> dict[str, Original]:
+        names = {name: Original((layer,)) for name, layer in OUTSIDE.items()}
+        for number in range(len(denoiser.transformer_blocks)):
+            names |= name_block(f"blocks.{number}", f"transformer_blocks.{number}", BLOCK)
+        return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        names = {"final_layer.scale_shift_table": "scale_shift_table"}
+        for number in range(len(denoiser.transformer_blocks)):
+            table = f"{number}.scale_shift_table"
+            names[f"blocks.{table}"] = f"transformer_blocks.{table}"
+        return names
+
+    def spare_tensors(self, denoiser: Any) -> dict[str, tuple[int | None, ...]]:
+        """Positions, which diffusers computes, and the empty prompt's embedding, which it reads of its
+        text encoder: as many as the model takes latents and tokens, by which models of another size
+        and of alpha and sigma, whose weights have the same names, are told apart."""
+        positions = tuple(denoiser.pos_embed.pos_embed.shape)
+        texts = (self.num_tokens, denoiser.config.caption_channels)
+        return {"pos_embed": positions, "y_embedder.y_embedding": texts}
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == self.pipeline

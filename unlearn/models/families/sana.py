@@ -38,6 +38,12 @@ OUTSIDE = {  # of blocks
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
     "final_layer.linear": "proj_out",
 }
+NORMS = {
+    "attn.q_norm": "attn1.norm_q",
+    "attn.k_norm": "attn1.norm_k",
+    "cross_attn.q_norm": "attn2.norm_q",
+    "cross_attn.k_norm": "attn2.norm_k",
+}
 
 
 class Sana(Flow):
@@ -68,6 +74,29 @@ class Sana(Flow):
         for number in range(len(denoiser.transformer_blocks)):
             names |= name_block(f"blocks.{number}", f"transformer_blocks.{number}", BLOCK)
         return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        names = {
+            "attention_y_norm.weight": "caption_norm.weight",
+            "final_layer.scale_shift_table": "scale_shift_table",
+        }
+        for number in range(len(denoiser.transformer_blocks)):
+            block, own = f"blocks.{number}", f"transformer_blocks.{number}"
+            names[f"{block}.scale_shift_table"] = f"{own}.scale_shift_table"
+            names |= {
+                f"{block}.mlp.depth_conv.conv.{kind}": f"{own}.ff.conv_depth.{kind}"
+                for kind in ("weight", "bias")
+            }
+            names |= {
+                f"{block}.{name}.weight": f"{own}.{norm}.weight" for name, norm in NORMS.items()
+            }
+        return names
+
+    def spare_tensors(self, denoiser: Any) -> dict[str, tuple[int | None, ...]]:
+        """Positions, which are not added, and the empty prompt's embedding, which diffusers reads of
+        its text encoder."""
+        width = denoiser.config.caption_channels
+        return {"pos_embed": (1, None, None), "y_embedder.y_embedding": (None, width)}
 
     def owns(self, pipeline: str, classes: Mapping[str, str]) -> bool:
         return pipeline == "SanaPipeline"

@@ -53,10 +53,20 @@ class SingleStream(Flow):
             layers = (name,)
             if last == "to_q":
                 name, layers = f"{block}.qkv", tuple(f"{block}.to_{each}" for each in "qkv")
-            for own, original in self.renamed.items():
-                name = name.replace(own, original)
-            names[name] = Original(layers)
+            names[self.rename(name)] = Original(layers)
         return names
+
+    def original_tensors(self, denoiser: Any) -> dict[str, str]:
+        return {self.rename(name): name for name in denoiser.state_dict()}
+
+    def spare_tensors(self, denoiser: Any) -> dict[str, tuple[int | None, ...]]:
+        return {"norm_final.weight": (None,)}  # which the authors' code does not read either
+
+    def rename(self, name: str) -> str:
+        """A layer's or weight's name in the authors' code."""
+        for own, original in self.renamed.items():
+            name = name.replace(own, original)
+        return name
 
     def inputs(
         self,

@@ -32,6 +32,8 @@ class ZImage(SingleStream):
     longest = 512
     renamed = {
         "attention.to_out.0": "attention.out",
+        "attention.norm_q": "attention.q_norm",
+        "attention.norm_k": "attention.k_norm",
         f"all_x_embedder.{SIZED}": "x_embedder",
         f"all_final_layer.{SIZED}": "final_layer",
     }
