@@ -447,6 +447,11 @@ def bad(world, tmp_path, *flags, kind="without"):
         ("full", ["--methods", "vae"], "--methods: means nothing without --scores"),
         (
             "without",
+            ["--top_k", "3", "--scores", "x", "--chosen_sets"],
+            "--chosen_sets: needs --influence, the results of removal",
+        ),
+        (
+            "without",
             ["--top_k", "3", "--influence", "nowhere"],
             "--influence nowhere: no such folder",
         ),
@@ -537,6 +542,23 @@ def test_where_scores_do_not_decide_which_images_are_the_first_k_no_model_is_tra
     names = ["without-text-00-k2", "without-text-01-k2", "without-text-01-k3"]
     assert [plan.name for plan in made] == names
     assert f"{said.format(2)}: no models without these" in caplog.text
+
+
+def test_models_without_a_chosen_set_are_without_its_first_k_images(tmp_path):
+    images = SimpleNamespace(ids=[str(row) for row in range(5)])
+    path, scores = tmp_path / "influence.npz", np.array([5.0, 4, 3, 2, 1])
+    np.savez(path, set_rows=np.array([0, 4, 2]), set_rises=np.array([5.0, 6, 3]))
+    ranking = rankings.MethodRanking(path, "removal", "00", scores, np.argsort(-scores), [])
+    chosen = rankings.put_set_first(ranking, 3, "")
+    assert chosen.order.tolist() == [0, 4, 2, 1, 3]
+    made = plans.plan_without(plans.PlanSettings("without", top_k=(2, 3)), images, [chosen])
+    assert [plan.name for plan in made] == [
+        "without-removal-set-00-k2",
+        "without-removal-set-00-k3",
+    ]
+    assert [np.flatnonzero(~plan.members).tolist() for plan in made] == [[0, 4], [0, 2, 4]]
+    with pytest.raises(UserError, match="holds 3 images .* 4 are to be left out; .* --top_k 4"):
+        rankings.put_set_first(ranking, 4, "")
 
 
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(

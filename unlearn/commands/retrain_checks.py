@@ -39,6 +39,11 @@ def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
         read_sets(args.sets_json)  # here: before anything is loaded
     if args.kind == "without" and not (args.influence or args.scores):
         raise UserError("retrain without: needs --influence, folders of results, or --scores")
+    if args.chosen_sets and (args.scores or not args.influence):
+        raise UserError(
+            "--chosen_sets: needs --influence, the results of removal, whose files hold the sets, and "
+            "no --scores"
+        )
     if args.methods and not args.scores:
         raise UserError("--methods: means nothing without --scores")
     if args.kind != "full" and len(args.seeds) > 1:

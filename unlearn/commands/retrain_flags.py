@@ -42,6 +42,12 @@ def add_plan_flags(parser: Parser) -> None:
         help="without: RESULT_DIR/influence, RESULT_DIR/baselines/METHOD, ...",
     )
     parser.add_argument(
+        "--chosen_sets",
+        action="store_true",
+        help="with --influence of removal: the images that are chosen together, not the first of the "
+        "ranking",
+    )
+    parser.add_argument(
         "--scores",
         metavar="DIR",
         help="without: rankings by the score files that `evaluate` wrote",

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..evaluation.scores import OURS
 from ..retraining.models import REMEDY, is_measured, weights_path
 from ..retraining.plans import Plan, PlanSettings, make_plans
-from ..retraining.rankings import read_rankings, read_scored
+from ..retraining.rankings import put_set_first, read_rankings, read_scored
 from ..retraining.sets import read_sets
 from ..storage.records import keep_complete
 from .advice import influence_command, write_command
@@ -81,6 +81,9 @@ def plan_models(args: Namespace, training_set: TrainingSet, tasks: list[Task]) -
         args.dataroot,
         partial(ranking_command, args),
     )
+    if args.chosen_sets:
+        largest = max(args.top_k)
+        rankings = (put_set_first(ranking, largest, REMEDY) for ranking in rankings)
     if args.scores:
         scored = read_scored(args.scores, args.methods, asked, training_set, args.dataroot)
         rankings = chain(rankings, scored)
