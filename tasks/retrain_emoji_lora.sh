@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The gold standard of data/emoji_lora: for each folder, LoRA fine-tuned again on random halves and without each image, and the queries'
-# losses under them. An hour on a CPU core. Killed and run again, it goes on where it was. Usage: bash tasks/retrain_emoji_lora.sh [halves]
+# losses under them. Two hours on a CPU core, the first 16 halves one. Killed and run again, it goes on where it was. Usage: bash tasks/retrain_emoji_lora.sh [halves]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tasks/environment.sh
