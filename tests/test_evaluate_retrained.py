@@ -338,7 +338,7 @@ def test_tables_are_the_same_from_influence_files_and_from_scores_alone(world, t
     tables = read_tables(tmp_path / "out")
     (tmp_path / "results").rename(tmp_path / "gone")
     main(world.flags("--scores", str(tmp_path / "out/scores"), "--output", str(tmp_path / "again")))
-    assert read_tables(tmp_path / "again") == tables and len(tables) == 7
+    assert read_tables(tmp_path / "again") == tables and len(tables) == 8
     assert not (tmp_path / "again/scores").exists()
 
 

@@ -10,11 +10,12 @@ each baseline) and queries.csv (query x method). Groups are all queries, the kin
 and the test cases.
 
 With --retrained, the folder of the models' JSON files: the linear datamodeling score (lds.csv,
-lds_queries.csv), leave-K-out (leave_k_out.csv, leave_k_out_paired.csv), retention.csv,
-equivalent.csv, their plots, and scores/METHOD.npz, from which --scores makes the same tables again
-without the influence files. No model is loaded. The LDS depends on how heavy the tails of scores
-are: with --tuning_json, a task file of further queries that are scored and measured too, it is also
-told after the power of the scores that is best for each method on those.
+lds_queries.csv), leave-K-out (leave_k_out.csv, leave_k_out_paired.csv; of several queries at once:
+leave_k_out_together.csv), retention.csv, equivalent.csv, their plots, and scores/METHOD.npz, from
+which --scores makes the same tables again without the influence files. No model is loaded. The LDS
+depends on how heavy the tails of scores are: with --tuning_json, a task file of further queries that
+are scored and measured too, it is also told after the power of the scores that is best for each
+method on those.
 """
 
 from argparse import Namespace

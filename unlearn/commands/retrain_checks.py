@@ -51,7 +51,9 @@ def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
             f"--seeds {' '.join(map(str, args.seeds))}: only full models are trained with "
             f"several; start it once a seed"
         )
-    for flag in ("count", "stack", "num_queries"):
+    if args.together > 1 and args.kind != "without":
+        raise UserError(f"--together {args.together}: only of retrain without")
+    for flag in ("count", "stack", "num_queries", "together"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected at least 1")
     for folder in args.influence:

@@ -56,6 +56,14 @@ def add_plan_flags(parser: Parser) -> None:
         "--methods", nargs="+", default=[], help="with --scores: only these (default all there)"
     )
     parser.add_argument("--num_queries", type=int, help="without: the first so many queries only")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="Q",
+        help="without: the top K of Q queries, in their order, leave at once, so that one model "
+        "serves Q (default 1); more images are gone than a query's own",
+    )
 
 
 def add_recipe_flags(parser: Parser) -> None:

@@ -29,6 +29,7 @@ def plan_settings(args: Namespace) -> PlanSettings:
         args.fraction,
         tuple(args.top_k),
         read_sets(args.sets_json) if args.kind == "sets" else (),
+        args.together,
     )
 
 
@@ -51,7 +52,7 @@ def ranking_command(args: Namespace, folder: Path, method: str) -> str:
 def check_full_model(plans: Sequence[Plan], args: Namespace) -> None:
     """Raises UserError where models without some images would be trained that no full model of
     their seed is there to compare with."""
-    seeds = {plan.seed for plan in plans if plan.kind == "without"}
+    seeds = {plan.seed for plan in plans if plan.kind in ("without", "together")}
     for seed in sorted(seeds):
         if args.task_json and not any(
             path.exists()

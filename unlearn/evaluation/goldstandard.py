@@ -21,7 +21,7 @@ from .made_again import draw_made_again
 from .plots import draw_plots
 from .rankings import count_warnings
 from .removal import find_maker, find_references
-from .retrained_models import RetrainedModel
+from .retrained_models import KINDS, RetrainedModel
 from .score_files import write_scores
 from .scores import RANDOM, MethodScores
 from .tables import TABLES, lds_table, write_tables
@@ -111,13 +111,13 @@ def print_tables(
     rows: Rows, models: Sequence[RetrainedModel], notices: Sequence[str], queries: Sequence[str]
 ) -> None:
     """All tables that have rows, in Markdown."""
-    full, subset, without = (
+    full, subset, without, together = (
         sum(model.kind == kind and model.query in (None, *queries) for model in models)
-        for kind in ("full", "subset", "without")
+        for kind in KINDS
     )
     print(
         f"{full} full models, {subset} on random subsets, {without} without chosen or random "
-        f"images\n"
+        f"images{f', {together} without those of several queries' * bool(together)}\n"
     )
     if lds := rows["lds"]:
         samples = "queries and models" if len(queries) > 1 else "models, of a single query"
@@ -151,7 +151,7 @@ def evaluate_retrained(
         if not sources.methods or model.method in (None, *sources.methods, RANDOM)
     ]
     references, maker, unchecked = find_full_models(tasks, shown, commands, models[0].identity)
-    removals = evaluate_removals(shown, references, maker, queries)
+    removals = evaluate_removals(shown, references, maker, queries, reported.values)
     notices = [
         *filter(None, [ceiling_line(subsets)]),
         *power_lines(bool(lds), len(tuning.queries)),

@@ -17,6 +17,7 @@ from .removal import (
 )
 from .retrained_models import RetrainedModel
 from .scores import RANDOM
+from .together import together_rows
 
 Rows = dict[str, list[tuple]]  # by the name of their CSV file
 
@@ -57,6 +58,7 @@ def evaluate_seed(
     reference: RetrainedModel,
     is_maker: bool,
     queries: Sequence[str],
+    scores: Mapping[str, np.ndarray],
 ) -> OneSeed:
     """What removing images did to the models of one seed. Pictures of another seed's models than
     the queries' are no measure: without any removal they are others than the queries."""
@@ -69,6 +71,7 @@ def evaluate_seed(
         "leave_k_out_paired": paired_rows(values),
         "retention": retention_rows(models, reference, queries),
         "equivalent": equivalent_rows(values, curve, deviations),
+        "leave_k_out_together": together_rows(models, reference, queries, scores),
     }
     if not is_maker:
         rows = {
@@ -84,9 +87,11 @@ def evaluate_removals(
     references: Mapping[int, RetrainedModel],
     maker: RetrainedModel | None,
     queries: Sequence[str],
+    scores: Mapping[str, np.ndarray],
 ) -> Removals:
     """What is there is measured, each seed's models against their own full model. references:
-    {seed: model}, maker: the one of them that made the queries, or None."""
+    {seed: model}, maker: the one of them that made the queries, or None; scores: {method: [queries,
+    N]}."""
     if maker is None:
         notice = (
             "No full model yet: leave-K-out, retention and equivalent numbers need the one that "
@@ -100,6 +105,7 @@ def evaluate_removals(
             references[seed],
             references[seed] is maker,
             queries,
+            scores,
         )
         for seed in seeds
     ]

@@ -29,7 +29,9 @@ def find_references(
     that trains it, where a model without chosen or random images has none of its seed."""
     references = {model.seed: model for model in models if model.kind == "full"}
     orphans = [
-        model for model in models if model.kind == "without" and model.seed not in references
+        model
+        for model in models
+        if model.kind in ("without", "together") and model.seed not in references
     ]
     if orphans:
         seeds = sorted({model.seed for model in orphans})

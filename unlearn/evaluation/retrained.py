@@ -79,7 +79,14 @@ def check_alike(models: Sequence[RetrainedModel], queries: Sequence[str]) -> Non
                     f"one folder must share it: move the "
                     "others out"
                 )
-        key = model.kind, model.method, model.query, model.seed, model.kept.tobytes()
+        key = (
+            model.kind,
+            model.method,
+            model.query,
+            model.bundle,
+            model.seed,
+            model.kept.tobytes(),
+        )
         other = seen.setdefault(key, model.path.name)
         if other != model.path.name:
             raise UserError(
@@ -141,16 +148,22 @@ def check_removed_images(
     """Raises UserError where a model was trained without other images than the first K of the
     scores that are now evaluated. scores: {method: [queries, N]}."""
     for model in models:
-        if model.method is None or model.query is None:
-            continue
-        if model.query in queries and model.method in scores:
-            first = rank_images(scores[model.method][queries.index(model.query)])[
-                : model.num_removed
-            ]
-            if model.kept[first].any():
-                raise UserError(
-                    f"{model.path}: was trained without other images than the first "
-                    f"{model.num_removed} of {model.method} "
-                    f"for {model.query}: the scores were made anew since; retrain it, or give "
-                    f"the scores it was made with"
-                )
+        for method, query, k in removed_for(model):
+            if query in queries and method in scores:
+                first = rank_images(scores[method][queries.index(query)])[:k]
+                if model.kept[first].any():
+                    raise UserError(
+                        f"{model.path}: was trained without other images than the first {k} of "
+                        f"{method} for {query}: the scores were made anew since; retrain it, or give "
+                        f"the scores it was made with"
+                    )
+
+
+def removed_for(model: RetrainedModel) -> list[tuple[str, str, int]]:
+    """Method, query and number of the first images that a model was trained without, of each query
+    they were removed for."""
+    if model.method is None:
+        return []
+    if model.bundle:
+        return [(model.method, query, model.bundle.k) for query in model.bundle.queries]
+    return [] if model.query is None else [(model.method, model.query, model.num_removed)]

@@ -24,7 +24,16 @@ REQUIRED = {
     "timesteps": int,
     "noise_seed": int,
 }
-KINDS = ("full", "subset", "without")
+KINDS = ("full", "subset", "without", "together")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Queries whose first K images one model was trained without."""
+
+    queries: tuple[str, ...]
+    k: int  # of each query
+    size: int  # queries that were asked for, of which the last bundle may have fewer
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class RetrainedModel:
     similarity: np.ndarray = field(repr=False)  # cosine of features of the two
     method: str | None = None  # by which images were removed, RANDOM among them
     query: str | None = None  # for which they were
+    bundle: Bundle | None = None  # of kind together: for which they were
 
     @property
     def num_removed(self) -> int:
@@ -118,32 +128,49 @@ def read_measures(record: dict, name: str, queries: Sequence[str]) -> np.ndarray
     )
 
 
-def check_removed(path: Path, record: dict, kept: np.ndarray) -> tuple[str | None, str | None]:
-    """Method and query of a model of kind `without`. Raises UserError where its mask does not fit
-    its kind and K."""
+def check_removed(
+    path: Path, record: dict, kept: np.ndarray
+) -> tuple[str | None, str | None, Bundle | None]:
+    """Method, query and bundle of a model. Raises UserError where its mask does not fit its kind and
+    K."""
     removed, count = record.get("removed") or {}, int((~kept).sum())
     if (
         record["kind"] == "full"
         and count
-        or record["kind"] == "subset"
+        or record["kind"] in ("subset", "together")
         and not 0 < count < len(kept)
     ):
         raise UserError(
             f"{path}: a {record['kind']} model trained without {count} of {len(kept)} images; "
             f"retrain this model"
         )
-    if record["kind"] != "without":
-        return None, None
+    if record["kind"] not in ("without", "together"):
+        return None, None, None
     check_entry(path, removed, {"method": str, "k": int})
+    if record["kind"] == "together":
+        return removed["method"], None, read_bundle(path, removed, count)
     if removed["k"] != count:
         raise UserError(
             f"{path}: removed: k is {removed['k']}, its mask leaves out {count} images; retrain "
             f"this model"
         )
     if removed["method"] == RANDOM:
-        return RANDOM, None
+        return RANDOM, None, None
     check_entry(path, removed, {"query": str})
-    return removed["method"], removed["query"]
+    return removed["method"], removed["query"], None
+
+
+def read_bundle(path: Path, removed: dict, count: int) -> Bundle:
+    """The Bundle of a model that was trained without `count` images. Raises UserError where these
+    cannot be the first K of its queries."""
+    check_entry(path, removed, {"queries": list, "together": int})
+    bundle = Bundle(tuple(map(str, removed["queries"])), removed["k"], removed["together"])
+    if not bundle.k <= count <= bundle.k * len(bundle.queries):
+        raise UserError(
+            f"{path}: removed: k is {bundle.k}, of {len(bundle.queries)} queries, its mask leaves "
+            f"out {count} images; retrain this model"
+        )
+    return bundle
 
 
 def read_model(path: Path, queries: Sequence[str]) -> RetrainedModel:

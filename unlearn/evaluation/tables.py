@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..report.ranking import write_csv
-from . import beyond_lds, lds
+from . import beyond_lds, lds, together
 from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
@@ -40,6 +40,7 @@ COLUMNS = {  # of the CSV files
         "others_mse_error",
     ),
     "equivalent": ("method", "k", "queries", "dL", "random_images", "low", "high", "most_tried"),
+    "leave_k_out_together": together.COLUMNS,
 }
 
 UNITS = {
@@ -183,6 +184,26 @@ def equivalent_table(rows: Sequence[tuple]) -> list[str]:
     return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)
 
 
+def together_table(rows: Sequence[tuple]) -> list[str]:
+    """Markdown lines of leave-K-out of several queries at once."""
+    named = [dict(zip(together.COLUMNS, row)) for row in rows]
+    measures = "dL", "control_dL", "minus_control", "random_dL", "minus_random"
+    cells = [
+        [
+            row["method"],
+            *(f"{row[name]:,}" for name in ("k", "together", "models")),
+            f"{row['left_out']:.1f}",
+            *(f"{row[name]:,}" for name in ("queries", "control_queries")),
+            *(format_measure(row[name], row[f"{name}_error"], UNITS["dL"]) for name in measures),
+        ]
+        for row in named
+    ]
+    header = ["removed by", "K", "queries a model", "models", "images gone", "queries"]
+    header += ["with a control", f"{SHOWN['dL']}, own K gone", "control", "minus it"]
+    header += ["as many random images", "minus it"]
+    return markdown_table(header, cells)
+
+
 TABLES = {  # title and Markdown lines, by the name of the rows
     "lds_beyond": (
         "Linear datamodeling score of what is left when a simpler answer is taken out: whether the "
@@ -208,6 +229,13 @@ TABLES = {  # title and Markdown lines, by the name of the rows
         "Equivalent number of random images: how many must be removed for the same dL (interval "
         "from drawing queries and models anew)",
         equivalent_table,
+    ),
+    "leave_k_out_together": (
+        "Leave-K-out of several queries at once: a model lost the top K of all of its queries, so "
+        "that more images are gone than a query's own, and the rise is not comparable to that of "
+        "leave-K-out. Control: the same queries under other queries' models that kept all of their "
+        "top K. Mean ± standard error over queries, those of a model counted as if each had its own",
+        together_table,
     ),
 }
 

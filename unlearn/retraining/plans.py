@@ -28,6 +28,7 @@ class PlanSettings:
     fraction: float = 0.5  # of the images that a random subset keeps
     top_k: tuple[int, ...] = ()  # images left out
     sets: Sets = ()
+    together: int = 1  # queries whose top K leave at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +37,10 @@ class Plan:
     `evaluate`."""
 
     name: str
-    kind: str  # full, subset or without
+    kind: str  # full, subset, without or together
     seed: int
     members: np.ndarray  # [N] bool
-    removed: dict | None  # method, query, k
+    removed: dict | None  # method, query (together: queries and their number asked for) and k
 
 
 def check_count(flag: str, value: int, largest: int, item: str) -> None:
@@ -140,43 +141,88 @@ def plan_random(
 def plan_without(
     settings: PlanSettings, training_set: TrainingSet, rankings: Iterable[MethodRanking]
 ) -> list[Plan]:
-    """Models without the K most influential images of a query, by each ranking that says which they
-    are. Raises UserError where none does."""
-    plans, warnings, undecided, asked = [], {}, Counter(), Counter()
+    """Models without the K most influential images of a query, or of several at once, by each
+    ranking that says which they are. Raises UserError where none does."""
+    rankings = list(rankings)
+    decided = find_decided(rankings, settings.top_k)
+    if settings.together > 1:
+        return plan_together(settings, [ranking.query for ranking in rankings], decided)
+    return [plan_removal(ranking, k, settings.seeds[0]) for ranking, k in decided]
+
+
+def find_decided(
+    rankings: Sequence[MethodRanking], numbers: Sequence[int]
+) -> list[tuple[MethodRanking, int]]:
+    """Rankings, each with those of the numbers of first images that its scores decide. Raises
+    UserError where none does."""
+    decided, undecided = [], Counter()
     for ranking in rankings:
-        warnings[ranking.path] = ranking.warnings
-        asked[ranking.method] += 1
-        for k in settings.top_k:
+        for k in numbers:
             check_count("--top_k", k, len(ranking.order), "training images")
             if is_undecided(ranking.scores, k):
                 undecided[ranking.method, k] += 1
             else:
-                plans.append(plan_removal(ranking, k, settings.seeds[0]))
-    for line in count_warnings(warnings, "rankings"):
+                decided.append((ranking, k))
+    for line in count_warnings({each.path: each.warnings for each in rankings}, "rankings"):
         log.warning(line)
+    asked = Counter(ranking.method for ranking in rankings)
     for (method, k), count in undecided.items():
         line = (
             f"{method}: in {count} of {asked[method]} queries the images ranked {k} and {k + 1} have "
             f"the same score; the order of the files, not {method}, would decide which are removed"
         )
-        if not plans:
+        if not decided:
             raise UserError(f"{line}; give another --top_k, or leave this method out")
         log.warning(f"{line}: no models without these")
-    return plans
+    return decided
 
 
 def plan_removal(ranking: MethodRanking, k: int, seed: int) -> Plan:
     """The model without the first K images of a ranking."""
     members = np.ones(len(ranking.order), bool)
     members[ranking.order[:k]] = False
-    query = ranking.query.replace("/", "-")
     return Plan(
-        f"without-{ranking.method}-{query}-k{k}{seed_suffix(seed)}",
+        f"without-{ranking.method}-{in_name(ranking.query)}-k{k}{seed_suffix(seed)}",
         "without",
         seed,
         members,
         {"method": ranking.method, "query": ranking.query, "k": k},
     )
+
+
+def in_name(query: str) -> str:
+    """A query as a model's name holds it."""
+    return query.replace("/", "-")
+
+
+def plan_together(
+    settings: PlanSettings, queries: Sequence[str], decided: Sequence[tuple[MethodRanking, int]]
+) -> list[Plan]:
+    """Models without the first K images of several queries, `together` of the queries a model in
+    their order, which is every method's. decided: of `find_decided`; a query that a method's scores
+    do not decide is not among its model's. Raises UserError where no image is left."""
+    size, seed, bundles = settings.together, settings.seeds[0], {}
+    order = list(dict.fromkeys(queries))
+    first = {query: order[place - place % size] for place, query in enumerate(order)}
+    for ranking, k in decided:
+        bundles.setdefault((ranking.method, first[ranking.query], k), []).append(ranking)
+    plans = []
+    # By K, because a stack takes as long as the one of its models that sees the most images.
+    for (method, query, k), rankings in sorted(bundles.items(), key=lambda item: item[0][2]):
+        members = np.ones(len(rankings[0].order), bool)
+        members[np.concatenate([ranking.order[:k] for ranking in rankings])] = False
+        name = f"without-{method}-together{size}-{in_name(query)}-k{k}{seed_suffix(seed)}"
+        left_out = int((~members).sum())
+        check_count(f"{name}: images left out:", left_out, len(members), "training images")
+        asked = [ranking.query for ranking in rankings]
+        if len(set(asked)) < len(asked):
+            raise UserError(
+                f"{name}: would leave out the images of a query twice; give each K, folder and task "
+                f"file once"
+            )
+        removed = {"method": method, "queries": asked, "together": size, "k": k}
+        plans.append(Plan(name, "together", seed, members, removed))
+    return plans
 
 
 PLANS = {
