@@ -546,6 +546,7 @@ def test_a_corrupt_picture_names_a_command_that_runs_and_lets_the_next_try_go_on
     ):  # an image that another is the same as, to be named as it is known
         shutil.copy(folder / f"000005{ending}", folder / f"a copy{ending}")
     said = refusal(folder, tmp_path / "out")
+    assert f"image {path}: cannot be read" in said  # the user's own file
     words = shlex.split(said[said.index("leave them out: ") + len("leave them out: ") :])
     assert words[:4] == ["python", "-m", "unlearn", "encode"]
     encode.main([*words[4:], "--device", "cpu"])

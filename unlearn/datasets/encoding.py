@@ -270,7 +270,7 @@ def encode_training_set(
     check_root_writable(dataroot, "latents and embeddings", folders)
     check_disk(dataroot, encoding_plan(model, dataroot, captions, resolution))
     tell_overlooked(dataroot, paths)
-    rows = choose_readable(paths, skip_corrupt, command)
+    rows = choose_readable(paths, dataroot, skip_corrupt, command)
     if len(rows) < len(paths):
         folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
         identity["left_out"] = [

@@ -90,6 +90,18 @@ def read_originals(dataroot: str | Path) -> dict[str, Original]:
     return {picture.file: picture for picture in found[0].pictures} if found else {}
 
 
+def find_own_file(dataroot: str | Path, path: Path) -> Path:
+    """The user's file that a picture of a data root is, `path` itself where the root was made of no
+    folder."""
+    found = read_plan(Path(dataroot))
+    if found is None:
+        return path
+    images = Path(dataroot) / read_settings(dataroot)["images"]
+    file, plan = os.path.relpath(path, images), found[0]
+    own = next((picture for picture in plan.pictures if picture.file == file), None)
+    return path if own is None else Path(own.path or os.path.join(plan.folder, own.name))
+
+
 def list_names(dataroot: str | Path, paths: Sequence[Path | None]) -> list[str | None]:
     """The names by which people know pictures of a data root (`TrainingSet.paths`): those of their
     own folder where the root was made of one, else the paths below its folder of images; None where

@@ -13,6 +13,7 @@ from ..runtime.programs import log, progress, say
 from ..storage.records import record_path
 from .captions import PAIRS_SHOWN, find_overlooked, pair_images
 from .encoders import Encoder, count_tokens, find_unknown
+from .originals import find_own_file
 from .pictures import ODDITIES, list_notes, read_picture
 from .settings import read_settings
 from .training_sets import array_paths, read_identity
@@ -158,15 +159,19 @@ def tell_odd_captions(model: Encoder, captions: Sequence[Sequence[str]]) -> None
         )
 
 
-def choose_readable(paths: Sequence[Path], skip_corrupt: bool, command: str) -> list[int]:
-    """Rows of the images that can be read. Raises UserError where some cannot and are not to be
-    left out."""
+def choose_readable(
+    paths: Sequence[Path], dataroot: str | Path, skip_corrupt: bool, command: str
+) -> list[int]:
+    """Rows of the images that can be read. Raises UserError, by the names of the user's own files,
+    where some cannot and are not to be left out."""
     unreadable, odd = find_unreadable(paths)
     if unreadable and (not skip_corrupt or len(unreadable) == len(paths)):
-        names = ", ".join(path.name for path in list(unreadable)[1:4])
+        first, *others = [find_own_file(dataroot, path) for path in list(unreadable)[:4]]
+        names = ", ".join(path.name for path in others)
+        path, reason = next(iter(unreadable.items()))
         raise UserError(
             f"{len(unreadable)} of {len(paths)} images cannot be read: "
-            f"{next(iter(unreadable.values()))}"
+            f"{reason.replace(str(path), str(first))}"
             + (f"; next {names}" if names else "")
             + f"; replace them, or leave them out: {command} --skip_corrupt"
         )
