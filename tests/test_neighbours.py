@@ -1,5 +1,8 @@
 """Runs at the same moment in one folder: none finds what another has half written."""
 
+import json
+import os
+import shutil
 import time
 
 import numpy as np
@@ -16,7 +19,7 @@ from unlearn.front import costs, jobs, loading, planning
 from unlearn.front.assembly import finish_folder
 from unlearn.models.weights import INDEX
 from unlearn.report import results
-from unlearn.storage import records, sharing
+from unlearn.storage import leases, records, sharing
 from unlearn.storage.artifacts import write_bytes
 from unlearn.storage.records import keep_complete, record_path, write_record
 from unlearn.storage.sharing import turn
@@ -177,3 +180,54 @@ def test_of_two_runs_that_put_a_model_together_the_first_ones_stays(tmp_path):
     (tmp_path / "third").mkdir()
     with pytest.raises(OSError, match="not empty"):  # of what is no model nothing is taken for one
         finish_folder(tmp_path / "third", tmp_path / "model")
+
+
+def mark_use(folder, owner, age=0.0):
+    """The mark of a run on something else in a folder."""
+    path = folder / ".in-use-0123456789abcdef-01234567-1.claim"
+    path.write_text(json.dumps(owner))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_a_folder_is_refused_while_another_process_uses_it_for_something_else(tmp_path):
+    parent = os.getppid()
+    living = {**leases.describe_owner(), "pid": parent, "started": leases.start_of(parent)}
+    elsewhere = {"host": "another", "pid": 7}
+    mark_use(tmp_path, living)
+    with pytest.raises(UserError) as error, sharing.occupy(tmp_path, "key", "give another --out"):
+        pass
+    assert f"in use by process {parent} on {living['host']}, for something else" in str(error.value)
+    mark_use(tmp_path, elsewhere)
+    with pytest.raises(UserError, match="process 7 on another"):
+        with sharing.occupy(tmp_path, "key", ""):
+            pass
+    for owner, age in ({**living, "started": "0"}, 0.0), (elsewhere, leases.EXPIRY + 60.0):
+        path = mark_use(tmp_path, owner, age)  # of one who is gone, or silent
+        with sharing.occupy(tmp_path, "key", ""), sharing.occupy(tmp_path, "key", ""):
+            assert not path.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_other_images_is_refused_where_one_is_at_work(
+    folder,
+    tmp_path,
+    ask,
+    quick,
+    monkeypatch,  # noqa: F811
+):
+    real = jobs.compare_similarity
+
+    def meanwhile(*args):
+        monkeypatch.setattr(jobs, "compare_similarity", real)
+        before = (tmp_path / "out/root/originals.json").read_bytes()
+        for ending in (".png", ".txt"):
+            shutil.copy(folder / f"000005{ending}", folder / f"one more{ending}")
+        with pytest.raises(UserError, match="out: is in use by process .* give another --out"):
+            ask(folder, tmp_path / "out")
+        assert (tmp_path / "out/root/originals.json").read_bytes() == before
+        real(*args)
+
+    monkeypatch.setattr(jobs, "compare_similarity", meanwhile)
+    [answer] = ask(folder, tmp_path / "out")
+    assert np.isfinite(answer.scores).all() and not list((tmp_path / "out").glob(".in-use*"))

@@ -26,7 +26,8 @@ from ..report.ranking import name_images
 from ..report.together import Together, describe_same
 from ..running import Output, attribute_by_removal
 from ..runtime.programs import say
-from ..storage.sharing import turn
+from ..storage.hashes import digest
+from ..storage.sharing import occupy, turn
 from . import costs
 from .answers import Attribution, read_attribution
 from .cautions import find_cautions
@@ -136,7 +137,23 @@ def tell_other_model(out: Path, source: Source) -> None:
         )
 
 
+def name_use(job: Job) -> str:
+    """What OUT is used for: answers of one model about one folder's images."""
+    images = [(str(each.path), each.captions, each.repeats) for each in job.found.entries]
+    return digest(job.settings, images)
+
+
 def answer(
+    job: Job, questions: list[Question], making: Making | None, clock: costs.Clock
+) -> list[Attribution]:
+    """`answer_alone`, with OUT marked as in use for this model and these images. Raises UserError where
+    another process is at work there on others."""
+    remedy = "give another --out, or wait until it is done"
+    with occupy(job.out, name_use(job), remedy):
+        return answer_alone(job, questions, making, clock)
+
+
+def answer_alone(
     job: Job, questions: list[Question], making: Making | None, clock: costs.Clock
 ) -> list[Attribution]:
     """The part of `attribute` that computes and writes."""

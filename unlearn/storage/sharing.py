@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime.programs import log
-from .artifacts import own_part
+from .artifacts import own_part, this_machine
 from .chunks import make_folder, remove_folders
+from .hashes import digest
 from .leases import EXPIRY, HEART, create_claim, is_dead, read_claim
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
@@ -199,6 +200,40 @@ def turn(path: str | Path) -> Iterator[None]:
     with Share(folder, {name: name}, lambda item: False) as share:
         next(share, None)
         yield
+
+
+@contextmanager
+def occupy(folder: str | Path, key: str, remedy: str) -> Iterator[None]:
+    """Marks a folder as in use by this process for what `key` names: any number may use it for the
+    same. Raises UserError, ending with `remedy`, where a living process uses it for something else."""
+    folder = Path(folder)
+    was_there = folder.is_dir()
+    make_folder(folder)
+    own = folder / f".in-use-{key[:16]}-{digest(this_machine())[:8]}-{os.getpid()}.claim"
+    own.unlink(missing_ok=True)  # of a former process of this number
+    if create_claim(own):
+        HEART.hold(own)
+    try:
+        # By the file server's clock, which stamped both.
+        now = own.stat().st_mtime
+        for other in folder.glob(".in-use-*.claim"):
+            found = read_claim(other)
+            if found is None or other.name.startswith(f".in-use-{key[:16]}-"):
+                continue
+            owner, stamp = found
+            if is_dead(owner) or stamp is None or now - stamp[1] / 1e9 > EXPIRY:
+                forget_claim(folder, other.stem)
+                continue
+            raise UserError(
+                f"{folder}: is in use by process {owner.get('pid', '?')} on "
+                f"{owner.get('host', 'another host')}, for something else; {remedy}"
+            )
+        yield
+    finally:
+        HEART.drop(own)
+        if not was_there:
+            with suppress(OSError):  # it holds something by now
+                folder.rmdir()
 
 
 def parts_folder(path: str | Path, key: str) -> Path:
