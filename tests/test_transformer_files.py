@@ -126,6 +126,14 @@ def test_what_convert_makes_of_it_is_the_model_that_it_was(world, tmp_path, caps
     assert model.weights_hash != load_model(world.base, "cpu").weights_hash
 
 
+@of("flux")
+def test_a_base_needs_no_weights_of_the_transformer(world, tmp_path):
+    (shutil.copytree(world.base, tmp_path / "base") / TRANSFORMER).unlink()
+    save_file(world.tensors, tmp_path / "mine.safetensors")
+    source = find_model(tmp_path / "mine.safetensors", tmp_path / "base", tmp_path / "place")
+    assert read_transformer(source.pipeline)[0].keys() == world.own.keys()
+
+
 def joined(tensors, **more):
     return {**tensors, **{name.replace("__", "."): value for name, value in more.items()}}
 
@@ -152,13 +160,6 @@ FAULTS = {  # what is done to the tensors of a file, and what is said of it
     "other": (
         lambda own: joined(own, img_in__weight=torch.zeros(16, 384)),
         r"img_in.weight has the shape \[16, 384\], that of the transformer .* \[16, 32\]",
-    ),
-    "whole": (
-        lambda own: {
-            **{f"model.diffusion_model.{name}": value for name, value in own.items()},
-            "text_encoders.clip_l.logit_scale": torch.zeros(1),
-        },
-        "holds other parts beside the transformer.*FluxPipeline as P",
     ),
     "LoRA": (lambda own: joined(own, double_blocks__0__lora_A__weight=torch.ones(1)), "--lora"),
 }

@@ -6,8 +6,9 @@
     python -m unlearn convert my-customized-model --base MODEL --out converted
 
 MODEL may be a checkpoint file of Stable Diffusion 1, 2 or SDXL (.safetensors, .ckpt), of other models
-the file of the transformer alone (.safetensors, under its authors', ComfyUI's or diffusers' names; --base
-lends the rest; quantized ones are refused), a folder with weights of a variant (fp16) or as
+the file of the transformer alone (.safetensors or .pth, under its authors', ComfyUI's or diffusers'
+names) or of all parts (Stable Diffusion 3, FLUX.1, Z-Image, Lumina2; --base lends the rest; quantized
+ones are refused), a folder with weights of a variant (fp16) or as
 .bin, one whose weights were saved compiled, a folder of the hub's cache, and with --base the UNet of
 a training run or a customized model's folder. What can be used as it stands becomes links. Prints
 the folder, for --sd_version or `pipeline` in dataset.json. `python -m unlearn attribute` does the

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..datasets.presence import FILES_OF_MODELS
 from ..errors import UserError
-from ..models.weights import INDEX, check_pointer
+from ..models.weights import INDEX, WEIGHTS, check_pointer
 from ..runtime.programs import say
 from ..storage.artifacts import own_part
 from ..storage.hashes import digest
@@ -20,6 +20,7 @@ from ..storage.weight_files import open_weights
 from .assembly import finish_folder
 from .customized import drop_parts
 from .transformer_files import check_numbers, is_transformer, join_transformer
+from .whole_files import is_whole, join_whole
 
 XL = "conditioner.embedders."  # before names of text encoders in checkpoints of Stable Diffusion XL
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -43,11 +44,15 @@ def convert_command(path: Path, pipeline: str) -> str:
 
 
 def convert_file(
-    path: Path, base: str | Path | None, find_base: Callable[[], str | None], place: Path
+    path: Path,
+    base: str | Path | None,
+    find_base: Callable[[Collection[str]], str | None],
+    place: Path,
 ) -> Path:
     """The pipeline's folder that a single checkpoint file is converted to, once. base: the model
-    whose configuration and tokenizer it takes, which `find_base` makes a folder. Raises UserError,
-    with the way on, where the file is no such checkpoint or cannot be converted."""
+    whose configuration and tokenizer it takes, which `find_base` makes a folder, by the names of the
+    parts whose weights it need not have. Raises UserError, with the way on, where the file is no such
+    checkpoint or cannot be converted."""
     if path.suffix.lower() not in FILES_OF_MODELS:
         raise UserError(
             f"--model {path}: expected a diffusers folder or a checkpoint "
@@ -58,14 +63,16 @@ def convert_file(
         names = list(file.shapes)
         check_numbers(file)
         if is_transformer(names):
-            return join_transformer(file, find_base(), place)
+            return join_transformer(file, find_base(("transformer",)), place)
+        if is_whole(names):
+            return join_whole(file, find_base, place)
     check_keys(path, names)
     status = path.stat()
     key = digest(str(path), status.st_size, status.st_mtime_ns, str(base))
     target = place / f"{path.stem}-{key[:8]}"
     if not (target / INDEX).is_file():
         say(f"{path}: one file; it is made a diffusers folder once, {target}")
-        save_converted(path, names, find_base(), target)
+        save_converted(path, names, find_base(tuple(WEIGHTS)), target)
     return target
 
 
@@ -79,12 +86,6 @@ def check_keys(path: Path, names: list[str]) -> None:
             f"--model {path}: a checkpoint of Stable Diffusion XL's refiner, which only changes "
             f"pictures; give the base model, which makes them"
         )
-    for block, kind in (("joint", "StableDiffusion3Pipeline"), ("double", "FluxPipeline")):
-        if any(name.startswith(f"model.diffusion_model.{block}_blocks.") for name in names):
-            raise UserError(
-                f"--model {path}: holds other parts beside the transformer; give the file of the "
-                f"transformer alone or, with a network: {convert_command(path, kind)}"
-            )
     if not any(name.startswith("model.diffusion_model.") for name in names):
         first = names[0] if names else "nothing"
         raise UserError(

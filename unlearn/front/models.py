@@ -3,6 +3,7 @@ there, and only what cannot be linked (weights that are no safetensors, a single
 
 import os
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,25 +43,29 @@ class Source:
     weights: str = ""  # their precision, "" where nobody says
 
 
-def find_model(name: str | Path, base: str | Path | None, place: Path) -> Source:
+def find_model(
+    name: str | Path, base: str | Path | None, place: Path, given: Collection[str] = ()
+) -> Source:
     """The model that a path or a name on the hub is; what must be put together stands in `place`.
     base: the model that a UNet's folder or a single file takes its other parts from; the folder of a
-    data root is the model that its dataset.json says. Raises UserError, with the way on, where it is
-    none that can be used."""
+    data root is the model that its dataset.json says; given: parts whose weights it may lack, because
+    a file has them. Raises UserError, with the way on, where it is none that can be used."""
     check_model(name)
     path = Path(name)
     if not path.exists():
         return Source(str(name))
     path = Path(os.path.abspath(path))
     if path.is_file() and path.name not in CUSTOMIZED_WEIGHTS:
-        configuration = lambda: find_model(base, None, place / "base").pipeline if base else None
+        configuration = lambda given: (
+            find_model(base, None, place / "base", given).pipeline if base else None
+        )
         return Source(str(convert_file(path, base, configuration, place)))
     path = path.parent if path.is_file() else find_snapshot(path)
     if is_customized(path):
         source = find_base(path, base, place)
         return Source(str(merge_customization(path, source.pipeline, source.unet, place)))
     if (path / INDEX).is_file():
-        return Source(str(complete_folder(path, place)))
+        return Source(str(complete_folder(path, place, given)))
     if (path / SETTINGS).is_file():
         return open_root(path, place)
     unet = find_unet(path)
@@ -152,12 +157,13 @@ def explain_folder(folder: Path) -> str:
     return f"no pipeline in diffusers' format (no {INDEX}); there: {there}"
 
 
-def find_faults(folder: Path) -> dict[str, Path]:
-    """{part: the weights that stand there under other names or in another format than is loaded}.
-    Raises UserError where a part has none, or a note of git-lfs."""
+def find_faults(folder: Path, given: Collection[str] = ()) -> dict[str, Path]:
+    """{part: the weights that stand there under other names or in another format than is loaded}, but
+    for parts that are given. Raises UserError where a part has none, or a note of git-lfs."""
     index, faults = read_object(folder / INDEX), {}
     for part in WEIGHTS:
-        if not (folder / part).is_dir() or not isinstance(index.get(part), list):
+        is_named = isinstance(index.get(part), list) and (folder / part).is_dir()
+        if not is_named or part in given:
             continue
         path = find_weights(folder, part, f"--model {folder}")
         if not is_ordinary(path, part):
@@ -165,10 +171,11 @@ def find_faults(folder: Path) -> dict[str, Path]:
     return faults
 
 
-def complete_folder(folder: Path, place: Path) -> Path:
+def complete_folder(folder: Path, place: Path, given: Collection[str] = ()) -> Path:
     """A pipeline's folder as it is loaded: itself, or one of links, with the weights under their
-    ordinary names, as safetensors, and without what is named but not there."""
-    index, faults = read_object(folder / INDEX), find_faults(folder)
+    ordinary names, as safetensors, and without what is named but not there. given: parts whose weights
+    it may lack."""
+    index, faults = read_object(folder / INDEX), find_faults(folder, given)
     if find_family(str(index.get("_class_name")), class_names(index)) is None:
         return folder  # refused by name when it is loaded
     absent = find_absent(folder)

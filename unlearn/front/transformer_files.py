@@ -3,6 +3,7 @@ parts of a pipeline's folder."""
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from .assembly import assemble
 SHARD_BYTES = 4 << 30  # of a file that is written: so much of the transformer is in memory at once
 # before names of other parts of a pipeline, and of UNets
 OTHERS = ("conditioner.", "cond_stage_model.", "first_stage_model.", "text_encoders.", "vae.")
+TOKENIZERS = (
+    r"(spiece|tekken)_model$|tokenizer_json$"  # bytes of files, which ComfyUI puts in its own
+)
 UNET = f"{PREFIX}input_blocks."
 
 
@@ -36,7 +40,8 @@ def is_transformer(names: list[str]) -> bool:
 
 def check_numbers(file: WeightFile) -> None:
     """Raises UserError, by name, where a file's weights are quantized."""
-    if found := find_quantized(file.kinds):
+    kinds = {name: kind for name, kind in file.kinds.items() if not re.search(TOKENIZERS, name)}
+    if found := find_quantized(kinds):
         name, how = found
         raise UserError(
             f"--model {file.path}: its weights are quantized ({how}: {name:.100}), which losses and "
@@ -44,15 +49,17 @@ def check_numbers(file: WeightFile) -> None:
         )
 
 
-def check_base(path: Path, names: list[str], base: str | None) -> Path:
-    """The folder of a pipeline that lends its other parts. Raises UserError where there is none, or it
-    has a UNet."""
+def check_base(
+    path: Path, names: list[str], base: str | None, found: str = "the transformer{} alone"
+) -> Path:
+    """The folder of a pipeline that lends its other parts. found: what a file holds, with {} for the
+    family. Raises UserError where there is none, or it has a UNet."""
     if base is None:
         guess = guess_family(f"diffusion_model.{name.removeprefix(PREFIX)}" for name in names)
         kind = f" of {guess[1]}" if guess else ""
         raise UserError(
-            f"--model {path}: the transformer{kind} alone ({names[0]:.80}); give the diffusers folder "
-            f"of a model of its kind, whose VAE, text encoders and configuration it takes: --base MODEL"
+            f"--model {path}: {found.format(kind)} ({names[0]:.80}); give the diffusers folder of a model of "
+            f"its kind, whose configuration, tokenizers and what the file lacks it takes: --base MODEL"
         )
     folder = Path(base)
     if not folder.is_dir():
@@ -88,8 +95,14 @@ def join_transformer(file: WeightFile, base: str | None, place: Path) -> Path:
     return assemble(folder, place, {part: target}, {}, read_json(folder / INDEX, "--base"))
 
 
-def write_shards(file: WeightFile, pieces: dict[str, Piece], index: Path) -> None:
-    """Writes weights, one shard after the other, and last the index that names them."""
+def write_shards(
+    file: WeightFile,
+    pieces: dict[str, Piece],
+    index: Path,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes weights, one shard after the other, and last the index that names them. more: those that
+    do not stand in the file."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, piece in pieces.items():
@@ -103,8 +116,10 @@ def write_shards(file: WeightFile, pieces: dict[str, Piece], index: Path) -> Non
     for number, names in enumerate(shards, 1):
         shard = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: read_piece(file, pieces[name]) for name in names}
+        if number == 1 and more:
+            tensors |= more
         index.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(index.with_name(shard), tensors)
-        found |= dict.fromkeys(names, shard)
+        found |= dict.fromkeys(tensors, shard)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(index, {"metadata": {"total_size": total}, "weight_map": found})

@@ -70,6 +70,7 @@ class Flux(Packed):
     denoiser = "transformer"
     classes = {"transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",)}
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    encoders_in_files = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
     # Of the double blocks: in single blocks text and image share keys and values.
     selections = SELECTIONS
     text = StreamWeights()

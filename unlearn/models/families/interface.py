@@ -61,6 +61,8 @@ class Family:
     can_be_customized: bool = False  # by custom diffusion's K, V and tokens
     learns_words: bool = False  # whether all of its text encoders take new words' embeddings
     follows_clip_skip: bool = False  # whether trainers may read another layer of its text encoder
+    encoders_in_files: Mapping[str, str] = {}  # text encoder -> its name in files of all parts
+    unprojected: tuple[str, ...] = ()  # text encoders whose projection the authors' code leaves out
     selections: Mapping[str, str]  # weight selection -> regular expression of parameters' names
     text: TextWeights  # how the weights of the text's keys and values are reached
     longest: int | None = None  # tokens of a prompt that are read, where tokenizers may say more

@@ -29,6 +29,7 @@ class Lumina2(SingleStream):
         "vae": ("AutoencoderKL",),
         "text_encoder": ("Gemma2Model", "Gemma2ForCausalLM"),
     }
+    encoders_in_files = {"text_encoder": "gemma2_2b"}
     longest = 256
     renamed = {
         ".attn.": ".attention.",

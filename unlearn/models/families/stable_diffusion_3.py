@@ -57,6 +57,12 @@ class StableDiffusion3(Flow):
     classes = {"transformer": ("SD3Transformer2DModel",), "vae": ("AutoencoderKL",)}
     encoders = {**CLIPS, "text_encoder_3": "tokenizer_3"}
     optional = ("text_encoder_3", "tokenizer_3")
+    encoders_in_files = {
+        "text_encoder": "clip_l",
+        "text_encoder_2": "clip_g",
+        "text_encoder_3": "t5xxl",
+    }
+    unprojected = ("text_encoder",)
     selections = SELECTIONS  # not `attn2`: in 3.5 medium that is self-attention of the image
     text = StreamWeights()
     density = staticmethod(logit_normal)

@@ -29,6 +29,7 @@ class ZImage(SingleStream):
         "vae": ("AutoencoderKL",),
         "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
     }
+    encoders_in_files = {"text_encoder": "qwen3_4b"}
     longest = 512
     renamed = {
         "attention.to_out.0": "attention.out",
