@@ -20,7 +20,7 @@ from test_bad_input import files, refused
 from unlearn import UserError
 from unlearn.commands import encode, examination
 from unlearn.commands.inputs import find_fisher, prepare_training_set
-from unlearn.datasets import encoding, own_root, pairs
+from unlearn.datasets import encoding, own_root, pairs, text_files
 from unlearn.datasets.annotations import read_coco, read_metadata
 from unlearn.datasets.captions import pair_images
 from unlearn.datasets.encoders import encode_images, encode_prompts, load_image
@@ -207,7 +207,7 @@ def test_an_encoding_killed_at_any_batch_goes_on_there_and_gives_the_same_bits(
 
 def test_rows_that_a_lost_node_left_as_zeros_are_made_again(encoded, coco, model, monkeypatch):
     real = encoding.encode_images
-    monkeypatch.setattr(encoding, "encode_prompts", None)
+    monkeypatch.setattr(text_files, "encode_prompts", None)
     monkeypatch.setattr(encoding, "encode_images", lambda *how: real(*how))
     whole = (encoded / LATENTS).read_bytes()
     monkeypatch.setattr(
@@ -249,7 +249,7 @@ def test_a_kill_before_the_last_rename_never_leaves_an_old_array_with_a_new_reco
 
 
 def test_an_encoding_killed_between_both_arrays_keeps_the_first(encoded, coco, model, monkeypatch):
-    monkeypatch.setattr(encoding, "encode_prompts", None)
+    monkeypatch.setattr(text_files, "encode_prompts", None)
     with pytest.raises(TypeError):
         run(monkeypatch, model, coco)
     monkeypatch.undo()
@@ -279,14 +279,14 @@ def test_the_scripts_first_use_makes_what_the_command_makes(encoded, coco, model
 
 
 def test_no_more_than_a_batch_is_ever_held(coco, model, monkeypatch):
-    sizes, images, prompts = [], encoding.encode_images, encoding.encode_prompts
+    sizes, images, prompts = [], encoding.encode_images, text_files.encode_prompts
     monkeypatch.setattr(
         encoding,
         "encode_images",
         lambda pipeline, paths, *how: sizes.append(len(paths)) or images(pipeline, paths, *how),
     )
     monkeypatch.setattr(
-        encoding,
+        text_files,
         "encode_prompts",
         lambda pipeline, lines: sizes.append(len(lines) / 5) or prompts(pipeline, lines),
     )
@@ -718,7 +718,7 @@ def test_overwrite_makes_anew_what_is_not_what_its_record_says_and_nothing_else(
     content = bytearray((root / LATENTS).read_bytes())
     content[-1] ^= 1
     (root / LATENTS).write_bytes(content)
-    monkeypatch.setattr(encoding, "encode_prompts", None)
+    monkeypatch.setattr(text_files, "encode_prompts", None)
     run(monkeypatch, model, root, "--overwrite")
     assert made(root) == made(encoded)
     monkeypatch.setattr(encoding, "encode_images", None)

@@ -39,7 +39,7 @@ from unlearn.attribution.losses import changed_losses, loss_sums, sample_losses
 from unlearn.attribution.newton import total_norm
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
 from unlearn.commands import examination, fisher
-from unlearn.datasets import encoding
+from unlearn.datasets import text_files
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.datasets.encoders import encode_images, encode_texts, load_image, transform_image
 from unlearn.front.models import find_model
@@ -57,6 +57,7 @@ from unlearn.storage.records import read_record
 
 KV = "cross-attn-kv"
 EMBEDDINGS, LATENTS = "laion_text_embeddings", "laion_latents"
+SHARED = (1, 0, 1, 1)  # which of the captions each image has, where two share them
 
 
 class World:
@@ -273,6 +274,44 @@ def test_what_is_encoded_is_what_the_data_root_holds(world):
         assert record["identity"]["text_encoder"]
 
 
+def bits(values):
+    """The bits of float32, which tell -0 from 0 too."""
+    return np.ascontiguousarray(values, np.float32).view(np.int32)
+
+
+@every_pipeline
+def test_a_caption_of_many_images_stands_on_the_disk_once_and_is_given_bit_by_bit(world, tmp_path):
+    """Without the zeros that a text is filled up with; where they were published so, image by image."""
+    root, captions = make_root(tmp_path / "root", world.folder), [CAPTIONS[row] for row in SHARED]
+    (root / "laion_subset/captions.txt").write_text("\n".join(captions) + "\n")
+    images, shapes = unlearn.open_training_set(root, world.model), world.model.conditioning_shapes
+    is_once = not world.model.is_stored_by_image
+    texts = world.model.encode_prompts([CAPTIONS[1], CAPTIONS[0]] if is_once else captions)
+    for name, tensor in texts.items():
+        expected = tensor[[int(row == 0) for row in SHARED]] if is_once else tensor
+        assert np.array_equal(bits(images.conditioning[name][:, 0]), bits(expected)), name
+        assert images.conditioning[name].shape == (4, 1, *shapes[name])
+    states = texts["embeddings"].numpy()
+    kept = sum(int(text.any(axis=1).nonzero()[0].max()) + 1 for text in states)
+    assert kept < states.shape[0] * states.shape[1] or world.family not in ("qwen", "zimage")
+    on_disk = kept if is_once else 4 * states.shape[1]
+    size = (root / f"{EMBEDDINGS}.npy").stat().st_size
+    assert size == 128 + 4 * on_disk * states.shape[2]
+    assert (root / f"{EMBEDDINGS}_index.npy").exists() == is_once
+
+
+@every_family_at_length
+def test_texts_of_encoders_in_bfloat16_take_half_of_the_bytes_and_lose_none(world, tmp_path):
+    half = load_model(world.folder, "cpu", weights="bf16")
+    root = make_root(tmp_path / "root", world.folder)
+    images = unlearn.open_training_set(root, half)
+    for name, tensor in half.encode_prompts(CAPTIONS).items():
+        assert np.array_equal(bits(images.conditioning[name][:, 0]), bits(tensor)), name
+    stored, exact = (np.load(folder / f"{EMBEDDINGS}.npy") for folder in (root, world.root))
+    is_once = not world.model.is_stored_by_image
+    assert stored.dtype == (np.uint16 if is_once else np.float32) and stored.shape == exact.shape
+
+
 @every_family
 def test_gradients_of_keys_and_values_equal_autograd_of_each_text(world):
     """Two samples a text, whose gradients are summed."""
@@ -473,7 +512,7 @@ def arrays_of(root):
 def test_encoding_that_was_stopped_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root", world.folder)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(encoding, "encode_prompts", lambda *args: 1 / 0)
+        patch.setattr(text_files, "encode_prompts", lambda *args: 1 / 0)
         unlearn.open_training_set(root, world.model)
     assert list(arrays_of(root)) == [f"{LATENTS}.npy"]
     before = (root / f"{LATENTS}.npy").stat().st_mtime_ns
@@ -832,7 +871,7 @@ def test_one_command_attributes_a_picture(world, tmp_path):
     assert answer.scores.argmax() == 0 and len(answer.scores) == 4
     assert (answer.folder / "report.html").is_file()
     beside = sorted(path.name for path in (tmp_path / "out/root").glob(f"{EMBEDDINGS}*.npy"))
-    assert beside == [f"{EMBEDDINGS}{end}.npy" for end in ("", "_pooled", "_time_ids")]
+    assert beside == [f"{EMBEDDINGS}{end}.npy" for end in ("", "_index", "_pooled", "_time_ids")]
 
 
 @most_often_of_two

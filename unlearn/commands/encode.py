@@ -6,7 +6,8 @@
 Its dataset.json says where images and captions are (`images`, `captions`: captions.txt, a line an
 image in the order of their names, which must be the same as text and in a file browser;
 metadata.jsonl; COCO's caption annotations, *.json) and where the arrays go (`latents` [2N, C, h,
-w], as is and mirrored; `embeddings` [N, tokens, features] or [N, captions, tokens, features]). The
+w], as is and mirrored; `embeddings`, of Stable Diffusion 1 and 2 [N, tokens, features] or [N,
+captions, tokens, features], of other families each different caption's once: data/README.md). The
 first pairs are shown; empty captions, those longer than the tokenizer reads or in a script that it
 lacks, pictures that are transparent (they are shown on white), or of which the square crop cuts off
 a third or more, are counted. Killed and run again, the same command goes on where it was. The

@@ -45,6 +45,21 @@ class Encoder(Protocol):
         ...
 
     @property
+    def is_stored_by_image(self) -> bool:
+        """Whether embeddings of a training set stand on the disk image by image, not once for each
+        different caption."""
+        ...
+
+    @property
+    def has_half_texts(self) -> bool:
+        """Whether all of its text encoders compute in bfloat16."""
+        ...
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt's text has before the zeros that it is filled up with."""
+        ...
+
+    @property
     def reader(self) -> tuple[Any, int]:
         """The tokenizer that reads the most of a prompt, and how many tokens of it."""
         ...

@@ -13,8 +13,7 @@ from ..storage.hashes import digest, digest_rows
 from ..storage.records import record_path
 from ..storage.sharing import do_once, forget_claim
 from .annotations import READERS
-from .conditioning import TEXT
-from .encoders import Encoder, encode_images, encode_prompts, encode_sizes
+from .encoders import Encoder, encode_images
 from .originals import ORIGINALS
 from .own_root import check_root_writable
 from .pairs import (
@@ -30,7 +29,8 @@ from .pairs import (
 from .pictures import inspect_picture, list_notes
 from .rows import is_made, write_rows
 from .settings import read_settings
-from .training_sets import array_paths, extra_paths
+from .text_files import Captions
+from .training_sets import array_paths
 
 
 def has_given_arrays(dataroot: str | Path) -> bool:
@@ -84,26 +84,15 @@ def encoding_identity(
 
 
 def array_shapes(
-    model: Encoder, dataroot: str | Path, num_images: int, num_captions: int, resolution: int
+    captions: Captions, resolution: int, is_by_image: bool = False
 ) -> dict[Path, tuple[int, ...]]:
     """Shapes of latents (all images as is, then all mirrored), embeddings and other conditioning of
-    images with so many captions each, {path: shape}."""
-    several = (num_captions,) if num_captions > 1 else ()
-    latents_path, _ = array_paths(dataroot)
+    images with these captions, {path: shape}. is_by_image: as earlier versions wrote all families'
+    texts, each image its own."""
+    model, path = captions.model, array_paths(captions.dataroot)[0]
     return {
-        latents_path: (2 * num_images, *model.latent_shape(resolution)),
-        **{
-            path: (num_images, *several, *model.conditioning_shapes[name])
-            for name, path in text_paths(model, dataroot).items()
-        },
-    }
-
-
-def text_paths(model: Encoder, dataroot: str | Path) -> dict[str, Path]:
-    """Where embeddings and other conditioning stand, by name."""
-    return {
-        TEXT: array_paths(dataroot)[1],
-        **extra_paths(dataroot, model.conditioning_shapes),
+        path: (2 * len(captions.of_images), *model.latent_shape(resolution)),
+        **(captions.shapes_by_image() if is_by_image else captions.shapes()),
     }
 
 
@@ -137,36 +126,6 @@ def write_latents(
     )
 
 
-def write_texts(
-    model: Encoder,
-    name: str,
-    path: Path,
-    shape: tuple[int, ...],
-    paths: Sequence[Path],
-    captions: Sequence[Sequence[str]],
-    resolution: int,
-    batch_size: int,
-    identity: dict,
-    thorough: bool = False,
-) -> None:
-    """Writes one kind of conditioning, embeddings [N, tokens, features] say; or [N, captions, ...]
-    where images have several."""
-    starts = range(0, len(captions), batch_size)
-
-    def encode(number):
-        rows = slice(starts[number], starts[number] + batch_size)
-        few = captions[rows]
-        if name in model.of_sizes:
-            pictures = [path for path, lines in zip(paths[rows], few) for _ in lines]
-            texts = encode_sizes(model, pictures, resolution)[name]
-        else:
-            texts = encode_prompts(model, [line for lines in few for line in lines])[name]
-        several = shape[1 : len(shape) - texts.ndim + 1]
-        return texts.reshape(len(few), *several, *texts.shape[1:])
-
-    write_rows(path, shape, starts, encode, identity, f"{name} of the captions", thorough)
-
-
 def check_disk(dataroot: str | Path, sizes: dict[Path, int]) -> None:
     """Raises UserError where the disk has no room for arrays of these sizes, {path: bytes}, less
     what is there of them."""
@@ -187,16 +146,22 @@ def encoding_plan(
     model: Encoder, dataroot: str | Path, captions: Sequence[Sequence[str]], resolution: int
 ) -> dict[Path, int]:
     """Bytes of latents and embeddings of images with these captions, {path: bytes}."""
-    shapes = array_shapes(model, dataroot, len(captions), len(captions[0]), resolution)
-    return {path: 4 * math.prod(shape) for path, shape in shapes.items()}
+    told, path = Captions(model, dataroot, captions), array_paths(dataroot)[0]
+    latents = array_shapes(told, resolution)[path]
+    return {path: 4 * math.prod(latents), **told.num_bytes()}
 
 
-def is_encoded(identity: dict, shapes: dict[Path, tuple[int, ...]], thorough: bool = False) -> bool:
-    """Whether latents and embeddings of these shapes, {path: shape}, are there (`is_made`)."""
-    return all(
-        is_made(path, identity, shape, how)
-        for how in sorted({False, thorough})
-        for path, shape in shapes.items()
+def is_encoded(identity: dict, captions: Captions, resolution: int, thorough: bool = False) -> bool:
+    """Whether latents and embeddings of images with these captions are there (`is_made`), as they
+    are written or, unless `thorough`, as earlier versions wrote them."""
+    ways = [False] if thorough or captions.model.is_stored_by_image else [False, True]
+    return any(
+        all(
+            is_made(path, identity, shape, how or path == captions.index)
+            for how in sorted({False, thorough})
+            for path, shape in array_shapes(captions, resolution, is_by_image).items()
+        )
+        for is_by_image in ways
     )
 
 
@@ -211,28 +176,27 @@ def tell_left_out(dataroot: str | Path, names: Sequence[str], num_images: int) -
 
 
 def write_arrays(
-    model: Encoder,
-    dataroot: str | Path,
-    pairs: tuple[Sequence[Path], Sequence[Sequence[str]]],
+    captions: Captions,
+    paths: Sequence[Path],
     resolution: int,
     batch_size: int,
     identity: dict,
     overwrite: bool,
 ) -> None:
-    """Writes latents and conditioning of images and captions, `pairs`; one process of a launch does,
-    the others wait."""
-    paths, captions = pairs
-    shapes = array_shapes(model, dataroot, len(paths), len(captions[0]), resolution)
+    """Writes latents and conditioning of images; one process of a launch does, the others wait."""
+    model, dataroot = captions.model, captions.dataroot
     latents = array_paths(dataroot)[0]
 
     def write():
-        tell_odd_captions(model, captions)
+        tell_odd_captions(model, captions.of_images)
         how = resolution, batch_size, identity, overwrite
-        write_latents(model, latents, shapes[latents], paths, *how)
-        for name, path in text_paths(model, dataroot).items():
-            write_texts(model, name, path, shapes[path], paths, captions, *how)
+        write_latents(model, latents, array_shapes(captions, resolution)[latents], paths, *how)
+        captions.write(paths, *how)
 
-    do_once(dataroot, "laion_latents", lambda: is_encoded(identity, shapes, overwrite), write)
+    def is_there():
+        return is_encoded(identity, captions, resolution, overwrite)
+
+    do_once(dataroot, "laion_latents", is_there, write)
 
 
 def encode_training_set(
@@ -248,8 +212,8 @@ def encode_training_set(
     """Makes latents and embeddings of a data root from its images and captions where it has none
     (the emoji world commits pictures, not latents), or has those of another model or of other
     pictures, or what cannot be opened; those that came with it stay, and what is whole is not made
-    again, unless `overwrite`: then every byte is compared with its record. command: that does the
-    same, for messages. Returns whether there was anything to do."""
+    again, unless `overwrite`: then every byte is compared with its record, and texts that an earlier
+    version wrote image by image are made again. command: that does the same, for messages. Returns whether there was anything to do."""
     if has_given_arrays(dataroot) and not overwrite:
         return False
     paths, captions = list_pairs(dataroot, num_captions)
@@ -261,9 +225,13 @@ def encode_training_set(
         say(note)
     hashes = [picture.content for picture in pictures]
     identity = encoding_identity(model, dataroot, paths, captions, resolution, hashes)
-    count = len(paths) - len(read_left_out(dataroot))
-    shapes = array_shapes(model, dataroot, count, len(captions[0]), resolution)
-    if is_encoded(identity, shapes, overwrite):
+    folder, left_out = Path(dataroot) / read_settings(dataroot)["images"], read_left_out(dataroot)
+    there = [
+        few
+        for path, few in zip(paths, captions)
+        if path.relative_to(folder).as_posix() not in left_out
+    ]
+    if there and is_encoded(identity, Captions(model, dataroot, there), resolution, overwrite):
         forget_claim(dataroot, "laion_latents")
         return False
     folders = [Path(dataroot), *(path.parent for path in array_paths(dataroot))]
@@ -272,7 +240,7 @@ def encode_training_set(
     tell_overlooked(dataroot, paths)
     rows = choose_readable(paths, dataroot, skip_corrupt, command)
     if len(rows) < len(paths):
-        folder, kept = Path(dataroot) / read_settings(dataroot)["images"], set(rows)
+        kept = set(rows)
         identity["left_out"] = [
             path.relative_to(folder).as_posix() for row, path in enumerate(paths) if row not in kept
         ]
@@ -280,5 +248,6 @@ def encode_training_set(
         paths, captions = [paths[row] for row in rows], [captions[row] for row in rows]
     if not (Path(dataroot) / ORIGINALS).exists():  # of people's folders they were told
         tell_pairs(paths, captions)
-    write_arrays(model, dataroot, (paths, captions), resolution, batch_size, identity, overwrite)
+    told = Captions(model, dataroot, captions)
+    write_arrays(told, paths, resolution, batch_size, identity, overwrite)
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..storage.artifacts import check_writable
 from ..storage.records import record_path
 from .settings import read_settings
+from .texts import index_path
 from .training_sets import array_paths, extra_paths, find_extras
 
 
@@ -24,6 +25,7 @@ def own_root(dataroot: str | Path) -> str:
     if (root / settings["captions"]).is_relative_to(root / settings["images"]):
         linked.discard(root / settings["images"])
     arrays = [*array_paths(dataroot), *extra_paths(dataroot, find_extras(dataroot)).values()]
+    arrays.append(index_path(array_paths(dataroot)[1]))
     left_out = {path.absolute() for array in arrays for path in (array, record_path(array))}
     commands = []
 

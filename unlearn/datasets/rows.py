@@ -1,4 +1,5 @@
-"""Float32 arrays written batch by batch: an interrupted run goes on with the batch it was at."""
+"""Arrays written batch by batch, in float32 or as the bits of bfloat16: an interrupted run goes on with
+the batch it was at."""
 
 import io
 import math
@@ -18,15 +19,20 @@ from ..storage.artifacts import whole_file
 from ..storage.hashes import digest, hash_file
 from ..storage.reading import read_array
 from ..storage.records import check_content, is_complete, write_record
+from .texts import halve, widen
 from .training_sets import read_identity
 
 
-def count_rows(file: BinaryIO, start: int, row_bytes: int) -> int:
+class Rounded(Exception):
+    """Rows are not those of half precision."""
+
+
+def count_rows(file: BinaryIO, start: int, row_bytes: int, kind: np.dtype) -> int:
     """How many rows of a file that was begun before are whole: finite numbers. A node that lost its
     power leaves a size, and zeros from anywhere within a row."""
 
     def is_whole():
-        row = np.frombuffer(file.read(row_bytes), np.float32)
+        row = widen(np.frombuffer(file.read(row_bytes), kind))
         return row.any() and np.isfinite(row).all()
 
     size = max(0, os.fstat(file.fileno()).st_size - start) // row_bytes
@@ -72,11 +78,14 @@ def write_rows(
     identity: dict,
     description: str,
     thorough: bool = False,
+    is_half: bool = False,
+    unit: str = "rows",
 ) -> None:
     """Writes a float32 array batch by batch, so that memory does not grow with it, and its record.
     Ended early, the same call goes on with the batch it was at. starts: the first row of each
     batch; encode(number): the rows of a batch. Raises UserError where these are not of the array's
-    shape or not finite. thorough: as of `is_made`."""
+    shape or not finite. thorough: as of `is_made`; is_half: writes the bits of bfloat16, and raises
+    Rounded where that would lose any; unit: what a row is, for progress."""
     if is_made(path, identity, shape, thorough):
         return
     path.unlink(
@@ -84,19 +93,21 @@ def write_rows(
         # from here to the end a record may stand without its array, never an array without its
         # record
     )
-    header, row_bytes, ends = io.BytesIO(), 4 * math.prod(shape[1:]), [*starts[1:], shape[0]]
+    kind = np.dtype("<u2" if is_half else "<f4")
+    header, row_bytes = io.BytesIO(), kind.itemsize * math.prod(shape[1:])
+    ends = [*starts[1:], shape[0]]
     np.lib.format.write_array_header_1_0(
-        header, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        header, {"descr": kind.str, "fortran_order": False, "shape": shape}
     )
     with whole_file(path, digest(identity)[:16]) as file:
         if file.read(header.tell()) != header.getvalue():  # rows of another shape, or none yet
             file.truncate(0)
-        done = count_rows(file, header.tell(), row_bytes)
+        done = count_rows(file, header.tell(), row_bytes, kind)
         first = bisect_right(starts, done) - 1 if done < shape[0] else len(starts)
         file.seek(0)
         file.write(header.getvalue())
         with progress(
-            shape[0], description, "rows", starts[first] if first < len(starts) else shape[0]
+            shape[0], description, unit, starts[first] if first < len(starts) else shape[0]
         ) as bar:
             for number in range(first, len(starts)):
                 rows = np.ascontiguousarray(encode(number), np.float32)
@@ -107,8 +118,11 @@ def write_rows(
                         missing_ok=True
                     )  # the model is broken: its other rows are worth nothing either
                     raise
+                stored = halve(rows) if is_half else rows
+                if stored is None:
+                    raise Rounded
                 file.seek(header.tell() + starts[number] * row_bytes)
-                file.write(rows.tobytes())
+                file.write(stored.tobytes())
                 bar.update(len(rows))
         file.flush()
         with suppress(FileNotFoundError):  # another process was first, and has written it

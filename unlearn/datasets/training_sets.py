@@ -15,6 +15,7 @@ from ..storage.records import record_path
 from .captions import label_images
 from .conditioning import TEXT
 from .settings import read_settings
+from .texts import Texts, Told, choose_images, index_path, is_packed, open_packed
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class TrainingSet:
     paths: Sequence[Path | None]  # None where there is no picture to show
     # [views, N, channels, height, width], scaled as the denoiser expects
     latents: np.ndarray = field(repr=False)
-    embeddings: np.ndarray = field(repr=False)  # [N, captions, tokens, features]
+    embeddings: Told = field(repr=False)  # [N, captions, tokens, features]
     source: str = ""  # digest of what latents and embeddings were made from
     settings: dict = field(default_factory=dict, repr=False, compare=False)  # its data root's
     # What else the denoiser is told of an image, as its family says: {name: [N, captions, ...]}.
-    extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    extras: Mapping[str, Told] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def conditioning(self) -> dict[str, np.ndarray]:
+    def conditioning(self) -> dict[str, Told]:
         """What the denoiser is told of each image, {name: [N, captions, ...]}."""
         return {TEXT: self.embeddings, **self.extras}
 
@@ -80,8 +81,8 @@ class TrainingSet:
             captions=[self.captions[i] for i in indices],
             paths=[self.paths[i] for i in indices],
             latents=self.latents[:, indices],
-            embeddings=self.embeddings[indices],
-            extras={name: array[indices] for name, array in self.extras.items()},
+            embeddings=choose_images(self.embeddings, indices),
+            extras={name: choose_images(each, indices) for name, each in self.extras.items()},
         )
 
     def first(self, count: int) -> "TrainingSet":
@@ -92,8 +93,8 @@ class TrainingSet:
             captions=self.captions[:count],
             paths=self.paths[:count],
             latents=self.latents[:, :count],
-            embeddings=self.embeddings[:count],
-            extras={name: array[:count] for name, array in self.extras.items()},
+            embeddings=choose_images(self.embeddings, slice(count)),
+            extras={name: choose_images(each, slice(count)) for name, each in self.extras.items()},
         )
 
     @property
@@ -132,7 +133,7 @@ def list_images(dataroot: str | Path) -> list[Path]:
     return label_rows(dataroot)[1]
 
 
-def probe(array: np.ndarray) -> str:
+def probe(array: Told) -> str:
     """Digest of eight rows spread over an array, and of its shape: tells two files apart without
     reading them."""
     rows = np.linspace(0, len(array) - 1, 8).astype(int)
@@ -157,7 +158,7 @@ def read_identity(path: str | Path) -> dict:
     return identity
 
 
-def source_of(path: str | Path, array: np.ndarray) -> str:
+def source_of(path: str | Path, array: Told) -> str:
     """What an array was made from: its record's identity where this project made it, else a probe
     of its rows."""
     return digest(read_identity(path)) if record_path(path).exists() else probe(array)
@@ -192,14 +193,18 @@ def extra_paths(dataroot: str | Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def open_extras(
-    dataroot: str | Path, shapes: Mapping[str, tuple[int, ...]], embeddings: np.ndarray
-) -> dict[str, np.ndarray]:
+    dataroot: str | Path, shapes: Mapping[str, tuple[int, ...]], embeddings: Told
+) -> dict[str, Told]:
     """Conditioning other than embeddings [N, captions, ...], memory-mapped, as [N, captions, ...] by
-    its name: what belongs to an image is the same for all of its captions. shapes: of a text's, by
-    name. Raises UserError where one is missing or of another shape."""
+    its name: what belongs to an image is the same for all of its captions, and what belongs to a text
+    for all images that have it. shapes: of a text's, by name. Raises UserError where one is missing
+    or of another shape."""
     count, found = embeddings.shape[:2], {}
     for name, path in extra_paths(dataroot, shapes).items():
         array, shape = read_array(path, name), shapes[name]
+        if isinstance(embeddings, Texts) and array.shape == (embeddings.num_texts, *shape):
+            found[name] = Texts(array, embeddings.index, shape)
+            continue
         if array.shape not in ((*count, *shape), (count[0], *shape)):
             raise UserError(
                 f"{path}: expected [{count[0]}, {', '.join(map(str, shape))}] for this model, found "
@@ -214,7 +219,8 @@ def find_extras(dataroot: str | Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the conditioning that stands beside a data root's embeddings and was made with them,
     by name: what a model would say, where there is none."""
     path, shapes = array_paths(dataroot)[1], {}
-    for other in sorted(path.parent.glob(f"{path.stem}_*{path.suffix}")):
+    beside = set(path.parent.glob(f"{path.stem}_*{path.suffix}")) - {index_path(path)}
+    for other in sorted(beside):
         made = [read_identity(one) if record_path(one).exists() else None for one in (path, other)]
         if made[0] == made[1]:
             shapes[other.stem.removeprefix(f"{path.stem}_")] = read_array(other).shape[1:]
@@ -223,13 +229,15 @@ def find_extras(dataroot: str | Path) -> dict[str, tuple[int, ...]]:
 
 def open_arrays(
     dataroot: str | Path,
-) -> tuple[np.ndarray, np.ndarray, Sequence[int], list[Path], list[str]]:
+) -> tuple[np.ndarray, Told, Sequence[int], list[Path], list[str]]:
     """Latents and embeddings (memory-mapped), images' indices, pictures and captions of a data
     root. Raises UserError where they are missing or their numbers disagree: all that can be told
     without a model."""
     latents_path, embeddings_path = array_paths(dataroot)
     latents = read_array(latents_path, "latents")
-    embeddings = read_array(embeddings_path, "text embeddings")
+    embeddings: Told = read_array(embeddings_path, "text embeddings")
+    if is_packed(embeddings_path, embeddings):
+        embeddings = open_packed(embeddings_path, embeddings)
     several = " (or, of several captions an image, [N, captions, tokens, features])"
     for path, array, axes, more in (
         (latents_path, latents, "[2N, C, h, w]", ""),
@@ -237,7 +245,7 @@ def open_arrays(
     ):
         if (
             array.ndim - axes.count(",") - 1 not in (0, bool(more))
-            or not array.size
+            or not all(array.shape)
             or not np.issubdtype(array.dtype, np.floating)
         ):
             raise UserError(
@@ -310,7 +318,8 @@ def open_training_set(
                 f"{path}: expected rows {list(shape)} of floats for this model, found "
                 f"{list(array.shape)} {array.dtype}"
             )
-    embeddings = embeddings.reshape(count, -1, *shapes[TEXT])
+    if not isinstance(embeddings, Texts):
+        embeddings = embeddings.reshape(count, -1, *shapes[TEXT])
     extras = open_extras(dataroot, shapes, embeddings)
     made_from = {latents_path: latents, embeddings_path: stored}
     made_from |= {path: read_array(path) for path in extra_paths(dataroot, extras).values()}

@@ -168,6 +168,22 @@ class Model:
             return self.family.encode_prompts(self.pipeline, prompts)
 
     @property
+    def is_stored_by_image(self) -> bool:
+        """Whether embeddings of a training set stand on the disk image by image, as published."""
+        return self.family.is_stored_by_image
+
+    @property
+    def has_half_texts(self) -> bool:
+        """Whether all of its text encoders compute in bfloat16."""
+        encoders = (getattr(self.pipeline, name) for name in self.encoders)
+        return all(encoder.dtype == torch.bfloat16 for encoder in encoders)
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt's text has before the zeros that it is filled up with."""
+        lengths = self.family.text_lengths(self.pipeline, prompts)
+        return [self.embedding_shape[0]] * len(prompts) if lengths is None else lengths
+
+    @property
     def of_sizes(self) -> Sequence[str]:
         """Names of the conditioning that belongs to a picture's size, not to its prompt."""
         return [name for name in self.family.of_sizes if name in self.conditioning_shapes]

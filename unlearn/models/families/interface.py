@@ -245,6 +245,15 @@ class Family:
         """Conditioning of prompts, {name: [n, ...]} float32 on the CPU."""
         raise NotImplementedError
 
+    # whether embeddings of a training set stand on the disk image by image, as they were published,
+    # and not once for each different caption
+    is_stored_by_image: bool = False
+
+    def text_lengths(self, pipeline: Any, prompts: Sequence[str]) -> list[int] | None:
+        """How many tokens each prompt's text has before the zeros that it is filled up with; None
+        where it is filled up with others."""
+        return None
+
     def tokenize(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
         """The tokens that are read of prompts, by tokenizer, for records."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from .checks import check_transformer
 from .flow import ATTENTION, SELECTIONS
 from .interface import Parts, Refuse
 from .packing import Standardised, pack, packed_channels, unpack
-from .texts import check_tokens, read_tokens, tokenize
+from .texts import check_tokens, count_read, read_tokens, tokenize
 
 # The message around a prompt, and its tokens before the prompt, whose states are not used. Source:
 # diffusers' QwenImagePipeline.
@@ -146,6 +146,13 @@ class QwenImage(Standardised):
     def tokenize(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
         tokenizer, tokens = self.reader(pipeline)
         return {"tokens": tokenize(tokenizer, write(prompts), BEFORE + tokens)}
+
+    def text_lengths(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
+        tokenizer, tokens = self.reader(pipeline)
+        return [
+            max(0, count - BEFORE)
+            for count in count_read(tokenizer, write(prompts), BEFORE + tokens)
+        ]
 
     def reader(self, pipeline: Any) -> tuple[Any, int]:
         return pipeline.tokenizer, count_tokens(pipeline.tokenizer.model_max_length)

@@ -15,7 +15,7 @@ from ...datasets.conditioning import TEXT, Conditioning, repeat_texts
 from ..text_weights import KeysValues, StreamWeights
 from .flow import Flow, falling_sigmas
 from .interface import Original, Parts
-from .texts import read_tokens, tokenize
+from .texts import count_read, read_tokens, tokenize
 
 REFINER = r"^context_refiner\.\d+\.att(entio)?n\."
 SELECTIONS = {  # of a transformer's parameters, by name
@@ -104,7 +104,8 @@ class SingleStream(Flow):
             tensor.to(encoder.device) for tensor in (read.input_ids, read.attention_mask)
         )
         output = encoder(tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        states = output.hidden_states[-2].float() * mask[..., None]
+        # Not multiplied by the mask, which would leave negative zeros.
+        states = torch.where(mask[..., None] > 0, output.hidden_states[-2].float(), 0)
         order = mask.argsort(dim=1, descending=True, stable=True)  # some tokenizers pad the left
         states = states.take_along_dim(order[..., None], dim=1)
         return {TEXT: states.cpu(), "mask": mask.take_along_dim(order, dim=1).float().cpu()}
@@ -112,6 +113,9 @@ class SingleStream(Flow):
     def tokenize(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, list[list[int]]]:
         limit = self.limit(pipeline)
         return {"tokens": tokenize(pipeline.tokenizer, self.wrap(prompts), limit)}
+
+    def text_lengths(self, pipeline: Any, prompts: Sequence[str]) -> list[int]:
+        return count_read(pipeline.tokenizer, self.wrap(prompts), self.limit(pipeline))
 
     def limit(self, pipeline: Any) -> int:
         """Tokens that are read of a prompt and what stands around it."""

@@ -35,6 +35,7 @@ class StableDiffusion(Betas):
     can_be_customized = True
     follows_clip_skip = True
     learns_words = True
+    is_stored_by_image = True
     selections = UNET_SELECTIONS
     text = SharedText()
 

@@ -179,6 +179,12 @@ class StableDiffusion3(Flow):
             tokens["tokens_3"] = tokenize(third, prompts, t5_limit(third.model_max_length))
         return tokens
 
+    def text_lengths(self, pipeline: Any, prompts: Sequence[str]) -> list[int] | None:
+        """Without T5 its tokens are zeros."""
+        if pipeline.text_encoder_3:
+            return None
+        return [pipeline.tokenizer.model_max_length] * len(prompts)
+
     def reader(self, pipeline: Any) -> tuple[Any, int]:
         if third := pipeline.tokenizer_3:
             return third, t5_limit(third.model_max_length)

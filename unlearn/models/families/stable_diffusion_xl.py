@@ -24,6 +24,7 @@ class StableDiffusionXL(StableDiffusion):
     can_be_customized = False
     follows_clip_skip = False
     learns_words = True
+    is_stored_by_image = False
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     # Not `sample`: diffusers' training script and its schedulers do not mean the same by it.
     predictions = ("epsilon", "v_prediction")

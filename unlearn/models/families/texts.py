@@ -47,6 +47,13 @@ def tokenize(
     return tokenizer(words, max_length=limit, add_special_tokens=special, **how).input_ids
 
 
+def count_read(tokenizer: Any, prompts: Sequence[str], limit: int) -> list[int]:
+    """How many tokens are read of each prompt, without padding."""
+    words = expand_words(tokenizer, prompts)
+    read = tokenizer(words, truncation=True, max_length=limit, verbose=False)
+    return [len(tokens) for tokens in read.input_ids]
+
+
 def label(encoder: str) -> str:
     """A text encoder as messages name it: `text encoder`, `second text encoder`, ..."""
     return {"_2": "second ", "_3": "third "}.get(encoder[-2:], "") + "text encoder"
