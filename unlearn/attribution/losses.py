@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..datasets.conditioning import TEXT, Conditioning, count_texts, map_tensors
+from ..datasets.conditioning import Conditioning, count_texts, map_tensors
 from ..datasets.training_sets import TrainingSet, check_pixels
 from ..models.passes import remembered, sharing_prefix
 from ..models.pipelines import Model
@@ -104,24 +104,25 @@ def score_rows(
     [texts, ...]; the result is then [rows, ...].
     """
     views, images = np.divmod(rows, len(training_set))
-    latents, conditioning = training_set.latents[views, images], training_set.texts(images)
-    for name, array in {"latents": latents, **conditioning}.items():
-        check_pixels(
-            f"{name} of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}", array
-        )
-    num_captions, shape, sums = conditioning[TEXT].shape[1], latents.shape[1:], []
-    latents, drawn = (
-        torch.from_numpy(np.asarray(array, np.float32)) for array in (latents, noises)
-    )
-    conditioning = {
-        name: torch.from_numpy(np.asarray(array, np.float32)).flatten(0, 1)
-        for name, array in conditioning.items()
-    }
+    of_images = f"of {training_set.ids[images[0]]} to {training_set.ids[images[-1]]}"
+
+    def read(name: str, array: np.ndarray) -> torch.Tensor:
+        check_pixels(f"{name} {of_images}", array)
+        return torch.from_numpy(np.asarray(array, np.float32))
+
+    latents = read("latents", training_set.latents[views, images])
+    num_captions, shape, sums = training_set.embeddings.shape[1], latents.shape[1:], []
+    drawn = torch.from_numpy(np.asarray(noises, np.float32))
     latents = latents.repeat_interleave(num_captions, dim=0)
     drawn, timesteps = drawn.reshape(len(latents), len(grid), *shape), torch.tensor(grid)
     # A batch is a block of texts x timesteps, so that a text's keys and values are made once.
     num_blocks = -(-len(latents) // max(1, batch_size // len(grid)))
     for texts in torch.arange(len(latents)).tensor_split(num_blocks):
+        owners, captions = np.divmod(texts.numpy(), num_captions)
+        conditioning = {  # of this block alone: a text may take 30 MB
+            name: read(name, array)
+            for name, array in training_set.texts(images[owners], captions).items()
+        }
         partial = 0
         for slots in torch.arange(len(grid)).split(batch_size):
             latent, normals, told = map_tensors(
@@ -129,7 +130,7 @@ def score_rows(
                 (
                     latents[texts],
                     drawn[texts][:, slots],
-                    {name: tensor[texts] for name, tensor in conditioning.items()},
+                    conditioning,
                 ),
             )
             times = timesteps[slots].to(model.device).repeat(len(texts))
