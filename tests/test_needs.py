@@ -110,7 +110,7 @@ def test_operations_of_features_are_those_of_their_passes():
     assert found.seconds(1000, "H100") == pytest.approx(
         1000 * (expected / (0.4 * 67e12) + launches)
     )
-    cells = needs.describe("mine", architecture, 0, 1000, False, "fp32")
+    cells = needs.describe("mine", architecture, 0, (1000, 1000), False, "fp32")
     assert cells[:2] + cells[5:6] == [f"mine, {found.resolution} px", "fp32", "12 GB"]
     half = find_needs(architecture, weights="bf16")
     assert half.least_bytes < found.least_bytes
@@ -145,7 +145,7 @@ def test_needs_are_told_of_published_models_and_of_folders(capsys, monkeypatch):
     monkeypatch.setattr(needs, "describe", lambda name, *more: [name, str(more[1:])])
     needs.main(["stable diffusion 1.5", str(TINY), "--images", "10"])
     assert capsys.readouterr().out.splitlines()[2:] == [
-        f"| {name} | ({resolution}, 10, {lora}, '{weights}') |"
+        f"| {name} | ({resolution}, (10, 10), {lora}, '{weights}') |"
         for name, resolution in (("stable diffusion 1.5", 512), (TINY, 0))
         for weights in ("fp32", "bf16")
         for lora in (False, True)

@@ -3,6 +3,7 @@ That each family's texts are given bit by bit stands in test_families."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from unlearn.datasets.encoding import encode_training_set, encoding_plan
 from unlearn.datasets.own_root import own_root
 from unlearn.datasets.texts import Packed, Texts, halve, make_index, widen
 from unlearn.datasets.training_sets import open_arrays
+from unlearn.front.needs import find_needs
+from unlearn.front.planning import count_work
+from unlearn.models.architectures import read_architecture
 from unlearn.models.pipelines import load_model
 
 STATES, INDEX, LATENTS = (
@@ -272,6 +276,23 @@ def test_a_full_disk_is_told_before_anything_is_encoded(model, tmp_path, monkeyp
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError if words else TypeError, match=words):
             unlearn.open_training_set(root, model)
+
+
+def test_what_a_run_takes_is_told_by_the_different_captions(model, encoded, tmp_path):
+    entries = [SimpleNamespace(captions=[line]) for line in LINES]
+    found = SimpleNamespace(entries=entries)
+    counts = count_work(found, model, tmp_path, [], None, None, "exact")
+    assert counts.captions == 4 and counts.texts == 3
+    told = sum(path.stat().st_size - 128 for path in encoded.glob(f"{STATES[:-4]}*.npy"))
+    assert counts.text_bytes == told
+    own, half = (
+        find_needs(read_architecture(model.pipeline.name_or_path), 16, weights=weights)
+        for weights in ("fp32", "bf16")
+    )
+    states, mask = (np.prod(shape) for shape in model.conditioning_shapes.values())
+    assert own.caption_bytes == 4 * (states + mask)
+    assert half.caption_bytes == own.caption_bytes - 2 * states
+    assert own.disk(9, 5) - own.disk(9, 1) == 4 * own.caption_bytes
 
 
 def test_doctor_and_the_commands_for_a_root_of_one_s_own_know_the_index(encoded, model):

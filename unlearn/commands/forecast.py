@@ -44,6 +44,8 @@ def tell_needs(needs: Needs, scoring: str, device: str | None) -> Finding:
     """What a way of scoring takes, and whether this machine has it."""
     found, problem = try_out(choose_device, device)
     text = f"{scoring}: {needs.describe()}; {needs.image_bytes / 1e6:.2f} MB on the disk an image"
+    if needs.caption_bytes:
+        text += f" and {needs.caption_bytes / 1e6:.2f} MB a different caption"
     if problem is None and found.type == "cuda":
         there, needed = torch.cuda.mem_get_info(found)[1], needs.device_bytes
     else:

@@ -2,7 +2,7 @@
 
     python -m unlearn needs                        # of the published models
     python -m unlearn needs "FLUX.1-dev" MODEL     # of some, by name or by a diffusers folder
-    python -m unlearn needs MODEL --resolution 768 --images 5000
+    python -m unlearn needs MODEL --resolution 768 --images 5000 --captions 1
 
 For each model a line for its own weights and one for a LoRA, in each precision that weights may have
 (`--weights bf16`): what a GPU has to hold at most, and with gradient checkpointing, to which a run turns
@@ -53,9 +53,11 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "data", "--resolution", type=int, default=0, help="pixels of a side (default the model's)"
     )
     parser.add("data", "--images", type=int, default=1000, help="training images (default 1,000)")
+    parser.add("data", "--captions", type=int, help="different captions (default as many)")
     args = parser.parse_args(argv)
-    for flag in "resolution", "images":
-        if getattr(args, flag) < (flag == "images"):
+    args.captions = args.images if args.captions is None else args.captions
+    for flag in "resolution", "images", "captions":
+        if getattr(args, flag) < (flag != "resolution"):
             parser.error(f"--{flag} {getattr(args, flag)}: expected a positive number")
     return args
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolution = args.resolution or own
         for weights in "fp32", "bf16":
             for lora in False, True:
-                how = resolution, args.images, lora, weights
+                how = resolution, (args.images, args.captions), lora, weights
                 show(line(describe(name, architecture, *how)))
 
 
@@ -84,11 +86,11 @@ def describe(
     name: str,
     architecture: "Architecture",
     resolution: int,
-    num_images: int,
+    numbers: tuple[int, int],
     lora: bool,
     weights: str,
 ) -> list[str]:
-    """The cells of a model's line."""
+    """The cells of a model's line. numbers: of images, and of different captions."""
     from ..front.costs import describe_seconds
     from ..front.needs import describe_bytes, find_needs
 
@@ -102,8 +104,8 @@ def describe(
         f"{describe_bytes(needs.device_bytes)}, {describe_bytes(needs.least_bytes)}",
         gpu,
         describe_bytes(needs.host),
-        describe_bytes(needs.disk(num_images)),
-        *(describe_seconds(needs.seconds(num_images, card)) for card in ("A100", "H100")),
+        describe_bytes(needs.disk(*numbers)),
+        *(describe_seconds(needs.seconds(numbers[0], card)) for card in ("A100", "H100")),
         describe_seconds(needs.seconds(1, "H100")),
     ]
 

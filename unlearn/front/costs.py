@@ -1,6 +1,5 @@
 """What a run costs before it starts, and what of it is left while it runs."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +44,8 @@ class Counts:
     sampling: int  # forward passes of making a picture, 0 where none is made
     noises: int = 0  # of removal: timesteps; 0 where a picture is unlearned
     probes: int = 0  # of removal
+    texts: int = 0  # captions that are encoded: where they are stored once, the different ones
+    text_bytes: int = 0  # of what is told of all captions, on the disk
 
     @property
     def features(self) -> int:
@@ -118,8 +119,8 @@ def list_steps(counts: Counts, pace: Pace, done: set[str]) -> list[Step]:
     passes = {
         MAKING: (f"{counts.sampling:,} passes", counts.sampling * pace.alone),
         ENCODING: (
-            f"{2 * counts.images:,} views and {counts.captions:,} captions",
-            2 * counts.images * pace.picture + counts.captions * pace.caption,
+            f"{2 * counts.images:,} views and {counts.texts:,} captions",
+            2 * counts.images * pace.picture + counts.texts * pace.caption,
         ),
         COMPARING: (f"{counts.images:,} images", 0.0),
         **ranking,
@@ -160,12 +161,11 @@ def count_bytes(
     """Bytes that a run leaves or needs for a while: arrays, and the parts of the curvature, or
     features of row_bytes each."""
     channels, height, width = model.latent_shape(resolution)
-    text_size = sum(map(math.prod, model.conditioning_shapes.values()))
     selected = select_parameters(model.denoiser, selection).values()
     weights = sum(value.numel() for value in selected)
     latents = 2 * counts.images * channels * height * width
     sections = min(FISHER_SECTIONS, -(-counts.samples // 1000))
-    encoded = 4 * (latents + counts.captions * text_size)
+    encoded = 4 * latents + counts.text_bytes
     if counts.noises:
         rows = counts.captions * counts.noises * counts.probes
         return encoded + rows * row_bytes + 16 * counts.questions * counts.images

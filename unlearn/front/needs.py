@@ -64,6 +64,9 @@ class Needs:
     host: int  # bytes of memory while the model is loaded onto a GPU; in bf16 see `count_loaded`
     cpu: int  # bytes of memory, at most, of a run on a CPU
     image_bytes: int  # of an image on the disk
+    caption_bytes: (
+        int  # of a different caption, where it stands once; 0 where images have their own
+    )
 
     @property
     def device_bytes(self) -> int:
@@ -83,9 +86,10 @@ class Needs:
         forwards = count_made(settings, is_saving) - backwards
         return self.encoding + forwards * self.forward + backwards * self.backward
 
-    def disk(self, num_images: int, settings: RemovalSettings = USUAL) -> int:
-        """Bytes on the disk of so many images by removal, each with one caption."""
-        return num_images * self.image_bytes + count_solved(num_images * settings.probes, settings)
+    def disk(self, num_images: int, num_captions: int, settings: RemovalSettings = USUAL) -> int:
+        """Bytes on the disk of so many images with so many different captions by removal."""
+        encoded = num_images * self.image_bytes + num_captions * self.caption_bytes
+        return encoded + count_solved(num_images * settings.probes, settings)
 
     def seconds(self, num_images: int, gpu: str) -> float:
         """Predicted seconds of the features of so many images on one of SPEEDS' GPUs, of 80 GB."""
@@ -161,6 +165,7 @@ def count_needs(
     others = sum(weights.values()) - weights[model.family.denoiser]
     caption = count_caption(model, architecture, parameters)
     image = count_image(model, resolution, settings if is_removal else None)
+    told = count_told(model)
     saved = count_passes(model, selected, resolution)[2] if model.save_memory() else peak
     return Needs(
         resolution,
@@ -175,7 +180,8 @@ def count_needs(
         held + saved,
         max(loaded, sum(weights.values())) + LIBRARIES,
         sum(weights.values()) + max(picture, held - count_bytes(model.denoiser) + peak) + LIBRARIES,
-        image,
+        image + (told if model.is_stored_by_image else 0),
+        0 if model.is_stored_by_image else told,
     )
 
 
@@ -267,11 +273,16 @@ def count_caption(model: Model, architecture: Architecture, parameters: Mapping[
 
 
 def count_image(model: Model, resolution: int, settings: RemovalSettings | None) -> int:
-    """Bytes of an image with one caption on the disk: latents of two views, conditioning and, of
-    removal, features."""
-    texts = sum(map(math.prod, model.conditioning_shapes.values()))
-    encoded = 4 * (2 * math.prod(model.latent_shape(resolution)) + texts)
+    """Bytes of an image on the disk: latents of two views and, of removal, features."""
+    latents = 2 * 4 * math.prod(model.latent_shape(resolution))
     if settings is None:
-        return encoded
+        return latents
     kind = image_type(len(settings.timesteps), settings.probes, settings.sketch_size)
-    return encoded + kind.itemsize
+    return latents + kind.itemsize
+
+
+def count_told(model: Model) -> int:
+    """Bytes of what is told of one caption on the disk; of the longest, where their lengths differ."""
+    states, *others = map(math.prod, model.conditioning_shapes.values())
+    is_half = model.has_half_texts and not model.is_stored_by_image
+    return (2 if is_half else 4) * states + 4 * sum(others)

@@ -11,6 +11,7 @@ from ..attribution.settings import UnlearnSettings
 from ..datasets.entries import Found
 from ..datasets.settings import PUBLISHED
 from ..datasets.tasks import BASE
+from ..datasets.text_files import Captions
 from ..errors import NotThere
 from ..models.pipelines import Model
 from ..storage.hashes import hash_tensors, named_weights
@@ -35,6 +36,8 @@ def count_work(
     is; removal: None where pictures are unlearned; scoring: the way."""
     num_images = len(found.entries)
     fewest = min(len(entry.captions) for entry in found.entries)
+    captions = [entry.captions[:fewest] for entry in found.entries]
+    texts = Captions(model, out / "root", captions)
     answered = sum(is_answered(out, model, question, scoring) for question in questions)
     return costs.Counts(
         num_images,
@@ -46,6 +49,8 @@ def count_work(
         sampling or 0,
         len(removal.timesteps) if removal else 0,
         removal.probes if removal else 0,
+        texts.num_encoded,
+        sum(texts.num_bytes().values()),
     )
 
 
