@@ -65,6 +65,18 @@ def first(parsed):
     return parsed[0] if isinstance(parsed, tuple) else parsed
 
 
+@pytest.mark.parametrize("before, after", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_losses_under_weights_of_another_precision_are_refused(before, after, tmp_path):
+    root = PARITY / "fixture/abc"
+    flags = ["--dataroot", str(root), "--sd_version", str(TINY), "--device", "cpu"]
+    flags += ["--task_json", str(PARITY / "fixture/tasks.json"), "--result_dir", str(tmp_path)]
+    flags += ["--time_samples", "1", "--laion_subset_size", "3", "--weights"]
+    compute_training_loss.main([*flags, before])
+    said = f"weights_precision is '{before}', expected '{after}' .precision of the weights"
+    with pytest.raises(UserError, match=said):
+        compute_training_loss.main([*flags, after])
+
+
 class Part:
     """A part of a pipeline that tells where it is."""
 

@@ -27,6 +27,7 @@ HASH = re.compile(r"[0-9a-f]{16}|[0-9a-f]{32}")
 # what this run was given, by kind (model, data root, Fisher): a record that tells hashes alone
 # explains nothing
 NAMES = {}
+WEIGHTS = {"weights", "initial_weights"}  # fields of an identity that depends on a model's weights
 # What a field of an identity is, in words, and under which kind its name is known.
 MEANINGS = {
     "format_version": ("version of these files", None),
@@ -278,9 +279,12 @@ def compare_identity(
 ) -> None:
     """Raises UserError naming the first identity field in which the artefact's record differs from
     what is expected. names: see `names_of`."""
-    for field, value in {"format_version": FORMAT_VERSION, **expected}.items():
-        if found.get(field) != value:
-            reason = explain_difference(field, found.get(field), value, names or {}, NAMES)
+    # Said only where it is not fp32: of an expected model whose weights are, it must be so.
+    told = {"weights_precision": "fp32"} if expected.keys() & WEIGHTS else {}
+    for field, value in {"format_version": FORMAT_VERSION, **told, **expected}.items():
+        there = found.get(field, told.get(field))
+        if there != value:
+            reason = explain_difference(field, there, value, names or {}, NAMES)
             raise UserError(f"{path}: made with other settings: {reason}; {remedy}")
 
 
