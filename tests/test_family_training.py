@@ -98,6 +98,48 @@ def test_a_lora_without_an_image_is_the_same_alone_or_stacked(trained):
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+class Killed(Exception):
+    """Ends a training in its second epoch of two steps."""
+
+
+def kill_in_the_second_epoch():
+    seen = []
+
+    def kill(count):
+        seen.append(count)
+        if sum(seen) == 3:
+            raise Killed
+
+    return kill
+
+
+def test_beside_weights_in_bfloat16_a_lora_is_trained_in_float32_and_a_killed_run_goes_on(
+    trained, tmp_path
+):
+    half = load_model(trained.folder, "cpu", weights="bf16")
+    half = with_fresh_lora(half, 2, 4.0, "linear")
+    alone, path = train(half, trained.images, WITHOUT_ONE, LORA)[0], tmp_path / "x.checkpoint"
+    assert {value.dtype for value in alone.values()} == {torch.float32}
+    _, stacked = train(half, trained.images, np.concatenate([ALL, WITHOUT_ONE]), LORA)
+    # FLUX rounds timesteps and guidance, so that it is trained at others.
+    least = {"flux": 0.6, "klein": 0.8}.get(trained.name, 0.97)
+    assert cosine_of_ups(alone, trained.matrices) > least
+    assert cosine_of_ups(alone, stacked) > 0.97
+    with pytest.raises(Killed):
+        train(half, trained.images, WITHOUT_ONE, LORA, path, kill_in_the_second_epoch())
+    assert path.exists()
+    assert same(train(half, trained.images, WITHOUT_ONE, LORA, path)[0], alone)
+
+
+def cosine_of_ups(one, other):
+    """Of what training moved from zero."""
+    ups = [
+        torch.cat([value.flatten() for name, value in weights.items() if ".lora_B." in name])
+        for weights in (one, other)
+    ]
+    return float(torch.nn.functional.cosine_similarity(*ups, dim=0))
+
+
 def test_the_identity_holds_what_the_family_s_loss_depends_on(trained):
     identity, flow = LORA.identity(trained.fresh, trained.images), FLOW.get(trained.name, set())
     assert flow <= identity.keys()
@@ -152,20 +194,12 @@ def load_model_of(family, folder):
 
 
 def test_all_weights_are_trained_from_scratch_and_a_killed_run_goes_on(trained, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(count, seen=[]):  # noqa: B006
-        seen.append(count)
-        if sum(seen) == 3:  # in the second epoch of two steps
-            raise Killed
-
     model, path = trained.plain, tmp_path / "x.checkpoint"
     whole = train(model, trained.images, ALL, RECIPE)[0]
     first = initial_weights(model.denoiser, 0)
     assert whole.keys() == first.keys() == dict(model.denoiser.named_parameters()).keys()
     assert distance(whole, first) > 1e-3
     with pytest.raises(Killed):
-        train(model, trained.images, ALL, RECIPE, path, kill)
+        train(model, trained.images, ALL, RECIPE, path, kill_in_the_second_epoch())
     assert path.exists()
     assert same(train(model, trained.images, ALL, RECIPE, path)[0], whole)

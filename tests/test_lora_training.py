@@ -11,15 +11,20 @@ from conftest import PARITY
 from diffusers import DiffusionPipeline
 from test_lora import TINY, predict
 from test_training import RECIPE, distance, members_without, same
+from tiny_families import make_pipeline, make_root
 
 from unlearn.commands import fisher, retrain
+from unlearn.datasets.queries import encode_query
+from unlearn.datasets.tasks import load_tasks
 from unlearn.errors import UserError
 from unlearn.models.lora import has_matrices
 from unlearn.models.lora_files import read_lora
 from unlearn.models.lora_names import Named
 from unlearn.models.pipelines import load_model
+from unlearn.noise import timestep_grid
 from unlearn.report.ranking import name_images
 from unlearn.retraining.lora import first_matrices, list_targets, read_matrices, with_fresh_lora
+from unlearn.retraining.measures import join_sets, query_losses
 from unlearn.retraining.plans import PlanSettings, make_plans
 from unlearn.retraining.sets import read_sets
 from unlearn.retraining.training import train
@@ -130,6 +135,73 @@ def test_retrain_writes_a_lora_that_diffusers_and_this_program_load(tmp_path):
     files = sorted(folder.iterdir())
     retrain.main([*flags, "--train_batch_size", "6", "--train_lr", "1e-2"])  # keeps what is there
     assert sorted(folder.iterdir()) == files
+
+
+def bf16_flags(folder, *more):
+    flags = ["full", "--device", "cpu", "--result_dir", str(folder), "--train_lora_rank", "2"]
+    flags += ["--train_epochs", "1", "--train_batch_size", "6", "--train_lr", "1e-2"]
+    return [*flags, "--weights", "bf16", *more]
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_the_command_measures_a_lora_beside_weights_in_bfloat16_as_its_file_is_loaded(
+    family, tmp_path
+):
+    pipeline = tmp_path / "pipeline"
+    make_pipeline(family).save_pretrained(pipeline)
+    root = make_root(tmp_path / "root", pipeline)
+    flags = ["--dataroot", str(root), "--task_json", str(root / "tasks.json"), "--no_pictures"]
+    flags = bf16_flags(tmp_path / "out", *flags, "--loss_time_samples", "2")
+    retrain.main(flags)
+    folder = tmp_path / "out/retrain/full-seed0"
+    assert {value.dtype for value in read_tensors(folder / "model.safetensors").values()} == {
+        torch.float32
+    }
+    record = json.loads((folder / "model.json").read_text())["identity"]
+    assert record["weights_precision"] == "bf16"
+    model = load_model(pipeline, "cpu", lora=[str(folder)], weights="bf16")
+    queries = [encode_query(model, *load_tasks(root / "tasks.json", root), root)]
+    grid = timestep_grid(2, model.num_train_timesteps, "")
+    measured = json.loads((tmp_path / "out/retrained/full-seed0.json").read_text())["losses"]
+    losses = query_losses(model, join_sets(queries), grid, 0, 10)
+    assert list(measured.values()) == pytest.approx(losses, rel=1e-6)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    retrain.main(flags)  # keeps what is there
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+
+
+def test_a_lora_trained_beside_weights_of_another_precision_is_refused(fresh, images, tmp_path):
+    flags = ["--dataroot", str(PARITY / "fixture/abc"), "--sd_version", TINY]
+    flags = bf16_flags(tmp_path, *flags, "--laion_subset_size", "12")
+    retrain.main(flags)
+    said = (
+        "full-seed0/model.safetensors: made with other settings: weights_precision is 'bf16', exp"
+    )
+    with pytest.raises(UserError, match=said):
+        retrain.main([*flags, "--weights", "fp32"])
+    half = with_fresh_lora(load_model(TINY, "cpu", weights="bf16"), 2, 4.0, "linear")
+    assert LORA.identity(half, images)["weights_precision"] == "bf16"
+    assert "weights_precision" not in LORA.identity(fresh, images)  # as before there was a choice
+
+
+@pytest.mark.parametrize("said_by", ["flag", "root"])
+def test_where_all_weights_are_trained_none_can_be_in_bfloat16(said_by, tmp_path):
+    settings = {"weights": "bf16"} if said_by == "root" else {}
+    root = make_root(tmp_path / "root", TINY, **settings)
+    flags = [
+        "full",
+        "--dataroot",
+        str(root),
+        "--device",
+        "cpu",
+        "--result_dir",
+        str(tmp_path / "x"),
+    ]
+    flags += ["--weights", "bf16"] if said_by == "flag" else []
+    said = "--weights bf16, or dataset.json's: without --train_lora_rank all weights are trained"
+    with pytest.raises(UserError, match=said):
+        retrain.main(flags)
+    assert not (tmp_path / "x").exists()
 
 
 def test_each_image_is_left_out_once(training_set):

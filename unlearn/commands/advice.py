@@ -52,7 +52,7 @@ FLAGS = {
     "retrain": (
         *TASKS,
         "result_dir",
-        *(flag for flag in IMAGES if flag not in ("lora", "weights")),
+        *(flag for flag in IMAGES if flag != "lora"),
         "noise_seed",
     ),
 }

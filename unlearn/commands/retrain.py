@@ -69,7 +69,9 @@ def recipe_of(args: Namespace, settings: dict, num_images: int) -> Recipe:
 def open_model(args: Namespace) -> Model:
     """The model that is trained: the untrained one, or the base model with a fresh LoRA."""
     rank = args.train_lora_rank
-    model = load_model(args.sd_version, args.device, args.unet, trained=bool(rank))
+    model = load_model(
+        args.sd_version, args.device, args.unet, trained=bool(rank), weights=args.weights
+    )
     if not rank:
         return model
     alpha = float(args.train_lora_alpha or rank)
@@ -125,6 +127,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, dict]:
         parser,
         "dataroot",
         "sd_version",
+        "weights",
         "laion_subset_size",
         "vae_batch_size",
         "noise_seed",

@@ -53,6 +53,12 @@ def check_flags(args: Namespace, tasks: Sequence[Task]) -> None:
         )
     if args.together > 1 and args.kind != "without":
         raise UserError(f"--together {args.together}: only of retrain without")
+    if args.weights != "fp32" and not args.train_lora_rank:
+        raise UserError(
+            f"--weights {args.weights}, or dataset.json's: without --train_lora_rank all weights are "
+            f"trained, and what is trained is float32; give --weights fp32 (and --mixed_precision "
+            f"bf16 for passes in bfloat16)"
+        )
     for flag in ("count", "stack", "num_queries", "together"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected at least 1")

@@ -243,6 +243,24 @@ class Model:
         times = self.family.times(self.levels, timesteps)
         return self.predict_at(noisy, times, conditioning, keys_values)
 
+    def arguments(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        conditioning: Conditioning,
+        keys_values: KeysValues | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of a pass of the denoiser, in the precision of its weights; see
+        `predict_at`."""
+        inputs = self.family.inputs(self.denoiser, noisy, times, conditioning, keys_values)
+        if self.weights == "fp32":
+            return inputs
+        return cast_inputs(inputs, self.family.rounded, DTYPES[self.weights])
+
+    def read(self, output: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        """The prediction, [batch, C, h, w], of a pass's output; float32 where the weights are not."""
+        return self.family.read(output if self.weights == "fp32" else output.float(), noisy)
+
     def predict_at(
         self,
         noisy: torch.Tensor,
@@ -254,11 +272,8 @@ class Model:
         of training."""
         if keys_values is None:
             keys_values = self.family.text.keys_values(self.denoiser, conditioning)
-        inputs = self.family.inputs(self.denoiser, noisy, times, conditioning, keys_values)
-        if self.weights == "fp32":
-            return self.family.read(self.denoiser(**inputs).sample, noisy)
-        inputs = cast_inputs(inputs, self.family.rounded, DTYPES[self.weights])
-        return self.family.read(self.denoiser(**inputs).sample.float(), noisy)
+        inputs = self.arguments(noisy, times, conditioning, keys_values)
+        return self.read(self.denoiser(**inputs).sample, noisy)
 
 
 def trained_resolution(

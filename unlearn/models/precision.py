@@ -37,6 +37,14 @@ def check_scoring(scoring: str | None, weights: str) -> None:
         )
 
 
+class KeptLinear(torch.nn.Linear):
+    """A layer of a denoiser in half precision whose weights stay float32: it multiplies in float32 and
+    gives what it was given, in that precision."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
 def halve(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     """Brings denoiser and text encoders of a pipeline to a dtype, in place, but for the weights that
     may be unlearned."""
@@ -52,6 +60,10 @@ def halve(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if id(tensor) in own else dtype)
+    for layer in layers:
+        # Those of a stream and a LoRA's matrices see to it themselves.
+        if type(modules[layer]) is torch.nn.Linear and not re.search(MATRICES, f"{layer}."):
+            modules[layer].__class__ = KeptLinear
     for name in family.encoders:
         if (encoder := getattr(pipeline, name, None)) is not None:
             encoder.to(dtype)

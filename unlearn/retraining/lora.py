@@ -52,8 +52,9 @@ def with_fresh_lora(model: Model, rank: int, alpha: float, targets: str) -> Mode
         layer: replace(draw_matrices(layer, shape, rank, 0), scale=alpha / rank)
         for layer, shape in shapes.items()
     }
+    place = next(model.denoiser.parameters()).device
     add_beside(model.denoiser, [(pairs, 1.0)])
-    model.pipeline.to(model.device)
+    model.denoiser.to(place)  # the matrices were made on the CPU
     return model
 
 

@@ -90,6 +90,7 @@ class Recipe:
             **recipe,
             "prediction_type": model.prediction_type,
             "noise_schedule": model.identity["schedule"],
+            **({"weights_precision": model.weights} if model.weights != "fp32" else {}),
             **told_by_family(model),
             "unet": digest(own_configuration(model.denoiser)),
             "initial_weights": self.hash_first_weights(model.denoiser),

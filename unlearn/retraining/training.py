@@ -39,9 +39,9 @@ def mean_losses(
     def losses(weights, latents, normals, timesteps, conditioning):
         noisy = model.diffuse(latents, normals, timesteps)
         times = family.times(model.levels, timesteps)
-        told = family.inputs(model.denoiser, noisy, times, conditioning)
+        told = model.arguments(noisy, times, conditioning)
         output = functional_call(model.denoiser, weights, (), told).sample
-        prediction = family.read(output, noisy)
+        prediction = model.read(output, noisy)
         errors = prediction.float() - model.target(latents, normals, timesteps)
         weight = family.weight(model.levels, timesteps)
         means = errors.square().flatten(1).mean(dim=1)
