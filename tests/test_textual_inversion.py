@@ -17,7 +17,8 @@ from unlearn import UserError
 from unlearn.datasets.conditioning import TEXT
 from unlearn.datasets.encoders import count_tokens
 from unlearn.front.embeddings import tell_words
-from unlearn.front.loading import load_source
+from unlearn.front.loading import check_prompts, load_source
+from unlearn.front.questions import Question
 from unlearn.models.embeddings import Embedding, check_embedding, list_tokens, read_embedding
 from unlearn.models.lora_files import read_lora
 from unlearn.models.lora_names import parse_name
@@ -46,7 +47,7 @@ def test_prompts_with_new_words_are_read_as_diffusers_reads_them(tmp_path, pipel
     shutil.move(tmp_path / "b.safetensors", tmp_path / "<three>.bin")  # its content decides
     given = [str(tmp_path / "a.safetensors"), str(tmp_path / "<three>.bin")]
     words = [read_embedding(name) for name in given]
-    assert [(each.token, len(each.vectors)) for each in words] == [("<one>", 1), ("<three>", 3)]
+    assert [(each.token, each.count) for each in words] == [("<one>", 1), ("<three>", 3)]
     source, model = load_source(TINY, None, tmp_path / "model", "cpu", (), words)
     prompts = ["a <one> on a table", "<three>, a photo of <three> and <one>", "a blob"]
     pipeline.load_textual_inversion({"<one>": one})
@@ -71,7 +72,7 @@ def test_a_word_is_the_one_given_else_the_files_key_or_name(tmp_path, features):
     save_file({"<cat>": make_vectors(1, features)}, folder / "learned_embeds-500.safetensors")
     assert read_embedding(str(folder)).token == "<cat>"
     assert read_embedding(f"{folder}:<dog>").token == "<dog>"
-    assert list(Embedding(folder, "<x>", make_vectors(2, features)).tokens) == ["<x>", "<x>_1"]
+    assert Embedding(folder, "<x>", {"": make_vectors(2, features)}).names == ["<x>", "<x>_1"]
 
 
 def test_what_is_no_new_word_is_refused_in_one_line(tmp_path, features):
@@ -112,16 +113,16 @@ def test_the_command_that_converts_a_pickle_runs_and_gives_the_word(tmp_path, fe
     exec(code, {})
     found = read_embedding(str(path.with_suffix(".safetensors")))
     assert found.token == "word's"
-    torch.testing.assert_close(found.vectors, vectors)
+    torch.testing.assert_close(found.tables[""], vectors)
 
 
 def test_a_word_of_another_base_and_a_model_without_such_words_are_refused(tmp_path, features):
     pipeline = unlearn.load_model(TINY, "cpu").pipeline
     with pytest.raises(UserError, match=f"text encoder has {features}: it was trained for another"):
-        check_embedding(pipeline, Embedding(tmp_path, "<x>", torch.ones(1, features + 1)))
+        check_embedding(pipeline, Embedding(tmp_path, "<x>", {"": torch.ones(1, features + 1)}))
     with pytest.raises(UserError, match="object takes none so far; supported are"):
-        check_embedding(object(), Embedding(tmp_path, "<x>", torch.ones(1, features)))
-    word = Embedding(tmp_path, "<x>", torch.ones(1, features))
+        check_embedding(object(), Embedding(tmp_path, "<x>", {"": torch.ones(1, features)}))
+    word = Embedding(tmp_path, "<x>", {"": torch.ones(1, features)})
     with pytest.raises(UserError, match="is in another file too"):
         list_tokens(pipeline, [word, word])
 
@@ -184,17 +185,133 @@ def test_words_of_two_text_encoders_are_read_as_diffusers_reads_them(xl, tmp_pat
 
 
 def test_words_for_other_text_encoders_than_the_models_are_refused(xl, pipeline, tmp_path):
+    left = torch.ones(1, 8)
     one, two = (
-        Embedding(tmp_path, "<x>", torch.ones(1, 8), second) for second in (None, torch.ones(1, 9))
+        Embedding(tmp_path, "<x>", tables)
+        for tables in ({"": left}, {"clip_l": left, "clip_g": torch.ones(1, 9)})
     )
-    with pytest.raises(UserError, match="vectors for one text encoder, the model has two"):
+    with pytest.raises(
+        UserError, match="vectors for one text encoder, the model takes them for clip_l and clip_g"
+    ):
         check_embedding(xl[0], one)
     with pytest.raises(
         UserError, match="vectors of 9 numbers, the model's second text encoder has 16"
     ):
         check_embedding(xl[0], two)
-    with pytest.raises(UserError, match="vectors for two text encoders, the model has one"):
+    with pytest.raises(
+        UserError, match="vectors for clip_l and clip_g, .* for one text encoder: it was"
+    ):
         check_embedding(pipeline, two)
+
+
+def learn(pipeline, part, names, vectors):
+    """Gives a text encoder of a pipeline new words, by transformers alone."""
+    tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
+    encoder = getattr(pipeline, part)
+    tokenizer.add_tokens(names)
+    if len(tokenizer) > len(encoder.get_input_embeddings().weight):
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for number, vector in zip(tokenizer.convert_tokens_to_ids(names), vectors):
+        encoder.get_input_embeddings().weight.data[number] = vector
+
+
+def make_evaluated(family):
+    """The tiny pipeline of a family without T5's dropout."""
+    pipeline = make_pipeline(family)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline
+
+
+PARTS = {
+    "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
+    "flux": {"clip_l": "text_encoder", "t5": "text_encoder_2"},
+}
+
+
+@pytest.mark.parametrize("with_t5", [False, True])
+@pytest.mark.parametrize("family", PARTS)
+def test_words_of_stable_diffusion_3_and_flux_are_read_by_the_encoders_that_the_file_has(
+    family, with_t5, tmp_path
+):
+    """T5 reads them as other text where the file has no vectors for it, as diffusers' pipeline and
+    training script of FLUX.1 have it."""
+    pipeline, folder = make_evaluated(family), tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    tensors = {
+        key: make_vectors(2, getattr(pipeline, part).get_input_embeddings().weight.shape[1], number)
+        for number, (key, part) in enumerate(PARTS[family].items())
+        if with_t5 or not key.startswith("t5")
+    }
+    save_file(tensors, tmp_path / "run_emb.safetensors")
+    word = read_embedding(f"{tmp_path / 'run_emb.safetensors'}:<s0><s1>")
+    assert word.names == ["<s0>", "<s1>"]
+    _, model = load_source(folder, None, tmp_path / "model", "cpu", (), [word])
+    prompts = ["<s0><s1> on red", "a dog"]
+    plain = model.family.encode_prompts(pipeline, prompts)
+    for key, vectors in tensors.items():
+        learn(pipeline, PARTS[family][key], word.names, vectors)
+    expected = model.family.encode_prompts(pipeline, prompts)
+    found = model.encode_prompts(prompts)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(value[1], plain[name][1])
+    changed = [(expected[name][0] - plain[name][0]).abs().max() > 1e-3 for name in expected]
+    assert changed == [with_t5 or family == "sd3", True], "the text, and the pooled text"
+    check_prompts(model, [Question(tmp_path / "x.png", prompts[0])])
+    with pytest.raises(UserError, match="<s0> would be cut off"):
+        check_prompts(model, [Question(tmp_path / "x.png", "a dog " * 9 + "<s0>")])
+    with pytest.raises(UserError, match="no token <s2>"):
+        check_prompts(model, [Question(tmp_path / "x.png", "a <s2>")])
+
+
+def test_diffusers_reads_a_word_of_flux_alike(tmp_path):
+    """Of several vectors, in both of its text encoders."""
+    pipeline, folder = make_evaluated("flux"), tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    clip, t5 = make_vectors(3, 16), make_vectors(3, 24, 1)
+    save_file({"clip_l": clip, "t5xxl": t5}, tmp_path / "<cat>.safetensors")
+    words = [read_embedding(str(tmp_path / "<cat>.safetensors"))]
+    _, model = load_source(folder, None, tmp_path / "model", "cpu", (), words)
+    for vectors, end in ((clip, ""), (t5, "_2")):
+        encoder, tokenizer = (
+            getattr(pipeline, f"{part}{end}") for part in ("text_encoder", "tokenizer")
+        )
+        pipeline.load_textual_inversion(
+            vectors, token="<cat>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    prompts = ["a <cat> on red", "a dog"]
+    with torch.no_grad():
+        expected, pooled, _ = pipeline.encode_prompt(prompts, None, "cpu", max_sequence_length=16)
+    found = model.encode_prompts(prompts)
+    torch.testing.assert_close(found[TEXT], expected)
+    torch.testing.assert_close(found["pooled"], pooled)
+
+
+def test_a_word_of_diffusers_pivotal_tuning_of_stable_diffusion_1_is_read(
+    pipeline, features, tmp_path
+):
+    save_file({"clip_l": make_vectors(2, features)}, tmp_path / "run_emb.safetensors")
+    word = read_embedding(f"{tmp_path / 'run_emb.safetensors'}:<s0><s1>")
+    [(place, tokens)] = list_tokens(unlearn.load_model(TINY, "cpu").pipeline, [word]).items()
+    assert place == ("text_encoder", "tokenizer") and list(tokens) == ["<s0>", "<s1>"]
+
+
+@pytest.mark.parametrize(
+    "family, keys, said",
+    [
+        ("sd3", ["clip_l"], "for clip_l, the model takes them for clip_l and clip_g and t5xxl"),
+        ("flux", ["clip_l", "clip_g"], "for clip_l and clip_g, .* for clip_l and t5xxl: it was"),
+        ("sd3-without-t5", ["clip_l", "clip_g", "t5xxl"], "and t5xxl, .* for clip_l and clip_g:"),
+        ("pixart", ["clip_l"], "PixArtAlphaPipeline takes none so far; supported are .*FLUX.1"),
+    ],
+)
+def test_words_of_another_base_are_refused_by_their_encoders(family, keys, said, tmp_path):
+    save_file({key: torch.ones(1, 8) for key in keys}, tmp_path / "x.safetensors")
+    word = read_embedding(str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match=f"x.safetensors: .*{said}"):
+        check_embedding(make_pipeline(family), word)
 
 
 def test_a_lora_with_its_embeddings_inside_is_taken_apart_by_the_command_that_is_said(tmp_path):
@@ -214,5 +331,5 @@ def test_a_lora_with_its_embeddings_inside_is_taken_apart_by_the_command_that_is
     assert set(found.keys) == lora.keys() and found.header == {"ss_network_dim": "2"}
     cat, dog = (read_embedding(str(tmp_path / f"{word}.safetensors")) for word in ("cat", "dog"))
     assert (cat.token, dog.token) == ("cat", "dog")
-    assert torch.equal(cat.vectors, words["bundle_emb.cat.string_to_param.*"])
-    assert torch.equal(dog.second, words["bundle_emb.dog.clip_g"])
+    assert torch.equal(cat.tables[""], words["bundle_emb.cat.string_to_param.*"])
+    assert torch.equal(dog.tables["clip_g"], words["bundle_emb.dog.clip_g"])

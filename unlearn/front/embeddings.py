@@ -22,10 +22,7 @@ from .questions import Question
 def merge_embeddings(embeddings: list[Embedding], pipeline: str, unet: str, place: Path) -> Path:
     """The folder of a pipeline that knows new words, made once. pipeline, unet: the model, as
     `load_model` takes it. Raises UserError where a word does not fit it."""
-    hashes = []
-    for embedding in embeddings:
-        seconds = {} if embedding.second is None else {"of the second": embedding.second}
-        hashes.append(hash_tensors({**embedding.tokens, **seconds}))
+    hashes = [[each.names, hash_tensors(dict(each.tables))] for each in embeddings]
     key = digest(hashes, pipeline, unet)
     target = place / f"{embeddings[0].path.stem}-{key[:8]}"
     if (target / INDEX).is_file():
@@ -35,7 +32,7 @@ def merge_embeddings(embeddings: list[Embedding], pipeline: str, unet: str, plac
     except UserError as error:
         raise UserError(str(error).replace("--sd_version", "--model")) from None
     tokens = list_tokens(model.pipeline, embeddings)
-    words = ", ".join(f"{each.token} ({len(each.vectors)})" for each in embeddings)
+    words = ", ".join(f"{each.token} ({each.count})" for each in embeddings)
     say(f"{pipeline}: learns new words (vectors): {words}; it becomes one folder, {target}")
     for (encoder, tokenizer), own in tokens.items():
         add_tokens(model.pipeline, own, encoder, tokenizer)

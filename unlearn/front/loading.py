@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..models.architectures import architecture_of, read_architecture
-from ..models.customization import check_texts, check_words
+from ..models.customization import check_cut, check_texts, check_words
 from ..models.embeddings import Embedding
 from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
@@ -92,9 +92,10 @@ def check_prompts(model: Model, questions: list[Question]) -> None:
     """Raises UserError where a prompt has a new word that the model does not know."""
     prompts = {str(question.picture): question.prompt for question in questions}
     try:
-        check_words(None, {}, model.reader[0], prompts)
+        check_words(None, {}, model.word_reader, prompts)
     except UserError as error:
         problem, _, tail = str(error).partition("; give the task")
         way = "; give the model that was customized with it: --model FOLDER --base MODEL"
         raise UserError(problem + way if tail else str(error)) from None
     check_texts(model.reader[0], prompts)
+    check_cut(model.word_reader, prompts)

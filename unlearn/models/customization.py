@@ -193,9 +193,33 @@ def list_names(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
+def check_cut(tokenizer: Any, prompts: Mapping[str, str]) -> None:
+    """Raises UserError where a token like <new1>, which a tokenizer knows, is cut off of a prompt,
+    {name: prompt}."""
+    limit = tokenizer.model_max_length
+    for name, prompt in prompts.items():
+        words = [word for word in TOKEN.findall(prompt) if is_token(tokenizer, word)]
+        [count] = count_tokens(tokenizer, [prompt]) if words else [0]
+        if count <= limit:
+            continue
+        whole, read = (
+            tokenizer(prompt, truncation=truncation, max_length=limit, verbose=False).input_ids
+            for truncation in (False, True)
+        )
+        for word in words:
+            [number] = tokenizer(word, add_special_tokens=False).input_ids
+            if whole.count(number) > read.count(number):
+                raise UserError(
+                    f"{name}: {word} would be cut off: its prompt has {count} tokens, the model "
+                    f"reads the first {limit}; shorten the "
+                    f"prompt, or put {word} first: {prompt:.200}"
+                )
+
+
 def check_lengths(tokenizer: Any, prompts: Mapping[str, str]) -> None:
     """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where
     a token like <new1> is cut off."""
+    check_cut(tokenizer, prompts)
     if not prompts:
         return
     limit, cut = tokenizer.model_max_length, []
@@ -203,20 +227,6 @@ def check_lengths(tokenizer: Any, prompts: Mapping[str, str]) -> None:
         if count <= limit:
             continue
         cut.append(f"{name} ({count})")
-        whole, read = (
-            tokenizer(
-                prompts[name], truncation=truncation, max_length=limit, verbose=False
-            ).input_ids
-            for truncation in (False, True)
-        )
-        for word in TOKEN.findall(prompts[name]):
-            [number] = tokenizer(word, add_special_tokens=False).input_ids
-            if whole.count(number) > read.count(number):
-                raise UserError(
-                    f"{name}: {word} would be cut off: its prompt has {count} tokens, the model "
-                    f"reads the first {limit}; shorten the "
-                    f"prompt, or put {word} first: {prompts[name]:.200}"
-                )
     if cut:
         log.warning(
             f"{len(cut)} prompts have more tokens than the {limit} that the model reads, their "
@@ -274,9 +284,11 @@ def check_prompts(
     `check_texts` and `tell_unused`."""
     if not tasks:
         return
-    tokenizer = with_tokens(model.reader[0], tokens)
+    tokenizer = with_tokens(model.word_reader, tokens)
     check_words(model_dir, tokens, tokenizer, prompts_of(tasks))
-    check_texts(tokenizer, prompts_of(tasks, encoded=True))
+    prompts = prompts_of(tasks, encoded=True)
+    check_texts(with_tokens(model.reader[0], tokens), prompts)
+    check_cut(tokenizer, prompts)
     if model_dir is not None:
         tell_unused(model_dir, tokens, tokenizer, tasks)
 

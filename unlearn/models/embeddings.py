@@ -1,8 +1,9 @@
-"""Embeddings of new words (textual inversion), as diffusers and Stable Diffusion's web interfaces
-keep them: one vector of a word, or several that stand for it one after the other."""
+"""Embeddings of new words (textual inversion), as diffusers and web interfaces keep them: one vector of a
+word, or several that stand for it one after the other, for each text encoder that reads it."""
 
 import re
 import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from .families import find_family
 from .families.texts import label
 
 UNNAMED = "emb_params"  # the one key of files that say their word by their name
-# Of models with two text encoders, such as Stable Diffusion XL, the keys of each one's: of textual
-# inversion, and of pivotal tuning, whose rows are words <s0>, <s1>, ... of their own.
-OF_TWO, PIVOTAL = ("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1")
-COUNTS = {1: "one text encoder", 2: "two text encoders"}
+ONLY = ""  # the text encoder of files that do not name it
+# Of models with several text encoders, the keys of each one's: of textual inversion, and of pivotal
+# tuning, whose rows are words <s0>, <s1>, ... of their own.
+T5 = "t5xxl"  # which a file may lack: it reads the word as any other text
+NAMED = {"clip_l": "clip_l", "clip_g": "clip_g", T5: T5, "t5": T5}
+ORDER = (ONLY, "clip_l", "clip_g", T5)
+PIVOTAL = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 BRACKETED = re.compile(r"<[^<>\s]+>")
 SUFFIXES = (".safetensors", ".bin", ".pt")
 USUAL = ("learned_embeds.safetensors", "learned_embeds.bin")
@@ -32,20 +36,19 @@ class Embedding:
 
     path: Path
     token: str
-    vectors: torch.Tensor  # [n, features] float32
-    second: torch.Tensor | None = None  # [n, features] of a second text encoder
+    tables: Mapping[str, torch.Tensor]  # {text encoder by its name in files: [n, features] float32}
 
     @property
-    def tables(self) -> list[torch.Tensor]:
-        """The vectors of each text encoder."""
-        return [self.vectors] if self.second is None else [self.vectors, self.second]
+    def count(self) -> int:
+        """How many vectors each text encoder has."""
+        return len(next(iter(self.tables.values())))
 
     @property
     def words(self) -> list[str]:
         """What prompts may have: one word for all vectors or, where it is made of as many in brackets
         (<s0><s1>), each of these."""
         found = BRACKETED.findall(self.token)
-        is_made_of_them = "".join(found) == self.token and len(found) == len(self.vectors)
+        is_made_of_them = "".join(found) == self.token and len(found) == self.count
         return found if is_made_of_them else [self.token]
 
     @property
@@ -54,12 +57,7 @@ class Embedding:
         as diffusers has them."""
         if len(self.words) > 1:
             return self.words
-        return [self.token, *(f"{self.token}_{number}" for number in range(1, len(self.vectors)))]
-
-    @property
-    def tokens(self) -> dict[str, torch.Tensor]:
-        """Each vector of the first text encoder by its token."""
-        return dict(zip(self.names, self.vectors))
+        return [self.token, *(f"{self.token}_{number}" for number in range(1, self.count))]
 
 
 def find_file(name: str) -> tuple[Path, str | None]:
@@ -104,24 +102,38 @@ def read_embedding(name: str) -> Embedding:
             f"safetensors; convert it, where you trust it: python -c {shlex.quote(code)}"
         )
     tensors = read_tensors(path, "embeddings")
-    keys = next((keys for keys in (OF_TWO, PIVOTAL) if set(keys) & tensors.keys()), tuple(tensors))
-    if tensors.keys() != set(keys) or (len(keys) != 1 and keys not in (OF_TWO, PIVOTAL)):
-        there = shorten(", ".join(map(str, tensors)), 80) or "nothing"
-        raise UserError(f"{named}: expected one word's embedding, found {there}")
-    tables = [check_vectors(named, tensors[key]) for key in keys]
-    if len({len(table) for table in tables}) > 1:
-        told = " and ".join(f"{len(tensors[key])} of {key}" for key in keys)
+    keys = name_tables(named, tensors)
+    tables = {name: check_vectors(named, tensors[keys[name]]) for name in ORDER if name in keys}
+    if len({len(table) for table in tables.values()}) > 1:
+        told = " and ".join(f"{len(table)} of {name}" for name, table in tables.items())
         raise UserError(f"{named}: expected as many vectors for each text encoder, found {told}")
-    own = (
-        "".join(f"<s{number}>" for number in range(len(tables[0]))) if keys == PIVOTAL else keys[0]
-    )
-    token = word or (path.stem if keys == OF_TWO or own == UNNAMED else own)
+    token = word or name_word(path, list(tensors), len(next(iter(tables.values()))))
     if len(token.split()) != 1:
         raise UserError(
             f"{named}: expected one word, found {shorten(token, 60)}; name it as prompt and "
             f"captions have it: {path}:<my-word>"
         )
-    return Embedding(path, token, *tables)
+    return Embedding(path, token, tables)
+
+
+def name_tables(named: str, keys: Collection[str]) -> dict[str, str]:
+    """{text encoder: the key of a file of embeddings that has its vectors}. Raises UserError where they
+    are not those of one word."""
+    known = next((known for known in (NAMED, PIVOTAL) if known.keys() & set(keys)), None)
+    found = {key: known.get(key, "?") if known else ONLY for key in keys}
+    names = set(found.values())
+    is_one = len(names) == len(found) > 0 and "?" not in names and (not known or "clip_l" in names)
+    if not is_one:
+        there = shorten(", ".join(map(str, keys)), 80) or "nothing"
+        raise UserError(f"{named}: expected one word's embedding, found {there}")
+    return {name: key for key, name in found.items()}
+
+
+def name_word(path: Path, keys: list[str], count: int) -> str:
+    """The word of a file by its keys, where nobody gives it another."""
+    if PIVOTAL.keys() & set(keys):
+        return "".join(f"<s{number}>" for number in range(count))
+    return path.stem if keys[0] == UNNAMED or keys[0] in NAMED else keys[0]
 
 
 def check_vectors(named: str, vectors: torch.Tensor) -> torch.Tensor:
@@ -137,29 +149,54 @@ def check_vectors(named: str, vectors: torch.Tensor) -> torch.Tensor:
     return vectors.float()
 
 
-def list_encoders(pipeline: Any) -> dict[str, str]:
-    """{text encoder: its tokenizer} of those that take new words; {} where the model takes none."""
+def list_encoders(pipeline: Any) -> dict[str, tuple[str, str]]:
+    """{its name in files: (text encoder, its tokenizer)} of those that take new words; {} where the
+    model takes none."""
     parts = getattr(pipeline, "components", {})
     classes = {part: type(module).__name__ for part, module in parts.items() if module is not None}
     family = find_family(type(pipeline).__name__, classes) if classes else None
-    return dict(family.encoders) if family and family.learns_words else {}
+    if family is None or not family.learns_words:
+        return {}
+    return {
+        family.encoders_in_files.get(encoder, ONLY): (encoder, tokenizer)
+        for encoder, tokenizer in family.encoders.items()
+        if encoder in classes
+    }
+
+
+def name_encoders(names: Iterable[str]) -> str:
+    """Text encoders as messages name them."""
+    return " and ".join(name or "one text encoder" for name in names)
+
+
+def place_tables(pipeline: Any, embedding: Embedding) -> dict[tuple[str, str], torch.Tensor]:
+    """{(text encoder, tokenizer): vectors} of a word. Raises UserError where they are those of other
+    text encoders than the model's."""
+    named, encoders, tables = (
+        f"--textual_inversion {embedding.path}",
+        list_encoders(pipeline),
+        embedding.tables,
+    )
+    if not encoders:
+        raise UserError(
+            f"{named}: {type(pipeline).__name__} takes none so far; supported are Stable Diffusion "
+            f"1 and 2, XL, 3 and 3.5, and FLUX.1"
+        )
+    if [*encoders] == [ONLY] and [*tables] == ["clip_l"]:  # as trainers call the one of 1 too
+        tables = {ONLY: tables["clip_l"]}
+    lacking = encoders.keys() - tables.keys() - {T5}
+    if lacking or tables.keys() - encoders.keys():
+        raise UserError(
+            f"{named}: vectors for {name_encoders(tables)}, the model takes them for "
+            f"{name_encoders(encoders)}: it was trained for another base model"
+        )
+    return {encoders[name]: vectors for name, vectors in tables.items()}
 
 
 def check_embedding(pipeline: Any, embedding: Embedding) -> None:
     """Raises UserError where a word does not fit a pipeline."""
     named = f"--textual_inversion {embedding.path}"
-    encoders = list_encoders(pipeline)
-    if not encoders:
-        raise UserError(
-            f"{named}: {type(pipeline).__name__} takes none so far; supported are Stable Diffusion "
-            f"1 and 2, and Stable Diffusion XL"
-        )
-    if len(embedding.tables) != len(encoders):
-        raise UserError(
-            f"{named}: vectors for {COUNTS[len(embedding.tables)]}, the model has "
-            f"{COUNTS[len(encoders)]}: it was trained for another base model"
-        )
-    for (encoder, tokenizer), vectors in zip(encoders.items(), embedding.tables):
+    for (encoder, tokenizer), vectors in place_tables(pipeline, embedding).items():
         features = getattr(pipeline, encoder).get_input_embeddings().weight.shape[1]
         if vectors.shape[1] != features:
             raise UserError(
@@ -190,6 +227,6 @@ def list_tokens(
                 f"another file too; name one of them otherwise: {embedding.path}:<my-word>"
             )
         seen |= set(embedding.names)
-        for place, vectors in zip(list_encoders(pipeline).items(), embedding.tables):
+        for place, vectors in place_tables(pipeline, embedding).items():
             found.setdefault(place, {}).update(zip(embedding.names, vectors))
     return found

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -202,6 +202,11 @@ class Model:
     def reader(self) -> tuple[Any, int]:
         """The tokenizer that reads the most of a prompt, and how many tokens of it."""
         return self.family.reader(self.pipeline)
+
+    @property
+    def word_reader(self) -> Any:
+        """The tokenizer that knows new words, whatever others read: the first."""
+        return cast(Any, self.pipeline).tokenizer
 
     @property
     def encoding_identity(self) -> dict:

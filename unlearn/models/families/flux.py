@@ -71,6 +71,7 @@ class Flux(Packed):
     classes = {"transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",)}
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     encoders_in_files = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
+    learns_words = True
     # Of the double blocks: in single blocks text and image share keys and values.
     selections = SELECTIONS
     text = StreamWeights()

@@ -59,7 +59,7 @@ class Family:
     encoders: Mapping[str, str]  # text encoder -> its tokenizer
     optional: tuple[str, ...] = ()  # parts that a pipeline may lack
     can_be_customized: bool = False  # by custom diffusion's K, V and tokens
-    learns_words: bool = False  # whether all of its text encoders take new words' embeddings
+    learns_words: bool = False  # whether its text encoders take new words' embeddings
     follows_clip_skip: bool = False  # whether trainers may read another layer of its text encoder
     encoders_in_files: Mapping[str, str] = {}  # text encoder -> its name in files of all parts
     unprojected: tuple[str, ...] = ()  # text encoders whose projection the authors' code leaves out

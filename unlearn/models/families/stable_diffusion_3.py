@@ -63,6 +63,7 @@ class StableDiffusion3(Flow):
         "text_encoder_3": "t5xxl",
     }
     unprojected = ("text_encoder",)
+    learns_words = True
     selections = SELECTIONS  # not `attn2`: in 3.5 medium that is self-attention of the image
     text = StreamWeights()
     density = staticmethod(logit_normal)

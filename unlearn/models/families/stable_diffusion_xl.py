@@ -25,6 +25,7 @@ class StableDiffusionXL(StableDiffusion):
     follows_clip_skip = False
     learns_words = True
     is_stored_by_image = False
+    encoders_in_files = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     # Not `sample`: diffusers' training script and its schedulers do not mean the same by it.
     predictions = ("epsilon", "v_prediction")
