@@ -12,10 +12,12 @@ from conftest import PARITY
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from safetensors.torch import load_file, save_file
+from tiny_families import make_pipeline
 
 import unlearn
 from unlearn import UserError
 from unlearn.attribution import estimation
+from unlearn.datasets.conditioning import TEXT
 from unlearn.front.loading import load_source
 from unlearn.front.models import find_model
 from unlearn.models.customization import customized, read_customization
@@ -225,3 +227,62 @@ def test_one_command_answers_of_a_customized_model_and_its_new_word(
     assert len(answer.table()) == 2
     with pytest.raises(UserError, match="<new7>"):
         unlearn.attribute(query, prompt="a <new7> blob", model=mine, base=base, **plan)
+
+
+def write_delta(path, weights, tokens, **more):
+    torch.save({"unet": weights, "modifier_token": tokens, **more}, path)
+    return path
+
+
+def test_the_one_file_of_the_authors_program_is_the_model_of_its_folder(published, tmp_path):
+    weights, tokens = published
+    path = write_delta(tmp_path / "delta-1000.bin", weights, tokens)
+    source = find_model(path, PIPELINE, tmp_path / "place")
+    expected = find_model(BLOB, PIPELINE, tmp_path / "other")
+    one, other = (unlearn.load_model(each.pipeline, "cpu") for each in (expected, source))
+    assert one.weights_hash == other.weights_hash
+    prompts = [f"photo of a {TOKEN} blob"]
+    found, wanted = (model.encode_prompts(prompts)[TEXT] for model in (other, one))
+    assert torch.equal(found, wanted)
+    assert find_model(path, PIPELINE, tmp_path / "place") == source, "it is made once"
+
+
+DELTAS = {  # what a file of the authors' program may hold beside, and what is said of it
+    "SDXL": (
+        lambda weights, vector: (weights, {TOKEN: [vector, vector]}, {}),
+        "customized model .* of Stable Diffusion XL .*supported are those of Stable Diffusion 1 and 2",
+    ),
+    "text encoder": (
+        lambda weights, vector: (weights, {TOKEN: vector}, {"text_encoder": {}}),
+        "with text_encoder, which was trained too",
+    ),
+    "compressed": (
+        lambda weights, vector: ({"x": {"u": vector, "v": vector}}, {TOKEN: vector}, {}),
+        "that was compressed; give the file that it was compressed from",
+    ),
+    "a word of the vocabulary": (
+        lambda weights, vector: (weights, {"cat": vector}, {}),
+        "'cat': expected new tokens such as <new1>",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DELTAS)
+def test_a_file_of_the_authors_program_that_holds_more_is_refused_by_name(
+    fault, published, tmp_path
+):
+    change, said = DELTAS[fault]
+    weights, tokens, more = change(published[0], published[1][TOKEN])
+    path = write_delta(tmp_path / "delta.bin", weights, tokens, **more)
+    with pytest.raises(UserError, match=said) as caught:
+        find_model(path, PIPELINE, tmp_path / "place")
+    assert "\n" not in str(caught.value) and not (tmp_path / "place").exists()
+
+
+def test_a_customized_model_of_another_family_is_refused_by_name(published, tmp_path):
+    as_safetensors(tmp_path, *published[:1], published[1][TOKEN])
+    make_pipeline("sdxl").save_pretrained(tmp_path / "xl")
+    with pytest.raises(
+        UserError, match=r"are those of Stable Diffusion 1 and 2; .* of Stable Diff.* XL"
+    ):
+        find_model(tmp_path, tmp_path / "xl", tmp_path / "place")

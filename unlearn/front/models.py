@@ -27,6 +27,7 @@ from ..storage.reading import list_visible, read_json, read_text
 from .assembly import assemble
 from .checkpoints import convert_file, explain_lora
 from .customized import is_customized, merge_customization
+from .deltas import read_delta, unpack_delta
 
 LORA = "pytorch_lora_weights.safetensors"
 SETTINGS = "dataset.json"  # of a data root
@@ -55,6 +56,8 @@ def find_model(
     if not path.exists():
         return Source(str(name))
     path = Path(os.path.abspath(path))
+    if delta := read_delta(path):
+        path = unpack_delta(path, delta, place / "delta")
     if path.is_file() and path.name not in CUSTOMIZED_WEIGHTS:
         configuration = lambda given: (
             find_model(base, None, place / "base", given).pipeline if base else None
