@@ -23,7 +23,7 @@ import compute_influence
 import compute_training_loss
 from unlearn import UserError, running
 from unlearn.attribution import sweeps
-from unlearn.commands import examination, inputs, preparation
+from unlearn.commands import examination, inputs, machine, preparation
 from unlearn.datasets import encoders, queries
 from unlearn.models import checks, parts, pipelines
 from unlearn.runtime import programs
@@ -1383,7 +1383,7 @@ def test_parts_that_do_not_fit_are_told_by_their_configurations_before_anything_
         word in str(error.value) for word in words
     ), error.value
     found = examination.examine_pipeline(str(folder), "")
-    assert (found.status, found.text) == (examination.PROBLEM, str(error.value))
+    assert (found.status, found.text) == (machine.PROBLEM, str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -1404,8 +1404,7 @@ def test_the_unet_of_a_data_root_is_compared_with_the_pipeline_that_it_goes_into
     ):
         (own / name).write_bytes((PARITY / "fixture/sd-tiny" / source).read_bytes())
     assert (
-        examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).status
-        == examination.OK
+        examination.examine_pipeline(str(PARITY / "fixture/sd-tiny"), str(own)).status == machine.OK
     )
     (own / "config.json").write_text(
         json.dumps({**json.loads((own / "config.json").read_text()), **values})

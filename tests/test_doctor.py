@@ -15,7 +15,7 @@ from test_bad_input import files
 
 import compute_training_loss
 from unlearn import noise
-from unlearn.commands import doctor, examination
+from unlearn.commands import doctor, examination, machine
 from unlearn.models import pipelines
 from unlearn.storage import leases
 from unlearn.storage.records import record_path, write_record
@@ -251,13 +251,13 @@ def test_losses_cached_with_other_settings_are_told_before_they_are_refused(fold
     "module, name, value, words",
     [
         (
-            examination,
+            machine,
             "version",
             lambda name: "0.1",
             ["torch: expected >=2.6, found 0.1", "python -m pip install 'torch>=2.6'"],
         ),
         (
-            examination,
+            machine,
             "version",
             lambda name: "5.5.4" if name == "transformers" else "99",
             ["transformers: expected >=5.6, found 5.5.4"],
@@ -268,12 +268,12 @@ def test_losses_cached_with_other_settings_are_told_before_they_are_refused(fold
             lambda: "0",
             ["NumPy draws other noise than caches were made with"],
         ),
-        (examination.os, "access", lambda *args: False, ["no permission to write in"]),
-        (examination, "memory_limit", lambda: 1000, ["may need 0.0 GB", "SLURM: --mem"]),
+        (machine.os, "access", lambda *args: False, ["no permission to write in"]),
+        (machine, "memory_limit", lambda: 1000, ["may need 0.0 GB", "SLURM: --mem"]),
         (
-            examination,
+            machine,
             "choose_device",
-            examination.choose_device,
+            machine.choose_device,
             ["--device cuda:9: this machine has"],
         ),
     ],

@@ -18,7 +18,7 @@ from PIL import Image
 from test_bad_input import files, refused
 
 from unlearn import UserError
-from unlearn.commands import encode, examination
+from unlearn.commands import encode, examination, machine
 from unlearn.commands.inputs import find_fisher, prepare_training_set
 from unlearn.datasets import encoding, own_root, pairs, text_files
 from unlearn.datasets.annotations import read_coco, read_metadata
@@ -699,7 +699,7 @@ def test_an_array_that_cannot_be_opened_or_has_another_shape_is_told_by_doctor_a
         SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None, lora=[])
     )
     assert (
-        finding.status == examination.NOTE
+        finding.status == machine.NOTE
         and "to be encoded anew at the next use" in finding.text
         and "unlearn encode" in finding.remedy
     )
@@ -708,7 +708,7 @@ def test_an_array_that_cannot_be_opened_or_has_another_shape_is_told_by_doctor_a
     [finding, *_], _ = examination.examine_data(
         SimpleNamespace(dataroot=str(root), sd_version=None, fisher_path=None, lora=[])
     )
-    assert finding == (examination.OK, "24 training images, encoded", "")
+    assert finding == (machine.OK, "24 training images, encoded", "")
 
 
 def test_overwrite_makes_anew_what_is_not_what_its_record_says_and_nothing_else(
@@ -802,10 +802,10 @@ def test_an_encoded_root_that_cannot_be_written_is_used_as_it_is_and_no_problem_
         len(prepare_training_set(model, resolved(args))) == NUM_IMAGES and files(encoded) == before
     )
     [finding, *_], _ = examination.examine_data(args)
-    assert finding.status == examination.OK
-    [disk] = examination.examine_disk({"data root": args.dataroot}, {}, {"data root"})
+    assert finding.status == machine.OK
+    [disk] = machine.examine_disk({"data root": args.dataroot}, {}, {"data root"})
     assert (disk.status, disk.text) == (
-        examination.OK,
+        machine.OK,
         f"data root {encoded}: cannot be written, and nothing has to be",
     )
 
@@ -824,11 +824,9 @@ def test_a_root_that_cannot_be_written_comes_with_commands_that_make_ones_own(
             match="latents and embeddings are to be made there: make a data root of your own",
         ) as error:
             run(patch, model, coco)
-        [disk] = examination.examine_disk(
-            {"data root": coco}, {"data root": own_root.own_root(coco)}
-        )
+        [disk] = machine.examine_disk({"data root": coco}, {"data root": own_root.own_root(coco)})
     assert (
-        disk.status == examination.PROBLEM
+        disk.status == machine.PROBLEM
         and f"({disk.remedy})" in str(error.value)
         and files(coco) == before
     )

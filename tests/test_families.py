@@ -38,7 +38,7 @@ from unlearn.attribution.estimation import FisherSettings, draw_samples, estimat
 from unlearn.attribution.losses import changed_losses, loss_sums, sample_losses
 from unlearn.attribution.newton import total_norm
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
-from unlearn.commands import examination, fisher
+from unlearn.commands import examination, fisher, machine
 from unlearn.datasets import text_files
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.datasets.encoders import encode_images, encode_texts, load_image, transform_image
@@ -561,7 +561,7 @@ def test_both_scripts_unlearn_and_score(world, tmp_path):
 @of(list(PIPELINES), slow=LATER)
 def test_doctor_finds_the_pipeline_in_order(world):
     found = examination.examine_pipeline(str(world.folder), "")
-    assert (found.status, found.text) == (examination.OK, f"pipeline {world.folder}")
+    assert (found.status, found.text) == (machine.OK, f"pipeline {world.folder}")
     parts = examination.read_parts(world.folder)
     assert parts.family is world.model.family
     examination.check_shapes(world.root, parts, RESOLUTION)
@@ -701,7 +701,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(
     monkeypatch.setattr(pipelines.DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(UserError, match=words):
         load_model(folder, "cpu")
-    assert examination.examine_pipeline(str(folder), "").status == examination.PROBLEM
+    assert examination.examine_pipeline(str(folder), "").status == machine.PROBLEM
 
 
 STRANGERS = {  # what a pipeline's index names instead, and what is said

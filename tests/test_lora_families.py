@@ -22,7 +22,7 @@ from unlearn.attribution.curvature import per_sample_gradients
 from unlearn.attribution.estimation import draw_samples
 from unlearn.attribution.losses import sample_losses
 from unlearn.attribution.removal import FeatureMaker, RemovalSettings
-from unlearn.commands import attribute, examination, fisher, retrain
+from unlearn.commands import attribute, examination, fisher, machine, retrain
 from unlearn.datasets.conditioning import map_tensors
 from unlearn.errors import UserError
 from unlearn.models import pipelines
@@ -548,13 +548,13 @@ def test_a_lora_of_another_family_is_refused_before_weights_are_read(world, tmp_
 
 def test_doctor_tells_a_lora_of_another_family_by_the_file_alone(world, tmp_path):
     own, _ = examination.examine_lora(str(world.file), world.family)[:2]
-    assert own == examination.OK
+    assert own == machine.OK
     tensors = dotted(
         "unet" if world.name != "sdxl" else "transformer", {"x": (torch.ones(2, 2),) * 2}
     )
     save_file(tensors, tmp_path / "x.safetensors")
     found = examination.examine_lora(str(tmp_path / "x.safetensors"), world.family)
-    assert found.status == examination.PROBLEM and "the model is of" in found.text
+    assert found.status == machine.PROBLEM and "the model is of" in found.text
 
 
 def test_the_header_s_guidance_and_clip_skip_are_compared_where_the_model_has_them(world):

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from test_house_rules import TREES, dotted
 
 from unlearn import UserError
-from unlearn.commands import encode, examination
+from unlearn.commands import encode, examination, machine
 from unlearn.commands.baselines import list_readings
 from unlearn.commands.inputs import check_pictures, prepare_training_set
 from unlearn.datasets import encoding, pictures, queries
@@ -637,7 +637,7 @@ def test_another_resolution_than_the_models_own_is_told_by_encode_scripts_and_do
         "once in each of the two runs"
     )
     findings = examination.examine_resolution(settings["pipeline"], read_settings(own))
-    assert findings == [examination.Finding(examination.NOTE, text)] * told
+    assert findings == [machine.Finding(machine.NOTE, text)] * told
 
 
 def test_the_doctor_says_where_no_resolution_can_be_had_and_passes_over_what_is_not_there(
@@ -650,7 +650,7 @@ def test_the_doctor_says_where_no_resolution_can_be_had_and_passes_over_what_is_
     )
     (pipeline / "unet/config.json").write_text("{}")
     (finding,) = examination.examine_resolution(str(pipeline), read_settings(own))
-    assert finding.status == examination.PROBLEM and "dataset.json" in finding.remedy
+    assert finding.status == machine.PROBLEM and "dataset.json" in finding.remedy
     for name in str(tmp_path / "none"), "no/such-name", "", "a/b/c":
         assert examination.examine_resolution(name, read_settings(own)) == []
 

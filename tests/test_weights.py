@@ -12,7 +12,8 @@ from test_attribute import give_bin, give_variant, name_absent_parts
 
 from unlearn import UserError
 from unlearn.commands import convert
-from unlearn.commands.examination import PROBLEM, examine_pipeline
+from unlearn.commands.examination import examine_pipeline
+from unlearn.commands.machine import PROBLEM
 from unlearn.models.pipelines import load_model
 
 PIPELINE = PARITY / "fixture/sd-tiny"

@@ -36,21 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Here: they import torch and diffusers, which takes seconds.
     from ..datasets.own_root import own_root
     from ..datasets.settings import read_settings
-    from .examination import (
-        OK,
-        PROBLEM,
-        examine_data,
-        examine_device,
-        examine_disk,
-        examine_environment,
-        examine_memory,
-        examine_tasks,
-        try_out,
-    )
+    from .examination import examine_data, examine_tasks
     from .flags import check_names
     from .forecast import examine_needs
     from .inputs import check_training_files
     from .inventory import examine_results
+    from .machine import (
+        OK,
+        PROBLEM,
+        examine_device,
+        examine_disk,
+        examine_environment,
+        examine_memory,
+        try_out,
+    )
 
     check_names(args)
     data, readable = examine_data(args)

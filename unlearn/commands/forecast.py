@@ -10,7 +10,8 @@ from ..front.needs import Needs, describe_bytes, find_needs
 from ..models.architectures import read_architecture
 from ..models.precision import WEIGHTS
 from ..runtime.programs import choose_device
-from .examination import NOTE, OK, Finding, memory_limit, pipeline_folder, try_out
+from .examination import pipeline_folder
+from .machine import NOTE, OK, Finding, memory_limit, try_out
 
 # What is told of: output takes what exact takes.
 WORDS = {"removal": "--scoring removal", "exact": "unlearning a picture"}

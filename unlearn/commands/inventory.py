@@ -16,7 +16,7 @@ from ..storage.leases import EXPIRY, is_dead, read_claim
 from ..storage.reading import read_json
 from ..storage.records import check_content, is_complete
 from .advice import index_command, influence_command, loss_command
-from .examination import NOTE, OK, PROBLEM, Finding, try_out
+from .machine import NOTE, OK, PROBLEM, Finding, try_out
 
 ARTEFACTS = (".npy", ".npz", ".safetensors", ".txt")
 CHUNK = re.compile(r"\d+-of-(\d+)\.(npy|sums)")
