@@ -5,7 +5,7 @@ import pytest
 
 import unlearn
 from unlearn.attribution.removal import RemovalSettings
-from unlearn.attribution.removal_scores import score_removal
+from unlearn.attribution.removal_scores import ridge_inverse, score_removal
 from unlearn.attribution.removal_sets import choose_sets, pick_candidates
 from unlearn.attribution.removal_studies import RemovalStudy
 from unlearn.evaluation.stored_sets import read_set
@@ -30,13 +30,15 @@ def choose(features: np.ndarray, queries: np.ndarray, count: int):
     return choose_sets(scores, queries, count, take, inverse_of)
 
 
-def left_open(features: np.ndarray, query: np.ndarray, gone: list[int]) -> float:
+def left_open(
+    features: np.ndarray, query: np.ndarray, gone: list[int], ridge: float = RIDGE
+) -> float:
     """phi_q^T (Phi^T Phi + lambda I)^-1 phi_q without some images, lambda as with all of them; summed
     over draws and rows of the query."""
     total = 0.0
     for draw in range(features.shape[1]):
         flat = features[:, draw].reshape(-1, features.shape[-1])
-        damping = RIDGE * np.square(flat).sum(axis=-1).mean()
+        damping = ridge * np.square(flat).sum(axis=-1).mean()
         rows = np.delete(features[:, draw], gone, axis=0).reshape(-1, features.shape[-1])
         inner = rows.T @ rows + damping * np.eye(rows.shape[1])
         total += np.trace(query[draw] @ np.linalg.solve(inner, query[draw].T))
@@ -79,6 +81,23 @@ def test_a_set_holds_both_twins_that_a_ranking_puts_last():
     assert set(np.argsort(-scores)[:2].tolist()) == {1, 2}
     [chosen] = choose(features, query, 4)
     assert {0, 8} <= set(chosen.rows.tolist())
+
+
+def test_a_set_ends_before_an_image_whose_own_part_is_lost_in_rounding():
+    """Of three copies the last is all that there is of its direction but for the ridge."""
+    random, ridge = np.random.default_rng(4), 1e-5
+    features = np.concatenate([random.normal(size=(20, 1, 1, 100))] * 3)
+    query = features[:1] + 0.3 * random.normal(size=(1, 1, 1, 100))
+    inverse_of = lambda draw: ridge_inverse(lambda: iter([features[:, 0]]), 100, ridge)[0]
+    take = lambda draw, rows: iter([features[rows, draw]])
+    scores = score_removal(lambda: iter([features]), query, ridge)
+    [chosen] = choose_sets(scores, query, 59, take, inverse_of)
+    assert 0 < len(chosen.rows) < 59
+    gone = chosen.rows.tolist()
+    rise = left_open(features, query[0], gone, ridge) - left_open(features, query[0], [], ridge)
+    assert chosen.score == pytest.approx(rise, rel=1e-2)
+    [whole] = choose(features, query, 59)
+    assert len(whole.rows) == 59
 
 
 def test_candidates_are_the_best_as_many_as_may_be_compared_in_their_order(monkeypatch):

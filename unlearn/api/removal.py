@@ -91,7 +91,7 @@ def choose_set(
     repeats: tuple[int, ...] = (),
 ) -> ChosenSet:
     """The images that would be missed most together: `count` of them, or all but one where there are
-    no more. `rows` of the training set in the order in which they were chosen, and `rises`, what each
+    no more; fewer where a tiny ridge leaves the next to rounding. `rows` of the training set in the order in which they were chosen, and `rises`, what each
     adds to their score where those before it are gone: float64, `score` is their sum. They are not
     the first of the ranking where images stand in for each other. Arguments as of `removal_scores`.
     Raises UserError where count is less than 1."""

@@ -11,6 +11,7 @@ from .influence import rank_images
 from .removal_scores import Inverse
 
 MOST_ROWS = 1024  # of the candidates that a set is chosen from: all of them against all
+MOST_ROUNDED = 0.01  # of what is left of an image's own part: what rounding may be of it
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,40 @@ def compare(
 def choose_set(compared: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> ChosenSet:
     """`count` images, one after the other, each as the one without which most more is lost where
     those before it are gone: places among the candidates. compared: of each timestep, see `compare`.
+    Fewer where the ridge is so small, and those before so like the next, that its own part is lost in
+    rounding.
 
     Without an image j, M becomes M + M Phi_j^T (I - Phi_j M Phi_j^T)^-1 Phi_j M (Woodbury), so that
     what is known of each pair of images follows without the features; lambda stays what it was.
     """
     held = [(products.copy(), along.copy()) for products, along in compared]
+    errors = [rounding(products) for products, _ in compared]
     chosen, rises = [], []
     for _ in range(count):
-        found = np.sum([rises_alone(*known) for known in held], axis=0)
+        try:
+            found = np.sum([rises_alone(*known) for known in held], axis=0)
+        except np.linalg.LinAlgError:
+            break
         found[chosen] = -np.inf
         best = int(np.argmax(found))
+        if any(is_lost(products, best, error) for (products, _), error in zip(held, errors)):
+            break
         chosen.append(best)
         rises.append(found[best])
         for products, along in held:
             remove(products, along, best)
     return ChosenSet(np.array(chosen, np.int64), np.array(rises, np.float64))
+
+
+def rounding(products: np.ndarray) -> float:
+    """What rounding made of Phi M Phi^T [C, rows, C, rows], which is symmetric without it."""
+    return float(np.abs(products - products.transpose(2, 3, 0, 1)).max())
+
+
+def is_lost(products: np.ndarray, image: int, error: float) -> bool:
+    """Whether what rounding made of the products is much of the image's I - Phi_i M Phi_i^T."""
+    own = np.eye(products.shape[1]) - products[image, :, image]
+    return not error < MOST_ROUNDED * np.linalg.eigvalsh(own).min()
 
 
 def rises_alone(products: np.ndarray, along: np.ndarray) -> np.ndarray:
@@ -94,7 +114,8 @@ def choose_sets(
     take: Callable[[int, Sequence[int]], Iterable[np.ndarray]],
     inverse_of: Callable[[int], Inverse],
 ) -> list[ChosenSet]:
-    """The ChosenSet of each query: `count` images, or all but one where there are no more.
+    """The ChosenSet of each query: `count` images, or all but one where there are no more, or fewer
+    as of `choose_set`.
 
     scores: [queries, N], of images alone; queries: features, [queries, timesteps, rows, size];
     take(timestep, rows): features of some images there; inverse_of(timestep): X -> X M there."""
