@@ -559,6 +559,10 @@ def test_models_without_a_chosen_set_are_without_its_first_k_images(tmp_path):
     assert [np.flatnonzero(~plan.members).tolist() for plan in made] == [[0, 4], [0, 2, 4]]
     with pytest.raises(UserError, match="holds 3 images .* 4 are to be left out; .* --top_k 4"):
         rankings.put_set_first(ranking, 4, "")
+    for rows in [0, 4, 5], [0, 4, -1], [0, 4, 4]:
+        np.savez(path, set_rows=np.array(rows), set_rises=np.array([5.0, 6, 3]))
+        with pytest.raises(UserError, match="chosen together are not among its 5; remedy"):
+            rankings.put_set_first(ranking, 3, "remedy")
 
 
 def test_weights_of_another_recipe_are_refused_by_the_name_of_the_field(

@@ -41,18 +41,26 @@ def read_groups(path: Path, ids: Sequence[str], rows: list[Row]) -> dict[str, Gr
     return {name: GroupScore(*each) for name, each in zip(names, numbers)}
 
 
+def read_places(path: Path, num_images: int, remedy: str = REMEDY) -> tuple[list[int], list[float]]:
+    """The images that are chosen together, of an influence file of so many, by their places there, and
+    what each adds; none where it names none. Raises UserError, ending with `remedy`, where it names
+    others."""
+    found = read_npz(path, OF_SETS, remedy)
+    if {*OF_SETS} != found.keys():
+        return [], []
+    places, rises = found["set_rows"].tolist(), found["set_rises"]
+    is_known = len(set(places)) == len(places) == len(rises) and np.isfinite(rises).all()
+    if not is_known or any(not 0 <= place < num_images for place in places):
+        raise UserError(
+            f"{path}: the images chosen together are not among its {num_images}; {remedy}"
+        )
+    return places, rises.tolist()
+
+
 def read_set(path: Path, ids: Sequence[str], rows: Sequence[Row]) -> list[Chosen]:
     """The images that are chosen together, of an influence file; [] where it names none. ids: of its
     images; rows: theirs, most influential first. Raises UserError where it names others."""
-    found = read_npz(path, OF_SETS, REMEDY)
-    if {*OF_SETS} != found.keys():
-        return []
-    places, rises = found["set_rows"].tolist(), found["set_rises"]
-    is_known = len(set(places)) == len(places) == len(rises) and np.isfinite(rises).all()
-    if not is_known or any(not 0 <= place < len(ids) for place in places):
-        raise UserError(
-            f"{path}: the images chosen together are not among its {len(ids)}; {REMEDY}"
-        )
+    places, rises = read_places(path, len(ids))
     ranked: dict[str, tuple[int, Row]] = {row.id: (rank, row) for rank, row in enumerate(rows, 1)}
     known = [ranked[str(ids[place])] for place in places]
-    return [Chosen(row, rank, adds) for (rank, row), adds in zip(known, rises.tolist())]
+    return [Chosen(row, rank, adds) for (rank, row), adds in zip(known, rises)]

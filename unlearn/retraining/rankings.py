@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..evaluation.rankings import read_influence, warnings_of
 from ..evaluation.score_files import read_score_files, score_path
 from ..evaluation.scores import name_scoring
-from ..evaluation.stored_sets import OF_SETS
-from ..storage.reading import read_json, read_npz
+from ..evaluation.stored_sets import read_places
+from ..storage.reading import read_json
 from ..storage.records import names_of_file, record_path
 
 
@@ -62,15 +62,16 @@ def read_rankings(
 
 def put_set_first(ranking: MethodRanking, largest: int, remedy: str) -> MethodRanking:
     """A ranking by removal that begins with the images that its query would miss most together, in the
-    order in which they were chosen. Raises UserError where fewer than `largest` were chosen, or none
-    by this way of scoring."""
-    chosen = read_npz(ranking.path, OF_SETS, remedy).get("set_rows", np.empty(0, np.int64))
+    order in which they were chosen. Raises UserError where fewer than `largest` were chosen, none by
+    this way of scoring, or other images."""
+    chosen, _ = read_places(ranking.path, len(ranking.order), remedy)
     if len(chosen) < largest:
         raise UserError(
             f"{ranking.path}: holds {len(chosen)} images that are chosen together, {largest} are to "
             f"be left out; give compute_influence.py --scoring removal --top_k {largest}"
         )
-    order = np.concatenate([chosen, ranking.order[~np.isin(ranking.order, chosen)]])
+    rest = ranking.order[~np.isin(ranking.order, chosen)]
+    order = np.concatenate([np.array(chosen, np.int64), rest])
     places = np.empty(len(order))
     places[order] = np.arange(len(order), 0, -1)  # no two alike: the order is decided
     return replace(ranking, method=f"{ranking.method}-set", scores=places, order=order)
