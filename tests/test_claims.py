@@ -325,3 +325,15 @@ def test_a_claim_that_may_not_be_removed_does_not_hide_the_error_that_ended_the_
             lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
         )
         raise ZeroDivisionError
+
+
+def test_a_claim_that_goes_while_it_is_read_is_none(tmp_path, monkeypatch):
+    """Its owner has made it, not written it yet, and is done at once."""
+    (path := tmp_path / "a.claim").touch()
+
+    def remove(content):
+        path.unlink()
+        raise ValueError("empty")
+
+    monkeypatch.setattr(leases.json, "loads", remove)
+    assert read_claim(path) is None

@@ -42,7 +42,7 @@ def describe_owner() -> dict:
     }
 
 
-def read_claim(path: Path) -> tuple[dict, tuple[int, int] | None] | None:
+def read_claim(path: Path) -> tuple[dict, tuple[int, int]] | None:
     """(its owner or {}, what changes when its heart beats), or None where there is no such
     claim."""
     try:
@@ -57,11 +57,12 @@ def read_claim(path: Path) -> tuple[dict, tuple[int, int] | None] | None:
         ValueError,
         OSError,
     ):  # its owner died between making and writing it, or nobody may read it
-        owner, status = {}, os.lstat(path) if os.path.lexists(path) else None
-    return (owner if isinstance(owner, dict) else {}), status and (
-        status.st_ino,
-        status.st_mtime_ns,
-    )
+        owner = {}
+        try:
+            status = os.lstat(path)
+        except OSError:  # its owner is done with it
+            return None
+    return (owner if isinstance(owner, dict) else {}), (status.st_ino, status.st_mtime_ns)
 
 
 def is_dead(owner: dict) -> bool:
