@@ -209,6 +209,29 @@ def test_a_folder_is_refused_while_another_process_uses_it_for_something_else(tm
     assert not list(tmp_path.iterdir())
 
 
+def test_of_uses_of_a_folder_each_has_a_mark_of_its_own_and_a_killed_one_s_is_removed(
+    tmp_path, monkeypatch
+):
+    dead = {**leases.describe_owner(), "started": "0"}
+    (tmp_path / ".in-use-key-01234567-1.claim").write_text(json.dumps(dead))
+    with sharing.occupy(tmp_path, "key", ""):
+        with sharing.occupy(tmp_path, "key", ""):
+            assert len(list(tmp_path.iterdir())) == 2
+        assert len(list(tmp_path.iterdir())) == 1
+    create, folders = sharing.create_claim, []
+
+    def remove_first(path):
+        """What another process does that was first in the folder, and leaves it."""
+        if not folders:
+            path.parent.rmdir()
+        folders.append(path.parent)
+        return create(path)
+
+    monkeypatch.setattr(sharing, "create_claim", remove_first)
+    with sharing.occupy(tmp_path / "out", "key", ""):
+        assert folders == [tmp_path / "out"] * 2
+
+
 def test_a_run_on_other_images_is_refused_where_one_is_at_work(
     folder,
     tmp_path,

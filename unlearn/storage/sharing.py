@@ -1,5 +1,6 @@
 """Work that any number of processes share under claims, without talking to each other."""
 
+import itertools
 import os
 import random
 import threading
@@ -18,6 +19,7 @@ from .hashes import digest
 from .leases import EXPIRY, HEART, create_claim, is_dead, read_claim
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds between two looks at what others hold
+USES = itertools.count()  # of folders by this process: it may use one twice at once
 
 
 class Share:
@@ -208,21 +210,26 @@ def occupy(folder: str | Path, key: str, remedy: str) -> Iterator[None]:
     same. Raises UserError, ending with `remedy`, where a living process uses it for something else."""
     folder = Path(folder)
     was_there = folder.is_dir()
+    marks = f".in-use-{key[:16]}-"
+    number = f"{os.getpid()}.{next(USES)}"
+    own = folder / f"{marks}{digest(this_machine())[:8]}-{number}.claim"
     make_folder(folder)
-    own = folder / f".in-use-{key[:16]}-{digest(this_machine())[:8]}-{os.getpid()}.claim"
     own.unlink(missing_ok=True)  # of a former process of this number
-    if create_claim(own):
-        HEART.hold(own)
+    while not create_claim(own):  # who was first in the folder has left, and removed it
+        make_folder(folder)
+    HEART.hold(own)
     try:
         # By the file server's clock, which stamped both.
         now = own.stat().st_mtime
         for other in folder.glob(".in-use-*.claim"):
-            found = read_claim(other)
-            if found is None or other.name.startswith(f".in-use-{key[:16]}-"):
+            found = None if other == own else read_claim(other)
+            if found is None:
                 continue
             owner, stamp = found
-            if is_dead(owner) or stamp is None or now - stamp[1] / 1e9 > EXPIRY:
+            if is_dead(owner) or now - stamp[1] / 1e9 > EXPIRY:
                 forget_claim(folder, other.stem)
+                continue
+            if other.name.startswith(marks):
                 continue
             raise UserError(
                 f"{folder}: is in use by process {owner.get('pid', '?')} on "
