@@ -18,6 +18,7 @@ from unlearn.errors import UserError
 from unlearn.front import transformer_files
 from unlearn.front.models import find_model
 from unlearn.models.pipelines import load_model
+from unlearn.storage.weight_files import open_weights, read_torch
 
 
 class World:
@@ -210,6 +211,24 @@ def test_a_file_of_pixart_s_authors_runs_no_code(world, tmp_path):
     torch.save(state, path)
     found, _ = read_transformer(find_model(path, world.base, tmp_path / "place").pipeline)
     assert all(torch.equal(found[name], value) for name, value in world.own.items())
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    state: dict = {"a": torch.ones(1)}
+    state["state_dict"] = state
+    torch.save(state, path := tmp_path / "mine.pth")
+    with pytest.raises(UserError, match="expected a dictionary of tensors by name"):
+        read_torch(path, "--model")
+
+
+def test_a_tensor_of_one_number_is_read_as_it_is(tmp_path):
+    tensors = {"number": torch.tensor(3.0), "rows": torch.arange(6.0).reshape(3, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save(tensors, tmp_path / "a.pth")
+    for path in tmp_path.iterdir():
+        with open_weights(path, "--model") as file:
+            assert torch.equal(file.rows("number"), tensors["number"])
+            assert torch.equal(file.rows("rows", 1, 2), tensors["rows"][1:2])
 
 
 @of("pixart")

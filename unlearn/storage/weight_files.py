@@ -25,8 +25,9 @@ class WeightFile:
         self.kinds = {name: kind_of(source) for name, source in sources.items()}
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows of a tensor, in memory of their own, as safetensors must be written from."""
-        rows = self.sources[name][start:stop]
+        """Rows of a tensor, in memory of their own, as safetensors must be written from; of a single
+        number that."""
+        rows = self.sources[name][slice(start, stop) if self.shapes[name] else ...]
         return rows.clone() if isinstance(self.sources[name], torch.Tensor) else rows
 
 
@@ -72,7 +73,7 @@ def read_torch(path: Path, item: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{item} {path}: cannot be read as tensors ({reason:.160})") from None
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]  # once: a hostile file's may hold itself
     check_tensors(path, item, found)
     return {plain: found[name] for name, plain in plain_names(found).items()}
