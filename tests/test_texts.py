@@ -17,7 +17,7 @@ from unlearn.datasets import encoding, text_files
 from unlearn.datasets.encoding import encode_training_set, encoding_plan
 from unlearn.datasets.own_root import own_root
 from unlearn.datasets.texts import Packed, Texts, halve, make_index, widen
-from unlearn.datasets.training_sets import open_arrays
+from unlearn.datasets.training_sets import open_arrays, open_extras
 from unlearn.front.needs import find_needs
 from unlearn.front.planning import count_work
 from unlearn.models.architectures import read_architecture
@@ -224,6 +224,15 @@ def test_an_index_that_does_not_fit_is_refused(root, damage, words):
     damage(root)
     with pytest.raises(UserError, match=words):
         open_arrays(root)
+
+
+def test_what_belongs_to_texts_and_is_no_number_is_refused(root):
+    path = root / STATES.replace(".npy", "_mask.npy")
+    embeddings = open_arrays(root)[1]
+    for kind in "U3", complex:
+        np.save(path, np.ones((4, 16)).astype(kind))
+        with pytest.raises(UserError, match=f"{path.name}: expected numbers, found"):
+            open_extras(root, {"mask": (16,)}, embeddings)
 
 
 def test_texts_of_which_half_precision_would_lose_bits_stay_in_float32(

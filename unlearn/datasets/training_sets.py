@@ -202,6 +202,8 @@ def open_extras(
     count, found = embeddings.shape[:2], {}
     for name, path in extra_paths(dataroot, shapes).items():
         array, shape = read_array(path, name), shapes[name]
+        if array.dtype.kind not in "fiub":
+            raise UserError(f"{path}: expected numbers, found {array.dtype}; encode it again")
         if isinstance(embeddings, Texts) and array.shape == (embeddings.num_texts, *shape):
             found[name] = Texts(array, embeddings.index, shape)
             continue
