@@ -46,7 +46,8 @@ def left_open(
 
 
 @pytest.mark.parametrize("size", [6, 40])  # fewer numbers than rows of all images, and more
-def test_each_next_image_is_the_one_most_missed_where_those_before_it_are_gone(size):
+def test_each_next_image_is_the_one_most_missed_where_those_before_it_are_gone(size, monkeypatch):
+    monkeypatch.setattr("unlearn.attribution.removal_sets.AT_ONCE", 1)
     random = np.random.default_rng(1)
     features, queries = random.normal(size=(9, 2, 2, size)), random.normal(size=(2, 2, 2, size))
     for query, chosen in zip(queries, choose(features, queries, 5)):

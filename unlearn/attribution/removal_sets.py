@@ -11,6 +11,7 @@ from .influence import rank_images
 from .removal_scores import Inverse
 
 MOST_ROWS = 1024  # of the candidates that a set is chosen from: all of them against all
+AT_ONCE = 8  # queries: what is known of their candidates' pairs takes 8 MB a timestep each
 MOST_ROUNDED = 0.01  # of what is left of an image's own part: what rounding may be of it
 
 
@@ -119,15 +120,17 @@ def choose_sets(
 
     scores: [queries, N], of images alone; queries: features, [queries, timesteps, rows, size];
     take(timestep, rows): features of some images there; inverse_of(timestep): X -> X M there."""
-    places = [pick_candidates(own, queries.shape[2]) for own in scores]
-    compared: list[list] = [[] for _ in places]
-    for timestep in range(queries.shape[1]):
-        inverse = inverse_of(timestep)
-        for number, rows in enumerate(places):
-            blocks = take(timestep, rows.tolist())
-            compared[number].append(compare(blocks, queries[number, timestep], inverse))
     found = []
-    for own, rows, known in zip(scores, places, compared):
-        chosen = choose_set(known, min(count, len(rows), len(own) - 1))
-        found.append(ChosenSet(rows[chosen.rows], chosen.rises))
+    for start in range(0, len(queries), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        places = [pick_candidates(own, queries.shape[2]) for own in scores[some]]
+        compared: list[list] = [[] for _ in places]
+        for timestep in range(queries.shape[1]):
+            inverse = inverse_of(timestep)
+            for rows, known, query in zip(places, compared, queries[some]):
+                blocks = take(timestep, rows.tolist())
+                known.append(compare(blocks, query[timestep], inverse))
+        for rows, known in zip(places, compared):
+            chosen = choose_set(known, min(count, len(rows), scores.shape[1] - 1))
+            found.append(ChosenSet(rows[chosen.rows], chosen.rises))
     return found
