@@ -553,6 +553,10 @@ def test_the_fisher_of_the_data_root_is_found_ours_before_the_published_one(root
     assert find_fisher(args) == root / "sd_fisher.safetensors"
     args.fisher_path = str(root / "sd_fisher.pt")
     assert find_fisher(args) == Path(args.fisher_path)
+    for nowhere in "/", ".", "..":
+        args.fisher_path = nowhere
+        with pytest.raises(UserError, match="no such file; make it: python -m unlearn fisher"):
+            find_fisher(args)
 
 
 def test_a_pipeline_that_is_a_link_to_nowhere_is_named_and_not_sought_on_the_hub(tmp_path):

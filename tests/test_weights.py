@@ -1,6 +1,8 @@
 """Weights as people have them: what is not loaded as it stands is told by the scripts and the doctor
 before anything is loaded, with a command that makes a folder that is."""
 
+import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -70,6 +72,23 @@ def test_the_command_that_is_advised_makes_a_pipeline_of_the_same_weights(
 def test_weights_that_are_not_there_are_told_with_what_to_do(change, said, copied):
     change(copied)
     assert said in refusal(copied)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae", "unet", "scheduler"])
+@pytest.mark.parametrize("value", [None, [None, None], ["transformers", 3], 7])
+def test_an_index_that_names_no_class_of_a_part_is_refused(part, value, copied):
+    index = copied / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), part: value}))
+    assert f"model_index.json names no class of its {part}" in refusal(copied)
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_a_configuration_is_refused(copied):
+    path = copied / "scheduler/scheduler_config.json"
+    path.unlink()
+    for make in (Path.mkdir, os.mkfifo):
+        make(path)
+        assert f"{path} is a folder, pipe or device, and no file" in refusal(copied)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_a_part_that_no_loss_asks_for_may_be_named_and_absent(copied, model):

@@ -130,7 +130,7 @@ def fisher_command(args: Namespace, output: str | Path | None = None, **more: An
         Path(output)
         if output
         else Path(args.fisher_path).with_suffix(".safetensors")
-        if getattr(args, "fisher_path", None)
+        if getattr(args, "fisher_path", None) and Path(args.fisher_path).name  # and not /
         else None
     )
     if output in (None, Path(args.dataroot) / "sd_fisher.safetensors"):

@@ -32,9 +32,13 @@ MOST_LAYERS, MOST_OF_A_SIZE = 100, 1_000_000  # in a model's configuration
 
 
 def check_marks(folder: str | Path) -> None:
-    """Raises UserError where a JSON file of a pipeline begins with a byte order mark, which the
-    libraries that read it do not drop."""
+    """Raises UserError where a JSON file of a pipeline is no file, on which the libraries that read it
+    would wait or fail, or begins with a byte order mark, which they do not drop."""
     for path in [Path(folder) / "model_index.json", *list_visible(folder, "*/*.json")]:
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"--sd_version {folder}: {path} is a folder, pipe or device, and no file; replace it"
+            )
         with open(path, "rb") as file:
             if file.read(3) == codecs.BOM_UTF8:
                 raise UserError(
@@ -141,12 +145,19 @@ def check_pipeline(folder: str | Path, unet: str = "") -> None:
     index = read_index(folder)
     check_marks(folder)
     check_classes(folder, index, unet)
-    family = family_of(folder, index)
-    for part in (*family.parts(class_names(index)), "scheduler"):
-        if not (Path(folder) / part).exists() and not (unet and part in ("unet", "scheduler")):
+    family, classes = family_of(folder, index), class_names(index)
+    for part in (*family.parts(classes), "scheduler"):
+        if unet and part in ("unet", "scheduler"):
+            continue
+        if not (Path(folder) / part).exists():
             raise UserError(
                 f"--sd_version {folder}: a folder without {part} is no pipeline of "
                 f"{family.name} in diffusers' format"
+            )
+        if part not in classes:
+            raise UserError(
+                f"--sd_version {folder}: model_index.json names no class of its {part}; "
+                f"{family.name} has one"
             )
     check_sizes(folder, (family.denoiser, "vae", *family.encoders, "scheduler"))
     check_quantized(folder, (family.denoiser, *family.encoders))

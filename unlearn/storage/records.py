@@ -137,7 +137,8 @@ MEANINGS = {
 
 def record_path(path: str | Path) -> Path:
     """Where the record of an artefact stands: `loss.npy` -> `loss.json`."""
-    return Path(path).with_suffix(".json")
+    path = Path(path)
+    return path.with_suffix(".json") if path.name else path / ".json"  # of / there is none
 
 
 def circumstances(device: torch.device | str | None = None) -> dict:
