@@ -514,7 +514,7 @@ def test_text_of_others_is_read_in_one_place():
         "unlearn.benchmark.meters",
         "unlearn.storage.artifacts",
         "unlearn.report.page",
-        "unlearn.commands.examination",
+        "unlearn.commands.machine",
     }  # what the system or this project wrote
     for name, tree in TREES.items():
         called = {
