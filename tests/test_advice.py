@@ -192,6 +192,7 @@ def test_corrupt_pictures_name_the_command_that_leaves_them_out(folder):
     assert len(np.load(folder / "root/laion_text_embeddings.npy")) == 4
 
 
+@pytest.mark.slow
 def test_a_second_models_fisher_stands_beside_the_first_ones_and_each_program_says_which_to_give(
     folder, caplog
 ):
