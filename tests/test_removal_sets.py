@@ -144,7 +144,7 @@ def test_the_interface_chooses_what_a_study_does(model, training_set, tmp_path):
 
 def test_a_set_is_told_by_ranks_and_by_name_where_the_table_does_not_show_it():
     assert "ranks 1, 4 (d), 2 (" in describe_set(["a", "d", "b"], [1, 4, 2], 3)
-    assert "the first 3, too" in describe_set(["a", "c", "b"], [1, 3, 2], 2)
+    assert "the first 3 again" in describe_set(["a", "c", "b"], [1, 3, 2], 2)
     assert ", and 2 more (" in describe_set(["x"] * 12, list(range(2, 14)), 20)
     assert describe_set(["a"], [1], 10) == ""
 

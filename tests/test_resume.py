@@ -44,7 +44,7 @@ def kill_and_resume(*flags):
 
 
 def test_a_kill_at_a_random_moment_changes_no_bit_and_leaves_nothing_behind():
-    kill_and_resume("--kills", "1", "--processes", "2", "--programs", "loss", "influence")
+    kill_and_resume("--kills", "1", "--processes", "2", "--programs", "influence")
 
 
 def test_kills_around_every_finished_file_change_no_bit_and_leave_nothing_behind():

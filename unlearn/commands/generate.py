@@ -22,7 +22,7 @@ from ..datasets.own_root import check_root_writable
 from ..datasets.preparation import say_resolution
 from ..datasets.training_sets import check_pixels
 from ..errors import UserError
-from ..models.customization import BRACKETED, check_cut, check_texts, find_strange, open_tokenizer
+from ..models.customization import BRACKETED, check_texts, find_strange, open_tokenizer
 from ..models.generation import NUM_INFERENCE_STEPS, check_steps, make_pictures, save_picture
 from ..models.pipelines import Model
 from ..noise import SCHEME, known_answer
@@ -174,8 +174,7 @@ def load_checked(args: Namespace, prompts: Sequence[str]) -> Model:
         check_words(names, tokenizer)
     model = load_model(args)
     check_words(names, model.word_reader)
-    check_texts(model.reader[0], names)
-    check_cut(model.word_reader, names)
+    check_texts(model.reader[0], model.word_reader, names)
     check_steps(model, args.num_inference_steps)
     return model
 

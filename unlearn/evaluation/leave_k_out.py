@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .bundles import bundle_rows
 from .equivalents import equivalent_rows, random_changes, random_deviations
 from .removal import (
     asked_queries,
@@ -17,7 +18,6 @@ from .removal import (
 )
 from .retrained_models import RetrainedModel
 from .scores import RANDOM
-from .together import together_rows
 
 Rows = dict[str, list[tuple]]  # by the name of their CSV file
 
@@ -71,7 +71,7 @@ def evaluate_seed(
         "leave_k_out_paired": paired_rows(values),
         "retention": retention_rows(models, reference, queries),
         "equivalent": equivalent_rows(values, curve, deviations),
-        "leave_k_out_together": together_rows(models, reference, queries, scores),
+        "leave_k_out_together": bundle_rows(models, reference, queries, scores),
     }
     if not is_maker:
         rows = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..report.ranking import write_csv
-from . import beyond_lds, lds, together
+from . import beyond_lds, bundles, lds
 from .metrics import format_p, markdown_table
 from .removal import MEASURES
 from .scores import OURS
@@ -40,7 +40,7 @@ COLUMNS = {  # of the CSV files
         "others_mse_error",
     ),
     "equivalent": ("method", "k", "queries", "dL", "random_images", "low", "high", "most_tried"),
-    "leave_k_out_together": together.COLUMNS,
+    "leave_k_out_together": bundles.COLUMNS,
 }
 
 UNITS = {
@@ -184,9 +184,9 @@ def equivalent_table(rows: Sequence[tuple]) -> list[str]:
     return markdown_table(["removed by", "K", SHOWN["dL"], "random images", "95 % interval"], cells)
 
 
-def together_table(rows: Sequence[tuple]) -> list[str]:
+def bundle_table(rows: Sequence[tuple]) -> list[str]:
     """Markdown lines of leave-K-out of several queries at once."""
-    named = [dict(zip(together.COLUMNS, row)) for row in rows]
+    named = [dict(zip(bundles.COLUMNS, row)) for row in rows]
     measures = "dL", "control_dL", "minus_control", "random_dL", "minus_random"
     cells = [
         [
@@ -235,7 +235,7 @@ TABLES = {  # title and Markdown lines, by the name of the rows
         "that more images are gone than a query's own, and the rise is not comparable to that of "
         "leave-K-out. Control: the same queries under other queries' models that kept all of their "
         "top K. Mean ± standard error over queries, those of a model counted as if each had its own",
-        together_table,
+        bundle_table,
     ),
 }
 

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..models.architectures import architecture_of, read_architecture
-from ..models.customization import check_cut, check_texts, check_words
+from ..models.customization import check_texts, check_words
 from ..models.embeddings import Embedding
 from ..models.lora import has_matrices
 from ..models.lora_files import LoraFile
@@ -97,5 +97,4 @@ def check_prompts(model: Model, questions: list[Question]) -> None:
         problem, _, tail = str(error).partition("; give the task")
         way = "; give the model that was customized with it: --model FOLDER --base MODEL"
         raise UserError(problem + way if tail else str(error)) from None
-    check_texts(model.reader[0], prompts)
-    check_cut(model.word_reader, prompts)
+    check_texts(model.reader[0], model.word_reader, prompts)

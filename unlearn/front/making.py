@@ -6,7 +6,7 @@ from pathlib import Path
 from ..datasets.conditioning import TEXT
 from ..datasets.encoders import encode_texts
 from ..datasets.training_sets import check_pixels
-from ..models.customization import check_cut, check_texts, check_words
+from ..models.customization import check_texts, check_words
 from ..models.generation import check_steps, make_pictures, save_picture
 from ..models.pipelines import Model
 from ..noise import SCHEME, known_answer
@@ -36,8 +36,7 @@ def make_picture(
     `root`/synth/made with the arrays of its latent and its prompt's embedding; one that is there is
     kept. Raises UserError where the model cannot make it."""
     check_words(None, {}, model.word_reader, {"--prompt": prompt})
-    check_texts(model.reader[0], {"--prompt": prompt})
-    check_cut(model.word_reader, {"--prompt": prompt})
+    check_texts(model.reader[0], model.word_reader, {"--prompt": prompt})
     check_steps(model, steps)
     identity = {
         **model.identity,

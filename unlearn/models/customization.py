@@ -217,9 +217,7 @@ def check_cut(tokenizer: Any, prompts: Mapping[str, str]) -> None:
 
 
 def check_lengths(tokenizer: Any, prompts: Mapping[str, str]) -> None:
-    """Says which prompts, {name: prompt}, are longer than a tokenizer reads. Raises UserError where
-    a token like <new1> is cut off."""
-    check_cut(tokenizer, prompts)
+    """Says which prompts, {name: prompt}, are longer than a tokenizer reads."""
     if not prompts:
         return
     limit, cut = tokenizer.model_max_length, []
@@ -253,9 +251,11 @@ def check_known(tokenizer: Any, prompts: Mapping[str, str]) -> None:
         )
 
 
-def check_texts(tokenizer: Any, prompts: Mapping[str, str]) -> None:
-    """What there is to say of prompts, {name: prompt}, that a text encoder will read:
-    `check_lengths` and `check_known`."""
+def check_texts(tokenizer: Any, word_reader: Any, prompts: Mapping[str, str]) -> None:
+    """What there is to say of prompts, {name: prompt}, that text encoders will read: `check_cut` by
+    the tokenizer that knows new words, `check_lengths` and `check_known` by the one that reads the
+    most."""
+    check_cut(word_reader, prompts)
     check_lengths(tokenizer, prompts)
     check_known(tokenizer, prompts)
 
@@ -286,9 +286,8 @@ def check_prompts(
         return
     tokenizer = with_tokens(model.word_reader, tokens)
     check_words(model_dir, tokens, tokenizer, prompts_of(tasks))
-    prompts = prompts_of(tasks, encoded=True)
-    check_texts(with_tokens(model.reader[0], tokens), prompts)
-    check_cut(tokenizer, prompts)
+    reader = with_tokens(model.reader[0], tokens)
+    check_texts(reader, tokenizer, prompts_of(tasks, encoded=True))
     if model_dir is not None:
         tell_unused(model_dir, tokens, tokenizer, tasks)
 

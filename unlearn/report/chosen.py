@@ -18,7 +18,7 @@ def describe_set(names: Sequence[str], ranks: Sequence[int], num_shown: int) -> 
     if count < 2:
         return ""
     if is_ranking(ranks):
-        return f"Missed most together: the first {count}, too ({MEANS})."
+        return f"Missed most together: the first {count} again ({MEANS})."
     told = [
         str(rank) if rank <= num_shown else f"{rank} ({name})" for rank, name in zip(ranks, names)
     ]

@@ -29,7 +29,7 @@ COLUMNS = (
 )
 
 
-def together_rows(
+def bundle_rows(
     models: Sequence[RetrainedModel],
     reference: RetrainedModel,
     queries: Sequence[str],
