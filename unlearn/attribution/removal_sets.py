@@ -55,10 +55,10 @@ def compare(
 
 
 def choose_set(compared: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> ChosenSet:
-    """`count` images, one after the other, each as the one without which most more is lost where
-    those before it are gone: places among the candidates. compared: of each timestep, see `compare`.
-    Fewer where the ridge is so small, and those before so like the next, that its own part is lost in
-    rounding.
+    """`count` images, one after the other, each the one that would be missed most where those before
+    it are gone: places among the candidates. compared: of each timestep, see `compare`. There are
+    fewer where the ridge is so small, and the next image so like those before it, that its own part
+    is lost in rounding.
 
     Without an image j, M becomes M + M Phi_j^T (I - Phi_j M Phi_j^T)^-1 Phi_j M (Woodbury), so that
     what is known of each pair of images follows without the features; lambda stays what it was.
