@@ -3,7 +3,8 @@
     python tests/removal_scale.py --images 100000 --folder /tmp/features
 
 Prints seconds, bytes on disk and the process's highest memory: of the Solution (made once for a model,
-on --solved images, for its cost grows with their number) and of a query.
+on --solved images, for its cost grows with their number), of a query, and of the ten images that are
+chosen together.
 """
 
 import argparse
@@ -21,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from unlearn.attribution.draws import CHUNK_IMAGES
 from unlearn.attribution.removal import USUAL
 from unlearn.attribution.removal_index import pack_images, unpack
-from unlearn.attribution.removal_scores import RIDGE, Solution, at_timestep, score_draws, solve
+from unlearn.attribution.removal_scores import (
+    RIDGE,
+    Solution,
+    at_timestep,
+    invert,
+    score_draws,
+    solve,
+)
+from unlearn.attribution.removal_sets import choose_sets
 from unlearn.storage.chunks import make_folder, read_array_chunk, write_array_chunk
 
 GENERATOR = np.random.default_rng(0)
@@ -47,6 +56,15 @@ def blocks_of(paths):
     """The features shard by shard, each checked as it is read."""
     for path in paths:
         yield unpack(read_array_chunk(path)["rows"])
+
+
+def take(paths, timestep, rows):
+    """The features of some images at a timestep, by the shards that hold them."""
+    rows = np.asarray(rows)
+    for number in np.unique(rows // CHUNK_IMAGES).tolist():
+        own = rows[rows // CHUNK_IMAGES == number] - number * CHUNK_IMAGES
+        packed = read_array_chunk(paths[number])["rows"]
+        yield unpack(packed[own, timestep]).astype(np.float64)
 
 
 def tell(what, start, more=""):
@@ -82,6 +100,13 @@ def main():
     )
     assert scores.shape == (shape[0], 1, args.images) and np.isfinite(scores).all()
     tell(f"a query of {args.images} images", start)
+    start = time.monotonic()
+    inverse = invert(known.matrix, some, RIDGE * known.mean_square)
+    [chosen] = choose_sets(
+        scores.sum(axis=0), query, 10, partial(take, paths), lambda number: inverse
+    )
+    assert len(chosen.rows) == 10 and np.isfinite(chosen.rises).all()
+    tell("ten images that are chosen together", start)
     shutil.rmtree(args.folder)
 
 

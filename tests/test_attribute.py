@@ -177,7 +177,10 @@ def test_one_command_ends_in_table_csv_picture_and_page(folder, tmp_path, capsys
     assert shown_root == str(out / "root") and (out / "root/dataset.json").is_file()
 
 
-@pytest.mark.parametrize("scoring", FRONT_SCORINGS)
+@pytest.mark.parametrize(
+    "scoring",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "output")) for name in FRONT_SCORINGS],
+)
 def test_several_pictures_share_all_but_their_own_part_and_have_an_index(
     scoring, folder, tmp_path, monkeypatch, ask
 ):

@@ -1461,7 +1461,13 @@ def test_a_token_that_the_text_encoder_does_not_have_is_named(model, monkeypatch
         encoders.encode_prompts(model, ["a cat"])
 
 
-@pytest.mark.parametrize("script", ["compute_training_loss.py", "compute_influence.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("compute_training_loss.py", marks=pytest.mark.slow),  # ends as the other does
+        "compute_influence.py",
+    ],
+)
 def test_the_scripts_themselves_end_with_one_line_and_status_2(script, task_flags, tmp_path):
     change_task(test_case_ind=7)(None, Path(task_flags[1]))
     ended = subprocess.run(

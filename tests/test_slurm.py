@@ -213,7 +213,6 @@ STORIES = {
     "all": tell_of_all_three,
     "requeue": tell_of_a_requeue,
     "node": tell_of_a_lost_node,
-    "cancellation": tell_of_a_cancellation,
     "error": tell_of_an_error,
 }
 
@@ -334,11 +333,12 @@ def test_a_job_killed_in_mid_chunk_and_requeued_leaves_the_bits_of_an_uninterrup
     assert compare(folder, "requeue", "orig_loss") == []
 
 
+@pytest.mark.slow  # requeueing and a lost node resume by the same code
 def test_a_cancelled_job_stays_cancelled_and_submitted_again_leaves_the_bits_of_an_uninterrupted_run(
-    stories,
+    cluster, stories
 ):
-    folder, told = stories
-    (cancelled,), finished = told["cancellation"]()
+    folder = stories[0]
+    (cancelled,), finished = tell_of_a_cancellation(cluster, folder / "cancellation")
     assert cancelled["JobState"] == "CANCELLED" and cancelled["Restarts"] == "0"
     assert states(finished) == [FINISHED]
     assert compare(folder, "cancellation", "orig_loss", QUERIES[0]) == []
