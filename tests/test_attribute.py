@@ -1078,3 +1078,4 @@ def test_a_folder_s_groups_are_each_removed_as_a_whole(tmp_path, ask):
     assert sorted(places.values()) == ["", "1", "2", "3", "4", "5", "6"]
     assert places[chosen[2]["image"]] == "3"
     assert "Missed most together" in page and page.count("adds +") in (0, 6)
+    assert "No image stands out here, so that this" in page  # of seven none can
